@@ -1,0 +1,23 @@
+#include "base/error.h"
+
+#include <cstring>
+
+namespace hsdp_ckpt {
+namespace {
+
+std::string At(int64_t offset) { return offset < 0 ? "" : " at offset " + std::to_string(offset); }
+
+}  // namespace
+
+IoError::IoError(const std::string& op, const std::string& path, int64_t offset, int error_number)
+    : Error(op + " " + path + At(offset) + ": " + std::strerror(error_number)),
+      op_(op),
+      path_(path),
+      offset_(offset),
+      error_number_(error_number) {}
+
+CorruptionError::CorruptionError(const std::string& path, const std::string& record, const std::string& expected,
+                                 const std::string& got)
+    : Error(path + ": " + record + ": expected " + expected + ", got " + got), path_(path), record_(record) {}
+
+}  // namespace hsdp_ckpt

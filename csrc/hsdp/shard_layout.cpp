@@ -1,0 +1,32 @@
+#include "hsdp/shard_layout.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace hsdp_ckpt {
+
+ShardLayout::ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment)
+    : params_(std::move(params)), shards_(shards) {
+  if (shards < 1) throw std::invalid_argument("ShardLayout: a shard group has at least one rank");
+  if (alignment < 1) throw std::invalid_argument("ShardLayout: alignment is at least one element");
+  offsets_.reserve(params_.size() + 1);
+  offsets_.push_back(0);
+  for (size_t i = 0; i < params_.size(); ++i) {
+    if (params_[i].rows < 0 || params_[i].row_size < 0) throw std::invalid_argument("ShardLayout: a negative size");
+    const int64_t padded = chunk_rows(i) * params_[i].row_size;
+    offsets_.push_back(offsets_.back() + (padded + alignment - 1) / alignment * alignment);
+  }
+}
+
+int64_t ShardLayout::chunk_rows(size_t i) const { return (params_.at(i).rows + shards_ - 1) / shards_; }
+
+int64_t ShardLayout::first_row(size_t i, int64_t rank) const {
+  return std::min(rank * chunk_rows(i), params_.at(i).rows);
+}
+
+int64_t ShardLayout::shard_rows(size_t i, int64_t rank) const { return first_row(i, rank + 1) - first_row(i, rank); }
+
+int64_t ShardLayout::shard_numel(size_t i, int64_t rank) const { return shard_rows(i, rank) * params_.at(i).row_size; }
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace hsdp_ckpt {
+
+/// Where one parameter's dim-0 shards lie. Pure arithmetic, no tensors.
+///
+/// Chunks are what torch.chunk and DTensor's Shard(0) make: ceil(rows / shards) rows each, the last one that has any may have
+/// fewer, trailing ranks may have none. A parameter of no dimension counts as one row.
+struct ParamShape {
+  int64_t rows = 0;      ///< size of dimension 0
+  int64_t row_size = 0;  ///< elements in one row
+
+  int64_t numel() const { return rows * row_size; }
+};
+
+/// The layout of a unit's parameters over the ranks of a shard group, in elements of one dtype.
+///
+/// Flat shard buffer: the shards of one rank one after the other, each padded to `chunk_rows` rows and then to `alignment`
+/// elements, so that every rank's buffer has the same size and a collective can move it as it is. A packed unsharded buffer is
+/// the `shards` flat buffers one after the other, by rank.
+class ShardLayout {
+ public:
+  /// `alignment` in elements; `shards` >= 1. Throws std::invalid_argument on a negative size or a `shards` below one.
+  ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment);
+
+  int64_t shards() const { return shards_; }
+  size_t size() const { return params_.size(); }
+  const ParamShape& param(size_t i) const { return params_.at(i); }
+
+  /// Rows of every full chunk of parameter `i`: ceil(rows / shards).
+  int64_t chunk_rows(size_t i) const;
+  /// First row that `rank` holds, clipped to the number of rows.
+  int64_t first_row(size_t i, int64_t rank) const;
+  /// Rows that `rank` holds; may be 0.
+  int64_t shard_rows(size_t i, int64_t rank) const;
+  /// Elements that `rank` holds.
+  int64_t shard_numel(size_t i, int64_t rank) const;
+  /// Where parameter `i` begins in every rank's flat buffer, in elements.
+  int64_t offset(size_t i) const { return offsets_.at(i); }
+  /// Elements of one rank's flat buffer, padding included; the same on all ranks.
+  int64_t flat_numel() const { return offsets_.back(); }
+  /// Whether every rank holds the same number of rows, so that the shards laid end to end are the parameter.
+  bool even(size_t i) const { return params_.at(i).rows % shards_ == 0; }
+
+ private:
+  std::vector<ParamShape> params_;
+  int64_t shards_;
+  std::vector<int64_t> offsets_;  // params_.size() + 1 entries
+};
+
+}  // namespace hsdp_ckpt

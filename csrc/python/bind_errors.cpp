@@ -1,0 +1,39 @@
+// C++ exceptions to Python's: IoError becomes OSError with errno and filename, the others the package's own types.
+#include <cstring>
+
+#include "base/error.h"
+#include "python/module.h"
+
+namespace py = pybind11;
+
+namespace hsdp_ckpt {
+namespace {
+
+// The Python types live as long as the interpreter: created once in `torch_hsdp_ckpt.errors`, looked up at the first use.
+py::object ErrorType(const char* name) { return py::module_::import("torch_hsdp_ckpt.errors").attr(name); }
+
+void Raise(const py::object& exception) {
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());
+}
+
+}  // namespace
+
+void BindErrors(py::module_&) {
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    if (!pointer) return;
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const IoError& error) {
+      // OSError(errno, message, filename): Python picks the subclass (FileNotFoundError, PermissionError, ...).
+      const std::string message = std::string(std::strerror(error.error_number())) + " (" + error.op() +
+                                  (error.offset() < 0 ? "" : " at offset " + std::to_string(error.offset())) + ")";
+      Raise(py::module_::import("builtins").attr("OSError")(error.error_number(), message, error.path()));
+    } catch (const CorruptionError& error) {
+      Raise(ErrorType("CorruptCheckpointError")(error.what()));
+    } catch (const Error& error) {
+      Raise(ErrorType("CheckpointError")(error.what()));
+    }
+  });
+}
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,34 @@
+// The extension module: one Bind function a room, each in its own bind_*.cpp, and what was built.
+#include "python/module.h"
+
+#include <map>
+#include <string>
+
+namespace hsdp_ckpt {
+namespace {
+
+std::map<std::string, std::string> BuildInfo() {
+  std::map<std::string, std::string> info{{"torch", HSDP_CKPT_TORCH_VERSION}, {"compiler", __VERSION__}};
+#ifdef HSDP_CKPT_WITH_CUDA
+  info["cuda"] = HSDP_CKPT_CUDA_VERSION;
+  info["cuda_archs"] = HSDP_CKPT_CUDA_ARCHS;
+#else
+  info["cuda"] = "";
+  info["cuda_archs"] = "";
+#endif
+#ifdef HSDP_CKPT_WITH_ISAL
+  info["crc32"] = "isa-l";
+#else
+  info["crc32"] = "zlib";
+#endif
+  return info;
+}
+
+}  // namespace
+}  // namespace hsdp_ckpt
+
+PYBIND11_MODULE(_C, module) {
+  using namespace hsdp_ckpt;
+  module.def("_build_info", &BuildInfo);
+  BindErrors(module);
+}

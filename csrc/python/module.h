@@ -1,0 +1,11 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+// What each bind_*.cpp adds to the module. No logic here: arguments are converted, the GIL is released, a room is called.
+namespace hsdp_ckpt {
+
+void BindErrors(pybind11::module_& module);
+
+}  // namespace hsdp_ckpt

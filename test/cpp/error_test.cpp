@@ -1,0 +1,23 @@
+#include "base/error.h"
+
+#include <gtest/gtest.h>
+
+#include <cerrno>
+
+namespace hsdp_ckpt {
+namespace {
+
+TEST(IoErrorTest, NamesCallFileOffsetAndCause) {
+  const IoError error("pwrite", "/data/__0_0.distcp", 4096, ENOSPC);
+  EXPECT_STREQ(error.what(), "pwrite /data/__0_0.distcp at offset 4096: No space left on device");
+  EXPECT_EQ(error.error_number(), ENOSPC);
+  EXPECT_STREQ(IoError("fsync", "/data", -1, EIO).what(), "fsync /data: Input/output error");
+}
+
+TEST(CorruptionErrorTest, NamesFileRecordAndBothValues) {
+  const CorruptionError error("/data/a", "model.weight", "CRC 1", "CRC 2");
+  EXPECT_STREQ(error.what(), "/data/a: model.weight: expected CRC 1, got CRC 2");
+}
+
+}  // namespace
+}  // namespace hsdp_ckpt

@@ -1,0 +1,93 @@
+"""Real ranks for the tests: processes, Gloo, a file rendezvous, a time limit.
+
+A fork server imports torch and the package once (2 s); each rank is a fork of it and starts in milliseconds.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch_hsdp_ckpt"])
+
+
+class RankError(AssertionError):
+    """A rank raised, died or ran out of time; the message holds every rank's traceback."""
+
+
+def _rank(fn: Callable[..., Any], rank: int, world_size: int, store: str, backend: str, sender: Connection, args: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    try:
+        dist.init_process_group(backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+        outcome = (True, fn(rank, *args))
+    except BaseException:
+        outcome = (False, traceback.format_exc())
+    # Plain bytes: a tensor sent by torch's own pickling would live in shared memory of a process that is about to end.
+    sender.send_bytes(pickle.dumps(outcome))
+    sender.close()
+    os._exit(0)  # a peer that failed may never come to a collective that tearing down would wait for
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int = 4,
+    *args: Any,
+    backend: str = "gloo",
+    timeout: float = 120.0,
+    allow_death: tuple[int, ...] = (),
+) -> list[Any]:
+    """Calls ``fn(rank, *args)`` in ``world_size`` processes with a default process group and returns what each returned.
+
+    ``fn`` is a module-level function. Raises RankError if a rank raises, dies (unless it is in ``allow_death``; its result
+    is then None) or is not done after ``timeout`` seconds.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        ranks, receivers = [], []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            arguments = (fn, rank, world_size, f"{scratch}/store", backend, sender, args)
+            process = _context.Process(target=_rank, args=arguments, daemon=True)
+            process.start()
+            sender.close()
+            ranks.append(process)
+            receivers.append(receiver)
+        outcomes: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout
+        waiting = dict(zip(receivers, range(world_size), strict=True))
+        failed_at = None
+        while waiting:
+            # Once a rank has failed, the others get a moment to say why they fail too, then they are ended.
+            limit = deadline if failed_at is None else min(deadline, failed_at + 3)
+            ready = wait(list(waiting), timeout=max(0.0, limit - time.monotonic()))
+            if not ready:
+                break
+            for receiver in ready:
+                rank = waiting.pop(receiver)
+                try:
+                    outcomes[rank] = pickle.loads(receiver.recv_bytes())
+                except EOFError:
+                    ranks[rank].join()
+                    died = f"died with exit code {ranks[rank].exitcode}"
+                    outcomes[rank] = (True, None) if rank in allow_death else (False, died)
+                if not outcomes[rank][0] and failed_at is None:
+                    failed_at = time.monotonic()
+        for rank in waiting.values():
+            os.kill(ranks[rank].pid, signal.SIGKILL)
+            outcomes[rank] = (False, f"was not done after {timeout:.0f} s" if failed_at is None else "ended: a peer failed")
+        for process in ranks:
+            process.join()
+    failures = [f"--- rank {rank}: {outcomes[rank][1]}" for rank in range(world_size) if not outcomes[rank][0]]
+    if failures:
+        raise RankError("\n".join(["ranks failed:", *failures]))
+    return [outcomes[rank][1] for rank in range(world_size)]
