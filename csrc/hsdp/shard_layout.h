@@ -8,8 +8,8 @@ namespace hsdp_ckpt {
 
 /// Where one parameter's dim-0 shards lie. Pure arithmetic, no tensors.
 ///
-/// Chunks are what torch.chunk and DTensor's Shard(0) make: ceil(rows / shards) rows each, the last one that has any may have
-/// fewer, trailing ranks may have none. A parameter of no dimension counts as one row.
+/// Chunks are what torch.chunk and DTensor's Shard(0) make: ceil(rows / shards) rows each, the last one that has any may
+/// have fewer, trailing ranks may have none. A parameter of no dimension counts as one row.
 struct ParamShape {
   int64_t rows = 0;      ///< size of dimension 0
   int64_t row_size = 0;  ///< elements in one row
@@ -20,8 +20,8 @@ struct ParamShape {
 /// The layout of a unit's parameters over the ranks of a shard group, in elements of one dtype.
 ///
 /// Flat shard buffer: the shards of one rank one after the other, each padded to `chunk_rows` rows and then to `alignment`
-/// elements, so that every rank's buffer has the same size and a collective can move it as it is. A packed unsharded buffer is
-/// the `shards` flat buffers one after the other, by rank.
+/// elements, so that every rank's buffer has the same size and a collective can move it as it is. A packed unsharded buffer
+/// is the `shards` flat buffers one after the other, by rank.
 class ShardLayout {
  public:
   /// `alignment` in elements; `shards` >= 1. Throws std::invalid_argument on a negative size or a `shards` below one.
