@@ -1,7 +1,8 @@
 """Builds the C++ side with CMake and hands the extension module to setuptools.
 
 Environment: HSDP_CKPT_CUDA (0: without CUDA, 1: insist on it), TORCH_CUDA_ARCH_LIST, HSDP_CKPT_TESTS=1 (C++ tests too),
-HSDP_CKPT_WERROR=1 (warnings are errors), HSDP_CKPT_BUILD_DIR (default build/cmake), MAX_JOBS.
+HSDP_CKPT_WERROR=1 (warnings are errors), HSDP_CKPT_FETCH=0 (fetch no missing third-party source),
+HSDP_CKPT_BUILD_DIR (default build/cmake), MAX_JOBS.
 """
 
 import os
@@ -38,6 +39,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "HSDP_CKPT_CUDA": env.get("HSDP_CKPT_CUDA") or "AUTO",
             "HSDP_CKPT_TESTS": "ON" if env.get("HSDP_CKPT_TESTS") == "1" else "OFF",
+            "HSDP_CKPT_FETCH": "OFF" if env.get("HSDP_CKPT_FETCH") == "0" else "ON",
             "HSDP_CKPT_WERROR": "ON" if env.get("HSDP_CKPT_WERROR") == "1" else "OFF",
         }
         # A build tree keeps its generator; a new one gets Ninja where there is one.
