@@ -1,0 +1,20 @@
+#include "base/crc32.h"
+
+#include <gtest/gtest.h>
+
+#include <string_view>
+
+namespace hsdp_ckpt {
+namespace {
+
+std::span<const std::byte> Bytes(std::string_view text) { return std::as_bytes(std::span(text)); }
+
+TEST(Crc32Test, IsTheCrcOfZipAndGzip) {
+  EXPECT_EQ(Crc32(Bytes("123456789")), 0xCBF43926u);  // the check value of the CRC catalogue, CRC-32/ISO-HDLC
+  EXPECT_EQ(Crc32({}), 0u);
+}
+
+TEST(Crc32Test, ContinuesFromASeed) { EXPECT_EQ(Crc32(Bytes("6789"), Crc32(Bytes("12345"))), 0xCBF43926u); }
+
+}  // namespace
+}  // namespace hsdp_ckpt
