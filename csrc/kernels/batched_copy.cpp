@@ -1,0 +1,49 @@
+#include "kernels/batched_copy.h"
+
+#include <c10/util/Exception.h>
+
+namespace hsdp_ckpt {
+namespace {
+
+void CheckSegments(std::span<const CopySegment> segments, size_t src_align, size_t dst_align) {
+  for (size_t i = 0; i < segments.size(); ++i) {
+    const auto& [src, dst, numel] = segments[i];
+    TORCH_CHECK_VALUE(numel >= 0, "BatchedCopy: segment ", i, " has ", numel, " elements");
+    TORCH_CHECK_VALUE(numel == 0 || dst != nullptr, "BatchedCopy: segment ", i, " has no destination");
+    // Off its natural alignment an address is undefined behaviour on the CPU and a fault on the GPU.
+    TORCH_CHECK_VALUE(
+        reinterpret_cast<uintptr_t>(src) % src_align == 0 && reinterpret_cast<uintptr_t>(dst) % dst_align == 0,
+        "BatchedCopy: segment ", i, " lies at an address that is no multiple of its dtype's size");
+  }
+}
+
+}  // namespace
+
+void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst,
+                 double scale, bool accumulate) {
+  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "BatchedCopy: CPU and CUDA only, not ", device);
+  const bool copies_bits = src == dst && scale == 1.0 && !accumulate;
+  TORCH_CHECK_TYPE(copies_bits || (kernels::Computes(src) && kernels::Computes(dst)), "BatchedCopy: ", src, " to ", dst,
+                   " with scale ", scale, accumulate ? ", accumulating," : "",
+                   " is not supported: only float32, float64, bfloat16 and float16 are cast, scaled or accumulated");
+#ifndef HSDP_CKPT_WITH_CUDA
+  TORCH_CHECK(!device.is_cuda(), "BatchedCopy: torch_hsdp_ckpt was built without CUDA");
+#endif
+  if (copies_bits) {
+    // Bits have no natural alignment: torch itself makes tensors of complex128 on 8-byte addresses.
+    CheckSegments(segments, 1, 1);
+    const auto item = static_cast<int64_t>(c10::elementSize(src));
+    if (device.is_cpu()) return kernels::CopyCpu(segments, item);
+#ifdef HSDP_CKPT_WITH_CUDA
+    return kernels::CopyCuda(device, segments, item);
+#endif
+  } else {
+    CheckSegments(segments, c10::elementSize(src), c10::elementSize(dst));
+    if (device.is_cpu()) return kernels::CastCpu(segments, src, dst, scale, accumulate);
+#ifdef HSDP_CKPT_WITH_CUDA
+    return kernels::CastCuda(device, segments, src, dst, scale, accumulate);
+#endif
+  }
+}
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
+
+#include <cstdint>
+#include <span>
+
+namespace hsdp_ckpt {
+
+/// One contiguous piece of a batched copy: `numel` elements from `src` to `dst`; src == nullptr writes zeros.
+struct CopySegment {
+  const void* src;
+  void* dst;
+  int64_t numel;
+};
+
+/// dst[i] = (accumulate ? dst[i] : 0) + cast(src[i]) * scale for every segment, in one fused pass.
+///
+/// This one primitive packs gradients into the input of a reduce-scatter (cast, pre-scaled, zeros as padding), unpacks the
+/// result of a gather into full parameters, and accumulates. Every `src` points to elements of dtype `src`, every `dst` to
+/// elements of dtype `dst`, both in the memory of `device`; any length, any address that is a multiple of the element's
+/// size. Destinations must not overlap each other or any source.
+///
+/// Numbers: the same dtype with scale 1 and without `accumulate` is a copy of the bits, for any dtype. Else both dtypes are
+/// float32, float64, bfloat16 or float16; the product and the sum are each rounded to float32 (float64 if either dtype is
+/// float64) and the result once more to `dst`, to nearest even. float64 reaches the 16-bit dtypes by way of float32. All as
+/// `Tensor.to` and `Tensor.add_` have it; a NaN stays a NaN, its payload is not kept. A piece of zeros that accumulates
+/// leaves its destination as it is.
+///
+/// On CUDA the work is queued on the current stream of `device` and the memory must live until it is done there (as for any
+/// kernel: memory of torch's allocator used on its own stream does); the segments themselves are read before the call
+/// returns. On the CPU the call returns when the bytes are there. Throws c10::Error on another device, other dtypes or a
+/// bad segment.
+void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst,
+                 double scale = 1.0, bool accumulate = false);
+
+namespace kernels {
+
+/// Whether BatchedCopy computes with this dtype: float32, float64, bfloat16, float16.
+constexpr bool Computes(c10::ScalarType type) {
+  return type == c10::kFloat || type == c10::kDouble || type == c10::kBFloat16 || type == c10::kHalf;
+}
+
+/// The two halves of BatchedCopy on each device, called with checked arguments only. Copy* move bits; `item` is the bytes
+/// of an element. Cast* compute.
+void CopyCpu(std::span<const CopySegment> segments, int64_t item);
+void CastCpu(std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst, double scale,
+             bool accumulate);
+void CopyCuda(c10::Device device, std::span<const CopySegment> segments, int64_t item);
+void CastCuda(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst,
+              double scale, bool accumulate);
+
+}  // namespace kernels
+}  // namespace hsdp_ckpt

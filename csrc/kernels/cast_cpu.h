@@ -1,0 +1,157 @@
+#pragma once
+
+// One run of BatchedCopy's casts on one CPU thread: CastRun<Src, Dst, kAccumulate>(src, dst, n, scale).
+//
+// The library is built for the oldest processor of its architecture, which on x86-64 has no instruction for float16 and
+// half of the vector width, so there a second version is compiled for AVX2 and F16C and chosen at run time.
+// The tail of a run goes through the same vector code as its body: an element's result does not depend on where it lies.
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HSDP_CKPT_CAST_AVX2 1
+#include <immintrin.h>
+#endif
+
+namespace hsdp_ckpt::kernels {
+
+/// What a pair of dtypes computes in.
+template <typename Src, typename Dst>
+using ComputeType = std::conditional_t<std::is_same_v<Src, double> || std::is_same_v<Dst, double>, double, float>;
+
+/// One rounding, or as ATen's casts have it, one to float first where float64 goes to 16 bits.
+template <typename To, typename From>
+inline To Narrow(From x) {
+  if constexpr (std::is_same_v<To, double> || std::is_same_v<To, float>) {
+    return static_cast<To>(x);
+  } else {
+    return static_cast<To>(static_cast<float>(x));
+  }
+}
+
+template <typename Src, typename Dst, bool kAccumulate>
+void CastRunPortable(const Src* __restrict src, Dst* __restrict dst, int64_t n, double scale) {
+  using C = ComputeType<Src, Dst>;
+  const C s = static_cast<C>(scale);
+  for (int64_t i = 0; i < n; ++i) {
+    C x = static_cast<C>(src[i]) * s;
+    if constexpr (kAccumulate) x += static_cast<C>(dst[i]);
+    dst[i] = Narrow<Dst>(x);
+  }
+}
+
+#ifdef HSDP_CKPT_CAST_AVX2
+// The attribute instead of compiler flags for a whole file: c10's inline functions compiled with AVX2 in one file could be
+// the ones that the linker keeps for all. No FMA: the product is rounded, as ATen rounds it.
+#define HSDP_CKPT_AVX2 __attribute__((target("avx2,f16c"), always_inline)) inline
+
+struct F8 {
+  __m256 v;
+};
+struct D8 {
+  __m256d lo, hi;
+};
+
+HSDP_CKPT_AVX2 void Load(const float* p, F8& x) { x.v = _mm256_loadu_ps(p); }
+HSDP_CKPT_AVX2 void Load(const c10::Half* p, F8& x) {
+  x.v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+HSDP_CKPT_AVX2 void Load(const c10::BFloat16* p, F8& x) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  x.v = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+HSDP_CKPT_AVX2 void Load(const double* p, D8& x) {
+  x.lo = _mm256_loadu_pd(p);
+  x.hi = _mm256_loadu_pd(p + 4);
+}
+template <typename T>
+HSDP_CKPT_AVX2 void Load(const T* p, D8& x) {
+  F8 f;
+  Load(p, f);
+  x.lo = _mm256_cvtps_pd(_mm256_castps256_ps128(f.v));
+  x.hi = _mm256_cvtps_pd(_mm256_extractf128_ps(f.v, 1));
+}
+
+HSDP_CKPT_AVX2 void Store(float* p, const F8& x) { _mm256_storeu_ps(p, x.v); }
+HSDP_CKPT_AVX2 void Store(c10::Half* p, const F8& x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+HSDP_CKPT_AVX2 void Store(c10::BFloat16* p, const F8& x) {
+  // Half of the last place kept, less one, plus the last bit kept: to nearest, ties to even.
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  // The addition could carry a NaN over into zero.
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7FC0), nan);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+HSDP_CKPT_AVX2 void Store(double* p, const D8& x) {
+  _mm256_storeu_pd(p, x.lo);
+  _mm256_storeu_pd(p + 4, x.hi);
+}
+template <typename T>
+HSDP_CKPT_AVX2 void Store(T* p, const D8& x) {
+  Store(p, F8{_mm256_set_m128(_mm256_cvtpd_ps(x.hi), _mm256_cvtpd_ps(x.lo))});
+}
+
+HSDP_CKPT_AVX2 void Scale(F8& x, float s) { x.v = _mm256_mul_ps(x.v, _mm256_set1_ps(s)); }
+HSDP_CKPT_AVX2 void Scale(D8& x, double s) {
+  x.lo = _mm256_mul_pd(x.lo, _mm256_set1_pd(s));
+  x.hi = _mm256_mul_pd(x.hi, _mm256_set1_pd(s));
+}
+HSDP_CKPT_AVX2 void Add(F8& x, const F8& y) { x.v = _mm256_add_ps(x.v, y.v); }
+HSDP_CKPT_AVX2 void Add(D8& x, const D8& y) {
+  x.lo = _mm256_add_pd(x.lo, y.lo);
+  x.hi = _mm256_add_pd(x.hi, y.hi);
+}
+
+template <typename Src, typename Dst, bool kAccumulate, typename C>
+HSDP_CKPT_AVX2 void CastEight(const Src* src, Dst* dst, C scale) {
+  std::conditional_t<std::is_same_v<C, double>, D8, F8> x, sum;
+  Load(src, x);
+  Scale(x, scale);
+  if constexpr (kAccumulate) {
+    Load(dst, sum);
+    Add(x, sum);
+  }
+  Store(dst, x);
+}
+
+template <typename Src, typename Dst, bool kAccumulate>
+__attribute__((target("avx2,f16c"))) void CastRunAvx2(const Src* src, Dst* dst, int64_t n, double scale) {
+  using C = ComputeType<Src, Dst>;
+  const C s = static_cast<C>(scale);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    CastEight<Src, Dst, kAccumulate>(src + i, dst + i, s);
+    CastEight<Src, Dst, kAccumulate>(src + i + 8, dst + i + 8, s);
+  }
+  for (; i < n; i += 8) {
+    const auto left = static_cast<size_t>(n - i < 8 ? n - i : 8);
+    alignas(32) unsigned char in[8 * sizeof(Src)] = {}, out[8 * sizeof(Dst)] = {};
+    std::memcpy(in, src + i, left * sizeof(Src));
+    if constexpr (kAccumulate) std::memcpy(out, dst + i, left * sizeof(Dst));
+    CastEight<Src, Dst, kAccumulate>(reinterpret_cast<const Src*>(in), reinterpret_cast<Dst*>(out), s);
+    std::memcpy(static_cast<void*>(dst + i), out, left * sizeof(Dst));
+  }
+}
+#undef HSDP_CKPT_AVX2
+#endif
+
+template <typename Src, typename Dst, bool kAccumulate>
+void CastRun(const Src* src, Dst* dst, int64_t n, double scale) {
+#ifdef HSDP_CKPT_CAST_AVX2
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (avx2) return CastRunAvx2<Src, Dst, kAccumulate>(src, dst, n, scale);
+#endif
+  CastRunPortable<Src, Dst, kAccumulate>(src, dst, n, scale);
+}
+
+}  // namespace hsdp_ckpt::kernels
