@@ -22,18 +22,18 @@ class RankError(AssertionError):
     """A rank raised, died or ran out of time; the message holds every rank's traceback."""
 
 
-def _rank(fn: Callable[..., Any], rank: int, world_size: int, store: str, backend: str, sender: Connection, args: Any) -> None:
+def _rank(call: bytes, rank: int, world_size: int, store: str, backend: str, sender: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
+        fn, args = pickle.loads(call)
         dist.init_process_group(backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
         outcome = (True, fn(rank, *args))
     except BaseException:
         outcome = (False, traceback.format_exc())
-    # Plain bytes: a tensor sent by torch's own pickling would live in shared memory of a process that is about to end.
     sender.send_bytes(pickle.dumps(outcome))
     sender.close()
     os._exit(0)  # a peer that failed may never come to a collective that tearing down would wait for
@@ -52,12 +52,15 @@ def run_ranks(
     ``fn`` is a module-level function. Raises RankError if a rank raises, dies (unless it is in ``allow_death``; its result
     is then None) or is not done after ``timeout`` seconds.
     """
+    # Plain bytes both ways: torch's own pickling for processes would send tensors as files in shared memory.
+    call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as scratch:
         ranks, receivers = [], []
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
-            arguments = (fn, rank, world_size, f"{scratch}/store", backend, sender, args)
-            process = _context.Process(target=_rank, args=arguments, daemon=True)
+            process = _context.Process(
+                target=_rank, args=(call, rank, world_size, f"{scratch}/store", backend, sender), daemon=True
+            )
             process.start()
             sender.close()
             ranks.append(process)

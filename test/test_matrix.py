@@ -1,0 +1,179 @@
+"""Every saver x every loader: what one way of training has saved, any other goes on from.
+
+Savers and loaders are ours and torch's wrappers on several meshes, DDP and one plain process; an even and an uneven model, Adam
+state after three steps, through our storage and through stock storage. Every tensor loaded is the one saved, and three more
+steps give the losses of the run that never stopped.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from models import NETS, Block, Net, batch
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_hsdp_ckpt as hsdp
+
+STEPS = 3
+GLOBAL_ROWS = 8  # rows of the whole batch, whatever the number of ranks
+
+
+def _mesh(*shape: int) -> DeviceMesh:
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def _ours(*shape: int) -> Callable[[Net], nn.Module]:
+    strategy = ShardingStrategy.HYBRID_SHARD if len(shape) == 2 else ShardingStrategy.FULL_SHARD
+    policy = ModuleWrapPolicy({Block})
+    return lambda net: hsdp.FullyShardedDataParallel(
+        net, device_mesh=_mesh(*shape), sharding_strategy=strategy, auto_wrap_policy=policy
+    )
+
+
+def _fsdp1(strategy: ShardingStrategy, *shape: int) -> Callable[[Net], nn.Module]:
+    return lambda net: TorchFSDP(
+        net,
+        device_mesh=_mesh(*shape),
+        sharding_strategy=strategy,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+    )
+
+
+def _fsdp2(*shape: int) -> Callable[[Net], nn.Module]:
+    def wrap(net: Net) -> nn.Module:
+        mesh = _mesh(*shape)
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(net, mesh=mesh)
+
+    return wrap
+
+
+# name -> (ranks, wrapper)
+SYSTEMS: dict[str, tuple[int, Callable[[Net], nn.Module]]] = {
+    "ours-2x2": (4, _ours(2, 2)),
+    "ours-1x4": (4, _ours(1, 4)),
+    "ours-4x1": (4, _ours(4, 1)),
+    "ours-1d": (4, _ours(4)),
+    "ours-2-ranks": (2, _ours(2)),
+    "fsdp1-hybrid": (4, _fsdp1(ShardingStrategy.HYBRID_SHARD, 2, 2)),
+    "fsdp1-full": (4, _fsdp1(ShardingStrategy.FULL_SHARD, 4)),
+    "fsdp2-2d": (4, _fsdp2(2, 2)),
+    "fsdp2-1d": (4, _fsdp2(4)),
+    "ddp": (4, DistributedDataParallel),
+    "plain": (1, lambda net: net),
+}
+STORAGE = {
+    "ours": (hsdp.FileSystemWriter, hsdp.FileSystemReader),
+    "stock": (dcp.FileSystemWriter, dcp.FileSystemReader),
+}
+
+
+def _train(model: nn.Module, net: Net, optimizer: torch.optim.Optimizer, first: int) -> list[float]:
+    """``STEPS`` steps from step ``first`` on the same global batches; the global losses."""
+    ranks, losses = dist.get_world_size(), []
+    for step in range(first, first + STEPS):
+        rows = batch(net, step, 0, GLOBAL_ROWS).chunk(ranks)[dist.get_rank()]
+        optimizer.zero_grad()
+        loss = model(rows).square().mean()
+        loss.backward()
+        optimizer.step()
+        value = loss.detach().clone()
+        dist.all_reduce(value)
+        losses.append(value.item() / ranks)
+    return losses
+
+
+def _full(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a nested state dict, gathered, by its path."""
+    out = {}
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            out.update(_full(value, f"{name}/"))
+        elif isinstance(value, DTensor):
+            out[name] = value.full_tensor().clone()
+        elif isinstance(value, torch.Tensor):
+            # FSDP1 hands out ShardedTensors on one-dimensional process groups, DTensors with a mesh; here only the latter.
+            out[name] = value.detach().clone()
+    return out
+
+
+def _build(name: str, kind: str, seed: int) -> tuple[Net, nn.Module, torch.optim.Optimizer]:
+    net = NETS[kind](seed)
+    model = SYSTEMS[name][1](net)
+    return net, model, torch.optim.Adam(model.parameters(), lr=0.05)
+
+
+def _save(rank: int, root: str, names: list[str]) -> dict[str, Any]:
+    """Trains and saves every system of this world size; what was saved (in full) and the losses of going on."""
+    out = {}
+    for name in names:
+        for kind in NETS:
+            net, model, optimizer = _build(name, kind, seed=0)
+            _train(model, net, optimizer, 0)
+            state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+            for storage, (writer, _) in STORAGE.items():
+                dcp.save(state, storage_writer=writer(f"{root}/{name}-{kind}-{storage}"))
+            full = _full(state)
+            losses = _train(model, net, optimizer, STEPS)
+            if rank == 0:
+                out[f"{name}-{kind}"] = (full, losses)
+    return out
+
+
+def _load(rank: int, root: str, name: str, saved: dict[str, Any]) -> list[str]:
+    """Loads every checkpoint into ``name``, one over the other; what differs from what was saved."""
+    wrong = []
+    for kind in NETS:
+        net, model, optimizer = _build(name, kind, seed=1)
+        for saver in SYSTEMS:
+            full, losses = saved[f"{saver}-{kind}"]
+            for storage, (_, reader) in STORAGE.items():
+                where = f"{saver} -> {name}, {kind}, {storage} storage"
+                state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+                dcp.load(state, storage_reader=reader(f"{root}/{saver}-{kind}-{storage}"))
+                set_state_dict(
+                    model,
+                    optimizer,
+                    model_state_dict=state["model"],
+                    optim_state_dict=state["optim"],
+                    options=StateDictOptions(strict=True),
+                )
+                again = _full(dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)))
+                if again.keys() != full.keys():
+                    wrong.append(f"{where}: keys {sorted(again.keys() ^ full.keys())}")
+                wrong += [f"{where}: {key}" for key, value in again.items() if not torch.equal(value, full.get(key, value))]
+                went_on = _train(model, net, optimizer, STEPS)
+                if not torch.allclose(torch.tensor(went_on), torch.tensor(losses), rtol=1e-5, atol=1e-6):
+                    wrong.append(f"{where}: losses {went_on}, the run that never stopped has {losses}")
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    root = str(tmp_path_factory.mktemp("matrix"))
+    saved: dict[str, Any] = {}
+    for ranks in (4, 2, 1):
+        saved.update(run_ranks(_save, ranks, root, [n for n, (size, _) in SYSTEMS.items() if size == ranks], timeout=300)[0])
+    return root, saved
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_loads_what_every_saver_saved(name: str, checkpoints: tuple[str, dict[str, Any]]) -> None:
+    root, saved = checkpoints
+    for wrong in run_ranks(_load, SYSTEMS[name][0], root, name, saved, timeout=300):
+        assert not wrong, "\n".join(wrong)
