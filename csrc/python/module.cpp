@@ -31,4 +31,5 @@ PYBIND11_MODULE(_C, module) {
   using namespace hsdp_ckpt;
   module.def("_build_info", &BuildInfo);
   BindErrors(module);
+  BindMetadata(module);
 }

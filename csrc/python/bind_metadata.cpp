@@ -1,0 +1,228 @@
+// `Metadata` to DCP's Python classes. The instances are made as an unpickler makes them: without __init__, fields set one
+// by one, also on the frozen MetadataIndex. Plain C API, for there may be millions.
+#include "metadata/metadata.h"
+#include "metadata/trailer.h"
+#include "python/module.h"
+
+namespace py = pybind11;
+
+namespace hsdp_ckpt {
+namespace {
+
+std::span<const std::byte> Span(const py::bytes& bytes) {
+  const std::string_view view = bytes;
+  return std::as_bytes(std::span(view));
+}
+
+py::object Steal(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+py::object Str(std::string_view text) {
+  return Steal(PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogatepass"));
+}
+py::object Int(int64_t value) { return Steal(PyLong_FromLongLong(value)); }
+py::object OptionalStr(const std::optional<std::string>& text) { return text ? Str(*text) : py::none(); }
+
+class PythonMetadata {
+ public:
+  py::object Make(const Metadata& metadata) {
+    py::dict entries;
+    for (const auto& [name, entry] : metadata.state_dict_metadata) Put(entries, Str(name), Entry(entry));
+    const py::object result = New(metadata_);
+    Set(result, state_dict_metadata_, entries);
+    Set(result, planner_data_, Plain(metadata.planner_data));
+    Set(result, storage_data_, metadata.storage_data ? StorageData(*metadata.storage_data) : py::none());
+    Set(result, storage_meta_, metadata.storage_meta ? MakeStorageMeta(*metadata.storage_meta) : py::none());
+    Set(result, version_, OptionalStr(metadata.version));
+    return result;
+  }
+
+ private:
+  py::object New(const py::object& cls) const {
+    auto* type = reinterpret_cast<PyTypeObject*>(cls.ptr());
+    return Steal(type->tp_new(type, no_arguments_.ptr(), nullptr));
+  }
+  // Past the frozen class's own __setattr__, into the instance's __dict__.
+  static void Set(const py::object& object, const py::str& name, const py::object& value) {
+    if (PyObject_GenericSetAttr(object.ptr(), name.ptr(), value.ptr()) != 0) throw py::error_already_set();
+  }
+  static void Put(const py::dict& dict, const py::object& key, const py::object& value) {
+    if (PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr()) != 0) throw py::error_already_set();
+  }
+
+  py::object Numbers(const Shape& shape, const py::object& cls) const {
+    auto* type = reinterpret_cast<PyTypeObject*>(cls.ptr());  // tuple, or torch.Size, which is one
+    py::object numbers = Steal(type->tp_alloc(type, static_cast<Py_ssize_t>(shape.size())));
+    for (size_t i = 0; i < shape.size(); ++i) {
+      PyTuple_SET_ITEM(numbers.ptr(), static_cast<Py_ssize_t>(i), Int(shape[i]).release().ptr());
+    }
+    return numbers;
+  }
+  py::object Size(const Shape& shape) const { return Numbers(shape, size_); }
+
+  py::object Properties(const TensorProperties& properties) const {
+    const py::object result = New(tensor_properties_);
+    const std::string dtype(Name(properties.dtype)), layout(Name(properties.layout));
+    Set(result, dtype_, torch_.attr(dtype.c_str()));
+    Set(result, layout_, torch_.attr(layout.c_str()));
+    Set(result, requires_grad_, py::bool_(properties.requires_grad));
+    Set(result, memory_format_, memory_formats_[static_cast<size_t>(properties.memory_format)]);
+    Set(result, pin_memory_, py::bool_(properties.pin_memory));
+    // A torch that does not know the field would not compare it, nor write it again.
+    if (knows_strides_) Set(result, strides_, properties.strides ? Tuple(*properties.strides) : py::none());
+    return result;
+  }
+  py::object Tuple(const Shape& shape) const {
+    py::tuple numbers(shape.size());
+    for (size_t i = 0; i < shape.size(); ++i) numbers[i] = Int(shape[i]);
+    return numbers;
+  }
+
+  py::object Entry(const EntryMetadata& entry) const {
+    const auto* tensor = std::get_if<TensorMetadata>(&entry);
+    if (!tensor) return New(bytes_);
+    py::list chunks(tensor->chunks.size());
+    for (size_t i = 0; i < tensor->chunks.size(); ++i) {
+      const py::object chunk = New(chunk_);
+      Set(chunk, offsets_, Size(tensor->chunks[i].offsets));
+      Set(chunk, sizes_, Size(tensor->chunks[i].sizes));
+      PyList_SET_ITEM(chunks.ptr(), static_cast<Py_ssize_t>(i), py::object(chunk).release().ptr());
+    }
+    const py::object result = New(tensor_);
+    Set(result, properties_, Properties(tensor->properties));
+    Set(result, size_name_, Size(tensor->size));
+    Set(result, chunks_, chunks);
+    return result;
+  }
+
+  py::object StorageData(const std::vector<std::pair<MetadataIndex, StorageInfo>>& storage) const {
+    py::dict result;
+    for (const auto& [index, info] : storage) {
+      const py::object key = New(index_);
+      Set(key, fqn_, Str(index.fqn));
+      Set(key, index_name_, index.index ? Int(*index.index) : py::none());
+      if (index.offset) Set(key, offset_, Size(*index.offset));
+      const py::object value = New(storage_info_);
+      Set(value, relative_path_, Str(info.relative_path));
+      Set(value, offset_, Int(info.offset));
+      Set(value, length_, Int(info.length));
+      if (info.transform_descriptors) Set(value, transform_descriptors_, Strings(*info.transform_descriptors));
+      Put(result, key, value);
+    }
+    return result;
+  }
+
+  static py::object Strings(const std::vector<std::string>& strings) {
+    py::list result;
+    for (const std::string& string : strings) result.append(Str(string));
+    return result;
+  }
+
+  py::object MakeStorageMeta(const StorageMeta& meta) const {
+    const py::object result = New(storage_meta_class_);
+    py::object checkpoint_id = py::none();
+    if (const auto* text = std::get_if<std::string>(&meta.checkpoint_id)) checkpoint_id = Str(*text);
+    if (const auto* path = std::get_if<PathlibPath>(&meta.checkpoint_id)) {
+      // Another system's path can only be made as a pure one.
+      const std::string name = path->class_name == "WindowsPath" ? "PureWindowsPath" : path->class_name;
+      checkpoint_id = py::module_::import("pathlib").attr(name.c_str())(*py::tuple(Strings(path->parts)));
+    }
+    Set(result, checkpoint_id_, checkpoint_id);
+    Set(result, save_id_, OptionalStr(meta.save_id));
+    Set(result, load_id_, OptionalStr(meta.load_id));
+    Set(result, modules_, Strings(meta.modules));
+    return result;
+  }
+
+  // Children come before their parents, and a shared node becomes one shared object.
+  static py::object Plain(const PlainData& data) {
+    std::vector<py::object> objects;
+    objects.reserve(data.nodes.size());
+    for (const PlainData::Node& node : data.nodes) {
+      objects.push_back(std::visit([&](const auto& value) { return PlainObject(value, objects); }, node));
+    }
+    return objects.back();
+  }
+  using Objects = std::vector<py::object>;
+  static py::object PlainObject(PlainData::None, const Objects&) { return py::none(); }
+  static py::object PlainObject(bool value, const Objects&) { return py::bool_(value); }
+  static py::object PlainObject(int64_t value, const Objects&) { return Int(value); }
+  static py::object PlainObject(double value, const Objects&) { return py::float_(value); }
+  static py::object PlainObject(const std::string& value, const Objects&) { return Str(value); }
+  static py::object PlainObject(const PlainData::Bytes& bytes, const Objects&) { return py::bytes(bytes.value); }
+  static py::object PlainObject(const PlainData::BigInt& big, const Objects&) {
+    const auto from_bytes = py::type::of(Int(0)).attr("from_bytes");
+    return from_bytes(py::bytes(big.two_complement), "little", py::arg("signed") = true);
+  }
+  static py::object PlainObject(const PlainData::Container& container, const Objects& objects) {
+    const std::vector<PlainData::Id>& items = container.items;
+    if (container.kind == PlainData::Kind::kDict) {
+      py::dict dict;
+      for (size_t i = 0; i < items.size(); i += 2) Put(dict, objects[items[i]], objects[items[i + 1]]);
+      return dict;
+    }
+    py::list list(items.size());
+    for (size_t i = 0; i < items.size(); ++i) list[i] = objects[items[i]];
+    switch (container.kind) {
+      case PlainData::Kind::kTuple:
+        return py::tuple(list);
+      case PlainData::Kind::kSet:
+        return Steal(PySet_New(list.ptr()));
+      case PlainData::Kind::kFrozenSet:
+        return Steal(PyFrozenSet_New(list.ptr()));
+      default:
+        return list;
+    }
+  }
+
+  static py::str Intern(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
+
+  py::tuple no_arguments_;
+  py::module_ torch_ = py::module_::import("torch");
+  py::module_ dcp_ = py::module_::import("torch.distributed.checkpoint.metadata");
+  py::object metadata_ = dcp_.attr("Metadata");
+  py::object tensor_ = dcp_.attr("TensorStorageMetadata");
+  py::object bytes_ = dcp_.attr("BytesStorageMetadata");
+  py::object chunk_ = dcp_.attr("ChunkStorageMetadata");
+  py::object tensor_properties_ = dcp_.attr("TensorProperties");
+  py::object index_ = dcp_.attr("MetadataIndex");
+  py::object storage_meta_class_ = dcp_.attr("StorageMeta");
+  py::object storage_info_ = py::module_::import("torch.distributed.checkpoint.filesystem").attr("_StorageInfo");
+  py::object size_ = torch_.attr("Size");
+  // In the order of MemoryFormat.
+  py::object memory_formats_[3] = {torch_.attr("contiguous_format"), torch_.attr("channels_last"),
+                                   torch_.attr("preserve_format")};
+  bool knows_strides_ = py::cast<py::dict>(tensor_properties_.attr("__dataclass_fields__")).contains("strides");
+  py::str state_dict_metadata_ = Intern("state_dict_metadata"), planner_data_ = Intern("planner_data"),
+          storage_data_ = Intern("storage_data"), storage_meta_ = Intern("storage_meta"), version_ = Intern("version"),
+          dtype_ = Intern("dtype"), layout_ = Intern("layout"), requires_grad_ = Intern("requires_grad"),
+          memory_format_ = Intern("memory_format"), pin_memory_ = Intern("pin_memory"), strides_ = Intern("strides"),
+          properties_ = Intern("properties"), size_name_ = Intern("size"), chunks_ = Intern("chunks"),
+          offsets_ = Intern("offsets"), sizes_ = Intern("sizes"), fqn_ = Intern("fqn"), offset_ = Intern("offset"),
+          index_name_ = Intern("index"), relative_path_ = Intern("relative_path"), length_ = Intern("length"),
+          transform_descriptors_ = Intern("transform_descriptors"), checkpoint_id_ = Intern("checkpoint_id"),
+          save_id_ = Intern("save_id"), load_id_ = Intern("load_id"), modules_ = Intern("modules");
+};
+
+py::object Decode(const py::bytes& file, const std::string& path) {
+  Metadata metadata;
+  {
+    const auto bytes = Span(file);
+    py::gil_scoped_release released;
+    metadata = DecodeMetadata(bytes, path);
+  }
+  return PythonMetadata().Make(metadata);
+}
+
+py::bytes Trailer(const py::bytes& pickle) { return MetadataTrailer(Span(pickle)); }
+
+}  // namespace
+
+void BindMetadata(py::module_& module) {
+  module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
+  module.def("metadata_trailer", &Trailer, py::arg("pickle"));
+}
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,34 @@
+"""A checkpoint's `.metadata`: read without running anything in it, written with a checksum behind the pickle."""
+
+import os
+import pickle
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from . import _C
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """The metadata in a `.metadata` file, whether stock DCP or this package wrote it: what ``pickle.load`` gives, but read by a
+    decoder that knows DCP's classes and plain data and can run nothing.
+
+    ``TensorProperties.strides`` (torch 2.15) is dropped by a torch that does not have it.
+
+    Raises:
+        OSError: the file can't be read.
+        CorruptCheckpointError: the bytes are no such pickle, differ from their checksum, or name files outside the directory.
+        CheckpointError: the file names a class that is neither DCP's nor plain data; the message says which.
+    """
+    with open(path, "rb") as file:
+        return decode_metadata(file.read(), path)
+
+
+def decode_metadata(file: bytes, path: str | os.PathLike[str]) -> Metadata:
+    """As :func:`read_metadata`, for a file's bytes; ``path`` is for messages only."""
+    return _C.decode_metadata(file, os.fspath(path))
+
+
+def encode_metadata(metadata: Metadata) -> bytes:
+    """The bytes of a `.metadata` file: a pickle that stock DCP reads, then our trailer with a CRC-32, which it never sees."""
+    data = pickle.dumps(metadata)
+    return data + _C.metadata_trailer(data)
