@@ -1,6 +1,6 @@
 #include "hsdp/shard_layout.h"
 
-#include <torch/torch.h>
+#include <ATen/ATen.h>
 
 #include "catch2.h"
 
@@ -11,7 +11,7 @@ TEST_CASE("chunks are torch.chunk's", "[layout]") {
   const int64_t rows = GENERATE(0, 1, 2, 3, 7, 8, 9, 64, 65);
   const int64_t shards = GENERATE(1, 2, 3, 4, 8, 16);
   const ShardLayout layout({{rows, 3}}, shards, 4);
-  const auto chunks = torch::empty({rows, 3}).chunk(shards);
+  const auto chunks = at::empty({rows, 3}).chunk(shards);
   int64_t first = 0;
   for (int64_t rank = 0; rank < shards; ++rank) {
     // torch.chunk of no rows still returns empty chunks, and returns fewer chunks where rows run out.
