@@ -32,4 +32,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("_build_info", &BuildInfo);
   BindErrors(module);
   BindMetadata(module);
+  BindHsdp(module);
 }
