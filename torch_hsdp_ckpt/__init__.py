@@ -1,8 +1,36 @@
 """Hybrid-sharded data parallelism and durable sharded checkpoints for PyTorch, on a C++ core."""
 
 import torch as _torch  # noqa: F401  (torch's libraries must be loaded before ours)
+from torch.distributed.fsdp import (
+    BackwardPrefetch,
+    CPUOffload,
+    MixedPrecision,
+    OptimStateDictConfig,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    ShardingStrategy,
+    StateDictConfig,
+    StateDictSettings,
+    StateDictType,
+)
 
 from ._build import build_info
 from .errors import CheckpointError, CorruptCheckpointError
+from .fsdp import FullyShardedDataParallel
 
-__all__ = ["CheckpointError", "CorruptCheckpointError", "build_info"]
+__all__ = [
+    "BackwardPrefetch",
+    "CPUOffload",
+    "CheckpointError",
+    "CorruptCheckpointError",
+    "FullyShardedDataParallel",
+    "MixedPrecision",
+    "OptimStateDictConfig",
+    "ShardedOptimStateDictConfig",
+    "ShardedStateDictConfig",
+    "ShardingStrategy",
+    "StateDictConfig",
+    "StateDictSettings",
+    "StateDictType",
+    "build_info",
+]

@@ -31,6 +31,6 @@ PYBIND11_MODULE(_C, module) {
   using namespace hsdp_ckpt;
   module.def("_build_info", &BuildInfo);
   BindErrors(module);
-  BindMetadata(module);
   BindHsdp(module);
+  BindMetadata(module);
 }

@@ -7,7 +7,7 @@
 namespace hsdp_ckpt {
 
 void BindErrors(pybind11::module_& module);
-void BindMetadata(pybind11::module_& module);
 void BindHsdp(pybind11::module_& module);
+void BindMetadata(pybind11::module_& module);
 
 }  // namespace hsdp_ckpt

@@ -1,0 +1,277 @@
+"""One wrapped module's parameters in Python: which slots they fill, the DTensors around their shards, their gradients.
+
+The C++ core owns memory and timing; here are the objects that users, optimizers and ``nn.Module`` see.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from . import _C
+
+_OWNER = "_hsdp_ckpt_owner"  # on an original parameter: the unit that has sharded it
+
+
+class Slot(NamedTuple):
+    """Where a parameter is registered. A parameter that a unit's modules share has several."""
+
+    module: nn.Module
+    name: str
+
+    def put(self, parameter: nn.Parameter) -> None:
+        # Modules with a __setattr__ of their own (nn.RNN keeps a list of its weights) have to hear of it.
+        if type(self.module).__setattr__ is nn.Module.__setattr__:
+            self.module._parameters[self.name] = parameter
+        else:
+            setattr(self.module, self.name, parameter)
+
+
+def _weak(method: Callable[[], None]) -> Callable[[], None]:
+    """A bound method that does not keep its object: C++ holds it, and the object holds the C++ side."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        bound = reference()
+        if bound is not None:
+            bound()
+
+    return call
+
+
+def collectives_of(mesh: DeviceMesh) -> _C.Collectives:
+    replica = mesh.get_group(0).group_name if mesh.ndim == 2 else None
+    return _C.Collectives(mesh.get_group(mesh.ndim - 1).group_name, replica)
+
+
+class ShardedUnit:
+    """The parameters of one wrapped module. ``slots``: for each distinct parameter (name from the wrapped module, slots).
+
+    Shards them in place: afterwards every slot holds an ``nn.Parameter`` around a DTensor, placed ``(Replicate(), Shard(0))``
+    on a 2-D mesh and ``(Shard(0),)`` on a 1-D one, whose local tensor lies in the unit's flat buffer.
+    """
+
+    def __init__(
+        self, slots: list[tuple[str, list[Slot]]], mesh: DeviceMesh, device: torch.device, reshard_after_forward: bool
+    ) -> None:
+        self.mesh = mesh
+        self.device = device
+        self.names = [name for name, _ in slots]
+        self.slots = [places for _, places in slots]
+        originals = [places[0].module._parameters[places[0].name] for places in self.slots]
+        full = [p for p in originals if p is not None]
+        self._check(full, device)
+        self.collectives = collectives_of(mesh)
+        self.core = _C.Unit(
+            [list(p.shape) for p in full],
+            [p.dtype for p in full],
+            device,
+            self.collectives,
+            reshard_after_forward,
+            _weak(self.show_full),
+            _weak(self._take_gradients),
+        )
+        self._placements = (Replicate(), Shard(0)) if mesh.ndim == 2 else (Shard(0),)
+        self._specs = [self._spec(p.shape, p.dtype) for p in full]
+        self.sharded: list[nn.Parameter] = []
+        self._attributes = [dict(p.__dict__) for p in full]  # what a model's author has hung on its parameters
+        with torch.no_grad():
+            for shard, spec, original in zip(self.core.shard(full), self._specs, full, strict=True):
+                self.sharded.append(nn.Parameter(self._dtensor(shard, spec), requires_grad=original.requires_grad))
+                self.sharded[-1].__dict__.update(self._attributes[len(self.sharded) - 1])
+        for original, name in zip(full, self.names, strict=True):
+            setattr(original, _OWNER, name)
+        self.full: list[nn.Parameter] = []
+        self.schedule: _C.Schedule | None = None
+        self._flags: list[bool] = []
+        self._trainable: list[int] = []
+        self._forget_gradients()
+        self._showing_full = True
+        self.show_sharded()
+
+    def _check(self, parameters: list[nn.Parameter], device: torch.device) -> None:
+        for name, p in zip(self.names, parameters, strict=True):
+            where = f"parameter {name} of shape {tuple(p.shape)}"
+            if isinstance(p, DTensor):
+                raise ValueError(f"{where} already is a DTensor: sharding it a second time (tensor parallelism) is not served")
+            if (owner := getattr(p, _OWNER, None)) is not None:
+                raise ValueError(
+                    f"{where} is shared with another wrapped module, which has sharded it as {owner}: wrap one module that "
+                    "holds all uses, or leave both modules to the same unit"
+                )
+            if p.is_meta:
+                raise ValueError(f"{where} is on the meta device: materialise the module (to_empty and its own init) first")
+            if p.ndim == 0:
+                raise ValueError(f"{where} has no dimension to shard: give it shape (1,), or name it in ignored_states")
+            if p.device != device:
+                raise ValueError(f"{where} is on {p.device} and the mesh needs {device}: move the module first (or device_id)")
+
+    def _spec(self, shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensorSpec(self.mesh, self._placements, tensor_meta=TensorMeta(shape, stride, dtype))
+
+    @staticmethod
+    def _dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
+        # Directly, not by from_local: that would put a view of the shard inside, which can't be deep-copied or saved alone.
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[call-arg]
+
+    # -- what the module shows
+
+    def show_sharded(self) -> None:
+        """Puts the sharded parameters into the module, where users, optimizers and state dicts look."""
+        if self._showing_full:
+            self._showing_full = False
+            for places, parameter in zip(self.slots, self.sharded, strict=True):
+                for slot in places:
+                    slot.put(parameter)
+
+    def show_full(self) -> None:
+        """Puts the full parameters into the module, for its computation only."""
+        if not self._showing_full:
+            self._showing_full = True
+            for table, name, parameter in self._fast:
+                table[name] = parameter
+            for slot, parameter in self._slow:
+                slot.put(parameter)
+
+    # -- binding memory
+
+    def bind(self, schedule: _C.Schedule) -> None:
+        """Makes the full parameters and hands them to ``schedule``. Again whenever shards, dtypes or requires_grad change."""
+        self.schedule = schedule
+        self._flags = [p.requires_grad for p in self.sharded]
+        self._trainable = [i for i, flag in enumerate(self._flags) if flag]
+        with torch.no_grad():
+            pairs = zip(self.core.empty_full(), self.sharded, strict=True)
+            self.full = [nn.Parameter(full, requires_grad=sharded.requires_grad) for full, sharded in pairs]
+        for full, attributes in zip(self.full, self._attributes, strict=True):
+            full.__dict__.update(attributes)
+        every = [(slot, full) for places, full in zip(self.slots, self.full, strict=True) for slot in places]
+        plain = [type(slot.module).__setattr__ is nn.Module.__setattr__ for slot, _ in every]
+        self._fast = [(slot.module._parameters, slot.name, p) for (slot, p), ok in zip(every, plain, strict=True) if ok]
+        self._slow = [pair for pair, ok in zip(every, plain, strict=True) if not ok]
+        self._forget_gradients()
+        schedule.add(self.core, self.full, self._trainable)
+
+    def before_use(self) -> None:
+        """Follows what has happened to the sharded parameters' requires_grad since the last forward."""
+        if self._flags != [p.requires_grad for p in self.sharded] and self.schedule is not None:
+            self.bind(self.schedule)
+
+    def release(self) -> None:
+        """Lets go of gradients kept for reuse: ``_apply`` swaps tensors in place, which nobody else may hold then."""
+        self._forget_gradients()
+
+    def rebind(self) -> None:
+        """After somebody replaced parameters or their local tensors (``_apply``, ``load_state_dict(assign=True)``): takes what
+        the module's slots hold now, and moves it into a flat buffer of the unit again.
+
+        Raises ValueError, before anything changes, for a parameter that is not placed as this unit's are.
+        """
+        current: list[nn.Parameter] = []
+        for name, places in zip(self.names, self.slots, strict=True):
+            parameter = places[0].module._parameters[places[0].name]
+            if not isinstance(parameter, DTensor):
+                raise ValueError(f"parameter {name} was replaced by a {type(parameter).__name__}; expected a DTensor")
+            spec = self._specs[len(current)]
+            if parameter.device_mesh != self.mesh or parameter.placements != spec.placements or parameter.shape != spec.shape:
+                raise ValueError(
+                    f"parameter {name} was replaced by one of shape {tuple(parameter.shape)}, placed {parameter.placements} on "
+                    f"{parameter.device_mesh}; expected {tuple(spec.shape)}, {spec.placements} on {self.mesh}"
+                )
+            current.append(parameter)
+        shards = [p._local_tensor for p in current]
+        same = [p is q for p, q in zip(current, self.sharded, strict=True)]
+        if all(same) and [s.data_ptr() for s in shards] == self._addresses():
+            return
+        devices = {s.device for s in shards}
+        if len(devices) > 1:
+            raise ValueError(f"the parameters of one unit were put on several devices: {sorted(map(str, devices))}")
+        with torch.no_grad():
+            bound = self.core.rebind(shards, shards[0].device) if shards else []
+        for i, (parameter, shard) in enumerate(zip(current, bound, strict=True)):
+            self._specs[i] = self._spec(parameter.shape, shard.dtype)
+            parameter._local_tensor = shard
+        self._bound = bound
+        self.device = shards[0].device if shards else self.device
+        self.sharded = current
+        self._showing_full = True  # every alias of a slot has to show the replacement
+        self.show_sharded()
+        if self.schedule is not None:
+            self.bind(self.schedule)
+
+    def _addresses(self) -> list[int]:
+        return [shard.data_ptr() for shard in self._bound]
+
+    # -- gradients
+
+    def _forget_gradients(self) -> None:
+        self._bound = [p._local_tensor for p in self.sharded]  # type: ignore[attr-defined]
+        self._grads: list[DTensor] = []
+        self._baseline: list[int] = []
+
+    def _holders(self) -> list[int]:
+        """Who holds the cached gradients: Python objects, tensors, and views of their memory."""
+        counts = [sys.getrefcount(grad) for grad in self._grads]
+        counts += [grad._use_count() for grad in self._grads]  # type: ignore[attr-defined]
+        for grad in self._grads:
+            local = grad._local_tensor
+            counts += (sys.getrefcount(local), local._use_count())  # type: ignore[attr-defined]
+        counts.append(torch._C._storage_Use_Count(self._grads[0]._local_tensor.untyped_storage()._cdata))
+        return counts
+
+    def _fresh_gradients(self) -> list[DTensor]:
+        """DTensors for the reduced gradients: those of the last step unless somebody still holds one (building one costs
+        tens of microseconds)."""
+        if not self._grads or self._holders() != self._baseline:
+            locals_ = self.core.empty_grads()
+            specs = [self._specs[i] for i in self._trainable]
+            self._grads = [self._dtensor(local, spec) for local, spec in zip(locals_, specs, strict=True)]
+            del locals_
+            self._baseline = self._holders()
+        return self._grads
+
+    def _take_gradients(self) -> None:
+        """The reduction is over: adds it into the parameters' gradients, or makes it theirs."""
+        parameters = [self.sharded[i] for i in self._trainable]
+        unused = self.core.unused()
+        gradients = [p.grad for p in parameters]
+        if not unused and not any(g is not None for g in gradients):
+            fresh = self._fresh_gradients()
+            self.core.write_grads([g._local_tensor for g in fresh], [False] * len(fresh))
+            for parameter, gradient in zip(parameters, fresh, strict=True):
+                parameter.grad = gradient
+        else:
+            self._add_gradients(parameters, gradients, set(unused))
+        for i, parameter in enumerate(parameters):
+            hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+            if hooks and i not in unused:
+                for hook in list(hooks.values()):
+                    hook(parameter)
+
+    def _add_gradients(self, parameters: list[nn.Parameter], gradients: list[torch.Tensor | None], unused: set[int]) -> None:
+        missing = [i for i, g in enumerate(gradients) if g is None and i not in unused]
+        # Not the cached ones: a parameter that has a gradient may be using one of them.
+        fresh = self.core.empty_grads() if missing else []
+        targets: list[torch.Tensor | None] = [None] * len(parameters)
+        for i, gradient in enumerate(gradients):
+            if i in unused:
+                continue
+            if gradient is None:
+                targets[i] = fresh[i]
+            elif isinstance(gradient, DTensor):
+                targets[i] = gradient._local_tensor
+            else:
+                raise ValueError(
+                    f"the gradient of {self.names[self._trainable[i]]} is a {type(gradient).__name__}, not the DTensor that "
+                    "backward left there: set it to None before the next backward, or change the DTensor's local tensor"
+                )
+        self.core.write_grads(targets, [gradients[i] is not None for i in range(len(parameters))])
+        for i in missing:
+            parameters[i].grad = self._dtensor(fresh[i], self._specs[self._trainable[i]])
