@@ -46,13 +46,18 @@ class StateDictMixin(nn.Module):
     """``state_dict`` and ``load_state_dict`` without the wrapper's own name in the keys, and FSDP1's state dict types."""
 
     _settings: StateDictSettings
+    _checkpoint_wrapped_module: nn.Module
+
+    def _reset(self) -> None:
+        """The sharded parameters are in their slots and nothing derived from them is in flight."""
+        raise AssertionError("the wrapper says how")
 
     def _init_state_dict(self) -> None:
         self._settings = StateDictSettings(
             StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig(offload_to_cpu=False)
         )
-        self.register_load_state_dict_pre_hook(_before_load)
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The module's state: DTensors that share the live shards' memory, buffers and ignored parameters as they are.
@@ -69,8 +74,7 @@ class StateDictMixin(nn.Module):
             destination._metadata = OrderedDict()
         for pre_hook in self._state_dict_pre_hooks.values():
             pre_hook(self, prefix, keep_vars)
-        inner: nn.Module = self._checkpoint_wrapped_module
-        inner.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        self._checkpoint_wrapped_module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         metadata = destination._metadata.get(prefix[:-1], {})
         for hook in self._state_dict_hooks.values():
             result = hook(self, destination, prefix, metadata)
@@ -84,8 +88,8 @@ class StateDictMixin(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copies ``state_dict`` into the shards (``assign``: into a new flat buffer that takes their place).
 
-        Everything is checked first: keys (if ``strict``), shapes, meshes and placements. Raises RuntimeError that lists what does
-        not fit; the module is then as it was.
+        Everything is checked first: keys (if ``strict``), shapes, meshes and placements. Raises RuntimeError that lists what
+        does not fit; the module is then as it was.
         """
         self._reset()
         problems = self._misfits(state_dict)
@@ -121,7 +125,7 @@ class StateDictMixin(nn.Module):
             elif isinstance(parameter, DTensor):
                 if not isinstance(value, DTensor):
                     problems.append(
-                        f'"{name}" is a plain tensor: use set_model_state_dict(..., full_state_dict=True) for those'
+                        f'"{name}" is a plain tensor: load whole tensors with set_model_state_dict and full_state_dict=True'
                     )
                 elif value.device_mesh != parameter.device_mesh or value.placements != parameter.placements:
                     problems.append(

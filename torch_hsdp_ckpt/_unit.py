@@ -6,7 +6,7 @@ The C++ core owns memory and timing; here are the objects that users, optimizers
 import sys
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,12 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from . import _C
 
 _OWNER = "_hsdp_ckpt_owner"  # on an original parameter: the unit that has sharded it
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's local tensor itself; ``to_local`` would return a view of it."""
+    local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return local
 
 
 class Slot(NamedTuple):
@@ -119,7 +125,7 @@ class ShardedUnit:
     @staticmethod
     def _dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
         # Directly, not by from_local: that would put a view of the shard inside, which can't be deep-copied or saved alone.
-        return DTensor(local, spec, requires_grad=False)  # type: ignore[call-arg]
+        return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
     # -- what the module shows
 
@@ -176,7 +182,7 @@ class ShardedUnit:
         """
         current: list[nn.Parameter] = []
         for name, places in zip(self.names, self.slots, strict=True):
-            parameter = places[0].module._parameters[places[0].name]
+            parameter: Any = places[0].module._parameters[places[0].name]
             if not isinstance(parameter, DTensor):
                 raise ValueError(f"parameter {name} was replaced by a {type(parameter).__name__}; expected a DTensor")
             spec = self._specs[len(current)]
@@ -185,8 +191,8 @@ class ShardedUnit:
                     f"parameter {name} was replaced by one of shape {tuple(parameter.shape)}, placed {parameter.placements} on "
                     f"{parameter.device_mesh}; expected {tuple(spec.shape)}, {spec.placements} on {self.mesh}"
                 )
-            current.append(parameter)
-        shards = [p._local_tensor for p in current]
+            current.append(cast(nn.Parameter, parameter))
+        shards = [local_of(p) for p in current]
         same = [p is q for p, q in zip(current, self.sharded, strict=True)]
         if all(same) and [s.data_ptr() for s in shards] == self._addresses():
             return
@@ -212,7 +218,7 @@ class ShardedUnit:
     # -- gradients
 
     def _forget_gradients(self) -> None:
-        self._bound = [p._local_tensor for p in self.sharded]  # type: ignore[attr-defined]
+        self._bound = [local_of(p) for p in self.sharded]
         self._grads: list[DTensor] = []
         self._baseline: list[int] = []
 

@@ -74,7 +74,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         if sync_module_states:
             _sync(module, mesh, ignored)
         if auto_wrap_policy is not None:
-            options = {
+            options: dict[str, Any] = {
                 "sharding_strategy": strategy,
                 "backward_prefetch": backward_prefetch,
                 "ignored_states": ignored,
@@ -135,7 +135,6 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             root.schedule.set_sync(True)
 
     def _reset(self) -> None:
-        """The sharded parameters are in their slots and nothing derived from them is in flight."""
         if self._root is not None:
             self._root.reset()
 

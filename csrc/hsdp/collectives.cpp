@@ -31,7 +31,8 @@ Collectives::Collectives(std::string shard_group, std::optional<std::string> rep
 }
 
 void Collectives::SetReduceGroups(std::string shard_group, std::optional<std::string> replica_group) {
-  TORCH_CHECK(c10d::resolve_process_group(shard_group)->getSize() == shards_ && replica_group.has_value() == replica_group_.has_value(),
+  TORCH_CHECK(c10d::resolve_process_group(shard_group)->getSize() == shards_ &&
+                  replica_group.has_value() == replica_group_.has_value(),
               "Collectives: the groups for reductions are not of the same ranks");
   reduce_group_ = std::move(shard_group);
   replica_group_ = std::move(replica_group);
@@ -39,11 +40,11 @@ void Collectives::SetReduceGroups(std::string shard_group, std::optional<std::st
 
 // The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup were renamed in between.
 WorkPtr Collectives::AllGather(at::Tensor output, at::Tensor input) const {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("c10d::_allgather_base_", "")
-                             .typed<std::tuple<at::Tensor, WorkPtr>(at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>();
-  return std::get<1>(
-      op.call(output, input, c10d::resolve_process_group(gather_group_), Async(input), kDefaultTimeout));
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("c10d::_allgather_base_", "")
+          .typed<std::tuple<at::Tensor, WorkPtr>(at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>();
+  return std::get<1>(op.call(output, input, c10d::resolve_process_group(gather_group_), Async(input), kDefaultTimeout));
 }
 
 WorkPtr Collectives::ReduceScatter(at::Tensor output, at::Tensor input) const {
@@ -59,8 +60,8 @@ WorkPtr Collectives::AllReduce(at::Tensor tensor) const {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("c10d::allreduce_", "")
-          .typed<std::tuple<std::vector<at::Tensor>, WorkPtr>(
-              at::TensorList, const GroupPtr&, const OpPtr&, const std::optional<at::Tensor>&, bool, int64_t)>();
+          .typed<std::tuple<std::vector<at::Tensor>, WorkPtr>(at::TensorList, const GroupPtr&, const OpPtr&,
+                                                              const std::optional<at::Tensor>&, bool, int64_t)>();
   const std::vector<at::Tensor> tensors{tensor};
   return std::get<1>(op.call(tensors, c10d::resolve_process_group(replica_group_.value()),
                              Op(Averages(tensor.device().type(), tensor.scalar_type())), std::nullopt, Async(tensor),

@@ -74,8 +74,11 @@ class CudaStreams final : public DeviceStreams {
 
 std::shared_ptr<DeviceStreams> DeviceStreams::Of(at::Device device) {
   // Never destroyed: at exit the CUDA driver may be gone before a static would be.
-  static auto& made = *new std::map<at::Device, std::shared_ptr<DeviceStreams>, bool (*)(const at::Device&, const at::Device&)>(
-      [](const at::Device& a, const at::Device& b) { return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index()); });
+  static auto& made =
+      *new std::map<at::Device, std::shared_ptr<DeviceStreams>, bool (*)(const at::Device&, const at::Device&)>(
+          [](const at::Device& a, const at::Device& b) {
+            return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index());
+          });
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   auto& streams = made[device];
@@ -83,7 +86,8 @@ std::shared_ptr<DeviceStreams> DeviceStreams::Of(at::Device device) {
   if (device.is_cpu()) return streams = std::make_shared<DeviceStreams>();
 #ifdef HSDP_CKPT_WITH_CUDA
   if (device.is_cuda()) return streams = std::make_shared<CudaStreams>(device);
-  TORCH_CHECK(false, "torch_hsdp_ckpt shards parameters on CPU and CUDA devices, not on ", device, ": move the module first");
+  TORCH_CHECK(false, "torch_hsdp_ckpt shards parameters on CPU and CUDA devices, not on ", device,
+              ": move the module first");
 #else
   TORCH_CHECK(false, "this build of torch_hsdp_ckpt serves CPU tensors only and the parameters are on ", device,
               ": build it again where a CUDA toolkit is found");

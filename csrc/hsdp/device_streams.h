@@ -6,7 +6,8 @@
 
 namespace hsdp_ckpt {
 
-/// A device's side streams: one for gathers, one for reductions, shared by all units. On the CPU everything here does nothing.
+/// A device's side streams: one for gathers, one for reductions, shared by all units. On the CPU everything here does
+/// nothing.
 ///
 /// Rules that make the order right, all on the device, none on the host:
 ///  - work on a side stream begins after what the compute stream had been given when `Enter` was called;

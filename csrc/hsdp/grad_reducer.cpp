@@ -87,7 +87,8 @@ void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) {
 
 void GradReducer::Start(std::vector<at::Tensor> grads) {
   TORCH_CHECK(stage_ == Stage::kIdle, "GradReducer: the last reduction has not been taken");
-  TORCH_CHECK(grads.size() == sizes_.size(), "GradReducer: ", grads.size(), " gradients for ", sizes_.size(), " parameters");
+  TORCH_CHECK(grads.size() == sizes_.size(), "GradReducer: ", grads.size(), " gradients for ", sizes_.size(),
+              " parameters");
   for (Bucket& bucket : buckets_) {
     for (const size_t i : bucket.params) {
       at::Tensor& grad = grads[i];
@@ -173,8 +174,7 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
       const int64_t rank = collectives_->shard_rank();
       std::vector<int64_t> sizes = sizes_[bucket.params[p]];
       sizes[0] = bucket.layout.shard_rows(p, rank);
-      shards[bucket.params[p]] =
-          buffer.narrow(0, bucket.layout.offset(p), bucket.layout.shard_numel(p, rank)).view(sizes);
+      shards[bucket.params[p]] = buffer.narrow(0, bucket.layout.offset(p), bucket.layout.shard_numel(p, rank)).view(sizes);
     }
   }
   return shards;
@@ -193,14 +193,16 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets, c
         const size_t i = bucket.params[p];
         if (!targets[i] || accumulate[i] != add) continue;
         const int64_t numel = layout.shard_numel(p, collectives_->shard_rank());
-        TORCH_CHECK(targets[i]->numel() == numel && targets[i]->scalar_type() == bucket.dtype && targets[i]->is_contiguous(),
-                    "GradReducer: the gradient of parameter ", i, " is ", targets[i]->scalar_type(), " ", targets[i]->sizes(),
-                    "; expected ", numel, " contiguous elements of ", bucket.dtype);
+        TORCH_CHECK(
+            targets[i]->numel() == numel && targets[i]->scalar_type() == bucket.dtype && targets[i]->is_contiguous(),
+            "GradReducer: the gradient of parameter ", i, " is ", targets[i]->scalar_type(), " ", targets[i]->sizes(),
+            "; expected ", numel, " contiguous elements of ", bucket.dtype);
         streams_->Uses(*targets[i]);
         if (numel > 0) segments.push_back({At(bucket.output, layout.offset(p)), targets[i]->mutable_data_ptr(), numel});
       }
       if (segments.empty()) continue;
-      BatchedCopy(device_, segments, bucket.dtype, bucket.dtype, collectives_->PostScale(device_.type(), bucket.dtype), add);
+      BatchedCopy(device_, segments, bucket.dtype, bucket.dtype, collectives_->PostScale(device_.type(), bucket.dtype),
+                  add);
     }
   }
   written_ = streams_->Record(DeviceStreams::Stream::kReduce);

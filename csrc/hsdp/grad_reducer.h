@@ -37,8 +37,8 @@ class GradReducer {
   std::vector<size_t> Unused() const;
   /// Tensors for the sharded gradients: this rank's rows of every parameter, uninitialised, slices of one buffer a dtype.
   std::vector<at::Tensor> EmptyShards() const;
-  /// targets[i] = (accumulate[i] ? targets[i] : 0) + average, for contiguous targets of this rank's rows; absent targets are
-  /// left out. Ends the reduction.
+  /// targets[i] = (accumulate[i] ? targets[i] : 0) + average, for contiguous targets of this rank's rows; absent targets
+  /// are left out. Ends the reduction.
   void Write(const std::vector<std::optional<at::Tensor>>& targets, const std::vector<bool>& accumulate);
   /// Forgets a reduction whose result nobody wants, after it has ended on the wire.
   void Drop();

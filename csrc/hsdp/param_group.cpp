@@ -1,8 +1,9 @@
 #include "hsdp/param_group.h"
 
-#include <algorithm>
 #include <torch/csrc/autograd/utils/lambda_post_hook.h>
 #include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
 #include <utility>
 
 #include "kernels/batched_copy.h"
@@ -113,7 +114,8 @@ std::vector<at::Tensor> ParamGroup::EmptyFull() const {
   return full;
 }
 
-void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable, std::function<void(size_t)> on_grad) {
+void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
+                          std::function<void(size_t)> on_grad) {
   TORCH_CHECK(full.size() == sizes_.size(), "ParamGroup: ", full.size(), " tensors for ", sizes_.size(), " parameters");
   Reshard();
   full_ = std::move(full);
@@ -141,7 +143,7 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
 
 void ParamGroup::StartGather() {
   if (state_ != State::kSharded) return;
-  if (collectives_->shards() > 1) {
+  if (collectives_->shards() > 1 && layout_->flat_numel() > 0) {
     const auto scope = streams_->Enter(DeviceStreams::Stream::kGather);
     packed_ = at::empty({collectives_->shards() * layout_->flat_numel()}, flat_.options());
     gather_work_ = collectives_->AllGather(packed_, flat_);
@@ -155,7 +157,7 @@ void ParamGroup::StartGather() {
 void ParamGroup::Unshard() {
   if (state_ == State::kUnsharded) return;
   StartGather();
-  if (collectives_->shards() == 1) {
+  if (collectives_->shards() == 1 || layout_->flat_numel() == 0) {
     Lend(Bytes(flat_), shard_offsets_);  // the shard is the whole
     state_ = State::kUnsharded;
     return;

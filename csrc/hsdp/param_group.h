@@ -1,13 +1,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/function.h>
 
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
-#include <torch/csrc/autograd/function.h>
 #include <vector>
 
 #include "hsdp/collectives.h"
@@ -39,8 +39,8 @@ class ParamGroup {
 
   /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new flat buffer.
   std::vector<at::Tensor> ShardFull(const std::vector<at::Tensor>& full);
-  /// Copies `shards` (this rank's rows, the dtypes and the device given here) into a new flat buffer; the layout, and with it
-  /// the unsharded tensors, follow. Returns the new shards; the old ones stay valid for whoever holds them.
+  /// Copies `shards` (this rank's rows, the dtypes and the device given here) into a new flat buffer; the layout, and with
+  /// it the unsharded tensors, follow. Returns the new shards; the old ones stay valid for whoever holds them.
   std::vector<at::Tensor> Rebind(const std::vector<at::Tensor>& shards, at::Device device);
 
   /// Full-size tensors without memory, for the caller to make Parameters of.

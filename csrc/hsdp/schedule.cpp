@@ -1,8 +1,9 @@
 #include "hsdp/schedule.h"
 
-#include <algorithm>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
+
+#include <algorithm>
 #include <utility>
 
 namespace hsdp_ckpt {
@@ -49,8 +50,8 @@ void Schedule::EnterForward(const std::shared_ptr<Unit>& unit, bool grad_enabled
 }
 
 void Schedule::BeginForward() {
-  // What an earlier pass left behind (the root's parameters, a gather nobody used, a backward that raised) may be older than
-  // the shards are now.
+  // What an earlier pass left behind (the root's parameters, a gather nobody used, a backward that raised) may be older
+  // than the shards are now.
   if (in_backward_) {
     Reset();
     for (const auto& unit : units_) unit->group->DropGrads();

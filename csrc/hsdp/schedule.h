@@ -34,7 +34,8 @@ struct Unit {
 ///  - forward gathers in the order of the calls; the next one in the order of the last pass is started ahead;
 ///  - backward gathers in the reverse of that order; a unit that this rank's backward skips is gathered all the same when a
 ///    later one is reached, or at the end;
-///  - reductions in that same reverse order; a unit that is not ready holds later ones back until the end of backward. Every
+///  - reductions in that same reverse order; a unit that is not ready holds later ones back until the end of backward.
+///  Every
 ///    unit whose forward ran since the last backward's end takes part, with zeros where it has no gradient.
 /// Assumed, as by torch's wrappers: all ranks call forward and backward equally often and run the same units in forward.
 /// Thread safety: one thread at a time. GIL: never needed here; callbacks take it.
@@ -75,8 +76,8 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   const std::function<void()> on_backward_end_;
 
   std::vector<std::shared_ptr<Unit>> units_;
-  std::vector<std::shared_ptr<Unit>> sequence_;  // the forward calls of the last pass, repeats included
-  std::vector<std::shared_ptr<Unit>> recorded_;  // those of this pass
+  std::vector<std::shared_ptr<Unit>> sequence_;      // the forward calls of the last pass, repeats included
+  std::vector<std::shared_ptr<Unit>> recorded_;      // those of this pass
   std::vector<std::shared_ptr<Unit>> participants_;  // units with a forward since the last backward ended, by first call
   int depth_ = 0;
   bool on_track_ = false;  // this pass has followed sequence_ so far

@@ -23,7 +23,8 @@ void BindHsdp(py::module_& module) {
                        std::shared_ptr<Collectives> collectives, bool reshard_after_forward,
                        std::function<void()> on_backward, std::function<void()> on_reduced) {
              auto unit = std::make_shared<Unit>();
-             unit->group = std::make_shared<ParamGroup>(std::move(sizes), std::move(dtypes), device, std::move(collectives));
+             unit->group =
+                 std::make_shared<ParamGroup>(std::move(sizes), std::move(dtypes), device, std::move(collectives));
              unit->reshard_after_forward = reshard_after_forward;
              unit->on_backward = std::move(on_backward);
              unit->on_reduced = std::move(on_reduced);
@@ -42,7 +43,8 @@ void BindHsdp(py::module_& module) {
           py::arg("shards"), py::arg("device"), NoGil())
       .def("empty_full", [](const Unit& unit) { return unit.group->EmptyFull(); })
       .def("empty_grads", [](const Unit& unit) { return unit.group->reducer().EmptyShards(); })
-      .def("unused", [](const Unit& unit) { return unit.group->reducer().Unused(); }, NoGil())
+      .def(
+          "unused", [](const Unit& unit) { return unit.group->reducer().Unused(); }, NoGil())
       .def(
           "write_grads",
           [](Unit& unit, const std::vector<std::optional<at::Tensor>>& targets, const std::vector<bool>& accumulate) {
