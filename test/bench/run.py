@@ -1,0 +1,92 @@
+"""Runs the benchmarks: torch's ways and ours in one run; medians and ranges; ``results/<name>.md`` with the machine named.
+
+usage: python test/bench/run.py [--quick] [--gpu] [--systems dcp,ours] [--dir DIR] [checkpoint|step|state_dict|kernels ...]
+
+Times move with the machine, ratios within one run count. ``--quick`` is small: it shows that everything runs.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "test")]
+
+import checkpoint  # noqa: E402
+import state_dict  # noqa: E402
+import step  # noqa: E402
+import systems  # noqa: E402
+import torch  # noqa: E402
+from report import publish  # noqa: E402
+
+
+def chosen(args: argparse.Namespace, all_systems: tuple[str, ...]) -> tuple[str, ...]:
+    if args.systems is None:
+        return all_systems
+    wanted = [name.strip() for name in args.systems.split(",")]
+    return tuple(s for s in all_systems if s.replace(", 2 threads", "2") in wanted)
+
+
+def run_checkpoint(args: argparse.Namespace) -> str:
+    total = (1 << 27) if args.quick else (2 << 30)
+    names = chosen(args, checkpoint.SYSTEMS)
+    sections = []
+    for parent in (args.dir, Path("/dev/shm")):
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as scratch:
+            sections.append(checkpoint.measure(Path(scratch), total, 2 if args.quick else args.rounds, names))
+    return "\n".join(sections)
+
+
+def run_step(args: argparse.Namespace) -> str:
+    names = chosen(args, systems.WRAPPERS)
+    own = step.own_time(names, 5 if args.quick else 40)
+    return own + "\n" + step.communication(names, 3 if args.quick else 15, args.quick)
+
+
+def run_state_dict(args: argparse.Namespace) -> str:
+    return state_dict.measure(chosen(args, systems.WRAPPERS), args.quick)
+
+
+def run_kernels(args: argparse.Namespace) -> str:
+    binaries = sorted(ROOT.glob("build/*/test/kernels_bench"), key=os.path.getmtime)
+    if not binaries:
+        raise SystemExit("kernels_bench is not built: build with HSDP_CKPT_TESTS=1 first")
+    command = [str(binaries[-1]), "3" if args.quick else "31", "1", *(["cuda"] if args.gpu else [])]
+    output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+    return f"One CPU thread; MiB read and written.\n\n{output.stdout}"
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "checkpoint": run_checkpoint,
+    "step": run_step,
+    "state_dict": run_state_dict,
+    "kernels": run_kernels,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"which: {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
+    parser.add_argument("--gpu", action="store_true", help="only what runs on the GPU; an error without one")
+    parser.add_argument("--systems", help="some of: limit,pread,dcp,dcp2,fsdp1,fsdp2,ours")
+    parser.add_argument("--dir", type=Path, default=ROOT / "build" / "bench", help="a directory on the disk to measure")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of saves and loads")
+    args = parser.parse_args()
+    names = args.names or (["kernels"] if args.gpu else list(BENCHMARKS))
+    unknown = set(names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}: one of {', '.join(BENCHMARKS)}")
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: torch sees no CUDA device")
+    for name in names:
+        publish(name + ("-gpu" if args.gpu else "") + ("-quick" if args.quick else ""), BENCHMARKS[name](args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The wrappers that are compared, around one model, and the meter that they are measured with."""
+
+import gc
+import resource
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+WRAPPERS = ("fsdp1", "fsdp2", "ours")
+
+
+class Block(nn.Module):
+    """A transformer block: attention and MLP, each behind a norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(self.norms[0](x)).chunk(3, -1))
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
+
+
+class Net(nn.Module):
+    """``layers`` blocks, a unit each, and a small head in the root unit."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.head = nn.Linear(width, 11)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def mebibytes(module: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in module.parameters()) / 2**20
+
+
+def wrap(system: str, net: Net, mesh: DeviceMesh) -> nn.Module:
+    """``net`` under hybrid sharding by one of WRAPPERS, a unit per Block; "bare" leaves it as it is."""
+    policy = ModuleWrapPolicy({Block})
+    if system == "bare":
+        return net
+    if system == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+        return FullyShardedDataParallel(
+            net,
+            device_mesh=mesh,
+            sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+            auto_wrap_policy=policy,
+            device_id=torch.device(mesh.device_type),
+            use_orig_params=True,
+        )
+    if system == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        return net
+    if system == "ours":
+        import torch_hsdp_ckpt as ours
+
+        strategy = ours.ShardingStrategy.HYBRID_SHARD
+        return ours.FullyShardedDataParallel(net, device_mesh=mesh, sharding_strategy=strategy, auto_wrap_policy=policy)
+    raise ValueError(f"unknown system {system!r}: one of bare, {', '.join(WRAPPERS)}")
+
+
+def _memory(key: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+class Meter:
+    """One block of code between two barriers: ``seconds``, this rank's ``cpu`` seconds and ``mib`` of memory that it took on
+    top of what the process held before."""
+
+    def __enter__(self) -> "Meter":
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts again from here
+        dist.barrier()
+        self._resting, self._cpu, self._start = _memory("VmRSS"), self._used(), time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            dist.barrier()
+            self.seconds = time.perf_counter() - self._start
+            self.cpu = self._used() - self._cpu
+            self.mib = max(0.0, _memory("VmHWM") - self._resting)
+
+    def reading(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "cpu": self.cpu, "mib": self.mib}
+
+    @staticmethod
+    def _used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_utime + usage.ru_stime
