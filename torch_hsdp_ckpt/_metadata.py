@@ -29,6 +29,17 @@ def decode_metadata(file: bytes, path: str | os.PathLike[str]) -> Metadata:
 
 
 def encode_metadata(metadata: Metadata) -> bytes:
-    """The bytes of a `.metadata` file: a pickle that stock DCP reads, then our trailer with a CRC-32, which it never sees."""
+    """The bytes of a `.metadata` file: a pickle that stock DCP reads, then our trailer with a CRC-32, which it never sees.
+
+    Parts of exactly DCP's types and plain data are written natively, others by :mod:`pickle`. Either way the result is one that
+    :func:`read_metadata` reads: what it would refuse is refused here, before a checkpoint depends on it.
+
+    Raises:
+        CheckpointError: the metadata (for example a planner's data) holds an object of another class; the message says which.
+    """
+    native = _C.encode_metadata(metadata)
+    if native is not None:
+        return native
     data = pickle.dumps(metadata)
+    _C.decode_metadata(data, "the metadata to be written")
     return data + _C.metadata_trailer(data)

@@ -2,6 +2,8 @@
 // by one, also on the frozen MetadataIndex. Plain C API, for there may be millions.
 #include "metadata/metadata.h"
 #include "metadata/trailer.h"
+#include "python/dcp_types.h"
+#include "python/metadata_from_python.h"
 #include "python/module.h"
 
 namespace py = pybind11;
@@ -25,7 +27,21 @@ py::object Str(std::string_view text) {
 py::object Int(int64_t value) { return Steal(PyLong_FromLongLong(value)); }
 py::object OptionalStr(const std::optional<std::string>& text) { return text ? Str(*text) : py::none(); }
 
-class PythonMetadata {
+// The cycle collector would go over the growing heap again and again, and nothing made here is garbage.
+class CollectorPause {
+ public:
+  CollectorPause() : was_enabled_(PyGC_Disable() != 0) {}
+  ~CollectorPause() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  CollectorPause(const CollectorPause&) = delete;
+  CollectorPause& operator=(const CollectorPause&) = delete;
+
+ private:
+  bool was_enabled_;
+};
+
+class PythonMetadata : DcpTypes {
  public:
   py::object Make(const Metadata& metadata) {
     py::dict entries;
@@ -176,34 +192,6 @@ class PythonMetadata {
         return list;
     }
   }
-
-  static py::str Intern(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
-
-  py::tuple no_arguments_;
-  py::module_ torch_ = py::module_::import("torch");
-  py::module_ dcp_ = py::module_::import("torch.distributed.checkpoint.metadata");
-  py::object metadata_ = dcp_.attr("Metadata");
-  py::object tensor_ = dcp_.attr("TensorStorageMetadata");
-  py::object bytes_ = dcp_.attr("BytesStorageMetadata");
-  py::object chunk_ = dcp_.attr("ChunkStorageMetadata");
-  py::object tensor_properties_ = dcp_.attr("TensorProperties");
-  py::object index_ = dcp_.attr("MetadataIndex");
-  py::object storage_meta_class_ = dcp_.attr("StorageMeta");
-  py::object storage_info_ = py::module_::import("torch.distributed.checkpoint.filesystem").attr("_StorageInfo");
-  py::object size_ = torch_.attr("Size");
-  // In the order of MemoryFormat.
-  py::object memory_formats_[3] = {torch_.attr("contiguous_format"), torch_.attr("channels_last"),
-                                   torch_.attr("preserve_format")};
-  bool knows_strides_ = py::cast<py::dict>(tensor_properties_.attr("__dataclass_fields__")).contains("strides");
-  py::str state_dict_metadata_ = Intern("state_dict_metadata"), planner_data_ = Intern("planner_data"),
-          storage_data_ = Intern("storage_data"), storage_meta_ = Intern("storage_meta"), version_ = Intern("version"),
-          dtype_ = Intern("dtype"), layout_ = Intern("layout"), requires_grad_ = Intern("requires_grad"),
-          memory_format_ = Intern("memory_format"), pin_memory_ = Intern("pin_memory"), strides_ = Intern("strides"),
-          properties_ = Intern("properties"), size_name_ = Intern("size"), chunks_ = Intern("chunks"),
-          offsets_ = Intern("offsets"), sizes_ = Intern("sizes"), fqn_ = Intern("fqn"), offset_ = Intern("offset"),
-          index_name_ = Intern("index"), relative_path_ = Intern("relative_path"), length_ = Intern("length"),
-          transform_descriptors_ = Intern("transform_descriptors"), checkpoint_id_ = Intern("checkpoint_id"),
-          save_id_ = Intern("save_id"), load_id_ = Intern("load_id"), modules_ = Intern("modules");
 };
 
 py::object Decode(const py::bytes& file, const std::string& path) {
@@ -213,7 +201,19 @@ py::object Decode(const py::bytes& file, const std::string& path) {
     py::gil_scoped_release released;
     metadata = DecodeMetadata(bytes, path);
   }
+  const CollectorPause paused;
   return PythonMetadata().Make(metadata);
+}
+
+py::object Encode(const py::object& metadata) {
+  const std::optional<Metadata> converted = MetadataFromPython(metadata);
+  if (!converted) return py::none();
+  std::string file;
+  {
+    py::gil_scoped_release released;
+    file = EncodeMetadata(*converted);
+  }
+  return py::bytes(file);
 }
 
 py::bytes Trailer(const py::bytes& pickle) { return MetadataTrailer(Span(pickle)); }
@@ -222,6 +222,7 @@ py::bytes Trailer(const py::bytes& pickle) { return MetadataTrailer(Span(pickle)
 
 void BindMetadata(py::module_& module) {
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
+  module.def("encode_metadata", &Encode, py::arg("metadata"));
   module.def("metadata_trailer", &Trailer, py::arg("pickle"));
 }
 

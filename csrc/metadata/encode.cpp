@@ -1,0 +1,382 @@
+// From `Metadata` to a protocol 4 pickle that stock torch loads into an equal one, and our trailer behind it.
+#include <array>
+#include <bit>
+#include <unordered_map>
+
+#include "base/error.h"
+#include "metadata/metadata.h"
+#include "metadata/opcodes.h"
+#include "metadata/trailer.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+constexpr uint32_t kUnset = UINT32_MAX;
+constexpr int kMaxDepth = 200;  // the decoder's
+constexpr std::string_view kDcp = "torch.distributed.checkpoint.metadata";
+
+struct ShapeHash {
+  size_t operator()(const Shape& shape) const {
+    uint64_t hash = shape.size();
+    for (const int64_t number : shape) hash = std::rotl(hash ^ static_cast<uint64_t>(number), 23) * 0x9E3779B97F4A7C15u;
+    return hash;
+  }
+};
+
+// Strings and shapes come back many times (a chunk's offsets are also its key's) and cannot be changed by whoever loads
+// them, so each is written once and named after that: the file shrinks, and stock's load has fewer calls to make.
+// Instances are never shared.
+class Pickler {
+ public:
+  std::string Run(const Metadata& metadata) {
+    Instance(kMetadata, kDcp, "Metadata");
+    Key("state_dict_metadata");
+    Put(Op::kEmptyDict);
+    Put(Op::kMark);
+    for (const auto& [name, entry] : metadata.state_dict_metadata) {
+      Str(name);
+      Entry(entry);
+    }
+    Put(Op::kSetItems);
+    Key("planner_data");
+    Plain(metadata.planner_data);
+    Key("storage_data");
+    StorageData(metadata.storage_data);
+    Key("storage_meta");
+    WriteStorageMeta(metadata.storage_meta);
+    Key("version");
+    OptionalStr(metadata.version);
+    EndInstance();
+    Put(Op::kStop);
+
+    // One frame around everything, so that an unpickler reads the file in one go.
+    std::string header{'\x80', '\x04', static_cast<char>(Op::kFrame)};
+    for (int i = 0; i < 8; ++i) header.push_back(static_cast<char>(out_.size() >> (8 * i)));
+    return header + out_;
+  }
+
+ private:
+  enum Slot { kMetadata, kTensor, kBytes, kChunk, kProperties, kIndex, kMeta, kInfo, kSize, kGetLayout, kEncoding, kSlots };
+
+  void Put(Op op) { out_.push_back(static_cast<char>(op)); }
+  void Bytes(uint64_t value, int count) {
+    for (int i = 0; i < count; ++i) out_.push_back(static_cast<char>(value >> (8 * i)));
+  }
+  void Memoize(uint32_t& slot) {
+    Put(Op::kMemoize);
+    slot = memo_count_++;
+  }
+  // Writes what the memo has under `slot`; false if it has nothing yet.
+  bool Get(uint32_t slot) {
+    if (slot == kUnset) return false;
+    Put(slot < 256 ? Op::kBinGet : Op::kLongBinGet);
+    Bytes(slot, slot < 256 ? 1 : 4);
+    return true;
+  }
+
+  // ---- values ------------------------------------------------------------------------------------------------------
+  void Text(std::string_view text, Op one_byte, Op four_bytes, Op eight_bytes) {
+    const bool is_short = text.size() < 256, is_medium = text.size() <= UINT32_MAX;
+    Put(is_short ? one_byte : is_medium ? four_bytes : eight_bytes);
+    Bytes(text.size(), is_short ? 1 : is_medium ? 4 : 8);
+    out_.append(text);
+  }
+  void Str(std::string_view text) {
+    uint32_t& slot = strings_.try_emplace(text, kUnset).first->second;
+    if (Get(slot)) return;
+    Text(text, Op::kShortBinUnicode, Op::kBinUnicode, Op::kBinUnicode8);
+    Memoize(slot);
+  }
+  void Key(std::string_view name) { Str(name); }
+  void OptionalStr(const std::optional<std::string>& text) {
+    if (text) {
+      Str(*text);
+    } else {
+      Put(Op::kNone);
+    }
+  }
+  void Bool(bool value) { Put(value ? Op::kNewTrue : Op::kNewFalse); }
+  void Int(int64_t value) {
+    if (value >= 0 && value < 256) {
+      Put(Op::kBinInt1);
+      Bytes(static_cast<uint64_t>(value), 1);
+    } else if (value >= 0 && value < 65536) {
+      Put(Op::kBinInt2);
+      Bytes(static_cast<uint64_t>(value), 2);
+    } else if (value >= INT32_MIN && value <= INT32_MAX) {
+      Put(Op::kBinInt);
+      Bytes(static_cast<uint64_t>(value), 4);
+    } else {
+      Put(Op::kLong1);
+      Bytes(8, 1);
+      Bytes(static_cast<uint64_t>(value), 8);
+    }
+  }
+  void Float(double value) {
+    Put(Op::kBinFloat);
+    const auto bits = std::bit_cast<uint64_t>(value);
+    for (int shift = 56; shift >= 0; shift -= 8) out_.push_back(static_cast<char>(bits >> shift));
+  }
+  void Global(Slot slot, std::string_view module, std::string_view name) {
+    if (Get(globals_[slot])) return;
+    Global(module, name);
+    Memoize(globals_[slot]);
+  }
+  void Global(std::string_view module, std::string_view name) {
+    Str(module);
+    Str(name);
+    Put(Op::kStackGlobal);
+  }
+  void Tuple(const Shape& numbers) {
+    constexpr Op kShort[] = {Op::kEmptyTuple, Op::kTuple1, Op::kTuple2, Op::kTuple3};
+    const bool is_short = numbers.size() < std::size(kShort);
+    if (!is_short) Put(Op::kMark);
+    for (const int64_t number : numbers) Int(number);
+    Put(is_short ? kShort[numbers.size()] : Op::kTuple);
+  }
+  void Size(const Shape& shape) {
+    uint32_t& slot = shapes_.try_emplace(shape, kUnset).first->second;
+    if (Get(slot)) return;
+    Global(kSize, "torch", "Size");
+    Tuple(shape);
+    Put(Op::kTuple1);
+    Put(Op::kReduce);
+    Memoize(slot);
+  }
+  void StrList(const std::vector<std::string>& strings) {
+    Put(Op::kEmptyList);
+    Put(Op::kMark);
+    for (const std::string& string : strings) Str(string);
+    Put(Op::kAppends);
+  }
+
+  // ---- classes -----------------------------------------------------------------------------------------------------
+  void New(Slot slot, std::string_view module, std::string_view name) {
+    Global(slot, module, name);
+    Put(Op::kEmptyTuple);
+    Put(Op::kNewObj);
+  }
+  // An instance whose state is a dict; its keys and values follow, then EndInstance.
+  void Instance(Slot slot, std::string_view module, std::string_view name) {
+    New(slot, module, name);
+    Put(Op::kEmptyDict);
+    Put(Op::kMark);
+  }
+  void EndInstance() {
+    Put(Op::kSetItems);
+    Put(Op::kBuild);
+  }
+
+  void Properties(const TensorProperties& properties) {
+    New(kProperties, kDcp, "TensorProperties");
+    Put(Op::kMark);
+    uint32_t& dtype = dtypes_[static_cast<uint8_t>(properties.dtype)];
+    if (!Get(dtype)) {
+      Global("torch", Name(properties.dtype));
+      Memoize(dtype);
+    }
+    uint32_t& layout = layouts_[static_cast<uint8_t>(properties.layout)];
+    if (!Get(layout)) {
+      Global(kGetLayout, "torch.serialization", "_get_layout");
+      Text("torch." + std::string(Name(properties.layout)), Op::kShortBinUnicode, Op::kBinUnicode, Op::kBinUnicode8);
+      Put(Op::kTuple1);
+      Put(Op::kReduce);
+      Memoize(layout);
+    }
+    Bool(properties.requires_grad);
+    uint32_t& format = formats_[static_cast<uint8_t>(properties.memory_format)];
+    if (!Get(format)) {
+      Global(kEncoding, kDcp, "_MEM_FORMAT_ENCODING");
+      Int(static_cast<int64_t>(properties.memory_format));
+      Put(Op::kTuple1);
+      Put(Op::kReduce);
+      Memoize(format);
+    }
+    Bool(properties.pin_memory);
+    // Five values are what every version of torch reads; only 2.15 and later know a sixth.
+    if (properties.strides) Tuple(*properties.strides);
+    Put(Op::kTuple);
+    Put(Op::kBuild);
+  }
+
+  void Entry(const EntryMetadata& entry) {
+    const auto* tensor = std::get_if<TensorMetadata>(&entry);
+    if (!tensor) return New(kBytes, kDcp, "BytesStorageMetadata");
+    Instance(kTensor, kDcp, "TensorStorageMetadata");
+    Key("properties");
+    Properties(tensor->properties);
+    Key("size");
+    Size(tensor->size);
+    Key("chunks");
+    Put(Op::kEmptyList);
+    Put(Op::kMark);
+    for (const ChunkMetadata& chunk : tensor->chunks) {
+      Instance(kChunk, kDcp, "ChunkStorageMetadata");
+      Key("offsets");
+      Size(chunk.offsets);
+      Key("sizes");
+      Size(chunk.sizes);
+      EndInstance();
+    }
+    Put(Op::kAppends);
+    EndInstance();
+  }
+
+  void StorageData(const std::optional<std::vector<std::pair<MetadataIndex, StorageInfo>>>& storage) {
+    if (!storage) return Put(Op::kNone);
+    Put(Op::kEmptyDict);
+    Put(Op::kMark);
+    for (const auto& [index, info] : *storage) {
+      Instance(kIndex, kDcp, "MetadataIndex");
+      Key("fqn");
+      Str(index.fqn);
+      Key("index");
+      if (index.index) {
+        Int(*index.index);
+      } else {
+        Put(Op::kNone);
+      }
+      if (index.offset) {
+        Key("offset");
+        Size(*index.offset);
+      }
+      EndInstance();
+      Instance(kInfo, "torch.distributed.checkpoint.filesystem", "_StorageInfo");
+      Key("relative_path");
+      Str(info.relative_path);
+      Key("offset");
+      Int(info.offset);
+      Key("length");
+      Int(info.length);
+      if (info.transform_descriptors) {
+        Key("transform_descriptors");
+        StrList(*info.transform_descriptors);
+      }
+      EndInstance();
+    }
+    Put(Op::kSetItems);
+  }
+
+  void WriteStorageMeta(const std::optional<StorageMeta>& meta) {
+    if (!meta) return Put(Op::kNone);
+    Instance(kMeta, kDcp, "StorageMeta");
+    Key("checkpoint_id");
+    if (const auto* text = std::get_if<std::string>(&meta->checkpoint_id)) {
+      Str(*text);
+    } else if (const auto* path = std::get_if<PathlibPath>(&meta->checkpoint_id)) {
+      Global("pathlib", path->class_name);
+      Put(Op::kMark);
+      for (const std::string& part : path->parts) Str(part);
+      Put(Op::kTuple);
+      Put(Op::kReduce);
+    } else {
+      Put(Op::kNone);
+    }
+    Key("save_id");
+    OptionalStr(meta->save_id);
+    Key("load_id");
+    OptionalStr(meta->load_id);
+    Key("modules");
+    StrList(meta->modules);
+    EndInstance();
+  }
+
+  // ---- plain data --------------------------------------------------------------------------------------------------
+  void Plain(const PlainData& data) {
+    if (data.nodes.empty()) return Put(Op::kNone);
+    plain_slots_.assign(data.nodes.size(), kUnset);
+    std::vector<uint8_t>& shared = plain_shared_;
+    shared.assign(data.nodes.size(), 0);
+    for (size_t id = 0; id < data.nodes.size(); ++id) {
+      const auto* container = std::get_if<PlainData::Container>(&data.nodes[id]);
+      if (!container) continue;
+      for (const PlainData::Id item : container->items) {
+        if (item >= id) throw Error("planner data: a value that does not come before the one it is part of");
+        if (shared[item] < 2) ++shared[item];
+      }
+    }
+    PlainNode(data, static_cast<PlainData::Id>(data.nodes.size() - 1), 0);
+  }
+
+  void PlainNode(const PlainData& data, PlainData::Id id, int depth) {
+    if (depth > kMaxDepth) throw Error("planner data: more than " + std::to_string(kMaxDepth) + " levels");
+    if (Get(plain_slots_[id])) return;
+    struct Visitor {
+      Pickler& self;
+      const PlainData& data;
+      int depth;
+      void operator()(PlainData::None) const { self.Put(Op::kNone); }
+      void operator()(bool value) const { self.Bool(value); }
+      void operator()(int64_t value) const { self.Int(value); }
+      void operator()(double value) const { self.Float(value); }
+      void operator()(const std::string& value) const { self.Str(value); }
+      void operator()(const PlainData::Bytes& bytes) const {
+        self.Text(bytes.value, Op::kShortBinBytes, Op::kBinBytes, Op::kBinBytes8);
+      }
+      void operator()(const PlainData::BigInt& big) const {
+        const size_t size = big.two_complement.size();
+        if (size > INT32_MAX) throw Error("planner data: an integer of " + std::to_string(size) + " bytes");
+        self.Put(size < 256 ? Op::kLong1 : Op::kLong4);
+        self.Bytes(size, size < 256 ? 1 : 4);
+        self.out_.append(big.two_complement);
+      }
+      void operator()(const PlainData::Container& container) const { self.PlainContainer(data, container, depth); }
+    };
+    std::visit(Visitor{*this, data, depth}, data.nodes[id]);
+    const bool is_container = std::holds_alternative<PlainData::Container>(data.nodes[id]);
+    if (is_container && plain_shared_[id] > 1) Memoize(plain_slots_[id]);
+  }
+
+  void PlainContainer(const PlainData& data, const PlainData::Container& container, int depth) {
+    using Kind = PlainData::Kind;
+    const auto items = [&](Op end) {
+      Put(Op::kMark);
+      for (const PlainData::Id item : container.items) PlainNode(data, item, depth + 1);
+      Put(end);
+    };
+    switch (container.kind) {
+      case Kind::kTuple:
+        if (container.items.empty()) return Put(Op::kEmptyTuple);
+        return items(Op::kTuple);
+      case Kind::kList:
+        Put(Op::kEmptyList);
+        return items(Op::kAppends);
+      case Kind::kDict:
+        Put(Op::kEmptyDict);
+        return items(Op::kSetItems);
+      case Kind::kSet:
+        Put(Op::kEmptySet);
+        return items(Op::kAddItems);
+      case Kind::kFrozenSet:
+        return items(Op::kFrozenSet);
+    }
+  }
+
+  template <size_t N>
+  static constexpr std::array<uint32_t, N> Unset() {
+    std::array<uint32_t, N> slots;
+    slots.fill(kUnset);
+    return slots;
+  }
+
+  std::string out_;
+  uint32_t memo_count_ = 0;
+  std::unordered_map<std::string_view, uint32_t> strings_;  // views into the Metadata and into literals
+  std::unordered_map<Shape, uint32_t, ShapeHash> shapes_;
+  std::array<uint32_t, kSlots> globals_ = Unset<kSlots>();
+  std::array<uint32_t, 256> dtypes_ = Unset<256>();
+  std::array<uint32_t, 256> layouts_ = Unset<256>();
+  std::array<uint32_t, 256> formats_ = Unset<256>();
+  std::vector<uint32_t> plain_slots_;
+  std::vector<uint8_t> plain_shared_;
+};
+
+}  // namespace
+
+std::string EncodeMetadata(const Metadata& metadata) {
+  std::string file = Pickler().Run(metadata);
+  file += MetadataTrailer(std::as_bytes(std::span(file)));
+  return file;
+}
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,43 @@
+// Any bytes at all as a `.metadata`: the decoder answers with a value or with one of our exceptions. What it accepts it
+// must write and read back to the same value.
+#include <cstdint>
+#include <cstdlib>
+
+#include "base/error.h"
+#include "metadata/metadata.h"
+#include "metadata/trailer.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+// NaNs differ from themselves, so values with them are compared as bytes.
+bool Same(const Metadata& a, const Metadata& b) { return a == b || EncodeMetadata(a) == EncodeMetadata(b); }
+
+void TestOneInput(std::span<const std::byte> input) {
+  Metadata metadata;
+  try {
+    metadata = DecodeMetadata(input, "fuzz");
+  } catch (const Error&) {
+    return;
+  }
+  const std::string file = EncodeMetadata(metadata);
+  const std::span<const std::byte> bytes = std::as_bytes(std::span(file));
+  if (!CheckMetadataTrailer(bytes, "fuzz").checked) std::abort();
+  // Planner nodes may come in another order, so a second round is compared with the first.
+  const Metadata once = DecodeMetadata(bytes, "fuzz");
+  const std::string again = EncodeMetadata(once);
+  const Metadata twice = DecodeMetadata(std::as_bytes(std::span(again)), "fuzz");
+  if (!Same(once, twice)) std::abort();
+  if (once.state_dict_metadata != metadata.state_dict_metadata || once.storage_data != metadata.storage_data ||
+      once.storage_meta != metadata.storage_meta || once.version != metadata.version) {
+    std::abort();
+  }
+}
+
+}  // namespace
+}  // namespace hsdp_ckpt
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  hsdp_ckpt::TestOneInput(std::as_bytes(std::span(data, size)));
+  return 0;
+}
