@@ -17,6 +17,16 @@ namespace {
 // Bytes that are worth a task of their own: some 50 us of copying against the few us that waking a thread costs.
 constexpr int64_t kTaskBytes = 512 << 10;
 
+// From here on a batch is taken to be larger than the caches: what is written would be gone from them before it is read.
+constexpr int64_t kStreamBytes = 32 << 20;
+
+/// Whether copying all `segments` moves that much; `item` is the bytes that one element moves.
+bool Streams(std::span<const CopySegment> segments, int64_t item) {
+  int64_t total = 0;
+  for (const auto& segment : segments) total += segment.numel;
+  return total * item >= kStreamBytes;
+}
+
 /// Calls `run(first task, last task)` for ranges that together are [0, tasks), on torch's own threads.
 ///
 /// at::parallel_for is a template that is parallel only in a file compiled with OpenMP, which would bring a second OpenMP
@@ -65,10 +75,12 @@ void ForEachPiece(std::span<const CopySegment> segments, int64_t item, const Run
 
 template <typename Src, typename Dst, bool kAccumulate>
 void CastAll(std::span<const CopySegment> segments, double scale) {
-  ForEachPiece(segments, sizeof(Src) + sizeof(Dst), [scale](const CopySegment& segment, int64_t first, int64_t n) {
+  constexpr int64_t kItem = sizeof(Src) + sizeof(Dst);
+  const bool stream = Streams(segments, kItem);
+  ForEachPiece(segments, kItem, [scale, stream](const CopySegment& segment, int64_t first, int64_t n) {
     Dst* dst = static_cast<Dst*>(segment.dst) + first;
     if (segment.src != nullptr) {
-      CastRun<Src, Dst, kAccumulate>(static_cast<const Src*>(segment.src) + first, dst, n, scale);
+      CastRun<Src, Dst, kAccumulate>(static_cast<const Src*>(segment.src) + first, dst, n, scale, stream);
     } else if (!kAccumulate) {
       std::memset(static_cast<void*>(dst), 0, static_cast<size_t>(n) * sizeof(Dst));
     }
@@ -94,13 +106,13 @@ void WithType(c10::ScalarType type, const Fn& fn) {
 }  // namespace
 
 void CopyCpu(std::span<const CopySegment> segments, int64_t item) {
-  ForEachPiece(segments, 2 * item, [item](const CopySegment& segment, int64_t first, int64_t n) {
+  const bool stream = Streams(segments, 2 * item);
+  ForEachPiece(segments, 2 * item, [item, stream](const CopySegment& segment, int64_t first, int64_t n) {
     char* dst = static_cast<char*>(segment.dst) + first * item;
-    const auto bytes = static_cast<size_t>(n * item);
     if (segment.src != nullptr) {
-      std::memcpy(dst, static_cast<const char*>(segment.src) + first * item, bytes);
+      CopyRun(static_cast<const char*>(segment.src) + first * item, dst, n * item, stream);
     } else {
-      std::memset(dst, 0, bytes);
+      std::memset(dst, 0, static_cast<size_t>(n * item));
     }
   });
 }

@@ -35,6 +35,17 @@ TEST_CASE("large pieces are shared out among threads", "[kernels]") {
   at::set_num_threads(before);
 }
 
+TEST_CASE("a batch larger than the caches is the same", "[kernels]") {
+  // Sizes around what a cache line and the stores past it need, among 36 MiB and more that make the batch large.
+  std::vector<int64_t> sizes{5 << 20, 0, 1023, 1024, 1025, 1039, 2047, 4099, 31, 1};
+  Check(at::kCPU, at::kDouble, at::kDouble, sizes, 1.0, false, 1);
+  Check(at::kCPU, at::kDouble, at::kHalf, sizes, 0.5, false, 2);
+  sizes[0] = 6 << 20;
+  Check(at::kCPU, at::kBFloat16, at::kFloat, sizes, 1.0, false, 3);
+  Check(at::kCPU, at::kFloat, at::kBFloat16, sizes, 1.0, false, 4);
+  Check(at::kCPU, at::kFloat, at::kBFloat16, sizes, 1.0, true, 5);
+}
+
 TEST_CASE("bits are copied from and to odd addresses", "[kernels]") {
   const auto from = GENERATE(0, 1, 3, 5);
   const auto to = GENERATE(0, 1, 2, 7);
