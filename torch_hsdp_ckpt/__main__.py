@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train a small GPT, kill the job in the middle of a save, resume it on three meshes",
-        description="Trains a byte-level GPT under HSDP, kills the job in the middle of a save, resumes it on the same mesh, as 1-D "
-        "FSDP and on half the ranks, and checks that nothing was lost but the steps since the last save.",
+        description="Trains a byte-level GPT under HSDP, kills the job in the middle of a save, resumes it on the same mesh, "
+        "as 1-D FSDP and on half the ranks, and checks that nothing was lost but the steps since the last save.",
     )
     demo.add_argument("--data", nargs="+", type=Path, default=[], metavar="FILE", help="text (default: Python's own sources)")
     demo.add_argument("--ranks", type=int, default=4, help="processes (default 4)")

@@ -17,6 +17,9 @@ BOS = 256
 
 VOCABULARY = 257
 
+LENGTH = 128
+"""Bytes in a training sequence, unless the training script is told otherwise."""
+
 # Left out of the default text: other people's packages, and sources written by generators or for the tests of Python itself.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"})
 

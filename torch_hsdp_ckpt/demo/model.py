@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .data import VOCABULARY
+from .data import LENGTH, VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class GptConfig:
     width: int = 256
     layers: int = 4
     heads: int = 4
-    length: int = 128
+    length: int = LENGTH
     dropout: float = 0.0
 
 

@@ -86,8 +86,7 @@ def _differences(axes: Any, reference: Run, resumed: Sequence[Run]) -> None:
         losses = {step: loss for step, loss in run.losses().items() if step in whole}
         off = [abs(loss - whole[step]) for step, loss in losses.items()]
         axes.plot(list(losses), off, color=colour, linewidth=1.2, **look)
-    # Differences span magnitudes and zero is one of the results: linear up to 1e-7, logarithmic above.
-    axes.set_yscale("symlog", linthresh=1e-7)
-    axes.set_ylim(-3e-8, None)
-    axes.set_ylabel("off the\nuninterrupted run")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    axes.margins(y=0.15)
+    axes.set_ylabel("difference from the\nuninterrupted run")
     axes.set_xlabel("step")

@@ -8,7 +8,7 @@ from typing import Any
 
 from .crash import Crash
 
-ROUNDING = 1e-3
+ROUNDING = 1e-4
 """The largest relative difference between losses that another order of summation may explain.
 
 A mesh with other groups adds gradients in another order: the first steps differ by the last bits, and training lets that grow.
@@ -58,7 +58,7 @@ def mebibytes(size: int) -> str:
 def crash_claim(crash: Crash | None, whole_bytes: int, ranks: int) -> Claim:
     name = "killed in the middle of a save"
     if crash is None:
-        return Claim(name, False, "every save was committed before the kill; run the demo again")
+        return Claim(name, False, "every save was committed before the kill")
     found = f"{crash.files} data files with {mebibytes(crash.bytes)} of {mebibytes(whole_bytes)}, no .metadata"
     return Claim(name, True, f"SIGKILL to torchrun and {ranks} ranks in the save of step {crash.step}: {found}")
 
