@@ -11,8 +11,8 @@ from .crash import Crash
 ROUNDING = 1e-4
 """The largest relative difference between losses that another order of summation may explain.
 
-A mesh with other groups adds gradients in another order: the first steps differ by the last bits, and training lets that grow.
-A resume that forgets Adam's state or takes other data is off by more than ten times this bound (measured).
+A mesh with other groups adds gradients in another order: the first steps differ by the last bits, and training lets that grow
+(5e-8 after 16 steps, measured). A resume that forgets Adam's state, or is off by one step of data, differs by 1.5e-1 and 2e-1.
 """
 
 
