@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ def _demo(args: argparse.Namespace) -> int:
     except run.UsageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the training processes are ended before us
+        signal.signal(number, signal.default_int_handler)
     try:
         return 0 if run.Demo(options, sys.stdout).run() else 1
     except launch.JobError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import checkpoints
 from .journal import Tail
-from .launch import Job
+from .launch import Job, send
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,14 @@ def kill_in_save(job: Job, root: Path, tail: Tail, first_step: int, seen: Callab
 
 def _caught(job: Job, checkpoint: Path) -> bool:
     """Waits for the save's first bytes, then freezes the job. Returns False, and lets it go on, if the commit was faster."""
+    processes = job.processes()  # looked up ahead: a small save is done in milliseconds
     while not checkpoints.is_committed(checkpoint):
         if any(data_files(checkpoint).values()):
             # Frozen, nothing moves between our look and the kill.
-            job.signal(signal.SIGSTOP)
+            send(signal.SIGSTOP, processes)
             if not checkpoints.is_committed(checkpoint):
                 return True
-            job.signal(signal.SIGCONT)
+            send(signal.SIGCONT, processes)
             return False
         if not job.running():
             return False

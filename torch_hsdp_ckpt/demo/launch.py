@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -32,7 +33,12 @@ class Job:
         env = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}
         with (logs / "torchrun.log").open("wb") as output:
             self._torchrun = subprocess.Popen(
-                [*launcher, *arguments], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env
+                [*launcher, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,  # Ctrl-C reaches us alone, and we end the job
             )
 
     def __enter__(self) -> Job:
@@ -48,18 +54,15 @@ class Job:
             raise JobError(f"the {self.name} run failed (exit code {code}): {self._failure()}\nits logs: {self._logs}")
         return code is None
 
-    def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to torchrun and every rank (each leads a process group of its own: one killpg is not enough)."""
-        for pid in _family(self._torchrun.pid):
-            _signal(pid, number)
+    def processes(self) -> list[int]:
+        """Returns the pids of torchrun and all below it (a rank leads its own process group: one killpg would not do)."""
+        # Nobody reaps torchrun but us: until poll() has seen its end, its pid and its children's are really its own.
+        return _family(self._torchrun.pid) if self._torchrun.poll() is None else []
 
     def kill(self) -> None:
         """Ends the whole job with SIGKILL, as a host that loses power would, and waits until nothing of it is left."""
-        # Nobody reaps torchrun but us: until wait() its pid and its children are really its own. The ranks lose their
-        # parent when it dies, so that they are listed before.
-        family = _family(self._torchrun.pid) if self._torchrun.poll() is None else []
-        for pid in family:
-            _signal(pid, signal.SIGKILL)
+        family = self.processes()  # listed before anything dies: an orphan has another parent
+        send(signal.SIGKILL, family)
         self._torchrun.wait()
         while any(_alive(pid) for pid in family):
             time.sleep(0.005)
@@ -110,8 +113,8 @@ def _family(root: int) -> list[int]:
     return family
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it ended by itself
+def send(number: signal.Signals, pids: Iterable[int]) -> None:
+    """Sends a signal to each process that is still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

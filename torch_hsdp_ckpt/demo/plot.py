@@ -86,6 +86,10 @@ def _differences(axes: Any, reference: Run, resumed: Sequence[Run]) -> None:
         losses = {step: loss for step, loss in run.losses().items() if step in whole}
         off = [abs(loss - whole[step]) for step, loss in losses.items()]
         axes.plot(list(losses), off, color=colour, linewidth=1.2, **look)
+    if resumed[0].losses() and all(whole[step] == loss for step, loss in resumed[0].losses().items()):
+        axes.text(
+            0.01, 0.8, f"{resumed[0].name}:\nno difference in any bit", transform=axes.transAxes, color=_COLOURS[0], va="top"
+        )
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axes.margins(y=0.15)
     axes.set_ylabel("difference from the\nuninterrupted run")
