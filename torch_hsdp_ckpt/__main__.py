@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", nargs="+", type=Path, default=[], metavar="FILE", help="text (default: Python's own sources)")
     demo.add_argument("--ranks", type=int, default=4, help="processes (default 4)")
     demo.add_argument("--replicas", type=int, default=2, help="the mesh is REPLICAS x RANKS/REPLICAS (default 2)")
-    demo.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
+    demo.add_argument("--steps", type=int, default=30, help="training steps (default 30)")
     demo.add_argument("--dir", type=Path, default=Path("demo_run"), help="logs, checkpoints, picture (default demo_run)")
     demo.set_defaults(main=_demo)
     return top

@@ -32,7 +32,7 @@ class Options:
 
     ranks: int = 4
     replicas: int = 2
-    steps: int = 40
+    steps: int = 30
     directory: Path = Path("demo_run")
     data: tuple[Path, ...] = ()
     model: tuple[str, ...] = ()
