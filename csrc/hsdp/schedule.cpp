@@ -4,12 +4,17 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 namespace hsdp_ckpt {
 namespace {
 
 constexpr size_t kReductionsInFlight = 2;  // more would hold packed gradients without moving bytes any sooner
+
+constexpr auto kPatience = std::chrono::milliseconds(200);
+constexpr auto kPause = std::chrono::microseconds(50);
 
 bool InBackward() { return torch::autograd::get_current_graph_task_id() != -1; }
 
@@ -189,21 +194,45 @@ void Schedule::AdvanceReductions(size_t keep) {
   }
   while (!reducing_.empty()) {
     const std::shared_ptr<Unit> unit = reducing_.front();
-    if (!unit->group->reducer().Advance(reducing_.size() > keep)) break;
+    if (reducing_.size() > keep) {
+      AwaitReduction(*unit);
+    } else if (!unit->group->reducer().Advance(false)) {
+      break;
+    }
     reducing_.pop_front();
     unit->on_reduced();
   }
 }
 
+// A peer that has no gradient for this unit joins its reduction at the end of backward only, and to get there it may need a
+// gather that this rank has not started. So nobody waits for a reduction with gathers left to start; while this rank still
+// computes it gives the reduction some time first, because every gather started early holds a unit's memory.
+void Schedule::AwaitReduction(const Unit& unit) {
+  GradReducer& reducer = unit.group->reducer();
+  auto patience = std::chrono::steady_clock::now() + kPatience;
+  while (!gather_queue_.empty()) {
+    if (reducer.Advance(false)) return;
+    if (std::chrono::steady_clock::now() > patience) {
+      gather_queue_.front()->group->StartGather();
+      gather_queue_.pop_front();
+      patience = std::chrono::steady_clock::now() + kPatience;
+    }
+    std::this_thread::sleep_for(kPause);
+  }
+  reducer.Advance(true);
+}
+
 void Schedule::EndBackward() {
+  // Gathers that this rank had no use for come first: peers may wait for them before they can join a reduction.
+  for (; !gather_queue_.empty(); gather_queue_.pop_front()) gather_queue_.front()->group->StartGather();
   for (auto& unit : reduce_queue_) unit->ready = true;
   LaunchReady();
   AdvanceReductions(0);
-  for (; !gather_queue_.empty(); gather_queue_.pop_front()) gather_queue_.front()->group->StartGather();
   for (const auto& unit : units_) {
     unit->group->Reshard();
     if (!unit->group->trainable().empty()) unit->group->reducer().Join();
   }
+  ahead_.reset();
   in_backward_ = false;
   backward_done_ = true;
   on_backward_end_();

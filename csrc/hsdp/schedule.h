@@ -70,6 +70,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void LaunchReady();
   void Launch(const std::shared_ptr<Unit>& unit);
   void AdvanceReductions(size_t keep);
+  void AwaitReduction(const Unit& unit);
   void EndBackward();
 
   const BackwardPrefetch backward_prefetch_;
