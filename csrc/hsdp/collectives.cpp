@@ -69,7 +69,7 @@ WorkPtr Collectives::AllReduce(at::Tensor tensor) const {
 }
 
 bool Collectives::Averages(c10::DeviceType device, at::ScalarType dtype) const {
-  if (dtype != at::kFloat && dtype != at::kBFloat16) return false;
+  if (shards_ * replicas_ == 1 || (dtype != at::kFloat && dtype != at::kBFloat16)) return false;
   return c10d::resolve_process_group(reduce_group_)->getBackend(device)->getBackendName() == "nccl";
 }
 
