@@ -184,7 +184,7 @@ def test_other_types_are_pickled_or_refused() -> None:
     assert decode_metadata(encode_metadata(metadata), "f") == metadata
     for planner_data in ({"w": _Name("w")}, object(), {"w": Path}):
         assert _C.encode_metadata(_example(planner_data)) is None
-        with pytest.raises(CheckpointError, match="_Name|got object|pathlib.Path"):
+        with pytest.raises(CheckpointError, match=r"_Name|got object|pathlib\.Path"):
             encode_metadata(_example(planner_data))
     bad = dataclasses.replace(_example(), storage_data={MetadataIndex("w"): _StorageInfo("../w", 0, 1)})
     with pytest.raises(CheckpointError, match=r"\.\./w"):

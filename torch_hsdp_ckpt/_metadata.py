@@ -31,11 +31,12 @@ def decode_metadata(file: bytes, path: str | os.PathLike[str]) -> Metadata:
 def encode_metadata(metadata: Metadata) -> bytes:
     """The bytes of a `.metadata` file: a pickle that stock DCP reads, then our trailer with a CRC-32, which it never sees.
 
-    Parts of exactly DCP's types and plain data are written natively, others by :mod:`pickle`. Either way the result is one that
-    :func:`read_metadata` reads: what it would refuse is refused here, before a checkpoint depends on it.
+    Parts of exactly DCP's types and plain data are written natively, others by :mod:`pickle`, and then read back: an object
+    that :func:`read_metadata` would refuse is refused here, before a checkpoint depends on it.
 
     Raises:
-        CheckpointError: the metadata (for example a planner's data) holds an object of another class; the message says which.
+        CheckpointError: the metadata (for example a planner's data) holds an object of another class, or names a file outside
+            the checkpoint's directory; the message says which.
     """
     native = _C.encode_metadata(metadata)
     if native is not None:

@@ -227,6 +227,10 @@ class Pickler {
     Put(Op::kEmptyDict);
     Put(Op::kMark);
     for (const auto& [index, info] : *storage) {
+      if (!IsInsideDirectory(info.relative_path) || info.offset < 0 || info.length < 0) {
+        throw Error(index.fqn + ": " + std::to_string(info.length) + " bytes at " + std::to_string(info.offset) + " of '" +
+                    info.relative_path + "' are no place inside a checkpoint's directory");
+      }
       Instance(kIndex, kDcp, "MetadataIndex");
       Key("fqn");
       Str(index.fqn);

@@ -132,7 +132,8 @@ bool IsInsideDirectory(std::string_view relative_path);
 Metadata DecodeMetadata(std::span<const std::byte> file, const std::string& path);
 
 /// The bytes of a `.metadata` file: a pickle that every torch which knows these classes loads into an equal value (strides
-/// need 2.15), and our trailer. Throws Error for planner data that is not in order or nested deeper than 200 levels.
+/// need 2.15), and our trailer. Throws Error for a record that is not inside the directory, and for planner data that is
+/// not in order or nested deeper than 200 levels.
 std::string EncodeMetadata(const Metadata& metadata);
 
 }  // namespace hsdp_ckpt
