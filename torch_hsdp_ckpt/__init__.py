@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
 
 from ._build import build_info
 from .errors import CheckpointError, CorruptCheckpointError
+from .filesystem import FileSystemReader, FileSystemWriter
 from .fsdp import FullyShardedDataParallel
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "CPUOffload",
     "CheckpointError",
     "CorruptCheckpointError",
+    "FileSystemReader",
+    "FileSystemWriter",
     "FullyShardedDataParallel",
     "MixedPrecision",
     "OptimStateDictConfig",

@@ -30,6 +30,7 @@ std::map<std::string, std::string> BuildInfo() {
 PYBIND11_MODULE(_C, module) {
   using namespace hsdp_ckpt;
   module.def("_build_info", &BuildInfo);
+  BindCheckpoint(module);
   BindErrors(module);
   BindHsdp(module);
   BindMetadata(module);

@@ -6,6 +6,7 @@
 // What each bind_*.cpp adds to the module. No logic here: arguments are converted, the GIL is released, a room is called.
 namespace hsdp_ckpt {
 
+void BindCheckpoint(pybind11::module_& module);
 void BindErrors(pybind11::module_& module);
 void BindHsdp(pybind11::module_& module);
 void BindMetadata(pybind11::module_& module);

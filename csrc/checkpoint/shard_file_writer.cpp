@@ -1,0 +1,329 @@
+// How a data file is written. Everything between two positions of the file is an extent: zero padding, a record's head, its
+// payload, its tail, or plain bytes (objects, the index). A block is a range of the file; what of which extents falls into
+// it is found by binary search.
+#include "checkpoint/shard_file_writer.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <condition_variable>
+#include <cstring>
+
+#include "base/crc32.h"
+#include "base/error.h"
+#include "base/parallel.h"
+#include "record/record.h"
+#include "record/tensor_pickle.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+// Payload pieces of at least this size go from their own memory to a buffered file; smaller ones are gathered.
+constexpr int64_t kGather = 64 << 10;
+// A buffered write's step: summed, then copied by the kernel while it is still in the second-level cache.
+constexpr int64_t kStep = 256 << 10;
+
+enum class Kind { kZeros, kHead, kPayload, kTail, kBytes };
+
+}  // namespace
+
+struct ShardFileWriter::Record {
+  const RecordSource* source = nullptr;
+  size_t entry = 0;
+  std::vector<std::byte> head;
+  std::vector<std::byte> tail;  // encoded when the payload's checksum is known
+  int64_t remaining = 0;        // payload bytes not summed yet
+  struct Part {
+    int64_t from;
+    int64_t size;
+    uint32_t crc;
+  };
+  std::vector<Part> parts;
+};
+
+struct ShardFileWriter::Extent {
+  int64_t offset;
+  int64_t size;
+  Kind kind;
+  Record* record;
+  std::span<const std::byte> bytes;
+};
+
+struct ShardFileWriter::Batch {
+  std::vector<std::unique_ptr<Record>> records;
+  std::vector<Extent> extents;  // by offset, without gaps
+  int64_t end = 0;
+  std::mutex mutex;  // guards what a record learns while blocks are written
+  std::condition_variable tail_ready;
+  bool failed = false;
+
+  void Add(int64_t size, Kind kind, Record* record, std::span<const std::byte> bytes) {
+    if (size > 0) extents.push_back({end, size, kind, record, bytes});
+    end += size;
+  }
+};
+
+ShardFileWriter::ShardFileWriter(FileSystem& fs, const std::string& directory, const DataFileName& name,
+                                 const WriterOptions& options)
+    : fs_(fs), path_(JoinPath(directory, name.ToString())), options_(options) {
+  index_.save_id = name.save_id;
+  if (options.direct) {
+    try {
+      file_ = std::make_unique<File>(File::Open(fs_, path_, OpenMode::kCreateDirect));
+    } catch (const IoError& error) {
+      if (error.error_number() != EINVAL) throw;  // EINVAL: this file system has no direct I/O
+    }
+  }
+  if (!file_) file_ = std::make_unique<File>(File::Open(fs_, path_, OpenMode::kCreate));
+  try {
+    if (options.reserve > 0) file_->Allocate(options.reserve);
+  } catch (...) {
+    RemoveFile(fs_, path_);
+    throw;
+  }
+}
+
+ShardFileWriter::~ShardFileWriter() {
+  if (finished_) return;
+  file_.reset();
+  try {
+    RemoveFile(fs_, path_);
+  } catch (const IoError&) {
+    // Nothing names this file: the next save into the directory removes it when this process is gone.
+  }
+}
+
+std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const RecordSource> records) {
+  Batch batch;
+  batch.end = position_;
+  std::vector<Place> places;
+  for (const RecordSource& source : records) {
+    auto record = std::make_unique<Record>();
+    record->source = &source;
+    record->entry = index_.entries.size();
+    IndexEntry entry;
+    entry.dtype = source.dtype;
+    entry.shape = source.shape;
+    entry.payload = static_cast<int64_t>(source.data.size());
+    if (source.dtype != nullptr) {
+      const RecordSize size = SizeOfRecord(*source.dtype, source.shape);
+      if (size.payload != entry.payload) {
+        throw Error(source.name + ": " + std::to_string(entry.payload) + " bytes for a tensor of " +
+                    std::to_string(size.payload));
+      }
+      entry.head = size.head;
+      entry.tail = size.tail;
+      entry.offset = RecordStart(batch.end, size);
+      record->head = EncodeRecordHead(*source.dtype, source.shape);
+    } else {
+      entry.offset = batch.end;
+    }
+    entry.framing_crc = Crc32(record->head);
+    record->remaining = entry.payload;
+    batch.Add(entry.offset - batch.end, Kind::kZeros, nullptr, {});
+    batch.Add(entry.head, Kind::kHead, record.get(), record->head);
+    batch.Add(entry.payload, Kind::kPayload, record.get(), source.data);
+    batch.Add(entry.tail, Kind::kTail, record.get(), {});
+    places.push_back({entry.offset, entry.length()});
+    index_.entries.push_back(std::move(entry));
+    if (source.data.empty()) PayloadDone(batch, *record, 0, {}, {});
+    batch.records.push_back(std::move(record));
+  }
+  Flush(batch, /*last=*/false);
+  position_ = batch.end;
+  return places;
+}
+
+WrittenFile ShardFileWriter::Finish() {
+  const int64_t start = IndexStart(position_);
+  const auto bytes = EncodeIndex(index_, start);
+  Batch batch;
+  batch.end = position_;
+  batch.Add(start - position_, Kind::kZeros, nullptr, {});
+  batch.Add(static_cast<int64_t>(bytes.size()), Kind::kBytes, nullptr, bytes);
+  Flush(batch, /*last=*/true);
+  file_->Truncate(batch.end);  // a direct file's last block was written to its end; a reservation may have been longer
+  if (options_.sync) file_->Sync();
+  const WrittenFile result{batch.end, file_->direct()};
+  file_->Close();
+  finished_ = true;
+  return result;
+}
+
+void ShardFileWriter::Flush(Batch& batch, bool last) {
+  const auto block = static_cast<int64_t>(options_.block);
+  // A direct file is written in whole blocks: what is left over stays in memory until the next call or the end.
+  const bool carry = options_.direct && file_->direct();
+  const int64_t begin = flushed_;
+  const int64_t end = batch.end;
+  const int64_t first = begin / block;
+  const auto count = static_cast<size_t>(end > begin ? (end - 1) / block - first + 1 : 0);
+  AlignedBuffer prefix = std::move(carry_);  // begins where the first block does
+  const bool blocks = carry || prefix;
+  const auto work = [&](size_t i) {
+    const int64_t from = std::max(begin, (first + static_cast<int64_t>(i)) * block);
+    const int64_t to = std::min(end, (first + static_cast<int64_t>(i) + 1) * block);
+    try {
+      if (blocks) {
+        AlignedBuffer buffer = i == 0 && prefix ? std::move(prefix) : TakeBuffer();
+        WriteBlock(batch, from, to, std::move(buffer), !last && carry && to % block != 0);
+      } else {
+        WriteBlockBuffered(batch, from, to);
+      }
+    } catch (...) {
+      // Others may be waiting for a checksum that now never comes.
+      const std::lock_guard lock(batch.mutex);
+      batch.failed = true;
+      batch.tail_ready.notify_all();
+      throw;
+    }
+  };
+  ParallelFor(count, options_.threads, work);
+  if (count == 0) carry_ = std::move(prefix);
+  flushed_ = carry && !last ? end / block * block : end;
+}
+
+void ShardFileWriter::WriteBlock(Batch& batch, int64_t begin, int64_t end, AlignedBuffer buffer, bool keep) {
+  int64_t have = std::max(begin, position_);  // what earlier calls left over is in the first block's buffer already
+  auto extent = std::upper_bound(batch.extents.begin(), batch.extents.end(), have,
+                                 [](int64_t at, const Extent& e) { return at < e.offset + e.size; });
+  while (have < end) {
+    const int64_t to = std::min(end, extent->offset + extent->size);
+    Assemble(batch, *extent, have,
+             buffer.span().subspan(static_cast<size_t>(have - begin), static_cast<size_t>(to - have)));
+    have = to;
+    ++extent;
+  }
+  if (keep) {
+    carry_ = std::move(buffer);
+    return;
+  }
+  const size_t used = static_cast<size_t>(end - begin);
+  const size_t size = (used + AlignedBuffer::kAlignment - 1) / AlignedBuffer::kAlignment * AlignedBuffer::kAlignment;
+  std::memset(buffer.data() + used, 0, size - used);
+  file_->WriteAt(buffer.span().first(size), begin);
+  GiveBuffer(std::move(buffer));
+}
+
+void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end) {
+  AlignedBuffer buffer = TakeBuffer();
+  int64_t gathered = begin;  // the buffer holds the file's bytes from here ...
+  int64_t have = begin;      // ... to here
+  const auto write_gathered = [&] {
+    if (have > gathered) file_->WriteAt(buffer.span().first(static_cast<size_t>(have - gathered)), gathered);
+    gathered = have;
+  };
+  auto extent = std::upper_bound(batch.extents.begin(), batch.extents.end(), have,
+                                 [](int64_t at, const Extent& e) { return at < e.offset + e.size; });
+  while (have < end) {
+    const int64_t to = std::min(end, extent->offset + extent->size);
+    if (extent->kind == Kind::kPayload && to - have >= kGather) {
+      write_gathered();
+      for (int64_t at = have; at < to;) {
+        // Steps end where checksum blocks do, so that a step's checksum is a part of one block's.
+        const int64_t in_payload = at - extent->offset;
+        const int64_t step = std::min({to - at, kStep, kChecksumBlock - in_payload % kChecksumBlock});
+        const auto piece = extent->bytes.subspan(static_cast<size_t>(in_payload), static_cast<size_t>(step));
+        const uint32_t crc = Crc32(piece);
+        file_->WriteAt(piece, at);
+        PayloadDone(batch, *extent->record, in_payload, {&crc, 1}, {&step, 1});
+        at += step;
+      }
+      gathered = to;
+    } else {
+      // A block of the buffer's size always fits: it starts where the buffer's bytes start or later.
+      Assemble(batch, *extent, have,
+               buffer.span().subspan(static_cast<size_t>(have - gathered), static_cast<size_t>(to - have)));
+    }
+    have = to;
+    ++extent;
+  }
+  write_gathered();
+  GiveBuffer(std::move(buffer));
+}
+
+// Puts `target.size()` bytes of an extent, from file position `from` on, where they will be written from.
+void ShardFileWriter::Assemble(Batch& batch, const Extent& extent, int64_t from, std::span<std::byte> target) {
+  const int64_t at = from - extent.offset;
+  switch (extent.kind) {
+    case Kind::kZeros:
+      std::memset(target.data(), 0, target.size());
+      return;
+    case Kind::kHead:
+    case Kind::kBytes:
+      std::memcpy(target.data(), extent.bytes.data() + at, target.size());
+      return;
+    case Kind::kTail: {
+      std::unique_lock lock(batch.mutex);
+      batch.tail_ready.wait(lock, [&] { return batch.failed || !extent.record->tail.empty(); });
+      if (batch.failed) throw Error(path_ + ": another worker failed");  // never seen: the first error is thrown
+      std::memcpy(target.data(), extent.record->tail.data() + at, target.size());
+      return;
+    }
+    case Kind::kPayload: {
+      const auto size = static_cast<int64_t>(target.size());
+      std::vector<uint32_t> crcs;
+      std::vector<int64_t> sizes;
+      for (int64_t done = 0; done < size;) {
+        const int64_t step = std::min(size - done, kChecksumBlock - (at + done) % kChecksumBlock);
+        crcs.push_back(CopyAndCrc32(target.subspan(static_cast<size_t>(done), static_cast<size_t>(step)),
+                                    extent.bytes.subspan(static_cast<size_t>(at + done), static_cast<size_t>(step))));
+        sizes.push_back(step);
+        done += step;
+      }
+      PayloadDone(batch, *extent.record, at, crcs, sizes);
+      return;
+    }
+  }
+}
+
+// Notes the checksums of payload bytes from `from` on, in consecutive pieces; with the last ones the record's tail is made.
+void ShardFileWriter::PayloadDone(Batch& batch, Record& record, int64_t from, std::span<const uint32_t> crcs,
+                                  std::span<const int64_t> sizes) {
+  const std::lock_guard lock(batch.mutex);
+  for (size_t i = 0; i < crcs.size(); ++i) {
+    record.parts.push_back({from, sizes[i], crcs[i]});
+    record.remaining -= sizes[i];
+    from += sizes[i];
+  }
+  if (record.remaining > 0) return;
+  std::sort(record.parts.begin(), record.parts.end(), [](const auto& a, const auto& b) { return a.from < b.from; });
+  IndexEntry& entry = index_.entries[record.entry];
+  for (const Record::Part& part : record.parts) {
+    if (part.from % kChecksumBlock == 0) {
+      entry.block_crcs.push_back(part.crc);
+    } else {
+      entry.block_crcs.back() = Crc32Combine(entry.block_crcs.back(), part.crc, static_cast<uint64_t>(part.size));
+    }
+  }
+  int64_t at = 0;
+  for (const uint32_t crc : entry.block_crcs) {
+    const int64_t size = std::min(kChecksumBlock, entry.payload - at);
+    entry.payload_crc = Crc32Combine(entry.payload_crc, crc, static_cast<uint64_t>(size));
+    at += size;
+  }
+  if (entry.dtype != nullptr) {
+    record.tail = EncodeRecordTail(*entry.dtype, entry.shape, entry.payload_crc);
+    entry.framing_crc = Crc32(record.tail, entry.framing_crc);
+    batch.tail_ready.notify_all();
+  }
+}
+
+AlignedBuffer ShardFileWriter::TakeBuffer() {
+  {
+    const std::lock_guard lock(buffers_mutex_);
+    if (!buffers_.empty()) {
+      AlignedBuffer buffer = std::move(buffers_.back());
+      buffers_.pop_back();
+      return buffer;
+    }
+  }
+  return AlignedBuffer(options_.block);
+}
+
+void ShardFileWriter::GiveBuffer(AlignedBuffer buffer) {
+  const std::lock_guard lock(buffers_mutex_);
+  buffers_.push_back(std::move(buffer));
+}
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "checkpoint/data_file_name.h"
+#include "checkpoint/file_index.h"
+#include "io/file.h"
+
+namespace hsdp_ckpt {
+
+/// One record to be written. `data` must stay as it is until Write returns.
+struct RecordSource {
+  std::string name;              ///< the tensor's, for messages
+  const DType* dtype = nullptr;  ///< null: an object, written as it is
+  std::vector<int64_t> shape;
+  std::span<const std::byte> data;  ///< contiguous; as long as dtype and shape say
+};
+
+struct WriterOptions {
+  int threads = 2;          ///< that assemble and write blocks
+  bool direct = true;       ///< past the page cache where the file system allows it
+  bool sync = true;         ///< the file's bytes are durable when Finish returns
+  int64_t reserve = 0;      ///< bytes to reserve at the start, 0: none; a full disk then says so before a byte is written
+  size_t block = 8u << 20;  ///< bytes of a write; a multiple of 4096
+};
+
+struct WrittenFile {
+  int64_t size = 0;
+  bool direct = false;  ///< whether the bytes went past the page cache to the end
+};
+
+/// Writes one data file: records in the order they come, then the index.
+///
+/// Works in blocks. A worker assembles a block (copy and checksum in one pass over the memory) and writes it while others
+/// assemble theirs, so memory is bounded by (threads + 1) blocks whatever the file's size. Only a record's tail depends on
+/// earlier bytes, through the payload's CRC: a worker that comes to a tail waits for the workers of earlier blocks, which
+/// never wait for a later one. Buffered files get large payloads straight from where they are.
+///
+/// The file must not exist: data files are never overwritten. One that was not finished is removed by the destructor.
+/// Not thread-safe. After an exception only destruction is left.
+class ShardFileWriter {
+ public:
+  ShardFileWriter(FileSystem& fs, const std::string& directory, const DataFileName& name, const WriterOptions& options);
+  ~ShardFileWriter();
+  ShardFileWriter(const ShardFileWriter&) = delete;
+  ShardFileWriter& operator=(const ShardFileWriter&) = delete;
+
+  /// Where a record lies in the file, as DCP's metadata wants it.
+  struct Place {
+    int64_t offset = 0;
+    int64_t length = 0;
+  };
+  std::vector<Place> Write(std::span<const RecordSource> records);
+  /// Writes the index, gives the file its exact length, syncs and closes it. The directory is the caller's to sync.
+  WrittenFile Finish();
+
+ private:
+  struct Record;
+  struct Extent;
+  struct Batch;
+
+  void Flush(Batch& batch, bool last);
+  void WriteBlock(Batch& batch, int64_t begin, int64_t end, AlignedBuffer buffer, bool keep);
+  void WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end);
+  void Assemble(Batch& batch, const Extent& extent, int64_t from, std::span<std::byte> target);
+  void PayloadDone(Batch& batch, Record& record, int64_t from, std::span<const uint32_t> crcs,
+                   std::span<const int64_t> sizes);
+  AlignedBuffer TakeBuffer();
+  void GiveBuffer(AlignedBuffer buffer);
+
+  FileSystem& fs_;
+  const std::string path_;
+  const WriterOptions options_;
+  FileIndex index_;
+  std::unique_ptr<File> file_;
+  bool finished_ = false;
+  int64_t position_ = 0;  // where the next record may begin
+  int64_t flushed_ = 0;   // everything before it is in the file; behind it, up to position_, in carry_
+  AlignedBuffer carry_;
+  std::mutex buffers_mutex_;
+  std::vector<AlignedBuffer> buffers_;
+};
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,83 @@
+#include "checkpoint/stock_record.h"
+
+#include <algorithm>
+
+#include "base/crc32.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+constexpr uint64_t kSmallEntry = 64 << 10;  // data.pkl of a tensor, byteorder, version: hundreds of bytes at most
+
+void CheckCrc(const ZipEntry& entry, std::span<const std::byte> bytes, const std::string& path, const std::string& name) {
+  const uint32_t crc = Crc32(bytes);
+  if (crc != entry.crc) {
+    throw CorruptionError(path, name + " (" + entry.name + ")", "CRC " + std::to_string(entry.crc), std::to_string(crc));
+  }
+}
+
+bool IsZip(const File& file, const std::string& name, int64_t offset, int64_t length) {
+  if (length < static_cast<int64_t>(ZipEnd::kSize)) return false;
+  std::vector<std::byte> first(4), last(ZipEnd::kSize);
+  file.ReadAt(first, offset, name);
+  file.ReadAt(last, offset + length - static_cast<int64_t>(last.size()), name);
+  // Either end is enough: a zip with one damaged end is a damaged zip and not something else.
+  return ByteReader(first, "", "").Get<uint32_t>() == ZipLocalHeader::kSignature || LooksLikeZip(last);
+}
+
+}  // namespace
+
+StockRecord OpenStockRecord(const File& file, const std::string& name, int64_t offset, int64_t length) {
+  StockRecord record;
+  record.is_zip = IsZip(file, name, offset, length);
+  if (!record.is_zip) return record;
+  const auto source = [&](std::span<std::byte> target, uint64_t at) {
+    file.ReadAt(target, offset + static_cast<int64_t>(at), name);
+  };
+  record.entries = ReadZipDirectory(source, static_cast<uint64_t>(length), file.path(), name);
+
+  // The archive's name, then one of these; anything else makes it no plain tensor.
+  const ZipEntry* pickle = nullptr;
+  const ZipEntry* payload = nullptr;
+  const ZipEntry* byteorder = nullptr;
+  for (const ZipEntry& entry : record.entries) {
+    const size_t slash = entry.name.find('/');
+    const std::string base = slash == std::string::npos ? "" : entry.name.substr(slash + 1);
+    if (base == "data.pkl") pickle = &entry;
+    if (base == "byteorder") byteorder = &entry;
+    if (base == "data/0") payload = &entry;
+    if (base.starts_with("data/") && base != "data/0") return record;
+  }
+  if (pickle == nullptr || payload == nullptr || byteorder == nullptr) return record;
+  for (const ZipEntry& entry : record.entries) {
+    if (&entry == payload) continue;
+    if (entry.size > kSmallEntry) return record;
+    std::vector<std::byte> bytes(entry.size);
+    source(bytes, entry.data_offset);
+    CheckCrc(entry, bytes, file.path(), name);
+    if (&entry == byteorder && AsText(bytes) != "little") return record;
+    if (&entry == pickle) record.tensor = DecodeTensorPickle(bytes);
+  }
+  if (record.tensor && static_cast<uint64_t>(record.tensor->storage_bytes) != payload->size) {
+    throw CorruptionError(file.path(), name, "a storage of " + std::to_string(record.tensor->storage_bytes) + " bytes",
+                          std::to_string(payload->size));
+  }
+  record.payload = *payload;
+  return record;
+}
+
+std::vector<std::byte> ReadStockBytes(const File& file, const std::string& name, int64_t offset, int64_t length) {
+  std::vector<std::byte> bytes(static_cast<size_t>(length));
+  file.ReadAt(bytes, offset, name);
+  if (!IsZip(file, name, offset, length)) return bytes;
+  const std::span<const std::byte> all(bytes);
+  const auto source = [&](std::span<std::byte> target, uint64_t at) {
+    std::copy_n(all.begin() + static_cast<std::ptrdiff_t>(at), target.size(), target.begin());
+  };
+  for (const ZipEntry& entry : ReadZipDirectory(source, bytes.size(), file.path(), name)) {
+    CheckCrc(entry, all.subspan(entry.data_offset, entry.size), file.path(), name);
+  }
+  return bytes;
+}
+
+}  // namespace hsdp_ckpt

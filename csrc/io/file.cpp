@@ -1,0 +1,147 @@
+#include "io/file.h"
+
+#include <cerrno>
+
+#include "base/error.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+// Calls until it is not interrupted; throws what else goes wrong.
+template <typename Call>
+auto Checked(const char* op, const std::string& path, int64_t offset, const Call& call) {
+  for (;;) {
+    const auto rc = call();
+    if (rc >= 0) return rc;
+    if (rc != -EINTR) throw IoError(op, path, offset, static_cast<int>(-rc));
+  }
+}
+
+}  // namespace
+
+File File::Open(FileSystem& fs, const std::string& path, OpenMode mode) {
+  std::unique_ptr<RawFile> raw;
+  Checked("open", path, -1, [&] { return fs.Open(path, mode, &raw); });
+  return File(std::move(raw), path, mode == OpenMode::kReadDirect || mode == OpenMode::kCreateDirect);
+}
+
+int64_t File::Size() const {
+  return Checked("fstat", path_, -1, [&] { return raw_->Size(); });
+}
+
+void File::ReadAt(std::span<std::byte> target, int64_t offset, const std::string& what) const {
+  size_t done = 0;
+  while (done < target.size()) {
+    const int64_t at = offset + static_cast<int64_t>(done);
+    const auto n = Checked("pread", path_, at, [&] { return raw_->PRead(target.data() + done, target.size() - done, at); });
+    if (n == 0) {
+      throw CorruptionError(path_, what, std::to_string(target.size()) + " bytes at offset " + std::to_string(offset),
+                            "a file that ends after " + std::to_string(done) + " of them");
+    }
+    done += static_cast<size_t>(n);
+  }
+}
+
+void File::WriteAt(std::span<const std::byte> data, int64_t offset) {
+  size_t done = 0;
+  while (done < data.size()) {
+    const int64_t at = offset + static_cast<int64_t>(done);
+    const auto n = raw_->PWrite(data.data() + done, data.size() - done, at);
+    if (n == -EINTR) continue;
+    if (n == -EINVAL && direct()) {
+      DisableDirect();
+      continue;
+    }
+    // A write of nothing without an error is a device that is full and can't say so.
+    if (n <= 0) throw IoError("pwrite", path_, at, n == 0 ? ENOSPC : static_cast<int>(-n));
+    done += static_cast<size_t>(n);
+    // A direct write cut short may stop inside a block; only a buffered one can go on from there.
+    if (direct() && done < data.size() && done % 4096 != 0) DisableDirect();
+  }
+}
+
+void File::Truncate(int64_t size) {
+  Checked("ftruncate", path_, size, [&] { return raw_->Truncate(size); });
+}
+
+bool File::Allocate(int64_t size) {
+  for (;;) {
+    const int rc = raw_->Allocate(size);
+    if (rc >= 0) return true;
+    if (rc == -EINTR) continue;
+    if (rc == -EOPNOTSUPP || rc == -ENOSYS || rc == -EINVAL) return false;
+    throw IoError("fallocate", path_, size, -rc);
+  }
+}
+
+void File::Sync() {
+  // Never a second fsync after a failed one: the kernel may have dropped the dirty pages and would report success.
+  const int rc = raw_->Sync();
+  if (rc == -EINTR) return Sync();
+  if (rc < 0) throw IoError("fsync", path_, -1, -rc);
+}
+
+void File::DisableDirect() {
+  Checked("fcntl", path_, -1, [&] { return raw_->DisableDirect(); });
+  *direct_ = false;
+}
+
+void File::Close() {
+  Checked("close", path_, -1, [&] { return raw_->Close(); });
+}
+
+std::string JoinPath(const std::string& directory, const std::string& name) {
+  return directory.empty() || directory.ends_with('/') ? directory + name : directory + "/" + name;
+}
+
+bool GetStatus(FileSystem& fs, const std::string& path, FileStatus* status) {
+  for (;;) {
+    const int rc = fs.Status(path, status);
+    if (rc >= 0) return true;
+    if (rc == -ENOENT) return false;
+    if (rc != -EINTR) throw IoError("stat", path, -1, -rc);
+  }
+}
+
+std::vector<std::string> ListDirectory(FileSystem& fs, const std::string& path) {
+  std::vector<std::string> names;
+  Checked("readdir", path, -1, [&] { return fs.List(path, &names); });
+  return names;
+}
+
+void RenameFile(FileSystem& fs, const std::string& from, const std::string& to) {
+  Checked("rename", from, -1, [&] { return fs.Rename(from, to); });
+}
+
+bool RemoveFile(FileSystem& fs, const std::string& path) {
+  for (;;) {
+    const int rc = fs.Remove(path);
+    if (rc >= 0) return true;
+    if (rc == -ENOENT) return false;
+    if (rc != -EINTR) throw IoError("unlink", path, -1, -rc);
+  }
+}
+
+void SyncDirectory(FileSystem& fs, const std::string& path) {
+  Checked("fsync", path, -1, [&] { return fs.SyncDirectory(path.empty() ? "." : path); });
+}
+
+void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
+  FileStatus status;
+  if (path.empty() || GetStatus(fs, path, &status)) return;
+  const size_t end = path.find_last_not_of('/');
+  const size_t slash = path.rfind('/', end);
+  const std::string parent = slash == std::string::npos ? "" : slash == 0 ? "/" : path.substr(0, slash);
+  MakeDirectories(fs, parent, sync);
+  for (;;) {
+    const int rc = fs.MakeDirectory(path);
+    if (rc == -EINTR) continue;
+    // Another rank was faster. It syncs the parent before its own vote, without which nothing is committed.
+    if (rc == -EEXIST) return;
+    if (rc < 0) throw IoError("mkdir", path, -1, -rc);
+    break;
+  }
+  if (sync) SyncDirectory(fs, parent);
+}
+
+}  // namespace hsdp_ckpt

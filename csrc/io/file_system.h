@@ -1,0 +1,65 @@
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace hsdp_ckpt {
+
+/// One open file, as the operating system has it: a call may be interrupted or do less than asked. `File` (io/file.h) is
+/// what the rest of the code uses; only it deals with that. Results are >= 0 or a negative errno. Calls are thread-safe.
+class RawFile {
+ public:
+  virtual ~RawFile() = default;  // closes, whatever the state
+
+  virtual ssize_t PRead(void* data, size_t size, int64_t offset) = 0;
+  virtual ssize_t PWrite(const void* data, size_t size, int64_t offset) = 0;
+  virtual int64_t Size() = 0;
+  virtual int Truncate(int64_t size) = 0;
+  /// Reserves blocks for bytes [0, size) and makes the file that long. -EOPNOTSUPP where the file system can't.
+  virtual int Allocate(int64_t size) = 0;
+  virtual int Sync() = 0;
+  /// Turns direct I/O off for a file opened with it; for file systems that take the flag and refuse the write.
+  virtual int DisableDirect() = 0;
+  /// Closes and says what the close had to say; the destructor then does nothing more.
+  virtual int Close() = 0;
+};
+
+enum class OpenMode {
+  kRead,          ///< an existing file
+  kReadDirect,    ///< the same past the page cache; -EINVAL where the file system refuses that
+  kCreate,        ///< a new file for writing; -EEXIST if there is one of that name
+  kCreateDirect,  ///< the same past the page cache; -EINVAL where the file system refuses that
+};
+
+struct FileStatus {
+  bool is_directory = false;
+  int64_t size = 0;
+  int64_t modified = 0;  ///< seconds since the epoch
+};
+
+/// What the checkpoint engine asks of an operating system: small enough to fake. Results are >= 0 or a negative errno; any
+/// call may be interrupted (-EINTR). Thread-safe.
+class FileSystem {
+ public:
+  virtual ~FileSystem() = default;
+
+  virtual int Open(const std::string& path, OpenMode mode, std::unique_ptr<RawFile>* file) = 0;
+  virtual int Status(const std::string& path, FileStatus* status) = 0;
+  /// Names in a directory, without "." and "..", in no order.
+  virtual int List(const std::string& directory, std::vector<std::string>* names) = 0;
+  virtual int MakeDirectory(const std::string& path) = 0;
+  virtual int Rename(const std::string& from, const std::string& to) = 0;
+  virtual int Remove(const std::string& path) = 0;
+  /// Makes the directory's entries (files made, renamed, removed in it) survive a power loss.
+  virtual int SyncDirectory(const std::string& path) = 0;
+};
+
+/// The operating system's own. Lives for ever.
+FileSystem& PosixFileSystem();
+
+}  // namespace hsdp_ckpt

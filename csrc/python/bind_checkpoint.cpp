@@ -1,0 +1,165 @@
+// The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape, address): the caller keeps
+// them alive and contiguous during the call. The GIL is released for all that reads, writes or waits.
+#include "base/error.h"
+#include "checkpoint/commit.h"
+#include "checkpoint/data_file_name.h"
+#include "checkpoint/shard_file_reader.h"
+#include "checkpoint/shard_file_writer.h"
+#include "io/file.h"
+#include "python/module.h"
+#include "record/record.h"
+#include "record/tensor_pickle.h"
+
+namespace py = pybind11;
+
+namespace hsdp_ckpt {
+namespace {
+
+using Shape = std::vector<int64_t>;
+using TensorArgument = std::tuple<std::string, std::string, Shape, uintptr_t>;
+using ReadArgument = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, uintptr_t>;
+using PlaceResult = std::pair<int64_t, int64_t>;
+
+const DType& KnownDType(const std::string& name) {
+  const DType* dtype = FindDType(std::string_view(name));
+  if (dtype == nullptr) throw py::value_error("no record format for dtype " + name);
+  return *dtype;
+}
+
+std::vector<PlaceResult> WriteAll(ShardFileWriter& writer, const std::vector<RecordSource>& records) {
+  std::vector<PlaceResult> places;
+  const py::gil_scoped_release release;
+  for (const auto& place : writer.Write(records)) places.emplace_back(place.offset, place.length);
+  return places;
+}
+
+std::vector<PlaceResult> WriteTensors(ShardFileWriter& writer, const std::vector<TensorArgument>& tensors) {
+  std::vector<RecordSource> records;
+  for (const auto& [name, dtype_name, shape, address] : tensors) {
+    const DType& dtype = KnownDType(dtype_name);
+    const auto* data = reinterpret_cast<const std::byte*>(address);
+    records.push_back({name, &dtype, shape, {data, static_cast<size_t>(TensorBytes(dtype, shape))}});
+  }
+  return WriteAll(writer, records);
+}
+
+std::vector<PlaceResult> WriteObjects(ShardFileWriter& writer,
+                                      const std::vector<std::pair<std::string, py::buffer>>& objects) {
+  std::vector<RecordSource> records;
+  std::vector<py::buffer_info> views;  // keep the memory where it is until the write is over
+  views.reserve(objects.size());
+  for (const auto& [name, buffer] : objects) {
+    const auto& view = views.emplace_back(buffer.request());
+    records.push_back(
+        {name, nullptr, {}, {static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize)}});
+  }
+  return WriteAll(writer, records);
+}
+
+void ReadTensors(ShardFileReader& reader, const std::vector<ReadArgument>& reads, int threads) {
+  std::vector<PayloadRead> parts;
+  for (const auto& [name, offset, length, first, size, address] : reads) {
+    parts.push_back({name, offset, length, first, {reinterpret_cast<std::byte*>(address), static_cast<size_t>(size)}});
+  }
+  const py::gil_scoped_release release;
+  reader.Read(parts, threads);
+}
+
+py::object DescribeRecord(ShardFileReader& reader, const std::string& name, int64_t offset, int64_t length) {
+  std::optional<TensorDescription> tensor;
+  {
+    const py::gil_scoped_release release;
+    tensor = reader.Describe(name, offset, length);
+  }
+  if (!tensor) return py::none();
+  return py::make_tuple(std::string(tensor->dtype->name), tensor->shape, tensor->stride, tensor->storage_offset,
+                        tensor->storage_bytes);
+}
+
+py::bytes ReadObject(ShardFileReader& reader, const std::string& name, int64_t offset, int64_t length) {
+  std::vector<std::byte> bytes;
+  {
+    const py::gil_scoped_release release;
+    bytes = reader.ReadBytes(name, offset, length);
+  }
+  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+std::string MakeFileName(int64_t rank, uint64_t save_id, int64_t number) {
+  return DataFileName{rank, save_id, ThisProcess(), false, number}.ToString();
+}
+
+std::string MakeTorchPrefix(int64_t rank, uint64_t save_id) {
+  const std::string name = DataFileName{rank, save_id, ThisProcess(), true, 0}.ToString();
+  return name.substr(0, name.rfind('_') + 1);
+}
+
+std::unique_ptr<ShardFileWriter> MakeWriter(const std::string& directory, const std::string& name, int threads, bool sync,
+                                            int64_t reserve) {
+  const auto parsed = DataFileName::Parse(name);
+  if (!parsed) throw py::value_error("not a data file's name: " + name);
+  const py::gil_scoped_release release;
+  return std::make_unique<ShardFileWriter>(PosixFileSystem(), directory, *parsed,
+                                           WriterOptions{.threads = threads, .sync = sync, .reserve = reserve});
+}
+
+std::pair<int64_t, bool> Finish(ShardFileWriter& writer) {
+  const py::gil_scoped_release release;
+  const WrittenFile written = writer.Finish();
+  return {written.size, written.direct};
+}
+
+std::pair<std::vector<std::string>, std::vector<std::string>> CommitCheckpoint(
+    const std::string& directory, const std::string& metadata_name, const py::bytes& metadata,
+    const std::vector<std::tuple<std::string, int64_t, bool>>& files, const std::vector<std::string>& superseded,
+    bool sync) {
+  const std::string_view bytes = metadata;
+  CommitRequest request{directory, metadata_name, std::as_bytes(std::span(bytes)), {}, superseded, sync};
+  for (const auto& [name, size, exact] : files) request.files.push_back({name, size, exact});
+  const py::gil_scoped_release release;
+  auto result = Commit(PosixFileSystem(), request, IsProvablyDead);
+  return {std::move(result.removed), std::move(result.left)};
+}
+
+int64_t RecordBytes(const std::string& dtype, const Shape& shape) { return SizeOfRecord(KnownDType(dtype), shape).total(); }
+
+std::vector<std::string> RecordDTypes() {
+  std::vector<std::string> names;
+  for (const DType& dtype : DTypes()) names.emplace_back(dtype.name);
+  return names;
+}
+
+}  // namespace
+
+void BindCheckpoint(py::module_& module) {
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  py::class_<ShardFileWriter>(module, "ShardFileWriter")
+      .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"), py::arg("sync"),
+           py::arg("reserve"))
+      .def("write_tensors", &WriteTensors, py::arg("tensors"))
+      .def("write_objects", &WriteObjects, py::arg("objects"))
+      .def("finish", &Finish);
+  py::class_<ShardFileReader>(module, "ShardFileReader")
+      .def(py::init([](const std::string& directory, const std::string& name) {
+             return std::make_unique<ShardFileReader>(PosixFileSystem(), directory, name);
+           }),
+           py::arg("directory"), py::arg("name"), released)
+      .def_property_readonly("has_index", &ShardFileReader::has_index)
+      .def("describe", &DescribeRecord, py::arg("name"), py::arg("offset"), py::arg("length"))
+      .def("read_tensors", &ReadTensors, py::arg("reads"), py::arg("threads"))
+      .def("read_object", &ReadObject, py::arg("name"), py::arg("offset"), py::arg("length"));
+  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"), py::arg("metadata"),
+             py::arg("files"), py::arg("superseded"), py::arg("sync"));
+  module.def(
+      "make_directories", [](const std::string& path, bool sync) { MakeDirectories(PosixFileSystem(), path, sync); },
+      py::arg("path"), py::arg("sync"), released);
+  module.def(
+      "sync_directory", [](const std::string& path) { SyncDirectory(PosixFileSystem(), path); }, py::arg("path"), released);
+  module.def("new_save_id", &NewSaveId);
+  module.def("data_file_name", &MakeFileName, py::arg("rank"), py::arg("save_id"), py::arg("number"));
+  module.def("torch_file_prefix", &MakeTorchPrefix, py::arg("rank"), py::arg("save_id"));
+  module.def("record_bytes", &RecordBytes, py::arg("dtype"), py::arg("shape"));
+  module.def("record_dtypes", &RecordDTypes);
+}
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,252 @@
+// Power loss and failures at every call of a save over an older checkpoint: the directory must hold a complete checkpoint.
+#include "checkpoint/commit.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <random>
+#include <sstream>
+
+#include "base/bytes.h"
+#include "base/error.h"
+#include "checkpoint/shard_file_reader.h"
+#include "checkpoint/shard_file_writer.h"
+#include "fault_file_system.h"
+#include "io/file.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+constexpr int kRanks = 2;
+const std::string kDirectory = "/job/step";
+
+std::vector<float> Values(int generation, int rank) {
+  std::mt19937 random(static_cast<unsigned>(generation * 10 + rank));
+  std::vector<float> out(5000 + static_cast<size_t>(rank));
+  for (float& value : out) value = static_cast<float>(random());
+  return out;
+}
+
+DataFileName NameOf(int generation, int rank) {
+  return {rank, static_cast<uint64_t>(generation), {1, 2, 100 + generation, 4}, false, 0};
+}
+
+bool NobodyIsDead(const ProcessIdentity&, int64_t) { return false; }
+
+// A whole save: what every rank does up to its vote, then the coordinator. The "metadata" names files and records.
+CommitResult Save(FileSystem& fs, int generation, const std::vector<std::string>& superseded,
+                  const OwnerIsDead& dead = NobodyIsDead) {
+  CommitRequest request;
+  request.directory = kDirectory;
+  request.metadata_name = ".metadata";
+  request.superseded = superseded;
+  std::ostringstream metadata;
+  metadata << generation << "\n";
+  for (int rank = 0; rank < kRanks; ++rank) {
+    MakeDirectories(fs, kDirectory, true);
+    const auto values = Values(generation, rank);
+    ShardFileWriter writer(fs, kDirectory, NameOf(generation, rank), {.threads = 1, .reserve = 1000, .block = 8192});
+    const RecordSource source{"w", FindDType(std::string_view("float32")), {static_cast<int64_t>(values.size())}, std::as_bytes(std::span(values))};
+    const auto places = writer.Write({&source, 1});
+    const auto written = writer.Finish();
+    SyncDirectory(fs, kDirectory);
+    request.files.push_back({NameOf(generation, rank).ToString(), written.size});
+    metadata << request.files.back().name << " " << places[0].offset << " " << places[0].length << "\n";
+  }
+  const std::string text = metadata.str();
+  request.metadata = AsBytes(text);
+  return Commit(fs, request, dead);
+}
+
+// Which generation loads, bit for bit; -1 if there is no metadata. Anything in between throws.
+int Load(FaultFileSystem& fs) {
+  const auto* metadata = fs.Bytes(kDirectory + "/.metadata");
+  if (metadata == nullptr) return -1;
+  std::istringstream in(std::string(metadata->begin(), metadata->end()));
+  int generation = -2;
+  in >> generation;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    std::string name;
+    int64_t offset = 0, length = 0;
+    in >> name >> offset >> length;
+    ShardFileReader reader(fs, kDirectory, name);
+    std::vector<float> values(Values(generation, rank).size());
+    reader.Describe("w", offset, length);
+    const PayloadRead read{"w", offset, length, 0, std::as_writable_bytes(std::span(values))};
+    reader.Read({&read, 1}, 1);
+    if (values != Values(generation, rank)) throw Error("other values");
+  }
+  return generation;
+}
+
+std::vector<std::string> Names(int generation) {
+  std::vector<std::string> out;
+  for (int rank = 0; rank < kRanks; ++rank) out.push_back(NameOf(generation, rank).ToString());
+  return out;
+}
+
+struct PowerIsGone {};
+
+using testing::Contains;
+using testing::Not;
+using testing::UnorderedElementsAre;
+
+class PowerLossTest : public testing::TestWithParam<FaultFileSystem::Loss> {};
+
+TEST_P(PowerLossTest, AtEveryCallOfASaveOverAnotherLeavesOneOfTheTwo) {
+  std::set<int> found;
+  bool done = false;
+  for (int at = 0; !done; ++at) {
+    FaultFileSystem fs;
+    fs.MakeDirectory("");
+    Save(fs, 1, {});
+    fs.set_fault([&](const std::string&, const std::string&, int call) {
+      if (call >= at) throw PowerIsGone();  // before the call has any effect, and for all that follow
+      return 0;
+    });
+    done = true;
+    int acknowledged = 1;
+    try {
+      Save(fs, 2, Names(1));
+      acknowledged = 2;
+    } catch (const PowerIsGone&) {
+      done = false;
+    }
+    fs.set_fault(nullptr);
+    fs.PowerLoss(GetParam());
+    const int loaded = Load(fs);
+    found.insert(loaded);
+    EXPECT_TRUE(loaded == 1 || loaded == 2) << "power lost at call " << at;
+    EXPECT_GE(loaded, acknowledged) << "a save that returned is gone";
+  }
+  EXPECT_THAT(found, UnorderedElementsAre(1, 2));
+}
+
+TEST_P(PowerLossTest, OfAFirstSaveLeavesNothingOrAll) {
+  std::set<int> found;
+  bool done = false;
+  for (int at = 0; !done; ++at) {
+    FaultFileSystem fs;
+    fs.MakeDirectory("");
+    fs.set_fault([&](const std::string&, const std::string&, int call) {
+      if (call >= at) throw PowerIsGone();
+      return 0;
+    });
+    done = true;
+    try {
+      Save(fs, 1, {});
+    } catch (const PowerIsGone&) {
+      done = false;
+    }
+    fs.set_fault(nullptr);
+    fs.PowerLoss(GetParam());
+    found.insert(Load(fs));
+  }
+  EXPECT_THAT(found, UnorderedElementsAre(-1, 1));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, PowerLossTest,
+                         testing::Values(FaultFileSystem::Loss::kEverything, FaultFileSystem::Loss::kOnlyBytes,
+                                         FaultFileSystem::Loss::kOnlyEntries, FaultFileSystem::Loss::kEveryOtherPage));
+
+TEST(CommitTest, EveryFailingCallIsReportedAndKeepsACompleteCheckpoint) {
+  for (const int error : {ENOSPC, EIO, EROFS, EACCES}) {
+    bool done = false;
+    for (int at = 0; !done; ++at) {
+      FaultFileSystem fs;
+      fs.MakeDirectory("");
+      Save(fs, 1, {});
+      std::string failed;
+      fs.set_fault([&](const std::string& op, const std::string&, int call) {
+        if (call != at) return 0;
+        failed = op;
+        return -error;
+      });
+      bool threw = false;
+      CommitResult result;
+      try {
+        result = Save(fs, 2, Names(1));
+      } catch (const IoError& got) {
+        threw = true;
+        EXPECT_EQ(got.error_number(), error) << failed;
+      }
+      done = failed.empty();
+      fs.set_fault(nullptr);
+      const int loaded = Load(fs);
+      // What fails after the commit is said in the result, not thrown; a failed cleanup never fails a save.
+      if (threw) EXPECT_TRUE(loaded == 1 || failed == "fsync directory") << failed << " at " << at;
+      else EXPECT_EQ(loaded, 2) << failed << " at " << at;
+      if (!threw && !done) EXPECT_FALSE(result.left.empty()) << failed << " at " << at;
+    }
+  }
+}
+
+TEST(CommitTest, RemovesTheOlderFilesAndNothingElse) {
+  FaultFileSystem fs;
+  fs.MakeDirectory("");
+  Save(fs, 1, {});
+  const auto alive = NameOf(7, 0).ToString(), dead = NameOf(8, 0).ToString(), mine = NameOf(2, 5).ToString();
+  std::unique_ptr<RawFile> file;
+  for (const auto& name : {alive, dead, mine, std::string("notes.txt"), std::string("__0_0.distcp"), std::string("__1_0.distcp")}) {
+    ASSERT_EQ(fs.Open(kDirectory + "/" + name, OpenMode::kCreate, &file), 0);
+  }
+  ASSERT_EQ(fs.MakeDirectory("/other"), 0);
+  ASSERT_EQ(fs.Open("/other/" + dead, OpenMode::kCreate, &file), 0);
+  auto superseded = Names(1);
+  superseded.insert(superseded.end(), {"../../other/" + dead, "notes.txt", "__0_0.distcp"});
+  const auto result =
+      Save(fs, 2, superseded, [](const ProcessIdentity& owner, int64_t) { return owner.pid == NameOf(8, 0).owner.pid; });
+  EXPECT_THAT(result.removed,
+              UnorderedElementsAre(Names(1)[0], Names(1)[1], dead, mine, "__0_0.distcp"));  // stock's, as the old metadata named it
+  EXPECT_NE(fs.Bytes(kDirectory + "/" + alive), nullptr);
+  EXPECT_NE(fs.Bytes(kDirectory + "/notes.txt"), nullptr);
+  EXPECT_NE(fs.Bytes(kDirectory + "/__1_0.distcp"), nullptr);
+  EXPECT_NE(fs.Bytes("/other/" + dead), nullptr);
+  EXPECT_EQ(Load(fs), 2);
+}
+
+TEST(CommitTest, AMissingOrShortDataFileStopsIt) {
+  FaultFileSystem fs;
+  fs.MakeDirectory("");
+  Save(fs, 1, {});
+  CommitRequest request{kDirectory, ".metadata", AsBytes("new"), {{Names(1)[0], 5}}, {}, true};
+  EXPECT_THROW(Commit(fs, request, NobodyIsDead), Error);
+  request.files = {{"__0_missing.distcp", 5}};
+  EXPECT_THROW(Commit(fs, request, NobodyIsDead), Error);
+}
+
+TEST(DataFileNameTest, ParsesWhatItWritesAndNothingElse) {
+  const DataFileName name{12, 0xfedcba9876543210, {0xabcdef01, 7, 4711, 99}, false, 3};
+  EXPECT_EQ(name.ToString(), "__12_fedcba9876543210_abcdef01_00000007_4711_99_3.distcp");
+  for (const bool by_torch : {false, true}) {
+    DataFileName each = name;
+    each.by_torch = by_torch;
+    const auto back = DataFileName::Parse(each.ToString());
+    ASSERT_TRUE(back);
+    EXPECT_EQ(back->save_id, each.save_id);
+    EXPECT_EQ(back->owner, each.owner);
+    EXPECT_EQ(back->by_torch, by_torch);
+  }
+  for (const char* bad : {"__0_0.distcp", "../__12_fedcba9876543210_abcdef01_00000007_4711_99_3.distcp",
+                          "__012_fedcba9876543210_abcdef01_00000007_4711_99_3.distcp", ".metadata"}) {
+    EXPECT_FALSE(DataFileName::Parse(bad)) << bad;
+  }
+}
+
+TEST(DataFileNameTest, ThisProcessIsAliveAndAnEarlierOneOfItsPidIsDead) {
+  const auto self = ThisProcess();
+  EXPECT_FALSE(IsProvablyDead(self, 0));
+  auto earlier = self;
+  earlier.start -= 1;
+  EXPECT_TRUE(IsProvablyDead(earlier, 0));
+  auto elsewhere = earlier;
+  elsewhere.host ^= 1;
+  EXPECT_FALSE(IsProvablyDead(elsewhere, 0));
+  auto before_boot = self;
+  before_boot.boot ^= 1;
+  EXPECT_TRUE(IsProvablyDead(before_boot, 1));            // untouched since 1970
+  EXPECT_FALSE(IsProvablyDead(before_boot, INT64_MAX));  // written since this boot: another container's
+}
+
+}  // namespace
+}  // namespace hsdp_ckpt

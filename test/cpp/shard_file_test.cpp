@@ -1,0 +1,228 @@
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "base/bytes.h"
+#include "base/error.h"
+#include "checkpoint/shard_file_reader.h"
+#include "checkpoint/shard_file_writer.h"
+#include "fault_file_system.h"
+#include "record/record.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+struct Saved {
+  std::string name;
+  const DType* dtype;
+  std::vector<int64_t> shape;
+  std::vector<std::byte> data;
+  ShardFileWriter::Place place{};
+};
+
+Saved Random(const std::string& name, const char* dtype, std::vector<int64_t> shape, int64_t bytes) {
+  Saved out{name, dtype == nullptr ? nullptr : FindDType(std::string_view(dtype)), std::move(shape), {}};
+  std::mt19937 random(static_cast<unsigned>(bytes) + 1);
+  for (int64_t i = 0; i < bytes; ++i) out.data.push_back(static_cast<std::byte>(random()));
+  return out;
+}
+
+// Payloads around every boundary there is: none, small, a checksum block, a write block, several of them.
+std::vector<Saved> Various() {
+  constexpr int64_t kMiB = 1 << 20;
+  std::vector<Saved> out;
+  out.push_back(Random("object", nullptr, {}, 777));
+  out.push_back(Random("no bytes", nullptr, {}, 0));
+  out.push_back(Random("scalar", "int64", {}, 8));
+  out.push_back(Random("empty", "float32", {0, 5}, 0));
+  out.push_back(Random("just below", "uint8", {kMiB - 1}, kMiB - 1));
+  out.push_back(Random("just large", "uint8", {kMiB}, kMiB));
+  for (int i = 0; i < 40; ++i) out.push_back(Random("tiny" + std::to_string(i), "float16", {i, 3}, 6 * i));
+  out.push_back(Random("large", "float32", {2303, 1025}, 2303 * 1025 * 4));
+  out.push_back(Random("behind", "bool", {100}, 100));
+  return out;
+}
+
+const DataFileName kName{3, 0x1234, {1, 2, 3, 4}, false, 0};
+
+WrittenFile WriteFile(FileSystem& fs, std::vector<Saved>& records, const WriterOptions& options, size_t batch = 1000) {
+  ShardFileWriter writer(fs, "/d", kName, options);
+  for (size_t i = 0; i < records.size(); i += batch) {
+    std::vector<RecordSource> sources;
+    for (size_t j = i; j < std::min(records.size(), i + batch); ++j) {
+      sources.push_back({records[j].name, records[j].dtype, records[j].shape, records[j].data});
+    }
+    const auto places = writer.Write(sources);
+    for (size_t j = 0; j < places.size(); ++j) records[i + j].place = places[j];
+  }
+  return writer.Finish();
+}
+
+std::vector<std::byte> ReadBack(ShardFileReader& reader, const Saved& saved, int64_t first = 0, int64_t size = -1) {
+  if (saved.dtype == nullptr) return reader.ReadBytes(saved.name, saved.place.offset, saved.place.length);
+  std::vector<std::byte> out(size < 0 ? saved.data.size() : static_cast<size_t>(size));
+  const auto tensor = reader.Describe(saved.name, saved.place.offset, saved.place.length);
+  EXPECT_EQ(tensor->shape, saved.shape);
+  const PayloadRead read{saved.name, saved.place.offset, saved.place.length, first, out};
+  reader.Read({&read, 1}, 3);
+  return out;
+}
+
+class ShardFileTest : public testing::Test {
+ protected:
+  ShardFileTest() { fs_.MakeDirectory("/d"); }
+  FaultFileSystem fs_;
+};
+
+struct Mode {
+  bool direct, direct_open, direct_write;
+  size_t block, batch;
+};
+
+class ShardFileModes : public ShardFileTest, public testing::WithParamInterface<Mode> {};
+
+TEST_P(ShardFileModes, RoundTrip) {
+  const Mode mode = GetParam();
+  fs_.direct_supported = mode.direct_open;
+  fs_.direct_write_supported = mode.direct_write;
+  auto records = Various();
+  const auto written = WriteFile(fs_, records, {.threads = 3, .direct = mode.direct, .reserve = 30 << 20, .block = mode.block}, mode.batch);
+  EXPECT_EQ(written.direct, mode.direct && mode.direct_open && mode.direct_write);
+  EXPECT_EQ(written.size, static_cast<int64_t>(fs_.Bytes("/d/" + kName.ToString())->size()));
+  ShardFileReader reader(fs_, "/d", kName.ToString());
+  for (const auto& saved : records) {
+    EXPECT_EQ(ReadBack(reader, saved), saved.data) << saved.name;
+    if (saved.dtype == nullptr) continue;
+    const RecordSize size = SizeOfRecord(*saved.dtype, saved.shape);
+    EXPECT_EQ(size.total(), saved.place.length);
+    EXPECT_EQ((saved.place.offset + size.head) % (size.payload >= kLargePayload ? 4096 : 64), 0);
+  }
+  const auto& large = records[records.size() - 2];
+  for (const auto& [first, size] : std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {1048575, 2}, {5000, 3000000}, {9442299, 1}}) {
+    const std::vector<std::byte> expected(large.data.begin() + first, large.data.begin() + first + size);
+    EXPECT_EQ(ReadBack(reader, large, first, size), expected);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, ShardFileModes,
+                         testing::Values(Mode{true, true, true, 8 << 20, 1000}, Mode{true, true, true, 64 << 10, 7},
+                                         Mode{true, true, true, 1 << 20, 1}, Mode{true, true, false, 1 << 20, 5},
+                                         Mode{true, false, true, 64 << 10, 3}, Mode{false, true, true, 8 << 20, 1000}));
+
+TEST_F(ShardFileTest, EveryModeWritesTheSameBytes) {
+  std::vector<std::vector<char>> files;
+  for (const bool direct : {true, false}) {
+    for (const size_t batch : {1, 1000}) {
+      auto records = Various();
+      WriteFile(fs_, records, {.threads = 2, .direct = direct, .block = 128 << 10}, batch);
+      files.push_back(*fs_.Bytes("/d/" + kName.ToString()));
+      fs_.Remove("/d/" + kName.ToString());
+    }
+  }
+  for (const auto& file : files) EXPECT_EQ(file, files[0]);
+}
+
+// Reads everything; the first damage throws.
+void ReadAll(FileSystem& fs, const std::vector<Saved>& records) {
+  ShardFileReader reader(fs, "/d", kName.ToString());
+  for (const auto& saved : records) {
+    if (saved.dtype != nullptr && !reader.Describe(saved.name, saved.place.offset, saved.place.length)) {
+      throw CorruptionError("", saved.name, "a tensor", "none");
+    }
+    ReadBack(reader, saved);
+  }
+}
+
+TEST_F(ShardFileTest, EveryFlippedByteOfRecordsAndIndexIsNoticed) {
+  std::vector<Saved> records{Random("object", nullptr, {}, 100), Random("a", "float32", {7, 5}, 140), Random("b", "uint16", {3}, 6)};
+  WriteFile(fs_, records, {});
+  auto& bytes = *fs_.Bytes("/d/" + kName.ToString());
+  const auto index_start = static_cast<size_t>(IndexStart(records.back().place.offset + records.back().place.length));
+  size_t noticed = 0, covered = 0;
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    const bool in_record = std::any_of(records.begin(), records.end(), [&](const Saved& s) {
+      return static_cast<int64_t>(i) >= s.place.offset && static_cast<int64_t>(i) < s.place.offset + s.place.length;
+    });
+    if (!in_record && i < index_start) continue;  // padding between records: nobody's bytes
+    ++covered;
+    bytes[i] = static_cast<char>(bytes[i] ^ (1 << i % 8));
+    try {
+      ReadAll(fs_, records);
+      ADD_FAILURE() << "byte " << i << " of " << bytes.size();
+    } catch (const CorruptionError&) {
+      ++noticed;
+    }
+    bytes[i] = static_cast<char>(bytes[i] ^ (1 << i % 8));
+  }
+  EXPECT_EQ(noticed, covered);
+  EXPECT_GT(covered, 1000u);
+  EXPECT_NO_THROW(ReadAll(fs_, records));
+}
+
+TEST_F(ShardFileTest, FlippedBitsOfALargePayloadAreNoticedWhereTheyAreReadAndOnlyThere) {
+  std::vector<Saved> records{Random("w", "uint8", {5 << 20}, 5 << 20)};
+  WriteFile(fs_, records, {});
+  auto& bytes = *fs_.Bytes("/d/" + kName.ToString());
+  bytes[3 << 20] = static_cast<char>(bytes[3 << 20] ^ 4);  // in the payload's third block
+  ShardFileReader reader(fs_, "/d", kName.ToString());
+  EXPECT_THROW(ReadBack(reader, records[0]), CorruptionError);
+  EXPECT_NO_THROW(ReadBack(reader, records[0], 0, 1 << 20));
+}
+
+TEST_F(ShardFileTest, TruncatedAtEveryLengthIsNoticed) {
+  std::vector<Saved> records{Random("a", "float32", {7, 5}, 140)};
+  WriteFile(fs_, records, {});
+  auto& bytes = *fs_.Bytes("/d/" + kName.ToString());
+  while (!bytes.empty()) {
+    bytes.pop_back();
+    EXPECT_THROW(ReadAll(fs_, records), CorruptionError) << bytes.size();
+  }
+}
+
+TEST_F(ShardFileTest, AFileOfAnotherSaveIsNoticed) {
+  auto records = std::vector<Saved>{Random("a", "float32", {3}, 12)};
+  WriteFile(fs_, records, {});
+  DataFileName other = kName;
+  other.save_id = 99;
+  fs_.Rename("/d/" + kName.ToString(), "/d/" + other.ToString());
+  EXPECT_THROW(ShardFileReader(fs_, "/d", other.ToString()), CorruptionError);
+}
+
+TEST_F(ShardFileTest, NothingIsOverwritten) {
+  auto records = std::vector<Saved>{Random("a", "float32", {3}, 12)};
+  WriteFile(fs_, records, {});
+  EXPECT_THROW(WriteFile(fs_, records, {}), IoError);
+  EXPECT_NO_THROW(ReadAll(fs_, records));
+}
+
+TEST_F(ShardFileTest, InterruptedAndShortCallsChangeNothing) {
+  auto records = Various();
+  std::mt19937 random(5);
+  fs_.set_fault([&](const std::string& op, const std::string&, int) {
+    if (random() % 3 == 0) return op == "close" ? 0 : -EINTR;
+    return random() % 3 == 0 && (op == "pwrite" || op == "pread") ? static_cast<int>(random() % 50000 + 1) : 0;
+  });
+  WriteFile(fs_, records, {.block = 256 << 10});
+  ShardFileReader reader(fs_, "/d", kName.ToString());
+  for (const auto& saved : records) EXPECT_EQ(ReadBack(reader, saved), saved.data) << saved.name;
+}
+
+TEST_F(ShardFileTest, AFailedCallNamesItsFileAndLeavesNone) {
+  for (const int error : {ENOSPC, EIO, EROFS, EDQUOT}) {
+    for (const char* op : {"open", "allocate", "pwrite", "truncate", "fsync", "close"}) {
+      auto records = Various();
+      fs_.set_fault([&](const std::string& call, const std::string&, int) { return call == op ? -error : 0; });
+      try {
+        WriteFile(fs_, records, {.threads = 3, .reserve = 1000, .block = 64 << 10}, 4);
+        ADD_FAILURE() << op;
+      } catch (const IoError& got) {
+        EXPECT_EQ(got.error_number(), error) << op;
+        EXPECT_EQ(got.path(), "/d/" + kName.ToString());
+      }
+      EXPECT_EQ(fs_.Bytes("/d/" + kName.ToString()), nullptr) << op;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hsdp_ckpt
