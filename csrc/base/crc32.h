@@ -9,7 +9,7 @@ namespace hsdp_ckpt {
 /// The CRC-32 of zip, gzip and zlib (reflected polynomial 0xEDB88320, initial value and final xor all ones).
 ///
 /// `seed` is the CRC of what came before, 0 at the start: Crc32(b, Crc32(a)) is the CRC of a followed by b. ISA-L where the
-/// build has it (a carry-less multiplication kernel), zlib otherwise; both give the same value.
+/// build has it (a carry-less multiplication kernel), zlib or a plain table otherwise; all give the same value.
 uint32_t Crc32(std::span<const std::byte> data, uint32_t seed = 0);
 
 /// The CRC of a followed by b, from CRC(a), CRC(b) and the length of b. Costs about a microsecond, whatever the length.
