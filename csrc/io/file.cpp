@@ -130,6 +130,7 @@ void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
   FileStatus status;
   if (path.empty() || GetStatus(fs, path, &status)) return;
   const size_t end = path.find_last_not_of('/');
+  if (end == std::string::npos) throw IoError("stat", path, -1, ENOENT);  // a root that isn't there
   const size_t slash = path.rfind('/', end);
   const std::string parent = slash == std::string::npos ? "" : slash == 0 ? "/" : path.substr(0, slash);
   MakeDirectories(fs, parent, sync);

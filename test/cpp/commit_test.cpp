@@ -98,7 +98,7 @@ TEST_P(PowerLossTest, AtEveryCallOfASaveOverAnotherLeavesOneOfTheTwo) {
   bool done = false;
   for (int at = 0; !done; ++at) {
     FaultFileSystem fs;
-    fs.MakeDirectory("");
+    fs.MakeDirectory("/");
     Save(fs, 1, {});
     fs.set_fault([&](const std::string&, const std::string&, int call) {
       if (call >= at) throw PowerIsGone();  // before the call has any effect, and for all that follow
@@ -127,7 +127,7 @@ TEST_P(PowerLossTest, OfAFirstSaveLeavesNothingOrAll) {
   bool done = false;
   for (int at = 0; !done; ++at) {
     FaultFileSystem fs;
-    fs.MakeDirectory("");
+    fs.MakeDirectory("/");
     fs.set_fault([&](const std::string&, const std::string&, int call) {
       if (call >= at) throw PowerIsGone();
       return 0;
@@ -154,7 +154,7 @@ TEST(CommitTest, EveryFailingCallIsReportedAndKeepsACompleteCheckpoint) {
     bool done = false;
     for (int at = 0; !done; ++at) {
       FaultFileSystem fs;
-      fs.MakeDirectory("");
+      fs.MakeDirectory("/");
       Save(fs, 1, {});
       std::string failed;
       fs.set_fault([&](const std::string& op, const std::string&, int call) {
@@ -186,7 +186,7 @@ TEST(CommitTest, EveryFailingCallIsReportedAndKeepsACompleteCheckpoint) {
 
 TEST(CommitTest, RemovesTheOlderFilesAndNothingElse) {
   FaultFileSystem fs;
-  fs.MakeDirectory("");
+  fs.MakeDirectory("/");
   Save(fs, 1, {});
   const auto alive = NameOf(7, 0).ToString(), dead = NameOf(8, 0).ToString(), mine = NameOf(2, 5).ToString();
   std::unique_ptr<RawFile> file;
@@ -210,7 +210,7 @@ TEST(CommitTest, RemovesTheOlderFilesAndNothingElse) {
 
 TEST(CommitTest, AMissingOrShortDataFileStopsIt) {
   FaultFileSystem fs;
-  fs.MakeDirectory("");
+  fs.MakeDirectory("/");
   Save(fs, 1, {});
   CommitRequest request{kDirectory, ".metadata", AsBytes("new"), {{Names(1)[0], 5}}, {}, true};
   EXPECT_THROW(Commit(fs, request, NobodyIsDead), Error);

@@ -200,7 +200,7 @@ TEST_F(ShardFileTest, InterruptedAndShortCallsChangeNothing) {
   std::mt19937 random(5);
   fs_.set_fault([&](const std::string& op, const std::string&, int) {
     if (random() % 3 == 0) return op == "close" ? 0 : -EINTR;
-    return random() % 3 == 0 && (op == "pwrite" || op == "pread") ? static_cast<int>(random() % 50000 + 1) : 0;
+    return random() % 3 == 0 && (op == "pwrite" || op == "pread") ? static_cast<int>(random() % 500000 + 1) : 0;
   });
   WriteFile(fs_, records, {.block = 256 << 10});
   ShardFileReader reader(fs_, "/d", kName.ToString());
