@@ -1,7 +1,6 @@
 #include "hsdp/param_group.h"
 
 #include <torch/csrc/autograd/utils/lambda_post_hook.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <utility>

@@ -2,12 +2,14 @@
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "hsdp/collectives.h"
@@ -87,8 +89,9 @@ class ParamGroup {
 
   std::vector<at::Tensor> full_;
   std::vector<size_t> trainable_;
-  // Gradient accumulators live as long as somebody holds them: kept, so that their hooks are.
-  std::vector<std::shared_ptr<torch::autograd::Node>> accumulators_;
+  // Gradient accumulators live as long as somebody holds them: kept, so that their hooks are. A shared_ptr in torch 2.11,
+  // an intrusive_ptr in 2.15.
+  std::vector<decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()))> accumulators_;
   std::shared_ptr<std::function<void(size_t)>> on_grad_;
   std::unique_ptr<GradReducer> reducer_;
 };
