@@ -59,7 +59,8 @@ def crash_claim(crash: Crash | None, whole_bytes: int, ranks: int) -> Claim:
     name = "killed in the middle of a save"
     if crash is None:
         return Claim(name, False, "every save was committed before the kill")
-    found = f"{crash.files} data files with {mebibytes(crash.bytes)} of {mebibytes(whole_bytes)}, no .metadata"
+    files = "1 data file" if crash.files == 1 else f"{crash.files} data files"
+    found = f"left {files}, {mebibytes(crash.bytes)} (whole: {mebibytes(whole_bytes)}), no .metadata"
     return Claim(name, True, f"SIGKILL to torchrun and {ranks} ranks in the save of step {crash.step}: {found}")
 
 

@@ -115,7 +115,7 @@ class Demo:
             self.progress.note("every save was committed before the kill: once more")
             shutil.rmtree(root / "job")
         else:
-            self.finish([report.crash_claim(None, 0, o.ranks)], {"seconds": f"{time.monotonic() - begin:.0f}"})
+            self.finish([report.crash_claim(None, 0, o.ranks)], {"time": f"{time.monotonic() - begin:.0f} s"})
             return False
         committed = checkpoints.steps_in(root / "job")[0][-1]
         # Two more jobs take over from the same checkpoint: each gets a copy before the first one goes on and prunes it.
@@ -139,9 +139,9 @@ class Demo:
             "text": f"{start['bytes'] / 1e6:.1f} MB",
             "checkpoint": f"{report.mebibytes(whole_bytes)} every {o.save_every} steps, {sum(saves) / len(saves):.2f} s a save",
             "lost": f"{found.step - committed} steps (killed at {found.step}, resumed from {committed})",
-            "seconds": f"{time.monotonic() - begin:.0f} ("
-            + ", ".join(f"{run.name} {run.seconds:.0f}" for run in (reference, crashed, same, *others))
-            + ")",
+            "time": f"{time.monotonic() - begin:.0f} s: "
+            + " + ".join(f"{run.seconds:.0f}" for run in (reference, crashed, same, *others))
+            + f" for the {3 + len(others)} runs, and stock torch's look at the result",
         }
         try:
             plot.save(root / "loss.png", reference, crashed, [same, *others], found)

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
-from torch_hsdp_ckpt import FullyShardedDataParallel, ShardingStrategy
+from torch_hsdp_ckpt import FileSystemReader, FileSystemWriter, FullyShardedDataParallel, ShardingStrategy
 
 from . import checkpoints, data
 from .journal import Journal
