@@ -46,7 +46,10 @@ CommitResult Save(FileSystem& fs, int generation, const std::vector<std::string>
     MakeDirectories(fs, kDirectory, true);
     const auto values = Values(generation, rank);
     ShardFileWriter writer(fs, kDirectory, NameOf(generation, rank), {.threads = 1, .reserve = 1000, .block = 8192});
-    const RecordSource source{"w", FindDType(std::string_view("float32")), {static_cast<int64_t>(values.size())}, std::as_bytes(std::span(values))};
+    const RecordSource source{"w",
+                              FindDType(std::string_view("float32")),
+                              {static_cast<int64_t>(values.size())},
+                              std::as_bytes(std::span(values))};
     const auto places = writer.Write({&source, 1});
     const auto written = writer.Finish();
     SyncDirectory(fs, kDirectory);
@@ -85,11 +88,18 @@ std::vector<std::string> Names(int generation) {
   return out;
 }
 
-struct PowerIsGone {};
-
 using testing::Contains;
 using testing::Not;
 using testing::UnorderedElementsAre;
+
+// From call `at` on nothing reaches the disk any more, cleaning up neither.
+void LosePowerAt(FaultFileSystem& fs, int at, bool* survived) {
+  fs.set_fault([at, survived](const std::string&, const std::string&, int call) {
+    if (call < at) return 0;
+    *survived = false;
+    return -EIO;
+  });
+}
 
 class PowerLossTest : public testing::TestWithParam<FaultFileSystem::Loss> {};
 
@@ -100,17 +110,13 @@ TEST_P(PowerLossTest, AtEveryCallOfASaveOverAnotherLeavesOneOfTheTwo) {
     FaultFileSystem fs;
     fs.MakeDirectory("/");
     Save(fs, 1, {});
-    fs.set_fault([&](const std::string&, const std::string&, int call) {
-      if (call >= at) throw PowerIsGone();  // before the call has any effect, and for all that follow
-      return 0;
-    });
     done = true;
+    LosePowerAt(fs, at, &done);
     int acknowledged = 1;
     try {
       Save(fs, 2, Names(1));
       acknowledged = 2;
-    } catch (const PowerIsGone&) {
-      done = false;
+    } catch (const IoError&) {
     }
     fs.set_fault(nullptr);
     fs.PowerLoss(GetParam());
@@ -128,15 +134,11 @@ TEST_P(PowerLossTest, OfAFirstSaveLeavesNothingOrAll) {
   for (int at = 0; !done; ++at) {
     FaultFileSystem fs;
     fs.MakeDirectory("/");
-    fs.set_fault([&](const std::string&, const std::string&, int call) {
-      if (call >= at) throw PowerIsGone();
-      return 0;
-    });
     done = true;
+    LosePowerAt(fs, at, &done);
     try {
       Save(fs, 1, {});
-    } catch (const PowerIsGone&) {
-      done = false;
+    } catch (const IoError&) {
     }
     fs.set_fault(nullptr);
     fs.PowerLoss(GetParam());
@@ -190,7 +192,8 @@ TEST(CommitTest, RemovesTheOlderFilesAndNothingElse) {
   Save(fs, 1, {});
   const auto alive = NameOf(7, 0).ToString(), dead = NameOf(8, 0).ToString(), mine = NameOf(2, 5).ToString();
   std::unique_ptr<RawFile> file;
-  for (const auto& name : {alive, dead, mine, std::string("notes.txt"), std::string("__0_0.distcp"), std::string("__1_0.distcp")}) {
+  for (const auto& name :
+       {alive, dead, mine, std::string("notes.txt"), std::string("__0_0.distcp"), std::string("__1_0.distcp")}) {
     ASSERT_EQ(fs.Open(kDirectory + "/" + name, OpenMode::kCreate, &file), 0);
   }
   ASSERT_EQ(fs.MakeDirectory("/other"), 0);
@@ -199,8 +202,8 @@ TEST(CommitTest, RemovesTheOlderFilesAndNothingElse) {
   superseded.insert(superseded.end(), {"../../other/" + dead, "notes.txt", "__0_0.distcp"});
   const auto result =
       Save(fs, 2, superseded, [](const ProcessIdentity& owner, int64_t) { return owner.pid == NameOf(8, 0).owner.pid; });
-  EXPECT_THAT(result.removed,
-              UnorderedElementsAre(Names(1)[0], Names(1)[1], dead, mine, "__0_0.distcp"));  // stock's, as the old metadata named it
+  EXPECT_THAT(result.removed, UnorderedElementsAre(Names(1)[0], Names(1)[1], dead, mine,
+                                                   "__0_0.distcp"));  // stock's, as the old metadata named it
   EXPECT_NE(fs.Bytes(kDirectory + "/" + alive), nullptr);
   EXPECT_NE(fs.Bytes(kDirectory + "/notes.txt"), nullptr);
   EXPECT_NE(fs.Bytes(kDirectory + "/__1_0.distcp"), nullptr);
@@ -247,7 +250,7 @@ TEST(DataFileNameTest, ThisProcessIsAliveAndAnEarlierOneOfItsPidIsDead) {
   EXPECT_FALSE(IsProvablyDead(elsewhere, 0));
   auto before_boot = self;
   before_boot.boot ^= 1;
-  EXPECT_TRUE(IsProvablyDead(before_boot, 1));            // untouched since 1970
+  EXPECT_TRUE(IsProvablyDead(before_boot, 1));           // untouched since 1970
   EXPECT_FALSE(IsProvablyDead(before_boot, INT64_MAX));  // written since this boot: another container's
 }
 

@@ -52,7 +52,8 @@ class FaultFileSystem : public FileSystem {
       if (loss == Loss::kEveryOtherPage) {
         inode->durable.resize(inode->bytes.size());
         for (size_t at = 0; at < inode->bytes.size(); at += 1024) {
-          std::copy_n(inode->bytes.begin() + static_cast<std::ptrdiff_t>(at), std::min<size_t>(512, inode->bytes.size() - at),
+          std::copy_n(inode->bytes.begin() + static_cast<std::ptrdiff_t>(at),
+                      std::min<size_t>(512, inode->bytes.size() - at),
                       inode->durable.begin() + static_cast<std::ptrdiff_t>(at));
         }
       }

@@ -86,7 +86,8 @@ TEST_P(ShardFileModes, RoundTrip) {
   fs_.direct_supported = mode.direct_open;
   fs_.direct_write_supported = mode.direct_write;
   auto records = Various();
-  const auto written = WriteFile(fs_, records, {.threads = 3, .direct = mode.direct, .reserve = 30 << 20, .block = mode.block}, mode.batch);
+  const auto written =
+      WriteFile(fs_, records, {.threads = 3, .direct = mode.direct, .reserve = 30 << 20, .block = mode.block}, mode.batch);
   EXPECT_EQ(written.direct, mode.direct && mode.direct_open && mode.direct_write);
   EXPECT_EQ(written.size, static_cast<int64_t>(fs_.Bytes("/d/" + kName.ToString())->size()));
   ShardFileReader reader(fs_, "/d", kName.ToString());
@@ -98,7 +99,8 @@ TEST_P(ShardFileModes, RoundTrip) {
     EXPECT_EQ((saved.place.offset + size.head) % (size.payload >= kLargePayload ? 4096 : 64), 0);
   }
   const auto& large = records[records.size() - 2];
-  for (const auto& [first, size] : std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {1048575, 2}, {5000, 3000000}, {9442299, 1}}) {
+  for (const auto& [first, size] :
+       std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {1048575, 2}, {5000, 3000000}, {9442299, 1}}) {
     const std::vector<std::byte> expected(large.data.begin() + first, large.data.begin() + first + size);
     EXPECT_EQ(ReadBack(reader, large, first, size), expected);
   }
@@ -134,7 +136,8 @@ void ReadAll(FileSystem& fs, const std::vector<Saved>& records) {
 }
 
 TEST_F(ShardFileTest, EveryFlippedByteOfRecordsAndIndexIsNoticed) {
-  std::vector<Saved> records{Random("object", nullptr, {}, 100), Random("a", "float32", {7, 5}, 140), Random("b", "uint16", {3}, 6)};
+  std::vector<Saved> records{Random("object", nullptr, {}, 100), Random("a", "float32", {7, 5}, 140),
+                             Random("b", "uint16", {3}, 6)};
   WriteFile(fs_, records, {});
   auto& bytes = *fs_.Bytes("/d/" + kName.ToString());
   const auto index_start = static_cast<size_t>(IndexStart(records.back().place.offset + records.back().place.length));
