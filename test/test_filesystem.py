@@ -120,7 +120,8 @@ def test_damage_anywhere_is_noticed(tmp_path: Path) -> None:
     state = _state()
     _save(state, tmp_path)
     (data,) = tmp_path.glob("*.distcp")
-    infos = h.FileSystemReader(tmp_path).read_metadata().storage_data.values()
+    stored = h.FileSystemReader(tmp_path).read_metadata().storage_data
+    infos = [info for index, info in stored.items() if index.fqn != "empty"]  # DCP's planner reads nothing of that one
     whole = data.read_bytes()
     places = [info.offset + at for info in infos for at in (0, info.length // 2, info.length - 1)]
     for at in [*places, len(whole) - 100, len(whole) - 1]:
@@ -176,11 +177,14 @@ def test_dtensors_are_resharded(tmp_path: Path, writer: str, reader: str) -> Non
 
 
 def _async(rank: int, path: str) -> None:
-    state = {"w": torch.full((100,), float(rank)), "n": rank}
-    dcp.async_save(state, storage_writer=h.FileSystemWriter(path)).result()
+    state = {"w": torch.full((100,), 3.0), "n": 4}
+    future = dcp.async_save(state, storage_writer=h.FileSystemWriter(path))
+    state["w"].zero_()  # the save has its own copy by now
+    future.result()
     like = {"w": torch.zeros(100), "n": None}
     dcp.load(like, storage_reader=h.FileSystemReader(path))
-    assert like["w"][0] == like["n"]
+    assert like["n"] == 4
+    assert torch.equal(like["w"], torch.full((100,), 3.0))
 
 
 def test_async_save_in_a_thread(tmp_path: Path) -> None:
@@ -218,9 +222,9 @@ def _failing(rank: int, path: str, when: str) -> None:
     writer = _Fails(path)
     writer.when = when
     new = {"w": distribute_tensor(torch.arange(5000.0) + 1, mesh, [Shard(0)])}
-    with pytest.raises(CheckpointException if when.startswith("raise") else Exception, match=""):
+    # A peer that raises is DCP's to report, one that died is Gloo's.
+    with pytest.raises(CheckpointException if when.startswith("raise") else RuntimeError):
         dcp.save(new, storage_writer=writer)
-        raise AssertionError("the save must not succeed")
 
 
 @pytest.mark.parametrize("action", ["raise", "kill"])
