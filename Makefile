@@ -5,6 +5,7 @@
 #   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV), else the newest)
 #   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch, GPU tests, GPU benchmarks
 #   make sanitize        the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make fuzz            the parsers of untrusted bytes under libFuzzer (needs clang)
 #   make bench           the benchmarks against torch
 #   make format          clang-format and ruff, in place
 PYTHON ?= python3
@@ -19,7 +20,7 @@ export HSDP_CKPT_BUILD_DIR = $(BUILD)
 IN = . $(VENV)/bin/activate &&
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: demo test gpu bench sanitize format lint build build-tests ctest pytest clean
+.PHONY: demo test gpu bench fuzz sanitize format lint build build-tests ctest pytest clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -81,7 +82,12 @@ sanitize: $(STAMP)
 	  -DHSDP_CKPT_SANITIZE=address,undefined >/dev/null && cmake --build build/sanitize -j 2 && \
 	  ctest --test-dir build/sanitize --no-tests=error --output-on-failure -j 2
 
-bench: build
+# libFuzzer over the parsers of untrusted bytes, with ASan and UBSan; needs clang. FUZZ_SECONDS in all.
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	$(IN) test/fuzz/run.sh $(FUZZ_SECONDS)
+
+bench: build-tests
 	$(IN) python test/bench/run.py $(ARGS)
 
 # No venv and no network here: the Python at hand with its torch. Skips of GPU tests are failures.
