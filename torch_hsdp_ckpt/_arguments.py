@@ -1,6 +1,6 @@
 """What the wrapper's arguments mean, and clear words for those that can't be served."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,14 +37,9 @@ def check_arguments(
         raise ValueError("parameters always are the module's own here: leave use_orig_params out, or pass True")
 
 
-def ignored_parameters(
-    module: nn.Module,
-    ignored_modules: Iterable[nn.Module] | None,
-    ignored_states: Iterable[nn.Parameter] | Iterable[nn.Module] | None,
-) -> set[nn.Parameter]:
-    """All parameters that ``ignored_modules`` and ``ignored_states`` name."""
+def ignored_parameters(module: nn.Module, items: list[Any]) -> set[nn.Parameter]:
+    """All parameters that ``items``, the ``ignored_modules`` and ``ignored_states`` together, name."""
     ignored: set[nn.Parameter] = set()
-    items: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]
     for item in items:
         if isinstance(item, nn.Parameter):
             ignored.add(item)

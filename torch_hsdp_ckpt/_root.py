@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,16 @@ from torch.utils._pytree import tree_leaves
 from . import _C
 from ._unit import ShardedUnit, _weak
 
+# By the group whose ranks they have; an entry goes with its group.
+_reduce_group_names: "WeakKeyDictionary[dist.ProcessGroup, str]" = WeakKeyDictionary()
+
 
 class Root:
     """``units``: of all wrappers, outermost first. ``prefetch``: 0 none, 1 before, 2 after a unit's backward."""
 
     def __init__(self, units: list[ShardedUnit], prefetch: int) -> None:
         self.units = units
+        self.sync = True
         self.schedule = _C.Schedule(prefetch, _weak(self._end_backward))
         groups: dict[DeviceMesh, tuple[str, str | None] | None] = {}
         for unit in units:
@@ -36,16 +41,20 @@ class Root:
         for unit in self.units:
             unit.show_sharded()
 
+    def set_sync(self, sync: bool) -> None:
+        self.sync = sync
+        self.schedule.set_sync(sync)
+
     def reset(self) -> None:
         self.schedule.reset()
         self._end_backward()
 
 
 def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
-    """Names of new groups with the ranks of ``mesh``'s, or None where the mesh's own must do.
+    """Names of other groups with the ranks of ``mesh``'s, or None where the mesh's own must do.
 
     Ranks may find that a unit's gradients are complete at different moments of their backwards. In one group such a reduction
-    would meet another rank's gather.
+    would meet another rank's gather. Made once for each group of a mesh: they cost threads and sockets.
     """
     if mesh.device_type != "cpu" and mesh.size() != dist.get_world_size():
         # NCCL may split the default communicator for a new group, which every rank of the job would have to join.
@@ -56,13 +65,15 @@ def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
         if dist.get_world_size(group) == 1:
             names.append(group.group_name)
             continue
-        new = dist.new_group(
-            dist.get_process_group_ranks(group),
-            backend=str(dist.get_backend_config(group)),
-            use_local_synchronization=True,
-            group_desc="hsdp_ckpt_reduce",
-        )
-        names.append(new.group_name)
+        if group not in _reduce_group_names:
+            new = dist.new_group(
+                dist.get_process_group_ranks(group),
+                backend=str(dist.get_backend_config(group)),
+                use_local_synchronization=True,
+                group_desc="hsdp_ckpt_reduce",
+            )
+            _reduce_group_names[group] = new.group_name
+        names.append(_reduce_group_names[group])
     return str(names[0]), names[1] if mesh.ndim == 2 else None
 
 

@@ -38,6 +38,12 @@ def _listed(problems: list[str]) -> str:
     return "\n\t".join(problems[:_SHOWN] + ([f"... and {rest} more"] if rest > 0 else []))
 
 
+def _loads_plainly(module: nn.Module) -> bool:
+    return isinstance(module, StateDictMixin) or (
+        type(module)._load_from_state_dict is nn.Module._load_from_state_dict and not module._load_state_dict_pre_hooks
+    )
+
+
 def _offload(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) and value.is_cuda else value
 
@@ -68,7 +74,6 @@ class StateDictMixin(nn.Module):
         if args:
             raise TypeError("state_dict takes keyword arguments only: destination, prefix, keep_vars")
         self._reset()
-        outermost = destination is None
         if destination is None:
             destination = OrderedDict()
             destination._metadata = OrderedDict()
@@ -80,8 +85,8 @@ class StateDictMixin(nn.Module):
             result = hook(self, destination, prefix, metadata)
             if result is not None and not getattr(hook, "_from_public_api", False):
                 destination = result
-        if outermost and self._settings.state_dict_config.offload_to_cpu:
-            for key in destination:
+        if self._settings.state_dict_config.offload_to_cpu:
+            for key in [k for k in destination if k.startswith(prefix)]:
                 destination[key] = _offload(destination[key])
         return destination
 
@@ -89,7 +94,8 @@ class StateDictMixin(nn.Module):
         """Copies ``state_dict`` into the shards (``assign``: into a new flat buffer that takes their place).
 
         Everything is checked first: keys (if ``strict``), shapes, meshes and placements. Raises RuntimeError that lists what
-        does not fit; the module is then as it was.
+        does not fit; the module is then as it was. Modules that load in a way of their own (BatchNorm does) check their keys
+        and buffers themselves, while they load: what one of them misses is raised after the rest was loaded.
         """
         self._reset()
         problems = self._misfits(state_dict)
@@ -104,14 +110,23 @@ class StateDictMixin(nn.Module):
 
     def _plain_loading(self) -> bool:
         """Whether nobody inside loads in a way of its own, which may accept other keys than state_dict() has."""
-        return all(
-            isinstance(m, StateDictMixin)
-            or (type(m)._load_from_state_dict is nn.Module._load_from_state_dict and not m._load_state_dict_pre_hooks)
-            for m in self.modules()
-        )
+        return all(_loads_plainly(m) for m in self.modules())
 
     def _misfits(self, state_dict: Mapping[str, Any]) -> list[str]:
         problems = []
+        for path, module in self.named_modules():
+            # Who loads in a way of its own may take buffers of other shapes (torch.ao's observers do).
+            for name, buffer in module.named_buffers(recurse=False) if _loads_plainly(module) else ():
+                key = f"{path}.{name}".replace(_PREFIX, "").removeprefix(".")
+                value = state_dict.get(key)
+                if (
+                    isinstance(value, torch.Tensor)
+                    and value.shape != buffer.shape
+                    and (tuple(buffer.shape), tuple(value.shape)) != ((), (1,))
+                ):
+                    problems.append(
+                        f'size mismatch for "{key}": {tuple(value.shape)} given, the module has {tuple(buffer.shape)}'
+                    )
         for name, parameter in self.named_parameters(remove_duplicate=False):
             if name not in state_dict:
                 continue

@@ -16,6 +16,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from . import _C
 
+_REDUCED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OWNER = "_hsdp_ckpt_owner"  # on an original parameter: the unit that has sharded it
 
 
@@ -115,6 +116,11 @@ class ShardedUnit:
                 raise ValueError(f"{where} is on the meta device: materialise the module (to_empty and its own init) first")
             if p.ndim == 0:
                 raise ValueError(f"{where} has no dimension to shard: give it shape (1,), or name it in ignored_states")
+            if p.requires_grad and p.dtype not in _REDUCED:
+                raise ValueError(
+                    f"{where} is {p.dtype}, whose gradients are not reduced here (float64, float32, bfloat16, float16 are): "
+                    "name it in ignored_states, or convert it"
+                )
             if p.device != device:
                 raise ValueError(f"{where} is on {p.device} and the mesh needs {device}: move the module first (or device_id)")
 
@@ -153,7 +159,8 @@ class ShardedUnit:
         self.schedule = schedule
         self._flags = [p.requires_grad for p in self.sharded]
         self._trainable = [i for i, flag in enumerate(self._flags) if flag]
-        with torch.no_grad():
+        # Not as inference tensors, if the first forward happens to be an evaluation: a later one may need gradients.
+        with torch.inference_mode(False), torch.no_grad():
             pairs = zip(self.core.empty_full(), self.sharded, strict=True)
             self.full = [nn.Parameter(full, requires_grad=sharded.requires_grad) for full, sharded in pairs]
         for full, attributes in zip(self.full, self._attributes, strict=True):
@@ -229,8 +236,9 @@ class ShardedUnit:
         for grad in self._grads:
             local = grad._local_tensor
             counts += (sys.getrefcount(local), local._use_count())  # type: ignore[attr-defined]
-        counts.append(torch._C._storage_Use_Count(self._grads[0]._local_tensor.untyped_storage()._cdata))
-        return counts
+        # One storage a dtype.
+        storages = {grad._local_tensor.untyped_storage()._cdata for grad in self._grads}
+        return counts + [torch._C._storage_Use_Count(storage) for storage in sorted(storages)]
 
     def _fresh_gradients(self) -> list[DTensor]:
         """DTensors for the reduced gradients: those of the last step unless somebody still holds one (building one costs
@@ -258,6 +266,7 @@ class ShardedUnit:
         for i, parameter in enumerate(parameters):
             hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
             if hooks and i not in unused:
+                self.core.join_grads()  # the hook reads on this stream
                 for hook in list(hooks.values()):
                     hook(parameter)
 

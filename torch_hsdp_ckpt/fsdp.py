@@ -6,7 +6,7 @@ gathered for forward and backward and freed after; gradients are averaged over a
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         device_mesh: DeviceMesh | None = None,
     ) -> None:
         check_arguments(module, cpu_offload, mixed_precision, param_init_fn, use_orig_params)
-        ignored = ignored_parameters(module, ignored_modules, ignored_states)
+        not_ours: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]  # once: they may be generators
+        ignored = ignored_parameters(module, not_ours)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
         super().__init__()
         device = _device(mesh, device_id)
@@ -80,7 +81,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 "ignored_states": ignored,
                 "device_mesh": mesh,
             }
-            skip = set(ignored_modules or ())
+            skip = {item for item in not_ours if isinstance(item, nn.Module)}
             auto_wrap(module, auto_wrap_policy, skip, ignored, lambda inner: FullyShardedDataParallel(inner, **options))
         self.device_mesh = mesh
         self.sharding_strategy = strategy
@@ -103,11 +104,12 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             root.schedule.enter_forward(unit.core, torch.is_grad_enabled())
             unit.show_full()
             outputs = self._checkpoint_wrapped_module(*args, **kwargs)
+            tensors = flat_tensors(outputs)
         except BaseException:
             unit.show_sharded()
             root.schedule.abort_forward(unit.core)
             raise
-        root.schedule.leave_forward(unit.core, flat_tensors(outputs))
+        root.schedule.leave_forward(unit.core, tensors)
         if not root.in_backward():
             unit.show_sharded()
         return outputs
@@ -128,11 +130,12 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def no_sync(self) -> Iterator[None]:
         """Backwards inside keep their gradients, full size, on this rank; the first one outside reduces the sum."""
         root = self._root or self._make_root()
-        root.schedule.set_sync(False)
+        before = root.sync
+        root.set_sync(False)
         try:
             yield
         finally:
-            root.schedule.set_sync(True)
+            root.set_sync(before)
 
     def _reset(self) -> None:
         if self._root is not None:
@@ -145,6 +148,13 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._unit.rebind()
         return self
+
+    def __getstate__(self) -> Any:
+        """Neither ``copy`` nor ``pickle`` can take process groups along: TypeError says what to do."""
+        raise TypeError(
+            "a wrapped module can't be copied or pickled: copy the module before it is wrapped, or load this one's "
+            "state_dict() into another wrapped module"
+        )
 
     # -- looking inside
 
@@ -188,25 +198,34 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scales all gradients so that their norm over all ranks' shards is at most ``max_norm``.
 
-        Returns the norm before, a plain 0-d tensor, the same on all ranks; zero if there are no gradients.
+        Returns the norm before, a plain 0-d tensor, the same on all ranks; zero if there are no gradients. The gradients of
+        ignored parameters count as this rank has them: whoever reduces those has to do so first.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
         if not parameters:
             return torch.zeros((), device=self._unit.device)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        # DTensors of one mesh and plain tensors do not mix in one operator.
+        by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+        norms = [nn.utils.get_total_norm([cast(torch.Tensor, p.grad) for p in ps], norm_type) for ps in by_mesh.values()]
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        norm = norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms, norm_type)
+        for ps in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(ps, max_norm, norm)
         return norm
 
 
 def _device(mesh: DeviceMesh, device_id: int | torch.device | None) -> torch.device:
-    if isinstance(device_id, torch.device) and (device_id.type == "cpu" or device_id.index is not None):
+    if isinstance(device_id, torch.device) and device_id.type != mesh.device_type:
+        raise ValueError(f"device_id is {device_id} and device_mesh is on {mesh.device_type}: pass devices of one type")
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    if isinstance(device_id, torch.device) and device_id.index is not None:
         return device_id
     if isinstance(device_id, int):
         return torch.device(mesh.device_type, device_id)
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 

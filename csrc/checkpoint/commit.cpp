@@ -11,10 +11,13 @@
 //   6. It is renamed to its final name: the commit. The older metadata is replaced in the same instant.
 //   7. The directory is synced. From here on a power loss finds the new checkpoint.
 //   8. Data files of the older checkpoint and of saves whose process is provably dead are removed. Not before 7: until the
-//      rename is durable, a power loss may bring the older metadata back.
+//      rename is durable, a power loss may bring the older metadata back. Never one that another metadata here may name.
 #include "checkpoint/commit.h"
 
 #include <algorithm>
+#include <charconv>
+#include <iterator>
+#include <optional>
 #include <set>
 
 #include "base/error.h"
@@ -77,6 +80,25 @@ std::optional<DataFileName> ParseOwned(const std::string& name, const std::strin
   return DataFileName::Parse(name);
 }
 
+// N of "__N.metadata", which names only files of rank N; nothing for every other name.
+std::optional<int64_t> RankOfMetadata(const std::string& name) {
+  constexpr std::string_view kSuffix = ".metadata";
+  if (!name.starts_with("__") || !name.ends_with(kSuffix) || name.size() <= 2 + kSuffix.size()) return std::nullopt;
+  int64_t rank = 0;
+  const char* end = name.data() + name.size() - kSuffix.size();
+  const auto [parsed, error] = std::from_chars(name.data() + 2, end, rank);
+  return error == std::errc() && parsed == end ? std::optional(rank) : std::nullopt;
+}
+
+// Whether a file of this rank may belong to a checkpoint that stays: another metadata of the directory could name it. In a
+// save without coordination every rank has its own, and all but the first to commit are the older ones still.
+bool OthersMayName(int64_t rank, const std::string& metadata_name, const std::vector<std::string>& names) {
+  return std::any_of(names.begin(), names.end(), [&](const std::string& name) {
+    if (name == metadata_name) return false;
+    return name == ".metadata" || RankOfMetadata(name) == rank;
+  });
+}
+
 CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const OwnerIsDead& owner_is_dead) {
   CommitResult result;
   std::set<std::string> keep, superseded(request.superseded.begin(), request.superseded.end());
@@ -92,11 +114,20 @@ CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const Owner
     result.left.push_back(error.what());
     return result;
   }
+  std::vector<std::string> metadata_names;
+  std::copy_if(names.begin(), names.end(), std::back_inserter(metadata_names),
+               [](const std::string& name) { return name.ends_with(".metadata"); });
+  const std::optional<int64_t> own_rank = RankOfMetadata(request.metadata_name);
   for (const std::string& name : names) {
     if (keep.contains(name)) continue;
     // A plain name from the directory's own listing: whatever a metadata may say, nothing outside is ever touched.
     const auto parsed = ParseOwned(name, request.metadata_name);
     bool old = superseded.contains(name) && (parsed || IsStockName(name));
+    const bool data = DataFileName::Parse(name).has_value();
+    // Nobody is certain to miss a file of another rank than a rank's own metadata is about: its rank's next save sees to
+    // it.
+    if (!old && data && own_rank && *own_rank != parsed->rank) continue;
+    if (!old && data && OthersMayName(parsed->rank, request.metadata_name, metadata_names)) continue;
     old = old || (parsed && std::find(owners.begin(), owners.end(), parsed->owner) != owners.end());
     if (!old && parsed) {
       FileStatus status;
@@ -128,7 +159,12 @@ CommitResult Commit(FileSystem& fs, const CommitRequest& request, const OwnerIsD
     }
   } catch (...) {
     TryRemove(fs, request.directory, temporary, nullptr);
-    for (const ExpectedFile& file : request.files) TryRemove(fs, request.directory, file.name, nullptr);
+    // Only what is this save's for certain: a writer of another kind may name files of the older checkpoint as well.
+    for (const ExpectedFile& file : request.files) {
+      const bool older =
+          std::find(request.superseded.begin(), request.superseded.end(), file.name) != request.superseded.end();
+      if (!older && DataFileName::Parse(file.name)) TryRemove(fs, request.directory, file.name, nullptr);
+    }
     throw;
   }
   // A rename that fails may have happened all the same (a network file system's lost answer): nothing is removed after it.

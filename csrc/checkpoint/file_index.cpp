@@ -42,7 +42,12 @@ IndexEntry DecodeEntry(ByteReader& in, int64_t begin, int64_t limit) {
   if (code != 0) {
     entry.dtype = FindDType(code);
     if (entry.dtype == nullptr) in.Fail("a dtype of this version", "code " + std::to_string(code));
-    const RecordSize size = SizeOfRecord(*entry.dtype, entry.shape);
+    RecordSize size;
+    try {
+      size = SizeOfRecord(*entry.dtype, entry.shape);
+    } catch (const Error& error) {
+      in.Fail("a shape that fits into memory", error.what());
+    }
     if (size.payload != entry.payload || size.head != entry.head || size.tail != entry.tail) {
       in.Fail("a record as long as its dtype and shape make it", std::to_string(entry.length()) + " bytes");
     }

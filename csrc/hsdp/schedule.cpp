@@ -59,7 +59,7 @@ void Schedule::BeginForward() {
   // than the shards are now.
   if (in_backward_) {
     Reset();
-    for (const auto& unit : units_) unit->group->DropGrads();
+    depth_ = 1;  // this call's own
   } else {
     for (const auto& unit : units_) unit->group->Reshard();
   }
@@ -234,20 +234,25 @@ void Schedule::EndBackward() {
   }
   ahead_.reset();
   in_backward_ = false;
-  backward_done_ = true;
+  // Under no_sync the gradients still have to be reduced, by a later backward and of units it may not run itself.
+  backward_done_ = sync_;
   on_backward_end_();
 }
 
 void Schedule::Reset() {
-  for (const auto& unit : reducing_) unit->group->reducer().Drop();
+  for (const auto& unit : units_) {
+    // All units: one whose result could not be taken has left reducing_ already.
+    if (!unit->group->trainable().empty()) unit->group->reducer().Drop();
+    if (in_backward_) unit->group->DropGrads();
+  }
   reducing_.clear();
   ahead_.reset();
   gather_queue_.clear();
   reduce_queue_.clear();
   for (const auto& unit : units_) unit->group->Reshard();
   depth_ = 0;
+  backward_done_ = backward_done_ || in_backward_;
   in_backward_ = false;
-  backward_done_ = true;
 }
 
 }  // namespace hsdp_ckpt

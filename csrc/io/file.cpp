@@ -46,9 +46,11 @@ void File::WriteAt(std::span<const std::byte> data, int64_t offset) {
   size_t done = 0;
   while (done < data.size()) {
     const int64_t at = offset + static_cast<int64_t>(done);
+    // Asked before the call: by its end another thread, refused as well, may have turned direct I/O off.
+    const bool was_direct = direct();
     const auto n = raw_->PWrite(data.data() + done, data.size() - done, at);
     if (n == -EINTR) continue;
-    if (n == -EINVAL && direct()) {
+    if (n == -EINVAL && was_direct) {
       DisableDirect();
       continue;
     }

@@ -305,6 +305,13 @@ class Decoder {
     if (depth > kMaxDepth) Fail(where, "at most " + std::to_string(kMaxDepth) + " levels", "more");
     plain_ids_[id] = kInProgress;
     PlainData::Node node = PlainValue(id, data, where, depth);
+    // A shared value was decoded where it came first, perhaps not as deep: what counts is how deep the finished value is.
+    int levels = 0;
+    if (const auto* container = std::get_if<PlainData::Container>(&node)) {
+      for (const auto item : container->items) levels = std::max(levels, plain_levels_[item] + 1);
+    }
+    if (levels > kMaxDepth) Fail(where, "at most " + std::to_string(kMaxDepth) + " levels", "more");
+    plain_levels_.push_back(levels);
     data.nodes.push_back(std::move(node));
     return plain_ids_[id] = static_cast<Id>(data.nodes.size() - 1);
   }
@@ -379,6 +386,7 @@ class Decoder {
   const std::string& path_;
   uint64_t work_left_;
   std::vector<Id> plain_ids_;
+  std::vector<int> plain_levels_;  // of the values below each plain node
   std::vector<uint64_t> hash_work_;
 };
 

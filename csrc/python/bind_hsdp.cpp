@@ -42,6 +42,7 @@ void BindHsdp(py::module_& module) {
           },
           py::arg("shards"), py::arg("device"), NoGil())
       .def("empty_full", [](const Unit& unit) { return unit.group->EmptyFull(); })
+      .def("join_grads", [](Unit& unit) { unit.group->reducer().Join(); })
       .def("empty_grads", [](const Unit& unit) { return unit.group->reducer().EmptyShards(); })
       .def(
           "unused", [](const Unit& unit) { return unit.group->reducer().Unused(); }, NoGil())

@@ -111,6 +111,8 @@ const T* As(const Value& value) {
 }
 
 constexpr size_t kMaxPickle = 64 << 10;  // a plain tensor's is some hundred bytes
+// Names of classes, "storage", "0", "cuda:7". Few bytes recall a text from the memo, so long ones would add up.
+constexpr size_t kMaxText = 256;
 
 std::optional<std::vector<int64_t>> Integers(const Value& value) {
   const auto* tuple = As<Tuple>(value);
@@ -203,7 +205,7 @@ class PickleReader {
       case kNewFalse:
         return Push(false);
       case kBinUnicode:
-        return Push(std::string(in_.GetText(in_.Get<uint32_t>())));
+        return PushText();
       case kGlobal:
         return PushGlobal();
       case kEmptyTuple:
@@ -241,10 +243,15 @@ class PickleReader {
     for (size_t i = raw.size(); i-- > 0;) value = value << 8 | static_cast<int64_t>(raw[i]);
     return Push(value);
   }
+  bool PushText() {
+    const auto size = in_.Get<uint32_t>();
+    return size <= kMaxText && Push(std::string(in_.GetText(size)));
+  }
   bool PushGlobal() {
     std::string name;
     for (const char separator : {' ', '\0'}) {
       for (char c = Char(); c != '\n'; c = Char()) name.push_back(c);
+      if (name.size() > kMaxText) return false;
       if (separator != '\0') name.push_back(separator);
     }
     return Push(Global{std::move(name)});
@@ -255,7 +262,15 @@ class PickleReader {
     Tuple tuple(std::make_move_iterator(stack_.end() - static_cast<std::ptrdiff_t>(size)),
                 std::make_move_iterator(stack_.end()));
     stack_.resize(stack_.size() - size);
-    return std::none_of(tuple.begin(), tuple.end(), [](const Value& v) { return As<Mark>(v) != nullptr; }) &&
+    // A tensor's arguments hold tuples of numbers and nothing deeper, which bounds the depth of a value's destruction.
+    const auto has_tuple = [](const Tuple& t) {
+      return std::any_of(t.begin(), t.end(), [](const Value& v) { return As<Tuple>(v) != nullptr; });
+    };
+    return std::none_of(tuple.begin(), tuple.end(),
+                        [&](const Value& v) {
+                          const auto* inner = As<Tuple>(v);
+                          return As<Mark>(v) != nullptr || (inner != nullptr && has_tuple(*inner));
+                        }) &&
            Push(std::move(tuple));
   }
   bool MakeMarkedTuple() {
@@ -268,7 +283,10 @@ class PickleReader {
   }
   bool Remember() {
     if (stack_.empty()) return false;
-    memo_[in_.Get<uint8_t>()] = stack_.back();
+    // Tuples are put and never recalled in a tensor's pickle; recalling would let a few bytes double a value many times.
+    const auto index = in_.Get<uint8_t>();
+    memo_.erase(index);
+    if (As<Tuple>(stack_.back()) == nullptr) memo_.emplace(index, stack_.back());
     return true;
   }
   bool Recall() {
@@ -316,12 +334,10 @@ int64_t TensorBytes(const DType& dtype, std::span<const int64_t> shape) {
   for (const int64_t size : shape) {
     if (size < 0) throw Error("a tensor's size can't be negative: " + std::to_string(size));
     if (size == 0) empty = true;
+    // Strides are products in which an empty dimension counts as one; they have to fit as well.
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes)) throw Error("a tensor of more than 2**63 bytes");
   }
-  if (empty) return 0;
-  for (const int64_t size : shape) {
-    if (__builtin_mul_overflow(bytes, size, &bytes)) throw Error("a tensor of more than 2**63 bytes");
-  }
-  return bytes;
+  return empty ? 0 : bytes;
 }
 
 TensorDescription ContiguousTensor(const DType& dtype, std::span<const int64_t> shape) {

@@ -211,12 +211,36 @@ TEST(CommitTest, RemovesTheOlderFilesAndNothingElse) {
   EXPECT_EQ(Load(fs), 2);
 }
 
+// After a restart every older owner is dead. Rank 0 commits first; if the job dies then, rank 1 has its older checkpoint.
+TEST(CommitTest, FilesThatAnotherMetadataOfTheDirectoryMayNameStay) {
+  const auto everybody_is_dead = [](const ProcessIdentity&, int64_t) { return true; };
+  for (const bool coordinated_too : {false, true}) {
+    FaultFileSystem fs;
+    fs.MakeDirectory("/");
+    Save(fs, 1, {});
+    ASSERT_EQ(fs.Rename(kDirectory + "/.metadata", kDirectory + "/__1.metadata"), 0);
+    std::unique_ptr<RawFile> file;
+    ASSERT_EQ(fs.Open(kDirectory + "/" + NameOf(2, 0).ToString(), OpenMode::kCreate, &file), 0);
+    if (coordinated_too) fs.Open(kDirectory + "/.metadata", OpenMode::kCreate, &file);
+    CommitRequest request{kDirectory, "__0.metadata", AsBytes("new"), {{NameOf(2, 0).ToString(), 0}}, {}, true};
+    const auto result = Commit(fs, request, everybody_is_dead);
+    EXPECT_NE(fs.Bytes(kDirectory + "/" + Names(1)[1]), nullptr);
+    // Rank 0's own leftover goes, unless a metadata of all ranks may name it.
+    EXPECT_EQ(fs.Bytes(kDirectory + "/" + Names(1)[0]) != nullptr, coordinated_too);
+    EXPECT_EQ(result.removed.empty(), coordinated_too);
+    request.metadata_name = ".metadata";
+    Commit(fs, request, everybody_is_dead);
+    EXPECT_NE(fs.Bytes(kDirectory + "/" + Names(1)[1]), nullptr) << "__1.metadata still names it";
+  }
+}
+
 TEST(CommitTest, AMissingOrShortDataFileStopsIt) {
   FaultFileSystem fs;
   fs.MakeDirectory("/");
   Save(fs, 1, {});
-  CommitRequest request{kDirectory, ".metadata", AsBytes("new"), {{Names(1)[0], 5}}, {}, true};
+  CommitRequest request{kDirectory, ".metadata", AsBytes("new"), {{Names(1)[0], 5}}, Names(1), true};
   EXPECT_THROW(Commit(fs, request, NobodyIsDead), Error);
+  EXPECT_EQ(Load(fs), 1) << "a save that fails leaves files that the older checkpoint has as well";
   request.files = {{"__0_missing.distcp", 5}};
   EXPECT_THROW(Commit(fs, request, NobodyIsDead), Error);
 }

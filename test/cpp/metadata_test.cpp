@@ -185,6 +185,14 @@ TEST(MetadataHostileTest, DepthIsBounded) {
   EXPECT_THROW(Decode(With("planner_data", nested(1000000))), CorruptionError);
   EXPECT_THROW(Decode(With("planner_data", std::string("]\x94h\0a", 5))),
                CorruptionError);  // a list in itself
+  // A list of tuples, each of the one before: none is deep where it is decoded, the last one is where a dict hashes it.
+  const auto chain = [](int depth) {
+    std::string opcodes(")q\xff(", 4);
+    for (int i = 0; i < depth; ++i) opcodes += "h\xff\x85q\xff";
+    return With("planner_data", "(" + opcodes + "l}h\xffNst");
+  };
+  EXPECT_GT(Decode(chain(100)).planner_data.nodes.size(), 100u);
+  EXPECT_THROW(Decode(chain(1000000)), CorruptionError);
 }
 
 // `levels` lists, each of ten times the one before, all through the memo.

@@ -1,13 +1,18 @@
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <random>
+#include <thread>
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "base/parallel.h"
 #include "checkpoint/shard_file_reader.h"
 #include "checkpoint/shard_file_writer.h"
 #include "fault_file_system.h"
+#include "io/file.h"
 #include "record/record.h"
+#include "record/tensor_pickle.h"
 
 namespace hsdp_ckpt {
 namespace {
@@ -225,6 +230,65 @@ TEST_F(ShardFileTest, AFailedCallNamesItsFileAndLeavesNone) {
       EXPECT_EQ(fs_.Bytes("/d/" + kName.ToString()), nullptr) << op;
     }
   }
+}
+
+TEST(TensorPickleTest, FewBytesMakeNoDeepOrLargeValue) {
+  const auto decode = [](const std::string& opcodes) { return DecodeTensorPickle(AsBytes("\x80\x02" + opcodes + ".")); };
+  const std::string valid(AsText(EncodeTensorPickle(ContiguousTensor(*FindDType("float32"), std::vector<int64_t>{2, 3}))));
+  ASSERT_TRUE(decode(valid.substr(2, valid.size() - 3)));
+  std::string deep = ")", doubled = ")q" + std::string(1, '\0'), repeated = "X" + std::string("\0\x40\0\0", 4);
+  deep.append(60000, '\x85');
+  for (int i = 0; i < 60; ++i) doubled += std::string("h\0h\0\x86q\0", 7);
+  repeated += std::string(0x4000, 'x') + std::string("q\0", 2);
+  for (int i = 0; i < 20000; ++i) repeated += std::string("h\0", 2);
+  for (const auto& opcodes : {deep, doubled, repeated}) EXPECT_FALSE(decode(opcodes));
+}
+
+TEST(TensorPickleTest, StridesOfAnEmptyTensorHaveToFit) {
+  const std::vector<int64_t> shape{0, int64_t{1} << 62, 4};
+  EXPECT_THROW(ContiguousTensor(*FindDType("uint8"), shape), Error);
+  EXPECT_EQ(ContiguousTensor(*FindDType("uint8"), std::vector<int64_t>{0, 7}).stride, (std::vector<int64_t>{7, 1}));
+}
+
+// A file system that refuses direct writes only after all threads have issued theirs: each is refused, one turns it off.
+TEST_F(ShardFileTest, SeveralThreadsWhoseDirectWritesAreRefusedGoOn) {
+  std::atomic<int> waiting{0};
+  class Late : public RawFile {
+   public:
+    explicit Late(std::atomic<int>& waiting) : waiting_(waiting) {}
+    ssize_t PRead(void*, size_t, int64_t) override { return 0; }
+    ssize_t PWrite(const void*, size_t size, int64_t) override {
+      if (++waiting_ > 2) return static_cast<ssize_t>(size);
+      while (waiting_ < 2) std::this_thread::yield();
+      return -EINVAL;
+    }
+    int64_t Size() override { return 0; }
+    int Truncate(int64_t) override { return 0; }
+    int Allocate(int64_t) override { return 0; }
+    int Sync() override { return 0; }
+    int DisableDirect() override { return 0; }
+    int Close() override { return 0; }
+
+   private:
+    std::atomic<int>& waiting_;
+  };
+  class LateSystem : public FaultFileSystem {
+   public:
+    explicit LateSystem(std::atomic<int>& waiting) : waiting_(waiting) {}
+    int Open(const std::string&, OpenMode, std::unique_ptr<RawFile>* file) override {
+      *file = std::make_unique<Late>(waiting_);
+      return 0;
+    }
+
+   private:
+    std::atomic<int>& waiting_;
+  };
+  LateSystem fs(waiting);
+  File file = File::Open(fs, "/d/x", OpenMode::kCreateDirect);
+  const std::vector<std::byte> page(4096);
+  EXPECT_NO_THROW(ParallelFor(2, 2, [&](size_t i) { file.WriteAt(page, static_cast<int64_t>(i) * 4096); }));
+  EXPECT_FALSE(file.direct());
+  EXPECT_EQ(waiting, 4);
 }
 
 }  // namespace
