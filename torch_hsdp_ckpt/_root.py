@@ -66,7 +66,7 @@ def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
             names.append(group.group_name)
             continue
         if group not in _reduce_group_names:
-            new = dist.new_group(
+            new: Any = dist.new_group(
                 dist.get_process_group_ranks(group),
                 backend=str(dist.get_backend_config(group)),
                 use_local_synchronization=True,
