@@ -11,6 +11,7 @@ import math
 import os
 import posixpath
 import threading
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,19 @@ def _torch_saved(tensor: Tensor) -> memoryview:
 def _staged(tensor: Tensor) -> Tensor:
     """The tensor's elements, contiguous in CPU memory: itself if it is so already."""
     return tensor.cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def _check_storage(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor whose memory was freed under it, as FSDP frees full parameters: reading it would end the process."""
+    if tensor.layout != torch.strided or type(tensor) is not Tensor or not tensor.numel():
+        return
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    if tensor.device.type != "meta" and tensor.untyped_storage().size() < needed:
+        raise CheckpointError(
+            f"{name}: shape {list(tensor.shape)} needs {needed} bytes, its storage has {tensor.untyped_storage().size()}; "
+            "was its memory freed, as that of a sharded module's full parameters is?"
+        )
 
 
 def _is_staged(tensor: Tensor) -> bool:
@@ -164,9 +178,22 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         """Objects first, then tensors: those that lie ready in memory in one call, others staged a batch at a time."""
-        objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
         tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
         writer = _C.ShardFileWriter(str(self.path), name, max(2, self.thread_count), self.sync_files, _reserve(tensors))
+        try:
+            return self._write_items(writer, name, items, planner)
+        except BaseException as error:
+            # The error's frames would keep the writer, its half-written file and the space it takes for as long as somebody
+            # keeps the error.
+            traceback.clear_frames(error.__traceback__)
+            del writer
+            raise
+
+    def _write_items(
+        self, writer: _C.ShardFileWriter, name: str, items: list[WriteItem], planner: SavePlanner
+    ) -> list[WriteResult]:
+        objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
+        tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
         places: list[tuple[WriteItem, tuple[int, int]]] = []
 
         def write_objects(batch: list[tuple[WriteItem, memoryview]]) -> None:
@@ -194,6 +221,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
             data = data.detach()
             if isinstance(data, torch.nn.Parameter):
                 data = data.data
+            _check_storage(data, item.index.fqn)
             if not _is_plain(data):
                 write_objects([(item, _torch_saved(data))])
                 continue
@@ -436,6 +464,7 @@ def _check_within(item: ReadItem, shape: list[int], what: str) -> None:
 
 def _target(item: ReadItem, planner: LoadPlanner, what: str) -> Tensor:
     target = planner.resolve_tensor(item).detach()
+    _check_storage(target, what)
     if target.size() != item.lengths:
         raise CheckpointError(f"{what}: the target is {list(target.size())}, the plan reads {list(item.lengths)}")
     return target
