@@ -32,8 +32,8 @@ def test_freed_memory_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
     dcp.save({"freed": freed}, storage_writer=h.FileSystemWriter(tmp_path), no_dist=True)
     before = sorted(os.listdir(tmp_path))
     freed.untyped_storage().resize_(0)
-    with pytest.raises(CheckpointException, match="freed: shape .1000. needs 4000 bytes"):
+    with pytest.raises(CheckpointException, match=r"freed: shape .1000. needs 4000 bytes"):
         dcp.save({"freed": freed}, storage_writer=h.FileSystemWriter(tmp_path), no_dist=True)
     assert sorted(os.listdir(tmp_path)) == before
-    with pytest.raises(CheckpointException, match="freed: shape .1000. needs 4000 bytes"):
+    with pytest.raises(CheckpointException, match=r"freed: shape .1000. needs 4000 bytes"):
         dcp.load({"freed": freed}, storage_reader=h.FileSystemReader(tmp_path), no_dist=True)
