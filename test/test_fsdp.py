@@ -339,6 +339,27 @@ def _exceptions(rank: int) -> None:
         assert_close({k.removeprefix("net."): v for k, v in grads(ours).items()}, expected)
 
 
+def _after_a_backward_that_raised(rank: int) -> None:
+    """The gradients that reached the shards before the error are cleared by the model as by its optimizer."""
+
+    def fail(parameter: torch.Tensor) -> None:
+        raise KeyError("asked for")
+
+    net = NETS["uneven"]()
+    ours = wrap(copy.deepcopy(net))
+    hook = ours.module.head.weight.register_post_accumulate_grad_hook(fail)
+    with pytest.raises(KeyError, match="asked for"):
+        loss_of(ours, batch(net, 0, rank)).backward()
+    hook.remove()
+    ours.zero_grad()
+    loss_of(ours, batch(net, 0, rank)).backward()
+    assert_close(grads(ours), mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r))))
+
+
+def test_after_a_backward_that_raised() -> None:
+    run_ranks(_after_a_backward_that_raised, 4)
+
+
 def _mixed_dtypes_and_shared(rank: int) -> None:
     """float64 beside float32 in one unit, one parameter in two places of it, an LSTM (which keeps its own list of weights)."""
 

@@ -195,12 +195,18 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         inner = {id(m) for f in found for m in f.modules() if m is not f}
         return [f for f in found if id(f) not in inner]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left the full ones in place."""
+        self._reset()
+        super().zero_grad(set_to_none)
+
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scales all gradients so that their norm over all ranks' shards is at most ``max_norm``.
 
         Returns the norm before, a plain 0-d tensor, the same on all ranks; zero if there are no gradients. The gradients of
         ignored parameters count as this rank has them: whoever reduces those has to do so first.
         """
+        self._reset()
         parameters = [p for p in self.parameters() if p.grad is not None]
         if not parameters:
             return torch.zeros((), device=self._unit.device)
