@@ -1,0 +1,40 @@
+"""Which tensors our own records hold, and how their bytes are brought into contiguous CPU memory."""
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .errors import CheckpointError
+
+RECORD_DTYPES: dict[torch.dtype, str] = {
+    dtype: name for name in _C.record_dtypes() if (dtype := getattr(torch, name, None)) is not None
+}
+# Tensors that are not contiguous in CPU memory are copied there first, this many bytes at a time.
+STAGING_BYTES = 32 << 20
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether our own record holds all there is to a tensor: dense, of a dtype that has a record format, no subclass."""
+    return type(tensor) is Tensor and tensor.layout == torch.strided and tensor.dtype in RECORD_DTYPES
+
+
+def staged(tensor: Tensor) -> Tensor:
+    """The tensor's elements, contiguous in CPU memory: itself if it is so already."""
+    return tensor.cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def check_storage(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor whose memory was freed under it, as FSDP frees full parameters: reading it would end the process."""
+    if tensor.layout != torch.strided or type(tensor) is not Tensor or not tensor.numel():
+        return
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    if tensor.device.type != "meta" and tensor.untyped_storage().size() < needed:
+        raise CheckpointError(
+            f"{name}: shape {list(tensor.shape)} needs {needed} bytes, its storage has {tensor.untyped_storage().size()}; "
+            "was its memory freed, as that of a sharded module's full parameters is?"
+        )
+
+
+def is_staged(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()

@@ -1,0 +1,263 @@
+"""``FileSystemWriter``: DCP's storage writer with the bytes moved in C++."""
+
+import dataclasses
+import io
+import logging
+import os
+import threading
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint.filesystem as _stock
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from . import _C
+from ._metadata import encode_metadata, read_metadata
+from ._tensors import RECORD_DTYPES, STAGING_BYTES, check_storage, is_plain, is_staged, staged
+from .errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
+# One commit at a time in a process: the second sees what the first left, and its files are checked after that.
+_commit_lock = threading.Lock()
+_used_save_ids: set[int] = set()
+
+
+@dataclasses.dataclass
+class _SaveStorage:
+    """What the coordinator hands each rank through the plan: which rank's files these are, and in which save."""
+
+    rank: int
+    save_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _FileWriteResult(WriteResult):
+    """A ``WriteResult`` that also carries the data file's size to the coordinator, which checks it before the commit."""
+
+    file_size: int = 0
+    exact: bool = True
+
+
+def _torch_saved(tensor: Tensor) -> memoryview:
+    """What stock DCP writes for a tensor that is not plain (quantized, a subclass, sparse): torch.save's bytes."""
+    tensor = tensor.cpu()
+    if tensor.layout == torch.strided and tensor.untyped_storage().size() != tensor.nbytes:
+        tensor = tensor.clone()
+    stream = io.BytesIO()
+    torch.save(tensor, stream)
+    return stream.getbuffer()
+
+
+class FileSystemWriter(_stock.FileSystemWriter):
+    """Writes DCP checkpoints to a directory, for ``dcp.save`` and ``dcp.async_save``, in torch's own format.
+
+    A drop-in for :class:`torch.distributed.checkpoint.FileSystemWriter` (torch 2.11 to 2.15), of which it is a subclass. Data
+    files are written past the page cache where the file system allows it, carry checksums of every byte, and are never
+    overwritten: a checkpoint saved over an older one uses new names, and the older files are removed only when the new
+    ``.metadata`` is durable. If a save fails or the machine loses power, the older checkpoint loads as before.
+
+    Args:
+        path: directory of the checkpoint, made if it is missing. All ranks see the same one.
+        single_file_per_rank: one data file per rank (default), else one per tensor or object.
+        sync_files: fsync files and directories (default). Without it a power loss can lose the checkpoint.
+        thread_count: threads per rank that write; at least two are used, one copying while the other writes. The number of
+            files does not depend on it.
+        per_thread_copy_ahead: bytes that are copied from a device ahead of writing them. 0: the writer's own choice.
+        cache_staged_state_dict: keep the CPU copy that ``async_save`` makes for the next one, as torch does.
+        overwrite: False refuses to save where there is a checkpoint, before a byte is written.
+        _extensions, serialization_format: anything but the default is written by torch's own code, under names of ours and
+            with our commit, but without our checksums; it is then single-file formats' own readers that read it.
+
+    Raises (through DCP as ``CheckpointException`` with these as each rank's cause):
+        OSError: the operating system refused, with ``errno`` and ``filename``.
+        CheckpointError: there is a checkpoint already and ``overwrite`` is False; ranks do not share the directory.
+    """
+
+    def _uses_torch(self) -> bool:
+        return bool(self.transforms.extensions) or self.serialization_format != _stock.SerializationFormat.TORCH_SAVE
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        _C.make_directories(str(self.path), self.sync_files)
+        metadata = self._own_metadata_path()
+        if not self.overwrite and os.path.lexists(metadata):
+            raise CheckpointError(f"{metadata}: there is a checkpoint already and overwrite=False; nothing was written")
+        if not self.use_collectives and self.rank is not None:
+            plan = dataclasses.replace(plan, storage_data=_SaveStorage(self.rank, _C.new_save_id()))
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        save_id = _C.new_save_id()
+        return [
+            plan if plan.storage_data is not None else dataclasses.replace(plan, storage_data=_SaveStorage(rank, save_id))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
+        storage: _SaveStorage = plan.storage_data
+        save_id = storage.save_id
+        # A planner that caches plans brings back the first save's: file names must be new all the same.
+        if save_id in _used_save_ids:
+            save_id = _C.new_save_id()
+        _used_save_ids.add(save_id)
+        if self._uses_torch():
+            results = self._write_with_torch(plan, planner, _C.torch_file_prefix(storage.rank, save_id))
+        else:
+            results = []
+            items = plan.items
+            groups = ([items] if items else []) if self.single_file_per_rank else [[item] for item in items]
+            written: list[str] = []
+            try:
+                for number, group in enumerate(groups):
+                    name = _C.data_file_name(storage.rank, save_id, number)
+                    results += self._write_file(name, group, planner)
+                    written.append(name)
+            except BaseException:
+                _remove_quietly(self.path, written)
+                raise
+        if self.sync_files:
+            _C.sync_directory(str(self.path))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        """Objects first, then tensors: those that lie ready in memory in one call, others staged a batch at a time."""
+        tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
+        writer = _C.ShardFileWriter(str(self.path), name, max(2, self.thread_count), self.sync_files, _reserve(tensors))
+        try:
+            return self._write_items(writer, name, items, planner)
+        except BaseException as error:
+            # The error's frames would keep the writer, its half-written file and the space it takes for as long as somebody
+            # keeps the error.
+            traceback.clear_frames(error.__traceback__)
+            del writer
+            raise
+
+    def _write_items(
+        self, writer: _C.ShardFileWriter, name: str, items: list[WriteItem], planner: SavePlanner
+    ) -> list[WriteResult]:
+        objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
+        tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
+        places: list[tuple[WriteItem, tuple[int, int]]] = []
+
+        def write_objects(batch: list[tuple[WriteItem, memoryview]]) -> None:
+            records = [(item.index.fqn, data) for item, data in batch]
+            places.extend(zip((item for item, _ in batch), writer.write_objects(records), strict=True))
+
+        def write_tensors(batch: list[tuple[WriteItem, Tensor]]) -> None:
+            records = [(item.index.fqn, RECORD_DTYPES[t.dtype], tuple(t.shape), t.data_ptr()) for item, t in batch]
+            places.extend(zip((item for item, _ in batch), writer.write_tensors(records), strict=True))
+
+        pickled: list[tuple[WriteItem, memoryview]] = []
+        for item in objects:
+            stream = planner.resolve_data(item)
+            if not isinstance(stream, io.BytesIO):
+                raise CheckpointError(f"{item.index.fqn}: the planner gave {type(stream).__name__} for an object, not BytesIO")
+            pickled.append((item, stream.getbuffer()))
+        write_objects(pickled)
+        ready: list[tuple[WriteItem, Tensor]] = []
+        budget = 0  # bytes of `ready` that are copies of ours
+        limit = self.per_thread_copy_ahead or STAGING_BYTES
+        for item in tensors:
+            data = planner.resolve_data(item)
+            if not isinstance(data, Tensor):
+                raise CheckpointError(f"{item.index.fqn}: the planner gave {type(data).__name__} for a tensor")
+            data = data.detach()
+            if isinstance(data, torch.nn.Parameter):
+                data = data.data
+            check_storage(data, item.index.fqn)
+            if not is_plain(data):
+                write_objects([(item, _torch_saved(data))])
+                continue
+            if not is_staged(data):
+                budget += data.nbytes
+                data = staged(data)
+            ready.append((item, data))
+            if budget >= limit:
+                write_tensors(ready)
+                ready, budget = [], 0
+        write_tensors(ready)
+        size, direct = writer.finish()
+        _logger.debug("%s/%s: %d bytes, %s", self.path, name, size, "direct" if direct else "through the page cache")
+        return [
+            _FileWriteResult(item.index, length, _stock._StorageInfo(name, offset, length), size)
+            for item, (offset, length) in places
+        ]
+
+    def _write_with_torch(self, plan: SavePlan, planner: SavePlanner, prefix: str) -> list[WriteResult]:
+        stock_plan = dataclasses.replace(plan, storage_data=_stock._StoragePrefix(prefix))
+        results = super().write_data(stock_plan, planner).wait()
+        out: list[WriteResult] = []
+        for result in results:
+            info = result.storage_data
+            size = os.stat(os.path.join(self.path, info.relative_path)).st_size
+            out.append(_FileWriteResult(result.index, result.size_in_bytes, info, size))
+        return out
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files: dict[str, tuple[str, int, bool]] = {}
+        storage_data = {}
+        for result in (result for rank_results in results for result in rank_results):
+            info = result.storage_data
+            storage_data[result.index] = info
+            size, exact = getattr(result, "file_size", None), True
+            if size is None:  # a subclass that writes in its own way
+                size, exact = max(info.offset + info.length, files.get(info.relative_path, ("", 0))[1]), False
+            files[info.relative_path] = (info.relative_path, size, exact)
+        metadata.version = _stock.CURRENT_DCP_VERSION
+        metadata.storage_data = storage_data
+        metadata.storage_meta = self.storage_meta()
+        path = self._own_metadata_path()
+        with _commit_lock:
+            removed, left = _C.commit_checkpoint(
+                str(self.path),
+                path.name,
+                encode_metadata(metadata),
+                list(files.values()),
+                _named_files(path),
+                self.sync_files,
+            )
+        _logger.debug("%s: committed, %d older files removed", self.path, len(removed))
+        for reason in left:
+            _logger.warning("the checkpoint is saved; a file of an older one could not be removed: %s", reason)
+
+    def _own_metadata_path(self) -> Path:
+        return Path(self._get_metadata_path(None if self.use_collectives else self.rank))
+
+
+def _reserve(tensors: Iterable[WriteItem]) -> int:
+    """Bytes to reserve for a file: what its plain tensors will take at the least. A hint; the file's own length is exact."""
+    total = 0
+    for item in tensors:
+        if item.tensor_data is not None and item.tensor_data.chunk is not None:
+            name = RECORD_DTYPES.get(item.tensor_data.properties.dtype)
+            if name is not None:
+                total += _C.record_bytes(name, list(item.tensor_data.chunk.sizes))
+    return total
+
+
+def _named_files(metadata_path: Path) -> list[str]:
+    """The data files that the checkpoint in place names; none if there is none, or if it can't be read any more."""
+    try:
+        old = read_metadata(metadata_path)
+    except FileNotFoundError:
+        return []
+    except (CheckpointError, OSError) as error:
+        _logger.warning("the checkpoint that is replaced can't be read, its files are left: %s", error)
+        return []
+    return sorted({info.relative_path for info in (old.storage_data or {}).values()})
+
+
+def _remove_quietly(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Removes this rank's own files after its own failure, whose error is the one to be seen."""
+    for name in names:
+        try:
+            os.unlink(os.path.join(directory, name))
+        except OSError as error:
+            _logger.warning("%s/%s could not be removed after a failed save: %s", directory, name, error)
