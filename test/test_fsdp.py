@@ -9,65 +9,14 @@ from models import NETS, Block, Net, batch
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy, size_based_auto_wrap_policy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
+from training import assert_close, full, grads, loss_of, mean_grads, wrap, wrap_fsdp2
 
 from torch_hsdp_ckpt import BackwardPrefetch, CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 
 HYBRID, FULL = ShardingStrategy.HYBRID_SHARD, ShardingStrategy.FULL_SHARD
-
-
-def mesh_of(shape: tuple[int, ...], device: str = "cpu"):
-    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-
-
-def wrap(net: nn.Module, shape: tuple[int, ...] = (2, 2), device: str = "cpu", policy=None, **options):
-    return FullyShardedDataParallel(
-        net if device == "cpu" else net.to(device),
-        device_mesh=mesh_of(shape, device),
-        auto_wrap_policy=policy or ModuleWrapPolicy({Block}),
-        **options,
-    )
-
-
-def wrap_fsdp2(net: Net, shape: tuple[int, ...], device: str = "cpu") -> Net:
-    mesh = mesh_of(shape, device)
-    for block in net.to(device).blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(net, mesh=mesh)
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def grads(model: nn.Module) -> dict[str, torch.Tensor | None]:
-    return {name: None if p.grad is None else full(p.grad) for name, p in model.named_parameters()}
-
-
-def mean_grads(net: nn.Module, loss) -> dict[str, torch.Tensor | None]:
-    """Gradients of the mean over all ranks of ``loss(net, rank)``, on a copy in this process."""
-    net = copy.deepcopy(net)
-    ranks = dist.get_world_size()
-    for rank in range(ranks):
-        (loss(net, rank) / ranks).backward()
-    return {name: p.grad for name, p in net.named_parameters()}
-
-
-def assert_close(ours: dict[str, torch.Tensor | None], reference: dict[str, torch.Tensor | None]) -> None:
-    assert ours.keys() == reference.keys()
-    for name, grad in reference.items():
-        if grad is None:
-            assert ours[name] is None, name
-        else:
-            assert ours[name] is not None, name
-            torch.testing.assert_close(ours[name], grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model(x).square().mean()
 
 
 # -- the same numbers
