@@ -1,0 +1,101 @@
+"""The ranks' exchanges: payloads of any length, failures that reach every rank, peers that die or stop."""
+
+import datetime
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import run_ranks
+
+import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt._agreement import Agreement, agreement_of
+
+
+def _fail(error: BaseException) -> bytes:
+    raise error
+
+
+def _exchanges(rank: int) -> None:
+    agreement = agreement_of(None, "save")
+    assert agreement is agreement_of(dist.group.WORLD, "save")
+    assert agreement is not agreement_of(None, "load")
+    assert agreement.is_coordinator == (rank == 0)
+    for length in (0, 16, 119, 120, 1000):
+        payloads = [bytes([r]) * (length + r % 2) for r in range(4)]
+        assert agreement.exchange("step", payloads[rank]) == payloads
+    for length in (0, 1, 1000):
+        payloads = [bytes([r]) * (length * r) for r in range(4)]
+        assert agreement.gather("step", payloads[rank]) == (payloads if rank == 0 else [])
+        assert agreement.scatter("step", payloads if rank == 0 else []) == payloads[rank]
+    assert agreement.run("step", lambda: bytes([rank])) == [b"\0", b"\1", b"\2", b"\3"]
+    for length in (0, 119, 120, 10000):
+        assert agreement.verdict("commit", lambda n=length: b"v" * n) == b"v" * length  # type: ignore[misc]
+
+    with pytest.raises(OSError, match=r"disk on fire .rank 2, step 'write'.") as full:
+        agreement.run("write", lambda: _fail(OSError(28, "disk on fire", "/some/file")) if rank == 2 else b"")
+    assert (full.value.errno, full.value.filename) == (28, "/some/file")
+    assert (full.value.__cause__ is not None) == (rank == 2)
+    with pytest.raises(h.CorruptCheckpointError, match="rank 1: bad record; rank 3: KeyError: 'w'"):
+        errors: dict[int, Exception] = {1: h.CorruptCheckpointError("bad record"), 3: KeyError("w")}
+        agreement.exchange("read", error=errors.get(rank))
+    with pytest.raises(h.CheckpointError, match="rank 0: ValueError: " + "x" * 4000 + "$"):
+        agreement.verdict("commit", lambda: _fail(ValueError("x" * 5000)))
+    with pytest.raises(KeyboardInterrupt if rank == 3 else h.CheckpointError):
+        agreement.run("write", lambda: _fail(KeyboardInterrupt()) if rank == 3 else b"")
+    assert len(agreement.exchange("after failures", b"!")) == 4
+
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    half = agreement_of(halves[rank // 2], "save")
+    assert half.exchange("half", bytes([rank])) == [bytes([rank // 2 * 2]), bytes([rank // 2 * 2 + 1])]
+    if rank < 2:  # calls that only one half makes do not disturb what all make later
+        odd = dist.new_group([0, 1], use_local_synchronization=True)
+        assert len(agreement_of(odd, "save").exchange("odd")) == 2
+    else:
+        with pytest.raises(h.CheckpointError, match="not in the process group"):
+            agreement_of(halves[0], "save")
+    assert len(agreement_of(None, "other").exchange("all")) == 4
+
+
+def test_payloads_failures_and_groups() -> None:
+    run_ranks(_exchanges, 4)
+
+
+def _lost_peer(rank: int, how: str, pids: str) -> None:
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    agreement = agreement_of(group, "save")
+    (Path(pids) / str(rank)).write_text(str(os.getpid()))
+    agreement.exchange("together")
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(h.CheckpointError, match=r"step 'write': rank . gets no answer"):
+        agreement.exchange("write")
+    assert time.monotonic() - start < 20
+    with pytest.raises(h.CheckpointError, match="lost its peers"):
+        agreement.exchange("again")
+    if how == "stops":
+        dist.barrier(dist.new_group([0, 1], use_local_synchronization=True))  # both are through with it
+        if rank == 0:
+            os.kill(int((Path(pids) / "2").read_text()), signal.SIGCONT)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("how", ["dies", "stops"])
+def test_a_lost_peer_is_an_error_within_the_timeout(tmp_path: Path, how: str) -> None:
+    run_ranks(_lost_peer, 3, how, str(tmp_path), allow_death=(2,) if how == "dies" else ())
+
+
+def test_alone_it_needs_no_group() -> None:
+    alone: Agreement = agreement_of(None, "save", no_dist=True)
+    assert alone.run("step", lambda: b"x") == [b"x"]
+    assert alone.verdict("step", lambda: b"y" * 100) == b"y" * 100
+    error: Any = ValueError("mine")
+    for call in (alone.run, alone.verdict):
+        with pytest.raises(ValueError, match="mine"):
+            call("step", lambda: _fail(error))
+    with pytest.raises(ValueError, match="mine"):
+        alone.exchange("step", error=error)
