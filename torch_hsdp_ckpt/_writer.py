@@ -79,6 +79,8 @@ class FileSystemWriter(_stock.FileSystemWriter):
         CheckpointError: there is a checkpoint already and ``overwrite`` is False; ranks do not share the directory.
     """
 
+    _claim: str | None = None  # on the coordinator, from the plan to the commit
+
     def _uses_torch(self) -> bool:
         return bool(self.transforms.extensions) or self.serialization_format != _stock.SerializationFormat.TORCH_SAVE
 
@@ -88,11 +90,13 @@ class FileSystemWriter(_stock.FileSystemWriter):
         if not self.overwrite and os.path.lexists(metadata):
             raise CheckpointError(f"{metadata}: there is a checkpoint already and overwrite=False; nothing was written")
         if not self.use_collectives and self.rank is not None:
-            plan = dataclasses.replace(plan, storage_data=_SaveStorage(self.rank, _C.new_save_id()))
+            plan = dataclasses.replace(plan, storage_data=_SaveStorage(self.rank, self._claim_directory()))
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        save_id = _C.new_save_id()
+        if plans and all(plan.storage_data is not None for plan in plans):
+            return plans  # without coordination: claimed above, rank by rank
+        save_id = self._claim_directory()
         return [
             plan if plan.storage_data is not None else dataclasses.replace(plan, storage_data=_SaveStorage(rank, save_id))
             for rank, plan in enumerate(plans)
@@ -119,6 +123,8 @@ class FileSystemWriter(_stock.FileSystemWriter):
                     written.append(name)
             except BaseException:
                 _remove_quietly(self.path, written)
+                if self._claim is not None:
+                    _C.release_claim(str(self.path), self._claim)
                 raise
         if self.sync_files:
             _C.sync_directory(str(self.path))
@@ -200,6 +206,13 @@ class FileSystemWriter(_stock.FileSystemWriter):
             out.append(_FileWriteResult(result.index, result.size_in_bytes, info, size))
         return out
 
+    def _claim_directory(self) -> int:
+        """Makes this the save that may commit here; the id of the save."""
+        save_id = _C.new_save_id()
+        name = self._own_metadata_path().name
+        self._claim = _C.claim_directory(str(self.path), name, save_id, self.overwrite)
+        return save_id
+
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, tuple[str, int, bool]] = {}
         storage_data = {}
@@ -214,10 +227,15 @@ class FileSystemWriter(_stock.FileSystemWriter):
         metadata.storage_data = storage_data
         metadata.storage_meta = self.storage_meta()
         path = self._own_metadata_path()
+        if self._claim is None:  # a subclass that plans in its own way
+            self._claim_directory()
+        claim, self._claim = self._claim, None
+        assert claim is not None
         with _commit_lock:
             removed, left = _C.commit_checkpoint(
                 str(self.path),
                 path.name,
+                claim,
                 encode_metadata(metadata),
                 list(files.values()),
                 _named_files(path),

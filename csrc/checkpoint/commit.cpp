@@ -7,26 +7,28 @@
 //   3. Each data file is synced, then the directory, so that both bytes and names survive a power loss.
 // On the coordinator, once all ranks have voted (here):
 //   4. Every data file that the new metadata names exists and has the size its rank voted for.
-//   5. The metadata is written under a temporary name and synced. Nothing reads that name.
-//   6. It is renamed to its final name: the commit. The older metadata is replaced in the same instant.
+//   5. The metadata is written into the save's claim (checkpoint/claim) and synced. Nothing reads that name.
+//   6. The claim is renamed to the metadata's name: the commit. The older metadata is replaced in the same instant. If a
+//      later save has taken the directory over, the claim is not there any more and the rename fails.
 //   7. The directory is synced. From here on a power loss finds the new checkpoint.
 //   8. Data files of the older checkpoint and of saves whose process is provably dead are removed. Not before 7: until the
-//      rename is durable, a power loss may bring the older metadata back. Never one that another metadata here may name.
+//      rename is durable, a power loss may bring the older metadata back. Never one that another metadata here may name,
+//      or that a save which is still under way has written.
 #include "checkpoint/commit.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <iterator>
 #include <optional>
 #include <set>
 
 #include "base/error.h"
+#include "checkpoint/claim.h"
 #include "io/file.h"
 
 namespace hsdp_ckpt {
 namespace {
-
-constexpr std::string_view kTemporarySuffix = ".tmp";
 
 void CheckFiles(FileSystem& fs, const CommitRequest& request) {
   for (const ExpectedFile& file : request.files) {
@@ -71,15 +73,6 @@ bool IsStockName(const std::string& name) {
   return digit && separated;
 }
 
-// A data file, or a temporary metadata: both carry their owner.
-std::optional<DataFileName> ParseOwned(const std::string& name, const std::string& metadata_name) {
-  if (name.starts_with(metadata_name + "__") && name.ends_with(kTemporarySuffix)) {
-    const size_t prefix = metadata_name.size();
-    return DataFileName::Parse(name.substr(prefix, name.size() - prefix - kTemporarySuffix.size()));
-  }
-  return DataFileName::Parse(name);
-}
-
 // N of "__N.metadata", which names only files of rank N; nothing for every other name.
 std::optional<int64_t> RankOfMetadata(const std::string& name) {
   constexpr std::string_view kSuffix = ".metadata";
@@ -99,17 +92,51 @@ bool OthersMayName(int64_t rank, const std::string& metadata_name, const std::ve
   });
 }
 
+// Whether the metadata in place is byte for byte this save's: no other save has committed since.
+bool IsCurrent(FileSystem& fs, const CommitRequest& request) {
+  const std::string path = JoinPath(request.directory, request.metadata_name);
+  FileStatus status;
+  if (!GetStatus(fs, path, &status) || status.size != static_cast<int64_t>(request.metadata.size())) return false;
+  std::vector<std::byte> bytes(request.metadata.size());
+  try {
+    File file = File::Open(fs, path, OpenMode::kRead);
+    file.ReadAt(bytes, 0, "the metadata");
+    file.Close();
+  } catch (const CorruptionError&) {
+    return false;  // replaced by a shorter one meanwhile
+  }
+  return std::equal(bytes.begin(), bytes.end(), request.metadata.begin());
+}
+
+// The saves that may still commit: their claims are here and nobody has shown their coordinators to be dead. `names` was
+// listed after the candidates were: a save claims before it writes, so the claim of a candidate's save is in it.
+std::set<uint64_t> SavesUnderWay(FileSystem& fs, const CommitRequest& request, const std::vector<std::string>& names,
+                                 const OwnerIsDead& owner_is_dead) {
+  std::set<uint64_t> saves;
+  for (const std::string& name : names) {
+    const auto claim = ParseClaim(name);
+    FileStatus status;
+    if (!claim || !GetStatus(fs, JoinPath(request.directory, name), &status)) continue;
+    if (!owner_is_dead(claim->writer.owner, status.modified)) saves.insert(claim->writer.save_id);
+  }
+  return saves;
+}
+
 CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const OwnerIsDead& owner_is_dead) {
   CommitResult result;
   std::set<std::string> keep, superseded(request.superseded.begin(), request.superseded.end());
-  for (const ExpectedFile& file : request.files) keep.insert(file.name);
   std::vector<ProcessIdentity> owners;  // of this save: what else they left here, from a save that failed, is of no use
   for (const ExpectedFile& file : request.files) {
+    keep.insert(file.name);
     if (const auto parsed = DataFileName::Parse(file.name)) owners.push_back(parsed->owner);
   }
   std::vector<std::string> names;
+  std::set<uint64_t> under_way;
   try {
     names = ListDirectory(fs, request.directory);
+    under_way = SavesUnderWay(fs, request, ListDirectory(fs, request.directory), owner_is_dead);
+    // Asked last. A save that has committed by now is noticed here; the claim of one that commits later was listed above.
+    if (!IsCurrent(fs, request)) return result;
   } catch (const IoError& error) {
     result.left.push_back(error.what());
     return result;
@@ -121,18 +148,21 @@ CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const Owner
   for (const std::string& name : names) {
     if (keep.contains(name)) continue;
     // A plain name from the directory's own listing: whatever a metadata may say, nothing outside is ever touched.
-    const auto parsed = ParseOwned(name, request.metadata_name);
-    bool old = superseded.contains(name) && (parsed || IsStockName(name));
-    const bool data = DataFileName::Parse(name).has_value();
-    // Nobody is certain to miss a file of another rank than a rank's own metadata is about: its rank's next save sees to
-    // it.
-    if (!old && data && own_rank && *own_rank != parsed->rank) continue;
-    if (!old && data && OthersMayName(parsed->rank, request.metadata_name, metadata_names)) continue;
-    old = old || (parsed && std::find(owners.begin(), owners.end(), parsed->owner) != owners.end());
-    if (!old && parsed) {
+    const auto data = DataFileName::Parse(name);
+    const auto claim = ParseClaim(name);
+    bool old = superseded.contains(name) && (data || IsStockName(name));
+    if (!old && data) {
+      // Nobody is certain to miss a file of another rank than a rank's own metadata is about: its rank's next save sees to
+      // it.
+      if (own_rank && *own_rank != data->rank) continue;
+      if (under_way.contains(data->save_id) || OthersMayName(data->rank, request.metadata_name, metadata_names)) continue;
+      old = std::find(owners.begin(), owners.end(), data->owner) != owners.end();
+    }
+    if (!old && (data || (claim && claim->metadata_name == request.metadata_name))) {
       FileStatus status;
       try {
-        old = GetStatus(fs, JoinPath(request.directory, name), &status) && owner_is_dead(parsed->owner, status.modified);
+        old = GetStatus(fs, JoinPath(request.directory, name), &status) &&
+              owner_is_dead(data ? data->owner : claim->writer.owner, status.modified);
       } catch (const IoError& error) {
         result.left.push_back(error.what());
       }
@@ -142,35 +172,61 @@ CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const Owner
   return result;
 }
 
+// The claim is gone: somebody else's save has the directory now, or the directory itself is gone.
+[[noreturn]] void ThrowLost(FileSystem& fs, const CommitRequest& request, const IoError& error) {
+  FileStatus status;
+  if (!GetStatus(fs, request.directory, &status)) throw IoError("stat", request.directory, -1, ENOENT);
+  throw Error(JoinPath(request.directory, request.claim) +
+              ": another save into this directory began after this one and has taken it over; this one is not committed (" +
+              error.what() + ")");
+}
+
+void WriteMetadata(FileSystem& fs, const CommitRequest& request) {
+  try {
+    // Never made anew: that would bring back a claim that a later save has removed.
+    File file = File::Open(fs, JoinPath(request.directory, request.claim), OpenMode::kWrite);
+    file.WriteAt(request.metadata, 0);
+    if (request.sync) file.Sync();
+    file.Close();
+  } catch (const IoError& error) {
+    if (error.error_number() == ENOENT) ThrowLost(fs, request, error);
+    throw;
+  }
+}
+
+// Only what is this save's for certain: a writer of another kind may name files of the older checkpoint as well.
+void RemoveNew(FileSystem& fs, const CommitRequest& request) {
+  TryRemove(fs, request.directory, request.claim, nullptr);
+  for (const ExpectedFile& file : request.files) {
+    const bool older =
+        std::find(request.superseded.begin(), request.superseded.end(), file.name) != request.superseded.end();
+    if (!older && DataFileName::Parse(file.name)) TryRemove(fs, request.directory, file.name, nullptr);
+  }
+}
+
 }  // namespace
 
 CommitResult Commit(FileSystem& fs, const CommitRequest& request, const OwnerIsDead& owner_is_dead) {
-  const std::string path = JoinPath(request.directory, request.metadata_name);
-  // Each attempt has a temporary name of its own, which says whose it is, so that what a dead save left can be removed.
-  const std::string temporary = request.metadata_name + DataFileName{0, NewSaveId(), ThisProcess(), false, 0}.ToString() +
-                                std::string(kTemporarySuffix);
   try {
-    CheckFiles(fs, request);  // 4
-    {
-      File file = File::Open(fs, JoinPath(request.directory, temporary), OpenMode::kCreate);  // 5
-      file.WriteAt(request.metadata, 0);
-      if (request.sync) file.Sync();
-      file.Close();
-    }
+    CheckFiles(fs, request);     // 4
+    WriteMetadata(fs, request);  // 5
   } catch (...) {
-    TryRemove(fs, request.directory, temporary, nullptr);
-    // Only what is this save's for certain: a writer of another kind may name files of the older checkpoint as well.
-    for (const ExpectedFile& file : request.files) {
-      const bool older =
-          std::find(request.superseded.begin(), request.superseded.end(), file.name) != request.superseded.end();
-      if (!older && DataFileName::Parse(file.name)) TryRemove(fs, request.directory, file.name, nullptr);
-    }
+    RemoveNew(fs, request);
     throw;
   }
-  // A rename that fails may have happened all the same (a network file system's lost answer): nothing is removed after it.
-  RenameFile(fs, JoinPath(request.directory, temporary), path);  // 6
-  if (request.sync) SyncDirectory(fs, request.directory);        // 7
-  return RemoveOld(fs, request, owner_is_dead);                  // 8
+  // A rename that fails may have happened all the same (a network file system's lost answer): nothing is removed after it,
+  // unless it is known that it has not.
+  try {
+    RenameFile(fs, JoinPath(request.directory, request.claim), JoinPath(request.directory, request.metadata_name));  // 6
+  } catch (const IoError& error) {
+    if (error.error_number() != ENOENT) throw;
+    if (!IsCurrent(fs, request)) {
+      RemoveNew(fs, request);
+      ThrowLost(fs, request, error);
+    }
+  }
+  if (request.sync) SyncDirectory(fs, request.directory);  // 7
+  return RemoveOld(fs, request, owner_is_dead);            // 8
 }
 
 }  // namespace hsdp_ckpt

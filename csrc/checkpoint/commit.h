@@ -21,6 +21,7 @@ struct ExpectedFile {
 struct CommitRequest {
   std::string directory;
   std::string metadata_name;  ///< ".metadata", or "__3.metadata" in a save without coordination
+  std::string claim;          ///< what ClaimDirectory gave for this directory and metadata at the save's start
   std::span<const std::byte> metadata;
   std::vector<ExpectedFile> files;      ///< all data files that `metadata` names
   std::vector<std::string> superseded;  ///< names that the older checkpoint's metadata gave, unchecked; may be anything
@@ -37,7 +38,8 @@ using OwnerIsDead = std::function<bool(const ProcessIdentity& owner, int64_t mod
 
 /// Makes the new checkpoint the directory's one, in the steps numbered in the source; docs/format.md argues over them.
 ///
-/// Throws before the rename: the older checkpoint is untouched, the new save's files are gone as far as they can be. Throws
+/// Throws before the rename: the older checkpoint is untouched, the new save's files are gone as far as they can be; Error
+/// if a later save has taken the directory over, also where that happened between any two steps. Throws
 /// at the rename or after it (the directory's sync failed): both checkpoints are complete on disk, either may be the
 /// directory's one after a power loss, and nothing is removed.
 ///

@@ -32,6 +32,7 @@ class RawFile {
 enum class OpenMode {
   kRead,          ///< an existing file
   kReadDirect,    ///< the same past the page cache; -EINVAL where the file system refuses that
+  kWrite,         ///< an existing file for writing; -ENOENT if there is none
   kCreate,        ///< a new file for writing; -EEXIST if there is one of that name
   kCreateDirect,  ///< the same past the page cache; -EINVAL where the file system refuses that
 };

@@ -59,7 +59,8 @@ class Posix : public FileSystem {
     const bool create = mode == OpenMode::kCreate || mode == OpenMode::kCreateDirect;
     const bool direct = mode == OpenMode::kReadDirect || mode == OpenMode::kCreateDirect;
     if (direct && InMemory(create ? path.substr(0, path.rfind('/') + 1) : path)) return -EINVAL;
-    const int flags = O_CLOEXEC | (create ? O_RDWR | O_CREAT | O_EXCL : O_RDONLY) | (direct ? O_DIRECT : 0);
+    const int access = create ? O_RDWR | O_CREAT | O_EXCL : mode == OpenMode::kWrite ? O_WRONLY : O_RDONLY;
+    const int flags = O_CLOEXEC | access | (direct ? O_DIRECT : 0);
     int fd = ::open(path.c_str(), flags, 0666);
     if (fd < 0) {
       const int error = errno;

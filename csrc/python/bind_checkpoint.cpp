@@ -1,6 +1,7 @@
 // The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape, address): the caller keeps
 // them alive and contiguous during the call. The GIL is released for all that reads, writes or waits.
 #include "base/error.h"
+#include "checkpoint/claim.h"
 #include "checkpoint/commit.h"
 #include "checkpoint/data_file_name.h"
 #include "checkpoint/shard_file_reader.h"
@@ -110,11 +111,11 @@ std::pair<int64_t, bool> Finish(ShardFileWriter& writer) {
 }
 
 std::pair<std::vector<std::string>, std::vector<std::string>> CommitCheckpoint(
-    const std::string& directory, const std::string& metadata_name, const py::bytes& metadata,
+    const std::string& directory, const std::string& metadata_name, const std::string& claim, const py::bytes& metadata,
     const std::vector<std::tuple<std::string, int64_t, bool>>& files, const std::vector<std::string>& superseded,
     bool sync) {
   const std::string_view bytes = metadata;
-  CommitRequest request{directory, metadata_name, std::as_bytes(std::span(bytes)), {}, superseded, sync};
+  CommitRequest request{directory, metadata_name, claim, std::as_bytes(std::span(bytes)), {}, superseded, sync};
   for (const auto& [name, size, exact] : files) request.files.push_back({name, size, exact});
   const py::gil_scoped_release release;
   auto result = Commit(PosixFileSystem(), request, IsProvablyDead);
@@ -148,8 +149,18 @@ void BindCheckpoint(py::module_& module) {
       .def("describe", &DescribeRecord, py::arg("name"), py::arg("offset"), py::arg("length"))
       .def("read_tensors", &ReadTensors, py::arg("reads"), py::arg("threads"))
       .def("read_object", &ReadObject, py::arg("name"), py::arg("offset"), py::arg("length"));
-  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"), py::arg("metadata"),
-             py::arg("files"), py::arg("superseded"), py::arg("sync"));
+  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"), py::arg("claim"),
+             py::arg("metadata"), py::arg("files"), py::arg("superseded"), py::arg("sync"));
+  module.def(
+      "claim_directory",
+      [](const std::string& directory, const std::string& metadata_name, uint64_t save_id, bool overwrite) {
+        return ClaimDirectory(PosixFileSystem(), directory, metadata_name, save_id, overwrite);
+      },
+      py::arg("directory"), py::arg("metadata_name"), py::arg("save_id"), py::arg("overwrite"), released);
+  module.def(
+      "release_claim",
+      [](const std::string& directory, const std::string& claim) { ReleaseClaim(PosixFileSystem(), directory, claim); },
+      py::arg("directory"), py::arg("claim"), released);
   module.def(
       "make_directories", [](const std::string& path, bool sync) { MakeDirectories(PosixFileSystem(), path, sync); },
       py::arg("path"), py::arg("sync"), released);

@@ -9,6 +9,7 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "checkpoint/claim.h"
 #include "checkpoint/shard_file_reader.h"
 #include "checkpoint/shard_file_writer.h"
 #include "fault_file_system.h"
@@ -33,6 +34,10 @@ DataFileName NameOf(int generation, int rank) {
 
 bool NobodyIsDead(const ProcessIdentity&, int64_t) { return false; }
 
+std::string Claim(FileSystem& fs, const std::string& metadata_name, uint64_t save_id) {
+  return ClaimDirectory(fs, kDirectory, metadata_name, save_id, /*overwrite=*/true);
+}
+
 // A whole save: what every rank does up to its vote, then the coordinator. The "metadata" names files and records.
 CommitResult Save(FileSystem& fs, int generation, const std::vector<std::string>& superseded,
                   const OwnerIsDead& dead = NobodyIsDead) {
@@ -42,8 +47,9 @@ CommitResult Save(FileSystem& fs, int generation, const std::vector<std::string>
   request.superseded = superseded;
   std::ostringstream metadata;
   metadata << generation << "\n";
+  MakeDirectories(fs, kDirectory, true);
+  request.claim = Claim(fs, ".metadata", static_cast<uint64_t>(generation));
   for (int rank = 0; rank < kRanks; ++rank) {
-    MakeDirectories(fs, kDirectory, true);
     const auto values = Values(generation, rank);
     ShardFileWriter writer(fs, kDirectory, NameOf(generation, rank), {.threads = 1, .reserve = 1000, .block = 8192});
     const RecordSource source{"w",
@@ -222,13 +228,15 @@ TEST(CommitTest, FilesThatAnotherMetadataOfTheDirectoryMayNameStay) {
     std::unique_ptr<RawFile> file;
     ASSERT_EQ(fs.Open(kDirectory + "/" + NameOf(2, 0).ToString(), OpenMode::kCreate, &file), 0);
     if (coordinated_too) fs.Open(kDirectory + "/.metadata", OpenMode::kCreate, &file);
-    CommitRequest request{kDirectory, "__0.metadata", AsBytes("new"), {{NameOf(2, 0).ToString(), 0}}, {}, true};
+    CommitRequest request{
+        kDirectory, "__0.metadata", Claim(fs, "__0.metadata", 2), AsBytes("new"), {{NameOf(2, 0).ToString(), 0}}, {}, true};
     const auto result = Commit(fs, request, everybody_is_dead);
     EXPECT_NE(fs.Bytes(kDirectory + "/" + Names(1)[1]), nullptr);
     // Rank 0's own leftover goes, unless a metadata of all ranks may name it.
     EXPECT_EQ(fs.Bytes(kDirectory + "/" + Names(1)[0]) != nullptr, coordinated_too);
     EXPECT_EQ(result.removed.empty(), coordinated_too);
     request.metadata_name = ".metadata";
+    request.claim = Claim(fs, ".metadata", 3);
     Commit(fs, request, everybody_is_dead);
     EXPECT_NE(fs.Bytes(kDirectory + "/" + Names(1)[1]), nullptr) << "__1.metadata still names it";
   }
@@ -238,7 +246,8 @@ TEST(CommitTest, AMissingOrShortDataFileStopsIt) {
   FaultFileSystem fs;
   fs.MakeDirectory("/");
   Save(fs, 1, {});
-  CommitRequest request{kDirectory, ".metadata", AsBytes("new"), {{Names(1)[0], 5}}, Names(1), true};
+  CommitRequest request{kDirectory, ".metadata", Claim(fs, ".metadata", 2), AsBytes("new"), {{Names(1)[0], 5}},
+                        Names(1),   true};
   EXPECT_THROW(Commit(fs, request, NobodyIsDead), Error);
   EXPECT_EQ(Load(fs), 1) << "a save that fails leaves files that the older checkpoint has as well";
   request.files = {{"__0_missing.distcp", 5}};

@@ -19,7 +19,8 @@ namespace hsdp_ckpt {
 ///
 /// Every file has its bytes as programs see them and as they are on disk; so has every directory its entries. Sync and
 /// SyncDirectory copy the one to the other. PowerLoss forgets what was not synced, in one of the ways a real disk may.
-/// Calls are counted; `fault` is asked before each one and may make it fail, interrupt it or cut it short. Thread-safe.
+/// Calls are counted; `fault` is asked before each one and may make it fail, interrupt it or cut it short. It may also use
+/// the file system itself: what another process does while this one is stopped just there. Thread-safe.
 class FaultFileSystem : public FileSystem {
  public:
   /// What a call does: 0 goes on, a negative errno fails it, a positive number cuts a read or a write to that many bytes.
@@ -207,10 +208,11 @@ class FaultFileSystem : public FileSystem {
 
   int Ask(const std::string& op, const std::string& path) {
     const int call = calls_++;
-    return fault_ ? fault_(op, path, call) : 0;
+    const Fault fault = fault_;  // it may set another one
+    return fault ? fault(op, path, call) : 0;
   }
 
-  std::mutex mutex_;
+  std::recursive_mutex mutex_;
   Fault fault_;
   int calls_ = 0;
   std::map<std::string, std::shared_ptr<Inode>> entries_, durable_entries_;

@@ -1,0 +1,208 @@
+// Two saves into one directory, one stopped at any of its calls while the other runs: never both, never a mixture, and the
+// one that began last is the directory's.
+#include "checkpoint/claim.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/bytes.h"
+#include "base/error.h"
+#include "checkpoint/commit.h"
+#include "fault_file_system.h"
+#include "io/file.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+const std::string kDirectory = "/d";
+
+bool NobodyIsDead(const ProcessIdentity&, int64_t) { return false; }
+bool EverybodyIsDead(const ProcessIdentity&, int64_t) { return true; }
+
+DataFileName DataOf(uint64_t save) { return {0, save, {1, 2, static_cast<int64_t>(save), 4}, false, 0}; }
+
+// A save of one file. Its metadata and its data file hold the save's number.
+void Save(FileSystem& fs, uint64_t save, const std::vector<uint64_t>& older = {},
+          const OwnerIsDead& owner_is_dead = NobodyIsDead) {
+  const std::string text = std::to_string(save);
+  const std::string claim = ClaimDirectory(fs, kDirectory, ".metadata", save, /*overwrite=*/true);
+  const std::string name = DataOf(save).ToString();
+  File file = File::Open(fs, JoinPath(kDirectory, name), OpenMode::kCreate);
+  file.WriteAt(AsBytes(text), 0);
+  file.Close();
+  CommitRequest request{kDirectory, ".metadata", claim, AsBytes(text), {{name, static_cast<int64_t>(text.size())}},
+                        {},         true};
+  for (const uint64_t each : older) request.superseded.push_back(DataOf(each).ToString());
+  Commit(fs, request, owner_is_dead);
+}
+
+// The save that loads; 0 if there is none. What its metadata names has to be there.
+uint64_t Load(FaultFileSystem& fs) {
+  const auto* metadata = fs.Bytes(kDirectory + "/.metadata");
+  if (metadata == nullptr) return 0;
+  const std::string text(metadata->begin(), metadata->end());
+  const auto* data = fs.Bytes(kDirectory + "/" + DataOf(std::stoull(text)).ToString());
+  if (data == nullptr || std::string(data->begin(), data->end()) != text) throw Error("save " + text + " has no data");
+  return std::stoull(text);
+}
+
+std::vector<std::string> Claims(FileSystem& fs) {
+  std::vector<std::string> claims;
+  for (const auto& name : ListDirectory(fs, kDirectory)) {
+    if (ParseClaim(name)) claims.push_back(name);
+  }
+  return claims;
+}
+
+class Stopped : public testing::TestWithParam<std::pair<uint64_t, uint64_t>> {
+ protected:
+  // Save `first` runs and is stopped before its call `at`, where save `second` runs from beginning to end. Whether the
+  // first one returned; `reached` is false when it has fewer calls.
+  bool RunBoth(FaultFileSystem& fs, int at, const OwnerIsDead& owner_is_dead, std::string* op, bool* second_done) {
+    const auto [first, second] = GetParam();
+    Save(fs, 1);
+    fs.set_fault([&, this](const std::string& call_op, const std::string&, int call) {
+      if (call != at) return 0;
+      *op = call_op;
+      fs.set_fault(nullptr);
+      try {
+        Save(fs, GetParam().second, {1, GetParam().first}, owner_is_dead);
+        *second_done = true;
+      } catch (const Error&) {
+      }
+      return 0;
+    });
+    bool done = true;
+    try {
+      Save(fs, first, {1}, owner_is_dead);
+    } catch (const Error&) {
+      done = false;
+    }
+    fs.set_fault(nullptr);
+    return done;
+  }
+};
+
+TEST_P(Stopped, AtEveryCallWhileAnotherSaveCommits) {
+  const auto [first, second] = GetParam();
+  std::set<uint64_t> found;
+  for (const auto& owner_is_dead : {NobodyIsDead, EverybodyIsDead}) {
+    for (int at = 0;; ++at) {
+      FaultFileSystem fs;
+      fs.MakeDirectory(kDirectory);
+      std::string op;
+      bool second_done = false;
+      const bool first_done = RunBoth(fs, at, owner_is_dead, &op, &second_done);
+      if (op.empty()) break;
+      const uint64_t loaded = Load(fs);
+      found.insert(loaded);
+      const auto where = "stopped before call " + std::to_string(at) + ", " + op;
+      EXPECT_TRUE(first_done || second_done) << where;
+      EXPECT_EQ(loaded, second_done && (!first_done || loaded == second) ? second : first) << where;
+      EXPECT_THAT(Claims(fs), testing::IsEmpty()) << where;
+      // Stopped once it has claimed, the first one is only there if it had committed by then.
+      if (op == "rename") {
+        EXPECT_FALSE(first_done);
+        EXPECT_EQ(loaded, second);
+      }
+    }
+  }
+  EXPECT_TRUE(found.contains(second));
+}
+
+// The order of save ids decides only between claims of the same number.
+INSTANTIATE_TEST_SUITE_P(BothOrders, Stopped, testing::Values(std::pair{5, 7}, std::pair{7, 5}));
+
+TEST(ClaimTest, AnEarlierSaveThatWakesIsToldSo) {
+  FaultFileSystem fs;
+  fs.MakeDirectory(kDirectory);
+  fs.set_fault([&](const std::string& op, const std::string&, int) {
+    if (op == "rename") {
+      fs.set_fault(nullptr);
+      Save(fs, 2);
+    }
+    return 0;
+  });
+  try {
+    Save(fs, 1);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("has taken it over; this one is not committed"));
+  }
+  EXPECT_EQ(Load(fs), 2u);
+  EXPECT_EQ(fs.Bytes(kDirectory + "/" + DataOf(1).ToString()), nullptr);
+}
+
+TEST(ClaimTest, ClaimsOfDeadSavesGoAndNumbersGrow) {
+  FaultFileSystem fs;
+  fs.MakeDirectory(kDirectory);
+  const std::string first = ClaimDirectory(fs, kDirectory, ".metadata", 9, true);
+  const std::string other_metadata = ClaimDirectory(fs, kDirectory, "__3.metadata", 9, true);
+  const std::string second = ClaimDirectory(fs, kDirectory, ".metadata", 8, true);
+  EXPECT_THAT(Claims(fs), testing::UnorderedElementsAre(other_metadata, second));
+  EXPECT_EQ(ParseClaim(first)->writer.number + 1, ParseClaim(second)->writer.number);
+  EXPECT_EQ(ParseClaim(other_metadata)->metadata_name, "__3.metadata");
+  ReleaseClaim(fs, kDirectory, second);
+  ReleaseClaim(fs, kDirectory, second);
+  EXPECT_THAT(Claims(fs), testing::ElementsAre(other_metadata));
+  for (const char* bad : {".metadata.tmp", ".metadata", "x.tmp", ".metadata__0_0.distcp.tmp"}) {
+    EXPECT_FALSE(ParseClaim(bad)) << bad;
+  }
+}
+
+TEST(ClaimTest, WithoutOverwriteACheckpointIsRefusedAndNothingIsLeft) {
+  FaultFileSystem fs;
+  fs.MakeDirectory(kDirectory);
+  Save(fs, 1);
+  const auto before = ListDirectory(fs, kDirectory);
+  EXPECT_THROW(ClaimDirectory(fs, kDirectory, ".metadata", 2, /*overwrite=*/false), Error);
+  EXPECT_EQ(ListDirectory(fs, kDirectory), before);
+}
+
+TEST(ClaimTest, EveryFailingCallIsReportedAndLeavesNoClaimItCanRemove) {
+  for (int at = 0, done = 0; done == 0; ++at) {
+    FaultFileSystem fs;
+    fs.MakeDirectory(kDirectory);
+    ClaimDirectory(fs, kDirectory, ".metadata", 1, true);
+    bool reached = false;
+    fs.set_fault([&](const std::string&, const std::string&, int call) {
+      reached = reached || call == at;
+      return call == at ? -EACCES : 0;
+    });
+    bool threw = false;
+    try {
+      ClaimDirectory(fs, kDirectory, ".metadata", 2, false);
+    } catch (const IoError& error) {
+      threw = true;
+      EXPECT_EQ(error.error_number(), EACCES);
+    }
+    done = reached ? 0 : 1;
+    EXPECT_EQ(threw, reached);
+    fs.set_fault(nullptr);
+    EXPECT_LE(Claims(fs).size(), 1u) << at;
+  }
+}
+
+// A data file of a save that may still commit stays, even when its rank has ended; without its claim it goes.
+TEST(ClaimTest, FilesOfASaveUnderWayStay) {
+  for (const bool under_way : {false, true}) {
+    FaultFileSystem fs;
+    fs.MakeDirectory(kDirectory);
+    const std::string name = DataOf(50).ToString();
+    bool begun = false;
+    // Between the first save's rename and its clean-up.
+    fs.set_fault([&](const std::string& op, const std::string&, int) {
+      if (op != "fsync directory" || begun) return 0;
+      begun = true;
+      if (under_way) ClaimDirectory(fs, kDirectory, ".metadata", 50, true);
+      File::Open(fs, JoinPath(kDirectory, name), OpenMode::kCreate).Close();
+      return 0;
+    });
+    Save(fs, 1, {}, [](const ProcessIdentity& owner, int64_t) { return owner.pid == 50; });
+    EXPECT_TRUE(begun);
+    EXPECT_EQ(fs.Bytes(kDirectory + "/" + name) != nullptr, under_way);
+  }
+}
+
+}  // namespace
+}  // namespace hsdp_ckpt
