@@ -33,7 +33,8 @@ struct FileIndex {
   std::vector<IndexEntry> entries;  ///< by offset, not overlapping
 };
 
-constexpr int64_t kChecksumBlock = int64_t{1} << 20;
+/// Small, because a part of a record costs up to a block more than asked for at either end.
+constexpr int64_t kChecksumBlock = int64_t{64} << 10;
 constexpr int64_t kIndexTail = 64;  ///< bytes of the fixed part at the very end
 
 /// Index and tail for a file whose records end at or before `index_offset`.

@@ -1,28 +1,16 @@
 #include "checkpoint/shard_file_reader.h"
 
 #include <algorithm>
-#include <cstring>
-#include <functional>
-#include <set>
 
 #include "base/crc32.h"
 #include "base/error.h"
-#include "base/parallel.h"
-#include "record/record.h"
+#include "metadata/metadata.h"
 
 namespace hsdp_ckpt {
 namespace {
 
-// Records up to this size are read whole, neighbours together, up to kGroup bytes in one call.
-constexpr int64_t kSmallRecord = 256 << 10;
-constexpr int64_t kGroup = 1 << 20;
-constexpr int64_t kGroupGap = 64 << 10;
-// Checksum blocks of a larger record that one worker takes at a time.
-constexpr size_t kBlocksPerPiece = 4;
-
-int64_t BlockSize(const IndexEntry& entry, size_t block) {
-  return std::min(kChecksumBlock, entry.payload - static_cast<int64_t>(block) * kChecksumBlock);
-}
+// Ranges without a checksum of their own are cut at this size.
+constexpr int64_t kPart = int64_t{1} << 20;
 
 std::string Hex(uint32_t crc) {
   char text[16];
@@ -30,10 +18,36 @@ std::string Hex(uint32_t crc) {
   return text;
 }
 
+// Opened through the directory, from which no name and no link may lead.
+File OpenData(FileSystem& fs, const std::string& directory, const std::string& name) {
+  if (!IsInsideDirectory(name)) throw Error(directory + ": names a file outside the checkpoint's directory: " + name);
+  try {
+    return File::OpenInside(fs, directory, name, OpenMode::kRead);
+  } catch (const IoError& error) {
+    if (error.error_number() == ELOOP)
+      throw Error(error.path() + ": a link that leads out of the checkpoint's directory is not followed");
+    throw;
+  }
+}
+
+// The wanted part of a segment that holds payload bytes [begin, end).
+void Want(const PayloadRead& read, int64_t begin, int64_t end, Segment& segment, int64_t payload_in_segment = 0) {
+  const int64_t from = std::max(begin, read.first), to = std::min(end, read.first + read.size);
+  if (from >= to || read.target == nullptr) return;
+  segment.from = static_cast<uint32_t>(payload_in_segment + from - begin);
+  segment.to = static_cast<uint32_t>(payload_in_segment + to - begin);
+  segment.target = read.target + (from - read.first);
+}
+
 }  // namespace
 
 ShardFileReader::ShardFileReader(FileSystem& fs, const std::string& directory, const std::string& name)
-    : file_(File::Open(fs, JoinPath(directory, name), OpenMode::kRead)), size_(file_.Size()) {
+    : file_(OpenData(fs, directory, name)), size_(file_.Size()) {
+  try {
+    direct_ = File::OpenInside(fs, directory, name, OpenMode::kReadDirect);
+  } catch (const IoError& error) {
+    if (error.error_number() != EINVAL && error.error_number() != EOPNOTSUPP) throw;
+  }
   const auto parsed = DataFileName::Parse(name);
   const bool ours = parsed && !parsed->by_torch;
   std::vector<std::byte> tail(static_cast<size_t>(std::min(size_, kIndexTail)));
@@ -46,6 +60,7 @@ ShardFileReader::ShardFileReader(FileSystem& fs, const std::string& directory, c
   std::vector<std::byte> bytes(static_cast<size_t>(place.size));
   file_.ReadAt(bytes, place.offset, "the index at the file's end");
   index_ = DecodeIndex(bytes, place, file_.path());
+  records_end_ = place.offset;
 }
 
 const IndexEntry& ShardFileReader::Find(const std::string& name, int64_t offset, int64_t length) const {
@@ -62,25 +77,29 @@ const IndexEntry& ShardFileReader::Find(const std::string& name, int64_t offset,
   return *found;
 }
 
+void ShardFileReader::CheckRange(const std::string& name, int64_t offset, int64_t length) const {
+  if (offset < 0 || length < 0 || offset > size_ || length > size_ - offset) {
+    throw CorruptionError(file_.path(), name, std::to_string(length) + " bytes at offset " + std::to_string(offset),
+                          "a file of " + std::to_string(size_) + " bytes");
+  }
+}
+
 std::optional<TensorDescription> ShardFileReader::Describe(const std::string& name, int64_t offset, int64_t length) {
   if (index_) {
     const IndexEntry& entry = Find(name, offset, length);
     if (entry.dtype == nullptr) return std::nullopt;
     return ContiguousTensor(*entry.dtype, entry.shape);
   }
-  if (offset < 0 || length < 0 || offset > size_ || length > size_ - offset) {
-    throw CorruptionError(file_.path(), name, std::to_string(length) + " bytes at offset " + std::to_string(offset),
-                          "a file of " + std::to_string(size_) + " bytes");
-  }
+  CheckRange(name, offset, length);
   const auto key = std::pair(offset, length);
   auto found = stock_.find(key);
   if (found == stock_.end()) found = stock_.emplace(key, OpenStockRecord(file_, name, offset, length)).first;
   return found->second.tensor;
 }
 
-std::vector<std::byte> ShardFileReader::ReadBytes(const std::string& name, int64_t offset, int64_t length) {
+std::vector<std::byte> ShardFileReader::ReadBytes(const std::string& name, int64_t offset, int64_t length) const {
   if (!index_) {
-    Describe(name, offset, length);
+    CheckRange(name, offset, length);
     return ReadStockBytes(file_, name, offset, length);
   }
   const IndexEntry& entry = Find(name, offset, length);
@@ -92,154 +111,72 @@ std::vector<std::byte> ShardFileReader::ReadBytes(const std::string& name, int64
   return bytes;
 }
 
-void ShardFileReader::CheckFraming(const IndexEntry& entry, std::span<const std::byte> head,
-                                   std::span<const std::byte> tail, const std::string& name) const {
-  const uint32_t crc = Crc32(tail, Crc32(head));
-  if (crc != entry.framing_crc) {
-    throw CorruptionError(file_.path(), name + " (framing)", Hex(entry.framing_crc), Hex(crc));
-  }
+// The padding before a record, and behind the last one.
+void ShardFileReader::CutPadding(const IndexEntry& entry, uint32_t number, SegmentList& out) const {
+  const auto zeros = [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin += kPart) {
+      out.segments.push_back(
+          {.begin = begin, .end = std::min(begin + kPart, end), .read = number, .kind = Segment::Kind::kZeros});
+    }
+  };
+  const auto at = static_cast<size_t>(&entry - index_->entries.data());
+  zeros(at == 0 ? 0 : index_->entries[at - 1].end(), entry.offset);
+  if (at + 1 == index_->entries.size()) zeros(entry.end(), records_end_);
 }
 
-// Head and tail of a record whose payload is read in blocks.
-void ShardFileReader::ReadFraming(const IndexEntry& entry, const std::string& name) const {
-  std::vector<std::byte> head(static_cast<size_t>(entry.head)), tail(static_cast<size_t>(entry.tail));
-  file_.ReadAt(head, entry.offset, name);
-  file_.ReadAt(tail, entry.end() - entry.tail, name);
-  CheckFraming(entry, head, tail, name);
-}
-
-// Blocks [first, last) of the payload: straight into the target, or through a scratch block where only a part is wanted.
-void ShardFileReader::ReadBlocks(const IndexEntry& entry, const PayloadRead& read, size_t first_block,
-                                 size_t last_block) const {
-  std::vector<std::byte> scratch;
-  const auto wanted_end = read.first + static_cast<int64_t>(read.target.size());
-  for (size_t block = first_block; block < last_block; ++block) {
-    const int64_t begin = static_cast<int64_t>(block) * kChecksumBlock;
-    const int64_t size = BlockSize(entry, block);
-    const bool whole = begin >= read.first && begin + size <= wanted_end;
-    std::span<std::byte> bytes;
-    if (whole) {
-      bytes = read.target.subspan(static_cast<size_t>(begin - read.first), static_cast<size_t>(size));
-    } else {
-      scratch.resize(static_cast<size_t>(size));
-      bytes = scratch;
-    }
-    file_.ReadAt(bytes, entry.offset + entry.head + begin, read.name);
-    const uint32_t crc = Crc32(bytes);
-    if (crc != entry.block_crcs[block]) {
-      throw CorruptionError(file_.path(),
-                            read.name + " (bytes " + std::to_string(begin) + " to " + std::to_string(begin + size) + ")",
-                            Hex(entry.block_crcs[block]), Hex(crc));
-    }
-    if (!whole) {
-      const int64_t from = std::max(begin, read.first), to = std::min(begin + size, wanted_end);
-      std::memcpy(read.target.data() + (from - read.first), scratch.data() + (from - begin),
-                  static_cast<size_t>(to - from));
-    }
-  }
-}
-
-// Neighbouring small records in one read: framing, payloads and what lies between them.
-void ShardFileReader::ReadSmall(std::span<const PayloadRead* const> group) const {
-  const int64_t begin = group.front()->offset;
-  const int64_t end = group.back()->offset + group.back()->length;
-  std::vector<std::byte> bytes(static_cast<size_t>(end - begin));
-  file_.ReadAt(bytes, begin, group.front()->name);
-  for (const PayloadRead* read : group) {
-    const IndexEntry& entry = Find(read->name, read->offset, read->length);
-    const auto record =
-        std::span(bytes).subspan(static_cast<size_t>(entry.offset - begin), static_cast<size_t>(entry.length()));
-    const auto payload = record.subspan(static_cast<size_t>(entry.head), static_cast<size_t>(entry.payload));
-    CheckFraming(entry, record.first(static_cast<size_t>(entry.head)), record.last(static_cast<size_t>(entry.tail)),
-                 read->name);
-    const uint32_t crc = Crc32(payload);
-    if (crc != entry.payload_crc) throw CorruptionError(file_.path(), read->name, Hex(entry.payload_crc), Hex(crc));
-    if (!read->target.empty()) std::memcpy(read->target.data(), payload.data() + read->first, read->target.size());
-  }
-}
-
-// A stock record has one checksum for the payload: all of it is read, the wanted part straight into its place.
-void ShardFileReader::ReadStock(const PayloadRead& read, int threads) const {
-  const StockRecord& record = stock_.at({read.offset, read.length});
-  const auto total = static_cast<int64_t>(record.payload.size);
-  const auto start = read.offset + static_cast<int64_t>(record.payload.data_offset);
-  const auto wanted_end = read.first + static_cast<int64_t>(read.target.size());
-  // Cut where the wanted part begins and ends, and every megabyte.
-  std::vector<int64_t> cuts{0};
-  while (cuts.back() < total) {
-    int64_t next = std::min(cuts.back() + kChecksumBlock, total);
-    for (const int64_t edge : {read.first, wanted_end}) {
-      if (edge > cuts.back() && edge < next) next = edge;
-    }
-    cuts.push_back(next);
-  }
-  std::vector<uint32_t> crcs(cuts.size() - 1);
-  ParallelFor(crcs.size(), threads, [&](size_t i) {
-    const auto size = static_cast<size_t>(cuts[i + 1] - cuts[i]);
-    std::vector<std::byte> scratch;
-    std::span<std::byte> bytes;
-    if (cuts[i] >= read.first && cuts[i + 1] <= wanted_end) {
-      bytes = read.target.subspan(static_cast<size_t>(cuts[i] - read.first), size);
-    } else {
-      scratch.resize(size);
-      bytes = scratch;
-    }
-    file_.ReadAt(bytes, start + cuts[i], read.name);
-    crcs[i] = Crc32(bytes);
-  });
-  uint32_t crc = 0;
-  for (size_t i = 0; i < crcs.size(); ++i) crc = Crc32Combine(crc, crcs[i], static_cast<uint64_t>(cuts[i + 1] - cuts[i]));
-  if (crc != record.payload.crc) throw CorruptionError(file_.path(), read.name, Hex(record.payload.crc), Hex(crc));
-}
-
-void ShardFileReader::Read(std::span<const PayloadRead> reads, int threads) {
-  for (const PayloadRead& read : reads) {
-    const auto tensor = Describe(read.name, read.offset, read.length);
-    const auto size = static_cast<int64_t>(read.target.size());
-    if (!tensor || read.first < 0 || read.first > tensor->storage_bytes || size > tensor->storage_bytes - read.first) {
-      throw Error(file_.path() + ": " + read.name + ": " + std::to_string(size) + " bytes from " +
-                  std::to_string(read.first) + " are not in its payload");
-    }
-  }
-  if (!index_) {
-    for (const PayloadRead& read : reads) ReadStock(read, threads);
+void ShardFileReader::Cut(const PayloadRead& read, uint32_t number, bool same_record, SegmentList& out) const {
+  if (!index_) return CutStock(read, number, out);
+  const IndexEntry& entry = Find(read.name, read.offset, read.length);
+  if (!same_record) CutPadding(entry, number, out);
+  if (entry.dtype != nullptr && entry.payload <= kChecksumBlock) {
+    Segment segment{
+        .begin = entry.offset, .end = entry.end(), .entry = &entry, .read = number, .kind = Segment::Kind::kRecord};
+    Want(read, 0, entry.payload, segment, entry.head);
+    out.segments.push_back(segment);
     return;
   }
-  std::vector<const PayloadRead*> order;
-  for (const PayloadRead& read : reads) order.push_back(&read);
-  std::stable_sort(order.begin(), order.end(), [](auto* a, auto* b) { return a->offset < b->offset; });
-
-  // One job a group of small records, a piece of a large one, or a large one's framing; in file order.
-  std::vector<std::function<void()>> jobs;
-  std::set<int64_t> framed;
-  for (size_t i = 0; i < order.size();) {
-    const PayloadRead& read = *order[i];
-    const IndexEntry& entry = Find(read.name, read.offset, read.length);
-    if (read.length <= kSmallRecord) {
-      size_t j = i + 1;
-      int64_t end = read.offset + read.length;
-      while (j < order.size() && order[j]->length <= kSmallRecord && order[j]->offset - end <= kGroupGap &&
-             order[j]->offset + order[j]->length - read.offset <= kGroup) {
-        end = order[j]->offset + order[j]->length;
-        ++j;
-      }
-      jobs.push_back([this, group = std::span(order).subspan(i, j - i)] { ReadSmall(group); });
-      i = j;
-      continue;
-    }
-    if (framed.insert(entry.offset).second) jobs.push_back([this, &entry, &read] { ReadFraming(entry, read.name); });
-    if (!read.target.empty()) {
-      const auto first = static_cast<size_t>(read.first / kChecksumBlock);
-      const auto last =
-          static_cast<size_t>((read.first + static_cast<int64_t>(read.target.size()) - 1) / kChecksumBlock) + 1;
-      for (size_t block = first; block < last; block += kBlocksPerPiece) {
-        const size_t to = std::min(last, block + kBlocksPerPiece);
-        jobs.push_back([this, &entry, &read, block, to] { ReadBlocks(entry, read, block, to); });
-      }
-    }
-    ++i;
+  const int64_t payload = entry.offset + entry.head;
+  const auto part = [&](int64_t begin, int64_t end) {
+    const auto group = static_cast<uint32_t>(out.groups.size() - 1);
+    out.segments.push_back({.begin = begin, .end = end, .crc = group, .read = number, .kind = Segment::Kind::kPart});
+  };
+  if (!same_record && entry.dtype != nullptr) {
+    out.groups.push_back({entry.framing_crc, number});
+    part(entry.offset, payload);
+    part(payload + entry.payload, entry.end());
   }
-  ParallelFor(jobs.size(), threads, [&](size_t i) { jobs[i](); });
+  if (read.size == 0) return;
+  const int64_t last = (read.first + read.size - 1) / kChecksumBlock;
+  for (int64_t block = read.first / kChecksumBlock; block <= last; ++block) {
+    const int64_t begin = block * kChecksumBlock, end = std::min(begin + kChecksumBlock, entry.payload);
+    Segment segment{.begin = payload + begin,
+                    .end = payload + end,
+                    .crc = entry.block_crcs[static_cast<size_t>(block)],
+                    .read = number};
+    Want(read, begin, end, segment);
+    out.segments.push_back(segment);
+  }
+}
+
+// A stock record has one checksum for the payload: all of it is read.
+void ShardFileReader::CutStock(const PayloadRead& read, uint32_t number, SegmentList& out) const {
+  const StockRecord& record = stock_.at({read.offset, read.length});
+  const auto total = static_cast<int64_t>(record.payload.size);
+  const auto payload = read.offset + static_cast<int64_t>(record.payload.data_offset);
+  const bool one = total <= kPart;
+  if (total == 0 && record.payload.crc != 0)
+    throw CorruptionError(file_.path(), read.name, Hex(record.payload.crc), Hex(0));
+  if (!one) out.groups.push_back({record.payload.crc, number});
+  for (int64_t begin = 0; begin < total; begin += kPart) {
+    const int64_t end = std::min(begin + kPart, total);
+    Segment segment{.begin = payload + begin,
+                    .end = payload + end,
+                    .crc = one ? record.payload.crc : static_cast<uint32_t>(out.groups.size() - 1),
+                    .read = number,
+                    .kind = one ? Segment::Kind::kBlock : Segment::Kind::kPart};
+    Want(read, begin, end, segment);
+    out.segments.push_back(segment);
+  }
 }
 
 }  // namespace hsdp_ckpt

@@ -15,46 +15,80 @@
 
 namespace hsdp_ckpt {
 
-/// A part of one tensor's storage, and where it goes.
+/// A part of one tensor's payload (or of an object of ours), and where it goes.
 struct PayloadRead {
   std::string name;             ///< the tensor's, for messages
   int64_t offset = 0;           ///< the record's, as `.metadata` has it
   int64_t length = 0;           ///< likewise
   int64_t first = 0;            ///< first byte wanted, within the payload
-  std::span<std::byte> target;  ///< filled with the wanted bytes
+  int64_t size = 0;             ///< bytes wanted
+  std::byte* target = nullptr;  ///< where they go; null: they are only checked
 };
 
-/// Reads records from one data file, ours or stock torch's, and checks every byte that it hands out.
+/// A range of a data file with a check of its own, and the part of it that somebody wants.
+struct Segment {
+  enum class Kind : uint8_t {
+    kBlock,   ///< has the checksum `crc`
+    kPart,    ///< one of several ranges that share a checksum: number `crc` of SegmentList::groups
+    kRecord,  ///< a small record of ours: framing and payload as `entry` has them
+    kZeros,   ///< padding
+  };
+  int64_t begin = 0;  ///< in the file
+  int64_t end = 0;
+  const IndexEntry* entry = nullptr;
+  std::byte* target = nullptr;
+  uint32_t from = 0;  ///< wanted are bytes [from, to) of the range
+  uint32_t to = 0;
+  uint32_t crc = 0;
+  uint32_t read = 0;  ///< number of the PayloadRead it serves, for messages
+  Kind kind = Kind::kBlock;
+};
+
+struct SegmentList {
+  struct Group {
+    uint32_t crc;  ///< of all its parts, in the order of the file
+    uint32_t read;
+  };
+  std::vector<Segment> segments;
+  std::vector<Group> groups;
+};
+
+/// One data file, ours or stock torch's: what records it has, and which of its bytes a read needs, with their checks.
 ///
-/// Ours: the index says where everything is and has checksums of 1 MiB blocks, so a part is checked without the rest; with
-/// a part of a record its framing is checked too. Stock's: a record's zip has one CRC for the payload, so all of it is
-/// read. The index is required where the file's name says that it is ours, and has to carry the save id in the name. After
-/// an exception the targets hold nothing to be trusted. Describe is not thread-safe.
+/// Ours: the index says where everything is and has checksums of small blocks, so a part is checked without the rest; with
+/// a part of a record its framing and the padding before it are checked too. Stock's: a record's zip has one CRC for the
+/// payload, so all of it is read. The index is required where the file's name says that it is ours, and has to carry the
+/// save id in the name. Describe is not thread-safe; the rest is.
 class ShardFileReader {
  public:
-  /// `name` is relative to `directory`. Throws IoError, CorruptionError.
+  /// `name` is relative to `directory` and may not lead out of it. Throws IoError, CorruptionError, Error.
   ShardFileReader(FileSystem& fs, const std::string& directory, const std::string& name);
 
   bool has_index() const { return index_.has_value(); }
+  const FileIndex& index() const { return *index_; }
+  int64_t size() const { return size_; }
+  const File& file() const { return file_; }
+  /// The same file past the page cache; null where the file system refuses that.
+  const File* direct() const { return direct_ ? &*direct_ : nullptr; }
   /// What the record is; nullopt for an object, or a tensor only torch can read. CorruptionError if there is no such
   /// record.
   std::optional<TensorDescription> Describe(const std::string& name, int64_t offset, int64_t length);
-  /// Reads with up to `threads` threads. All records have been described as tensors before.
-  void Read(std::span<const PayloadRead> reads, int threads);
+  /// Appends what `read`, number `number` of its plan, takes from this file. A stock record has been described before.
+  /// `same_record`: the framing is there already, for an earlier part of the same record.
+  void Cut(const PayloadRead& read, uint32_t number, bool same_record, SegmentList& out) const;
   /// An object's bytes, or all bytes of a record that Describe gave nullopt for, checked.
-  std::vector<std::byte> ReadBytes(const std::string& name, int64_t offset, int64_t length);
+  std::vector<std::byte> ReadBytes(const std::string& name, int64_t offset, int64_t length) const;
 
  private:
   const IndexEntry& Find(const std::string& name, int64_t offset, int64_t length) const;
-  void CheckFraming(const IndexEntry& entry, std::span<const std::byte> head, std::span<const std::byte> tail,
-                    const std::string& name) const;
-  void ReadFraming(const IndexEntry& entry, const std::string& name) const;
-  void ReadBlocks(const IndexEntry& entry, const PayloadRead& read, size_t first_block, size_t last_block) const;
-  void ReadSmall(std::span<const PayloadRead* const> group) const;
-  void ReadStock(const PayloadRead& read, int threads) const;
+  void CheckRange(const std::string& name, int64_t offset, int64_t length) const;
+  void CutPadding(const IndexEntry& entry, uint32_t number, SegmentList& out) const;
+  void CutStock(const PayloadRead& read, uint32_t number, SegmentList& out) const;
 
   File file_;
+  std::optional<File> direct_;
   int64_t size_;
+  int64_t records_end_ = 0;  // where the index begins
   std::optional<FileIndex> index_;
   std::map<std::pair<int64_t, int64_t>, StockRecord> stock_;
 };

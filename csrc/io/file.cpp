@@ -25,6 +25,13 @@ File File::Open(FileSystem& fs, const std::string& path, OpenMode mode) {
   return File(std::move(raw), path, mode == OpenMode::kReadDirect || mode == OpenMode::kCreateDirect);
 }
 
+File File::OpenInside(FileSystem& fs, const std::string& directory, const std::string& name, OpenMode mode) {
+  std::unique_ptr<RawFile> raw;
+  const std::string path = JoinPath(directory, name);
+  Checked("open", path, -1, [&] { return fs.OpenInside(directory, name, mode, &raw); });
+  return File(std::move(raw), path, mode == OpenMode::kReadDirect);
+}
+
 int64_t File::Size() const {
   return Checked("fstat", path_, -1, [&] { return raw_->Size(); });
 }
@@ -39,6 +46,22 @@ void File::ReadAt(std::span<std::byte> target, int64_t offset, const std::string
                             "a file that ends after " + std::to_string(done) + " of them");
     }
     done += static_cast<size_t>(n);
+  }
+}
+
+void File::ReadDirect(std::span<std::byte> target, int64_t offset, int64_t end, const std::string& what) const {
+  size_t done = 0;
+  while (offset + static_cast<int64_t>(done) < end) {
+    const int64_t at = offset + static_cast<int64_t>(done);
+    const auto n = Checked("pread", path_, at, [&] { return raw_->PRead(target.data() + done, target.size() - done, at); });
+    if (n == 0) {
+      throw CorruptionError(path_, what, std::to_string(end - offset) + " bytes at offset " + std::to_string(offset),
+                            "a file that ends after " + std::to_string(done) + " of them");
+    }
+    if (at + n >= end) return;
+    // Cut short inside a page, a direct read can only go on from the page's start.
+    done = (done + static_cast<size_t>(n)) / 4096 * 4096;
+    if (n < 4096) throw IoError("pread", path_, at, EINVAL);
   }
 }
 

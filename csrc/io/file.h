@@ -20,11 +20,18 @@ class File {
  public:
   static File Open(FileSystem& fs, const std::string& path, OpenMode mode);
 
+  /// Opens `name` in `directory` for reading, wherever it is that links may lead to, as long as it is inside.
+  static File OpenInside(FileSystem& fs, const std::string& directory, const std::string& name, OpenMode mode);
+
   const std::string& path() const { return path_; }
   bool direct() const { return *direct_; }
   int64_t Size() const;
+  bool IsCached(int64_t offset, int64_t size) const { return raw_->IsCached(offset, size); }
   /// Fills `target` from `offset`. `what` names the part that is read, for the message of a file that is too short.
   void ReadAt(std::span<std::byte> target, int64_t offset, const std::string& what) const;
+  /// As ReadAt, on a file opened for direct reads: address, `offset` and the size of `target` are multiples of 4096; wanted
+  /// are the bytes up to `end`, which may be the file's own.
+  void ReadDirect(std::span<std::byte> target, int64_t offset, int64_t end, const std::string& what) const;
   /// With direct I/O: address, size and offset are multiples of 4096. Falls back to buffered writes for good where the file
   /// system refuses the first direct one (EINVAL).
   void WriteAt(std::span<const std::byte> data, int64_t offset);

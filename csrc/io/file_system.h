@@ -17,6 +17,8 @@ class RawFile {
   virtual ~RawFile() = default;  // closes, whatever the state
 
   virtual ssize_t PRead(void* data, size_t size, int64_t offset) = 0;
+  /// Whether all of a range lies in the page cache, so that reading it costs no I/O; false where that can't be told.
+  virtual bool IsCached(int64_t /*offset*/, int64_t /*size*/) { return false; }
   virtual ssize_t PWrite(const void* data, size_t size, int64_t offset) = 0;
   virtual int64_t Size() = 0;
   virtual int Truncate(int64_t size) = 0;
@@ -50,6 +52,12 @@ class FileSystem {
   virtual ~FileSystem() = default;
 
   virtual int Open(const std::string& path, OpenMode mode, std::unique_ptr<RawFile>* file) = 0;
+  /// As Open for reading `name` in `directory`, but -ELOOP where links lead out of the directory, and -EOPNOTSUPP for what
+  /// is no regular file (a pipe would keep its reader waiting).
+  virtual int OpenInside(const std::string& directory, const std::string& name, OpenMode mode,
+                         std::unique_ptr<RawFile>* file) {
+    return Open(directory.empty() || directory.ends_with('/') ? directory + name : directory + "/" + name, mode, file);
+  }
   virtual int Status(const std::string& path, FileStatus* status) = 0;
   /// Names in a directory, without "." and "..", in no order.
   virtual int List(const std::string& directory, std::vector<std::string>* names) = 0;

@@ -4,7 +4,6 @@
 #include "checkpoint/claim.h"
 #include "checkpoint/commit.h"
 #include "checkpoint/data_file_name.h"
-#include "checkpoint/shard_file_reader.h"
 #include "checkpoint/shard_file_writer.h"
 #include "io/file.h"
 #include "python/module.h"
@@ -18,7 +17,6 @@ namespace {
 
 using Shape = std::vector<int64_t>;
 using TensorArgument = std::tuple<std::string, std::string, Shape, uintptr_t>;
-using ReadArgument = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, uintptr_t>;
 using PlaceResult = std::pair<int64_t, int64_t>;
 
 const DType& KnownDType(const std::string& name) {
@@ -55,35 +53,6 @@ std::vector<PlaceResult> WriteObjects(ShardFileWriter& writer,
         {name, nullptr, {}, {static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize)}});
   }
   return WriteAll(writer, records);
-}
-
-void ReadTensors(ShardFileReader& reader, const std::vector<ReadArgument>& reads, int threads) {
-  std::vector<PayloadRead> parts;
-  for (const auto& [name, offset, length, first, size, address] : reads) {
-    parts.push_back({name, offset, length, first, {reinterpret_cast<std::byte*>(address), static_cast<size_t>(size)}});
-  }
-  const py::gil_scoped_release release;
-  reader.Read(parts, threads);
-}
-
-py::object DescribeRecord(ShardFileReader& reader, const std::string& name, int64_t offset, int64_t length) {
-  std::optional<TensorDescription> tensor;
-  {
-    const py::gil_scoped_release release;
-    tensor = reader.Describe(name, offset, length);
-  }
-  if (!tensor) return py::none();
-  return py::make_tuple(std::string(tensor->dtype->name), tensor->shape, tensor->stride, tensor->storage_offset,
-                        tensor->storage_bytes);
-}
-
-py::bytes ReadObject(ShardFileReader& reader, const std::string& name, int64_t offset, int64_t length) {
-  std::vector<std::byte> bytes;
-  {
-    const py::gil_scoped_release release;
-    bytes = reader.ReadBytes(name, offset, length);
-  }
-  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 
 std::string MakeFileName(int64_t rank, uint64_t save_id, int64_t number) {
@@ -140,15 +109,6 @@ void BindCheckpoint(py::module_& module) {
       .def("write_tensors", &WriteTensors, py::arg("tensors"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
       .def("finish", &Finish);
-  py::class_<ShardFileReader>(module, "ShardFileReader")
-      .def(py::init([](const std::string& directory, const std::string& name) {
-             return std::make_unique<ShardFileReader>(PosixFileSystem(), directory, name);
-           }),
-           py::arg("directory"), py::arg("name"), released)
-      .def_property_readonly("has_index", &ShardFileReader::has_index)
-      .def("describe", &DescribeRecord, py::arg("name"), py::arg("offset"), py::arg("length"))
-      .def("read_tensors", &ReadTensors, py::arg("reads"), py::arg("threads"))
-      .def("read_object", &ReadObject, py::arg("name"), py::arg("offset"), py::arg("length"));
   module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"), py::arg("claim"),
              py::arg("metadata"), py::arg("files"), py::arg("superseded"), py::arg("sync"));
   module.def(

@@ -34,4 +34,5 @@ PYBIND11_MODULE(_C, module) {
   BindErrors(module);
   BindHsdp(module);
   BindMetadata(module);
+  BindReader(module);
 }

@@ -10,7 +10,7 @@
 #include "base/bytes.h"
 #include "base/error.h"
 #include "checkpoint/claim.h"
-#include "checkpoint/shard_file_reader.h"
+#include "checkpoint/read_plan.h"
 #include "checkpoint/shard_file_writer.h"
 #include "fault_file_system.h"
 #include "io/file.h"
@@ -78,11 +78,11 @@ int Load(FaultFileSystem& fs) {
     std::string name;
     int64_t offset = 0, length = 0;
     in >> name >> offset >> length;
-    ShardFileReader reader(fs, kDirectory, name);
+    std::vector<std::unique_ptr<ShardFileReader>> files;
+    files.push_back(std::make_unique<ShardFileReader>(fs, kDirectory, name));
     std::vector<float> values(Values(generation, rank).size());
-    reader.Describe("w", offset, length);
-    const PayloadRead read{"w", offset, length, 0, std::as_writable_bytes(std::span(values))};
-    reader.Read({&read, 1}, 1);
+    const auto bytes = std::as_writable_bytes(std::span(values));
+    ReadPlan(files, {{0, {"w", offset, length, 0, static_cast<int64_t>(bytes.size()), bytes.data()}}}).ReadAll(1);
     if (values != Values(generation, rank)) throw Error("other values");
   }
   return generation;

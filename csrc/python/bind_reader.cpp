@@ -1,0 +1,117 @@
+// The load engine for torch_hsdp_ckpt/_items.py: one call takes all items of a load. Targets cross as addresses: the caller
+// keeps them alive and contiguous until the plan has been read. The GIL is released for all that reads or waits.
+#include <cstring>
+
+#include "base/parallel.h"
+#include "checkpoint/checkpoint_reader.h"
+#include "io/file.h"
+#include "python/module.h"
+
+namespace py = pybind11;
+
+namespace hsdp_ckpt {
+namespace {
+
+using Shape = std::vector<int64_t>;
+using ItemArgument =
+    std::tuple<std::string, uint32_t, int64_t, int64_t, Shape, Shape, std::optional<std::string>, uintptr_t>;
+using ReadArgument = std::tuple<std::string, uint32_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>;
+using ObjectArgument = std::tuple<std::string, uint32_t, int64_t, int64_t>;
+using Names = std::vector<std::string>;
+
+ItemRequest Request(const ItemArgument& argument) {
+  const auto& [name, file, offset, length, box_offsets, box_lengths, dtype, address] = argument;
+  const DType* target = dtype ? FindDType(std::string_view(*dtype)) : nullptr;
+  return {name, file, offset, length, box_offsets, box_lengths, target, reinterpret_cast<std::byte*>(address)};
+}
+
+py::object Answer(const ItemAnswer& answer) {
+  if (answer.kind == ItemAnswer::Kind::kTorch) return py::none();
+  if (answer.kind == ItemAnswer::Kind::kLands) return py::bool_(true);
+  const TensorDescription& tensor = answer.tensor;
+  return py::make_tuple(std::string(tensor.dtype->name), tensor.shape, tensor.stride, tensor.storage_offset);
+}
+
+py::tuple Resolve(const py::object& self, const std::vector<ItemArgument>& items, int threads) {
+  auto& reader = self.cast<CheckpointReader&>();
+  std::vector<ItemRequest> requests;
+  requests.reserve(items.size());
+  for (const auto& item : items) requests.push_back(Request(item));
+  std::vector<ItemAnswer> answers;
+  std::unique_ptr<ReadPlan> plan;
+  {
+    const py::gil_scoped_release release;
+    answers = reader.Resolve(requests, threads);
+    std::vector<PlannedRead> reads;
+    for (ItemAnswer& answer : answers) {
+      if (answer.kind == ItemAnswer::Kind::kLands) reads.push_back(std::move(answer.read));
+    }
+    plan = std::make_unique<ReadPlan>(reader.files(), std::move(reads));
+  }
+  py::list out;
+  for (const ItemAnswer& answer : answers) out.append(Answer(answer));
+  const py::object owned = py::cast(std::move(plan));
+  py::detail::keep_alive_impl(owned, self);
+  return py::make_tuple(owned, out);
+}
+
+std::unique_ptr<ReadPlan> MakePlan(CheckpointReader& reader, const std::vector<ReadArgument>& arguments) {
+  std::vector<PlannedRead> reads;
+  for (const auto& [name, file, offset, length, first, size, address] : arguments) {
+    reads.push_back({file, {name, offset, length, first, size, reinterpret_cast<std::byte*>(address)}});
+  }
+  const py::gil_scoped_release release;
+  return std::make_unique<ReadPlan>(reader.files(), std::move(reads));
+}
+
+py::list ReadObjects(CheckpointReader& reader, const std::vector<ObjectArgument>& objects, int threads) {
+  std::vector<std::vector<std::byte>> bytes(objects.size());
+  {
+    const py::gil_scoped_release release;
+    ParallelFor(objects.size(), threads, [&](size_t i) {
+      const auto& [name, file, offset, length] = objects[i];
+      bytes[i] = reader.file(file).ReadBytes(name, offset, length);
+    });
+  }
+  py::list out;
+  for (auto& object : bytes) {
+    out.append(py::bytes(reinterpret_cast<const char*>(object.data()), object.size()));
+    object = {};
+  }
+  return out;
+}
+
+}  // namespace
+
+void BindReader(py::module_& module) {
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  py::class_<ReadPlan>(module, "ReadPlan")
+      .def_property_readonly("pieces", [](const ReadPlan& plan) { return plan.pieces().size(); })
+      .def_property_readonly("bytes_read", &ReadPlan::bytes_read)
+      .def_property_readonly_static("BUFFER_BYTES", [](const py::object&) { return ReadPlan::kBufferBytes; })
+      .def("read_all", &ReadPlan::ReadAll, py::arg("threads"), released)
+      .def(
+          "fill",
+          [](ReadPlan& plan, size_t piece, uintptr_t buffer) { plan.Fill(piece, reinterpret_cast<std::byte*>(buffer)); },
+          py::arg("piece"), py::arg("buffer"), released)
+      .def(
+          "deliver",
+          [](ReadPlan& plan, size_t piece, uintptr_t buffer) {
+            plan.Deliver(piece, reinterpret_cast<const std::byte*>(buffer));
+          },
+          py::arg("piece"), py::arg("buffer"), released)
+      .def("finish", &ReadPlan::Finish, released);
+  py::class_<CheckpointReader>(module, "CheckpointReader")
+      .def(py::init([](const std::string& directory) {
+             return std::make_unique<CheckpointReader>(PosixFileSystem(), directory);
+           }),
+           py::arg("directory"))
+      .def(
+          "open", [](CheckpointReader& reader, const Names& names, int threads) { return reader.Open(names, threads); },
+          py::arg("names"), py::arg("threads"), released)
+      .def("resolve", &Resolve, py::arg("items"), py::arg("threads"))
+      .def("plan", &MakePlan, py::arg("reads"), py::keep_alive<0, 1>())
+      .def("read_objects", &ReadObjects, py::arg("objects"), py::arg("threads"));
+}
+
+}  // namespace hsdp_ckpt
