@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -54,7 +55,7 @@ def _weak(method: Callable[[], None]) -> Callable[[], None]:
 
 def collectives_of(mesh: DeviceMesh) -> _C.Collectives:
     replica = mesh.get_group(0).group_name if mesh.ndim == 2 else None
-    return _C.Collectives(mesh.get_group(mesh.ndim - 1).group_name, replica)
+    return _C.Collectives(mesh.get_group(mesh.ndim - 1).group_name, replica, dist.get_rank())
 
 
 class ShardedUnit:
@@ -62,10 +63,21 @@ class ShardedUnit:
 
     Shards them in place: afterwards every slot holds an ``nn.Parameter`` around a DTensor, placed ``(Replicate(), Shard(0))``
     on a 2-D mesh and ``(Shard(0),)`` on a 1-D one, whose local tensor lies in the unit's flat buffer.
+
+    ``param_dtype``: of the full parameters that compute, floating point ones only; ``reduce_dtype``: of the sums of their
+    gradients over the ranks (None: as computed). Gradients have the shards' dtype, with ``keep_low_precision_grads``
+    ``param_dtype``.
     """
 
     def __init__(
-        self, slots: list[tuple[str, list[Slot]]], mesh: DeviceMesh, device: torch.device, reshard_after_forward: bool
+        self,
+        slots: list[tuple[str, list[Slot]]],
+        mesh: DeviceMesh,
+        device: torch.device,
+        reshard_after_forward: bool,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        keep_low_precision_grads: bool = False,
     ) -> None:
         self.mesh = mesh
         self.device = device
@@ -83,7 +95,11 @@ class ShardedUnit:
             reshard_after_forward,
             _weak(self.show_full),
             _weak(self._take_gradients),
+            param_dtype,
+            reduce_dtype,
+            keep_low_precision_grads,
         )
+        self._grad_dtype = param_dtype if keep_low_precision_grads else None
         self._placements = (Replicate(), Shard(0)) if mesh.ndim == 2 else (Shard(0),)
         self._specs = [self._spec(p.shape, p.dtype) for p in full]
         self.sharded: list[nn.Parameter] = []
@@ -128,6 +144,10 @@ class ShardedUnit:
         stride = torch.empty(shape, device="meta").stride()
         return DTensorSpec(self.mesh, self._placements, tensor_meta=TensorMeta(shape, stride, dtype))
 
+    def _grad_spec(self, i: int) -> DTensorSpec:
+        spec = self._specs[i]
+        return spec if self._grad_dtype is None else self._spec(spec.shape, self._grad_dtype)
+
     @staticmethod
     def _dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
         # Directly, not by from_local: that would put a view of the shard inside, which can't be deep-copied or saved alone.
@@ -159,6 +179,9 @@ class ShardedUnit:
         self.schedule = schedule
         self._flags = [p.requires_grad for p in self.sharded]
         self._trainable = [i for i, flag in enumerate(self._flags) if flag]
+        if self._grad_dtype is not None:
+            for i in self._trainable:
+                self.sharded[i].grad_dtype = self._grad_dtype  # autograd's leave to have a gradient of another dtype
         # Not as inference tensors, if the first forward happens to be an evaluation: a later one may need gradients.
         with torch.inference_mode(False), torch.no_grad():
             pairs = zip(self.core.empty_full(), self.sharded, strict=True)
@@ -245,7 +268,7 @@ class ShardedUnit:
         tens of microseconds)."""
         if not self._grads or self._holders() != self._baseline:
             locals_ = self.core.empty_grads()
-            specs = [self._specs[i] for i in self._trainable]
+            specs = [self._grad_spec(i) for i in self._trainable]
             self._grads = [self._dtensor(local, spec) for local, spec in zip(locals_, specs, strict=True)]
             del locals_
             self._baseline = self._holders()
@@ -289,4 +312,4 @@ class ShardedUnit:
                 )
         self.core.write_grads(targets, [gradients[i] is not None for i in range(len(parameters))])
         for i in missing:
-            parameters[i].grad = self._dtensor(fresh[i], self._specs[self._trainable[i]])
+            parameters[i].grad = self._dtensor(fresh[i], self._grad_spec(self._trainable[i]))

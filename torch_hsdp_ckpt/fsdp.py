@@ -121,6 +121,9 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             raise RuntimeError(
                 "a wrapped module has been run on its own before the wrapper around it: call the outermost module first"
             )
+        for name, module in self.named_modules():
+            if isinstance(module, FullyShardedDataParallel):
+                module._unit.core.set_name(name.replace(_PREFIX, "").removesuffix("." + WRAPPED) or "root")
         root = Root([wrapper._unit for wrapper in wrappers], self._prefetch)
         for wrapper in wrappers:
             wrapper._root = root

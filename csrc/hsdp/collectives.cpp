@@ -5,25 +5,45 @@
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 namespace hsdp_ckpt {
 namespace {
 
 using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
 using OpPtr = c10::intrusive_ptr<c10d::ReduceOp>;
+using Works = Collectives::Works;
 
 constexpr int64_t kDefaultTimeout = -1;  // what the group was made with
+constexpr int64_t kTag = 0x4853;         // so that a user's own messages in a mesh's group are not taken for ours
 
 // On a CUDA stream the backend orders the operation itself; only the CPU has somebody to wait for.
 bool Async(const at::Tensor& tensor) { return tensor.is_cpu(); }
 
 OpPtr Op(bool average) { return c10::make_intrusive<c10d::ReduceOp>(average ? c10d::ReduceOp::AVG : c10d::ReduceOp::SUM); }
 
+template <typename Signature>
+auto FindOp(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup were renamed in between.
+void Send(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, Works& works) {
+  static const auto op = FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::send");
+  if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, kTag));
+}
+
+void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, Works& works) {
+  static const auto op = FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::recv_");
+  if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, kTag));
+}
+
 }  // namespace
 
-Collectives::Collectives(std::string shard_group, std::optional<std::string> replica_group)
-    : gather_group_(shard_group), reduce_group_(std::move(shard_group)), replica_group_(std::move(replica_group)) {
+Collectives::Collectives(std::string shard_group, std::optional<std::string> replica_group, int64_t rank)
+    : gather_group_(shard_group),
+      reduce_group_(std::move(shard_group)),
+      replica_group_(std::move(replica_group)),
+      rank_(rank) {
   const GroupPtr group = c10d::resolve_process_group(gather_group_);
   shards_ = group->getSize();
   shard_rank_ = group->getRank();
@@ -38,51 +58,117 @@ void Collectives::SetReduceGroups(std::string shard_group, std::optional<std::st
   replica_group_ = std::move(replica_group);
 }
 
-// The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup were renamed in between.
-WorkPtr Collectives::AllGather(at::Tensor output, at::Tensor input) const {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("c10d::_allgather_base_", "")
-          .typed<std::tuple<at::Tensor, WorkPtr>(at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>();
-  return std::get<1>(op.call(output, input, c10d::resolve_process_group(gather_group_), Async(input), kDefaultTimeout));
+bool Collectives::backend_is(const char* name, c10::DeviceType device) const {
+  return c10d::resolve_process_group(reduce_group_)->getBackend(device)->getBackendName() == name;
 }
 
-WorkPtr Collectives::ReduceScatter(at::Tensor output, at::Tensor input) const {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("c10d::_reduce_scatter_base_", "")
-          .typed<std::tuple<at::Tensor, WorkPtr>(at::Tensor&, at::Tensor&, const GroupPtr&, const OpPtr&, bool, int64_t)>();
-  return std::get<1>(op.call(output, input, c10d::resolve_process_group(reduce_group_),
-                             Op(Averages(input.device().type(), input.scalar_type())), Async(input), kDefaultTimeout));
+bool Collectives::exchanges(c10::DeviceType device) const { return device == c10::kCPU && backend_is("gloo", device); }
+
+bool Collectives::coalesces(c10::DeviceType device) const { return backend_is("nccl", device); }
+
+Works Collectives::AllGather(const std::vector<Cut>& runs) const {
+  const GroupPtr group = c10d::resolve_process_group(gather_group_);
+  Works works;
+  if (exchanges(runs.at(0).run.device().type())) {
+    // Receives first: a message that finds its receiver waiting goes at once. Peers in turns, so that no rank is every
+    // other one's first.
+    for (int64_t step = 1; step < shards_; ++step) {
+      const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
+      for (const Cut& cut : runs) Receive(cut.piece(peer), group, peer, works);
+    }
+    for (int64_t step = 1; step < shards_; ++step) {
+      const int64_t peer = (shard_rank_ + step) % shards_;
+      for (const Cut& cut : runs) Send(cut.piece(shard_rank_), group, peer, works);
+    }
+    return works;
+  }
+  std::vector<at::Tensor> outputs, inputs;
+  for (const Cut& cut : runs) {
+    outputs.push_back(cut.run);
+    inputs.push_back(cut.piece(shard_rank_));
+  }
+  if (outputs.size() == 1) {
+    static const auto op =
+        FindOp<std::tuple<at::Tensor, WorkPtr>(at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>(
+            "c10d::_allgather_base_");
+    works.push_back(std::get<1>(op.call(outputs[0], inputs[0], group, Async(inputs[0]), kDefaultTimeout)));
+  } else {
+    static const auto op = FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, bool)>(
+        "c10d::allgather_into_tensor_coalesced_");
+    works.push_back(op.call(outputs, inputs, group, Async(inputs[0])));
+  }
+  return works;
 }
 
-WorkPtr Collectives::AllReduce(at::Tensor tensor) const {
+Works Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs, const std::vector<Cut>& runs, bool average) const {
+  const GroupPtr group = c10d::resolve_process_group(reduce_group_);
+  std::vector<at::Tensor> inputs;
+  for (const Cut& cut : runs) inputs.push_back(cut.run);
+  if (inputs.size() == 1) {
+    static const auto op =
+        FindOp<std::tuple<at::Tensor, WorkPtr>(at::Tensor&, at::Tensor&, const GroupPtr&, const OpPtr&, bool, int64_t)>(
+            "c10d::_reduce_scatter_base_");
+    at::Tensor output = outputs.at(0);
+    return {std::get<1>(op.call(output, inputs[0], group, Op(average), Async(output), kDefaultTimeout))};
+  }
   static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("c10d::allreduce_", "")
-          .typed<std::tuple<std::vector<at::Tensor>, WorkPtr>(at::TensorList, const GroupPtr&, const OpPtr&,
-                                                              const std::optional<at::Tensor>&, bool, int64_t)>();
+      FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, const OpPtr&, bool, int64_t)>(
+          "c10d::reduce_scatter_tensor_coalesced_");
+  return {op.call(outputs, inputs, group, Op(average), Async(inputs.at(0)), kDefaultTimeout)};
+}
+
+Works Collectives::ExchangePieces(const std::vector<Cut>& runs, const std::vector<std::vector<at::Tensor>>& inbox) const {
+  const GroupPtr group = c10d::resolve_process_group(reduce_group_);
+  Works works;
+  for (int64_t step = 1; step < shards_; ++step) {
+    const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
+    for (const at::Tensor& piece : inbox.at(static_cast<size_t>(peer))) Receive(piece, group, peer, works);
+  }
+  for (int64_t step = 1; step < shards_; ++step) {
+    const int64_t peer = (shard_rank_ + step) % shards_;
+    for (const Cut& cut : runs) Send(cut.piece(peer), group, peer, works);
+  }
+  return works;
+}
+
+Works Collectives::SwapReplicas(const at::Tensor& output, const at::Tensor& inbox) const {
+  const GroupPtr group = c10d::resolve_process_group(replica_group_.value());
+  const int64_t peer = 1 - group->getRank();
+  Works works;
+  Receive(inbox, group, peer, works);
+  Send(output, group, peer, works);
+  return works;
+}
+
+Works Collectives::AllReduce(const at::Tensor& tensor, bool average) const {
+  static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(
+      at::TensorList, const GroupPtr&, const OpPtr&, const std::optional<at::Tensor>&, bool, int64_t)>("c10d::allreduce_");
   const std::vector<at::Tensor> tensors{tensor};
-  return std::get<1>(op.call(tensors, c10d::resolve_process_group(replica_group_.value()),
-                             Op(Averages(tensor.device().type(), tensor.scalar_type())), std::nullopt, Async(tensor),
-                             kDefaultTimeout));
+  return {std::get<1>(op.call(tensors, c10d::resolve_process_group(replica_group_.value()), Op(average), std::nullopt,
+                              Async(tensor), kDefaultTimeout))};
 }
 
-bool Collectives::Averages(c10::DeviceType device, at::ScalarType dtype) const {
+bool Collectives::averages(c10::DeviceType device, at::ScalarType dtype) const {
   if (shards_ * replicas_ == 1 || (dtype != at::kFloat && dtype != at::kBFloat16)) return false;
-  return c10d::resolve_process_group(reduce_group_)->getBackend(device)->getBackendName() == "nccl";
+  return backend_is("nccl", device);
 }
 
-double Collectives::PostScale(c10::DeviceType device, at::ScalarType dtype) const {
-  return Averages(device, dtype) ? 1.0 : 1.0 / (PreScale(dtype) * static_cast<double>(shards_ * replicas_));
-}
-
-double Collectives::PreScale(at::ScalarType dtype) const {
+double Collectives::pre_scale(at::ScalarType dtype) const {
   if (dtype != at::kHalf) return 1.0;
   const int64_t ranks = shards_ * replicas_;
   int64_t factor = 1;
   while (ranks % factor == 0 && ranks / factor > factor) factor *= 2;
   return 1.0 / static_cast<double>(factor);
+}
+
+void Await(Works& works, int64_t rank, const std::function<std::string()>& what) {
+  try {
+    for (WorkPtr& work : std::exchange(works, {})) {
+      if (work) work->wait();
+    }
+  } catch (const std::exception& error) {
+    TORCH_CHECK_WITH(DistBackendError, false, what(), " failed on rank ", rank, ": ", error.what());
+  }
 }
 
 }  // namespace hsdp_ckpt

@@ -3,54 +3,92 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <vector>
 
 namespace hsdp_ckpt {
 
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
-/// The three collectives of a sharded step, over process groups that are looked up by name at every call.
+/// Bytes of one rank that travel alone, from where they are to where they belong. Fewer are packed with others: a message
+/// or a collective of their own costs more than the copies.
+inline constexpr int64_t kInPlaceBytes = 64 << 10;
+
+/// One contiguous run of elements cut among the ranks of the shard group: rank r's piece is [bounds[r], bounds[r + 1]).
+struct Cut {
+  at::Tensor run;  ///< one dimension
+  std::vector<int64_t> bounds;
+
+  at::Tensor piece(int64_t rank) const {
+    const auto r = static_cast<size_t>(rank);
+    return run.narrow(0, bounds[r], bounds[r + 1] - bounds[r]);
+  }
+};
+
+/// The communication of a sharded step, over process groups that are looked up by name at every call.
+///
+/// Two ways, and which is better is the backend's matter:
+///  - `exchanges`: point to point, every piece straight from where it is to where it belongs, pieces of any size. Gloo, on
+///    the CPU: its all-gather copies, and its reduce-scatter is an all-reduce inside.
+///  - collectives, coalesced where the backend launches several as one (NCCL).
 ///
 /// Ownership: none. A group held here would outlive `destroy_process_group`; after that a call throws, naming the group.
 /// Gathers and reductions have groups of their own: a rank that lacks a unit's gradient reduces that unit later than its
 /// peers do, and within one group its gathers would then meet their reductions.
-/// A group of one rank needs no collective; callers check the sizes.
-/// Thread safety: as the process groups', one caller at a time.
+/// A group of one rank needs no communication; callers check the sizes.
+/// Every call returns pending works; the tensors must live until they are over. None where the backend gives none: then the
+/// operation is ordered on the current stream, and the tensors must live until that stream has passed it.
+/// Thread safety: as the process groups', one caller at a time for each group.
 class Collectives {
  public:
-  /// Names as `ProcessGroup.group_name` has them. `replica_group` is absent on a 1-D mesh.
-  Collectives(std::string shard_group, std::optional<std::string> replica_group);
+  using Works = std::vector<WorkPtr>;
+
+  /// Names as `ProcessGroup.group_name` has them. `replica_group` is absent on a 1-D mesh. `rank`: of the job, for
+  /// messages.
+  Collectives(std::string shard_group, std::optional<std::string> replica_group, int64_t rank);
 
   /// Groups of the same ranks for the reductions alone. Until this is called the reductions use the groups given above.
   void SetReduceGroups(std::string shard_group, std::optional<std::string> replica_group);
 
+  int64_t rank() const { return rank_; }
   int64_t shards() const { return shards_; }
   int64_t shard_rank() const { return shard_rank_; }
   int64_t replicas() const { return replicas_; }
 
-  /// All calls return the pending work, or null where the backend has none: then the operation is ordered on the current
-  /// stream, and the caller keeps the tensors alive until that stream has passed it.
-  /// `output` holds shards() times `input`'s elements; both are contiguous and of one dtype.
-  WorkPtr AllGather(at::Tensor output, at::Tensor input) const;
-  /// `input` holds shards() times `output`'s elements. Averages if `Averages(output)`, else sums.
-  WorkPtr ReduceScatter(at::Tensor output, at::Tensor input) const;
-  /// In place over the replicas. Averages if `Averages(tensor)`, else sums.
-  WorkPtr AllReduce(at::Tensor tensor) const;
+  bool exchanges(c10::DeviceType device) const;
+  bool coalesces(c10::DeviceType device) const;
+
+  /// Every rank's piece of every run to all; this rank's are in place. Without `exchanges` the pieces of a run are equal,
+  /// and without `coalesces` there is one run.
+  Works AllGather(const std::vector<Cut>& runs) const;
+  /// Without `exchanges`: outputs[i] becomes the sum of all ranks' pieces of runs[i], for this rank; or their average.
+  Works ReduceScatter(const std::vector<at::Tensor>& outputs, const std::vector<Cut>& runs, bool average) const;
+  /// With `exchanges`: every rank's piece of every run goes there, and what rank r has for this one to inbox[r][run].
+  Works ExchangePieces(const std::vector<Cut>& runs, const std::vector<std::vector<at::Tensor>>& inbox) const;
+  /// With `exchanges` and two replicas: swaps `output` for the other one's.
+  Works SwapReplicas(const at::Tensor& output, const at::Tensor& inbox) const;
+  /// In place over the replicas: the sum, or the average.
+  Works AllReduce(const at::Tensor& tensor, bool average) const;
 
   /// Whether the backend divides on the way (NCCL, float32 and bfloat16: no pass of its own). If not, the caller scales.
-  bool Averages(c10::DeviceType device, at::ScalarType dtype) const;
-  /// What the reduced sums still lack to be averages over shards and replicas.
-  double PostScale(c10::DeviceType device, at::ScalarType dtype) const;
-  /// What gradients are multiplied with before the reduction: below one for float16 only, whose sums may overflow
-  /// (a power of two near the square root of the number of ranks, as torch's FSDP2 divides).
-  double PreScale(at::ScalarType dtype) const;
+  bool averages(c10::DeviceType device, at::ScalarType dtype) const;
+  /// What gradients are multiplied with before they are summed in `dtype`: below one for float16 only, whose sums may
+  /// overflow (a power of two near the square root of the number of ranks, as torch's FSDP2 divides).
+  double pre_scale(at::ScalarType dtype) const;
 
  private:
+  bool backend_is(const char* name, c10::DeviceType device) const;
+
   std::string gather_group_, reduce_group_;
   std::optional<std::string> replica_group_;
-  int64_t shards_ = 1, shard_rank_ = 0, replicas_ = 1;
+  int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1;
 };
+
+/// Waits for all `works` and forgets them. The first failure is thrown at once, as torch's DistBackendError; the group is
+/// of no use after it. `what` names the operation: "the all-gather of unit layers.3".
+void Await(Collectives::Works& works, int64_t rank, const std::function<std::string()>& what);
 
 }  // namespace hsdp_ckpt

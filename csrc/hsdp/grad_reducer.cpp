@@ -1,67 +1,76 @@
 #include "hsdp/grad_reducer.h"
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
+#include "hsdp/background.h"
+#include "hsdp/grad_bucket.h"
 #include "kernels/batched_copy.h"
 
 namespace hsdp_ckpt {
 namespace {
 
-constexpr int64_t kAlignment = 16;  // bytes
-
 char* At(const at::Tensor& tensor, int64_t element) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + element * static_cast<int64_t>(tensor.element_size());
 }
 
-ParamShape Shape(const std::vector<int64_t>& sizes) {
+int64_t RowSize(const std::vector<int64_t>& sizes) {
   int64_t row = 1;
   for (size_t d = 1; d < sizes.size(); ++d) row *= sizes[d];
-  return {sizes.at(0), row};
+  return row;
 }
 
 }  // namespace
 
-GradReducer::GradReducer(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes, at::Device device,
-                         std::shared_ptr<Collectives> collectives, std::shared_ptr<DeviceStreams> streams)
-    : sizes_(std::move(sizes)),
+GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> sizes, std::vector<GradDtypes> dtypes,
+                         at::Device device, std::shared_ptr<Collectives> collectives,
+                         std::shared_ptr<DeviceStreams> streams)
+    : unit_(std::move(unit)),
+      sizes_(std::move(sizes)),
+      dtypes_(std::move(dtypes)),
       device_(device),
       collectives_(std::move(collectives)),
       streams_(std::move(streams)),
+      exchanges_(!sizes_.empty() && collectives_->exchanges(device.type())),
       used_here_(sizes_.size(), false) {
-  std::vector<at::ScalarType> kinds;  // in order of first use: the same on all ranks
-  for (const at::ScalarType dtype : dtypes) {
-    if (std::find(kinds.begin(), kinds.end(), dtype) == kinds.end()) kinds.push_back(dtype);
+  const int64_t shards = collectives_->shards();
+  std::vector<std::pair<at::ScalarType, at::ScalarType>> kinds;  // in order of first use: the same on all ranks
+  for (const GradDtypes& d : dtypes_) {
+    const std::pair kind(d.computed, d.reduced);
+    if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
   }
-  for (const at::ScalarType dtype : kinds) {
-    std::vector<size_t> params;
-    std::vector<ParamShape> shapes;
+  for (const auto& [computed, reduced] : kinds) {
+    std::vector<size_t> in_place, packed;
     for (size_t i = 0; i < sizes_.size(); ++i) {
-      if (dtypes[i] != dtype) continue;
-      params.push_back(i);
-      shapes.push_back(Shape(sizes_[i]));
+      if (dtypes_[i].computed != computed || dtypes_[i].reduced != reduced) continue;
+      const int64_t rows = sizes_[i].at(0), chunk = (rows + shards - 1) / shards * RowSize(sizes_[i]);
+      // What is cast or scaled on the way is packed in any case; a sum of exchanged pieces casts and scales by itself.
+      const bool as_it_is = exchanges_ ? Bucket::Wire(computed, reduced) == computed
+                                       : computed == reduced && collectives_->pre_scale(reduced) == 1.0 &&
+                                             collectives_->coalesces(device.type()) && rows % shards == 0;
+      const bool large = chunk * static_cast<int64_t>(c10::elementSize(computed)) >= kInPlaceBytes;
+      (shards > 1 && large && as_it_is ? in_place : packed).push_back(i);
     }
-    const int64_t align = std::max<int64_t>(1, kAlignment / static_cast<int64_t>(c10::elementSize(dtype)));
-    ShardLayout layout(std::move(shapes), collectives_->shards(), align);
-    const int64_t flags = static_cast<int64_t>(params.size());
-    const int64_t stride = layout.flat_numel() + (flags + align - 1) / align * align;
-    at::Tensor ones = at::ones({flags}, at::TensorOptions(dtype).device(device_));
-    buckets_.push_back({dtype, std::move(params), std::move(layout), stride, std::move(ones), {}, {}, nullptr});
+    buckets_.push_back(
+        std::make_shared<Bucket>(computed, reduced, std::move(in_place), packed, sizes_, shards, device_, exchanges_));
   }
 }
 
-void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) {
+GradReducer::~GradReducer() = default;
+
+void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) const {
   const ShardLayout& layout = bucket.layout;
   const int64_t shards = layout.shards();
-  bucket.input = at::empty({shards * bucket.stride}, bucket.ones.options());
+  bucket.input = at::empty({shards * bucket.packed_stride()}, bucket.ones.options().dtype(bucket.wire));
   std::vector<CopySegment> segments;
   segments.reserve((bucket.params.size() * 2 + 2) * static_cast<size_t>(shards));
   const auto zeros = [&](int64_t offset, int64_t numel) {
     if (numel > 0) segments.push_back({nullptr, At(bucket.input, offset), numel});
   };
   for (int64_t rank = 0; rank < shards; ++rank) {
-    const int64_t base = rank * bucket.stride;
-    for (size_t p = 0; p < bucket.params.size(); ++p) {
+    const int64_t base = rank * bucket.packed_stride() - bucket.packed_begin;
+    for (size_t p = bucket.in_place; p < bucket.params.size(); ++p) {
       const at::Tensor& grad = grads[bucket.params[p]];
       const int64_t numel = grad.defined() ? layout.shard_numel(p, rank) : 0;
       const int64_t end = p + 1 < bucket.params.size() ? layout.offset(p + 1) : layout.flat_numel();
@@ -82,37 +91,111 @@ void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) {
     }
     zeros(flag, base + bucket.stride - flag);
   }
-  BatchedCopy(device_, segments, bucket.dtype, bucket.dtype, collectives_->PreScale(bucket.dtype));
+  const double scale = exchanges_ && shards > 1 ? 1.0 : collectives_->pre_scale(bucket.reduced);
+  BatchedCopy(device_, segments, bucket.computed, bucket.wire, scale);
 }
 
-void GradReducer::Start(std::vector<at::Tensor> grads) {
-  TORCH_CHECK(stage_ == Stage::kIdle, "GradReducer: the last reduction has not been taken");
+void GradReducer::Start(std::vector<at::Tensor> grads, const ReduceOptions& options) {
+  TORCH_CHECK(stage_ == Stage::kIdle, "GradReducer: the last reduction of unit '", unit_, "' has not been taken");
   TORCH_CHECK(grads.size() == sizes_.size(), "GradReducer: ", grads.size(), " gradients for ", sizes_.size(),
               " parameters");
-  for (Bucket& bucket : buckets_) {
-    for (const size_t i : bucket.params) {
-      at::Tensor& grad = grads[i];
-      used_here_[i] = grad.defined();
-      if (!grad.defined()) continue;
-      TORCH_CHECK(grad.layout() == at::kStrided, "a gradient of sizes ", grad.sizes(),
-                  " is sparse; sharded parameters need dense gradients (nn.Embedding(sparse=False))");
-      TORCH_CHECK(grad.scalar_type() == bucket.dtype && grad.device() == device_, "a gradient of sizes ", grad.sizes(),
-                  " is ", grad.scalar_type(), " on ", grad.device(), ", its parameter is ", bucket.dtype, " on ", device_);
-      grad = grad.detach().contiguous();
-    }
-    Pack(bucket, grads);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (!grads[i].defined()) continue;
+    TORCH_CHECK(grads[i].layout() == at::kStrided, "a gradient of sizes ", grads[i].sizes(), " in unit '", unit_,
+                "' is sparse; sharded parameters need dense gradients (nn.Embedding(sparse=False))");
+    TORCH_CHECK(grads[i].scalar_type() == dtypes_[i].computed && grads[i].device() == device_, "a gradient of sizes ",
+                grads[i].sizes(), " in unit '", unit_, "' is ", grads[i].scalar_type(), " on ", grads[i].device(),
+                ", its parameter is ", dtypes_[i].computed, " on ", device_);
   }
-  // Allocated and last used on the compute stream, by the packing.
-  grads.clear();
+  options_ = options;
+  for (const auto& bucket : buckets_) {
+    bucket->grads.clear();
+    for (size_t p = 0; p < bucket->params.size(); ++p) {
+      const size_t i = bucket->params[p];
+      used_here_[i] = grads[i].defined();
+      if (grads[i].defined()) grads[i] = grads[i].detach().contiguous();
+      if (p >= bucket->in_place) continue;
+      bucket->grads.push_back(grads[i].defined() ? grads[i].view(-1)
+                                                 : at::zeros({bucket->layout.param(p).numel()}, bucket->ones.options()));
+    }
+    Pack(*bucket, grads);
+  }
+  grads.clear();  // the packed ones: allocated and last used on the compute stream
+  if (exchanges_) {
+    StartExchange();
+  } else {
+    StartScatter();
+  }
+}
+
+// Gloo on the CPU. Messages are posted here, in one order on all ranks; the rest happens beside the computation.
+void GradReducer::StartExchange() {
+  const int64_t shards = collectives_->shards(), rank = collectives_->shard_rank();
+  for (const auto& bucket : buckets_) {
+    if (shards == 1) continue;
+    std::vector<std::vector<at::Tensor>> pieces(static_cast<size_t>(shards));
+    bucket->inbox.assign(static_cast<size_t>(shards), at::Tensor());
+    for (int64_t r = 0; r < shards; ++r) {
+      if (r == rank) continue;
+      at::Tensor& from = bucket->inbox[static_cast<size_t>(r)];
+      from = at::empty({bucket->stride}, bucket->ones.options().dtype(bucket->wire));
+      pieces[static_cast<size_t>(r)] = bucket->Pieces(from, rank);
+    }
+    bucket->works = collectives_->ExchangePieces(bucket->Runs(), pieces);
+  }
+  stage_ = Stage::kReduce;
+  auto done = std::make_shared<std::promise<void>>();
+  exchanged_ = done->get_future();
+  const bool all_reduce = options_.all_reduce && collectives_->replicas() > 1;
+  const auto await = [unit = unit_, collectives = collectives_](Bucket& bucket, const char* what) {
+    Await(bucket.works, collectives->rank(), [&] { return c10::str("the ", what, " of unit '", unit, "'"); });
+  };
+  const auto guarded = [done](const std::function<void()>& run) {
+    try {
+      run();
+    } catch (...) {
+      done->set_exception(std::current_exception());
+    }
+  };
+  const auto finish = [buckets = buckets_, await, done] {
+    for (const auto& bucket : buckets) await(*bucket, "all-reduce over the replicas");
+    done->set_value();
+  };
+  const auto sum = [buckets = buckets_, collectives = collectives_, await, guarded, finish, done, all_reduce, shards,
+                    rank] {
+    for (const auto& bucket : buckets) {
+      if (shards == 1) {
+        bucket->output = std::exchange(bucket->input, {});
+      } else {
+        await(*bucket, "reduce-scatter");
+        bucket->Sum(rank, collectives->pre_scale(bucket->reduced));
+      }
+      bucket->AddPartial();
+      if (!all_reduce) continue;
+      if (collectives->replicas() == 2) {
+        bucket->other = at::empty_like(bucket->output);
+        bucket->works = collectives->SwapReplicas(bucket->output, bucket->other);
+      } else {
+        bucket->works = collectives->AllReduce(bucket->output, /*average=*/false);
+      }
+    }
+    if (!all_reduce) return done->set_value();
+    RunInBackground(Background::kReplicas, [guarded, finish] { guarded(finish); });
+  };
+  RunInBackground(Background::kShards, [guarded, sum] { guarded(sum); });
+}
+
+void GradReducer::StartScatter() {
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (Bucket& bucket : buckets_) {
-    if (bucket.layout.shards() == 1) {
-      bucket.output = bucket.input;
+  for (const auto& bucket : buckets_) {
+    if (bucket->layout.shards() == 1) {
+      bucket->output = bucket->input;
       continue;
     }
-    bucket.output = at::empty({bucket.stride}, bucket.ones.options());
-    bucket.work = collectives_->ReduceScatter(bucket.output, bucket.input);
-    if (bucket.work && !device_.is_cpu()) std::exchange(bucket.work, nullptr)->wait();
+    bucket->output = at::empty({bucket->stride}, bucket->input.options());
+    bucket->works =
+        collectives_->ReduceScatter(bucket->Pieces(bucket->output, collectives_->shard_rank()), bucket->Runs(),
+                                    !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
   }
   stage_ = Stage::kScatter;
   // With streams the all-reduce queues up behind on its own; the host has nothing to wait for.
@@ -121,46 +204,80 @@ void GradReducer::Start(std::vector<at::Tensor> grads) {
 
 void GradReducer::StartAllReduce() {
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (Bucket& bucket : buckets_) {
-    if (bucket.input.defined()) streams_->Uses(bucket.input);  // allocated on the compute stream, read on this one
-    bucket.input.reset();
-    if (collectives_->replicas() == 1) continue;
-    bucket.work = collectives_->AllReduce(bucket.output);
-    if (bucket.work && !device_.is_cpu()) std::exchange(bucket.work, nullptr)->wait();
+  for (const auto& bucket : buckets_) {
+    Await(bucket->works, collectives_->rank(), [&] { return "the reduce-scatter of unit '" + unit_ + "'"; });
+    // Allocated on the compute stream, read on this one.
+    for (const at::Tensor& grad : bucket->grads) streams_->Uses(grad);
+    if (bucket->input.defined()) streams_->Uses(bucket->input);
+    bucket->grads.clear();
+    bucket->input.reset();
+    bucket->AddPartial();
+    if (collectives_->replicas() == 1 || !options_.all_reduce) continue;
+    bucket->works = collectives_->AllReduce(
+        bucket->output, !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
+    if (!device_.is_cpu()) {
+      Await(bucket->works, collectives_->rank(), [&] { return "the all-reduce of unit '" + unit_ + "'"; });
+    }
   }
   stage_ = Stage::kReduce;
 }
 
 bool GradReducer::Advance(bool wait) {
+  // Works that are over are waited for all the same: it rethrows what went wrong.
   const auto over = [&] {
-    for (Bucket& bucket : buckets_) {
-      if (!bucket.work) continue;
-      if (!wait && !bucket.work->isCompleted()) return false;
-      // Also of completed work: it rethrows what went wrong.
-      std::exchange(bucket.work, nullptr)->wait();
+    for (const auto& bucket : buckets_) {
+      const auto& works = bucket->works;
+      if (!wait && !std::all_of(works.begin(), works.end(), [](const auto& w) { return !w || w->isCompleted(); }))
+        return false;
+    }
+    for (const auto& bucket : buckets_) {
+      Await(bucket->works, collectives_->rank(), [&] { return "the reduction of unit '" + unit_ + "'"; });
     }
     return true;
   };
-  if (stage_ == Stage::kScatter) {
-    if (!over()) return false;
-    StartAllReduce();
-  }
-  if (stage_ == Stage::kReduce) {
-    if (!over()) return false;
-    stage_ = Stage::kDone;
+  try {
+    if (stage_ == Stage::kReduce && exchanges_) {
+      if (!wait && exchanged_.wait_for(std::chrono::seconds(0)) != std::future_status::ready) return false;
+      exchanged_.get();
+      stage_ = Stage::kDone;
+    }
+    if (stage_ == Stage::kScatter) {
+      if (!over()) return false;
+      StartAllReduce();
+    }
+    if (stage_ == Stage::kReduce) {
+      if (!over()) return false;
+      stage_ = Stage::kDone;
+    }
+  } catch (...) {
+    for (const auto& bucket : buckets_) bucket->Clear();
+    stage_ = Stage::kIdle;
+    throw;
   }
   return stage_ == Stage::kDone;
+}
+
+bool GradReducer::Keep() {
+  if (stage_ != Stage::kDone || options_.all_reduce || collectives_->replicas() == 1) return false;
+  for (const auto& bucket : buckets_) bucket->partial = std::exchange(bucket->output, {});
+  stage_ = Stage::kIdle;
+  return true;
+}
+
+bool GradReducer::has_partial() const {
+  return std::any_of(buckets_.begin(), buckets_.end(), [](const auto& bucket) { return bucket->partial.defined(); });
 }
 
 std::vector<size_t> GradReducer::Unused() const {
   std::vector<size_t> unused;
   if (std::find(used_here_.begin(), used_here_.end(), false) == used_here_.end()) return unused;
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (const Bucket& bucket : buckets_) {
-    const at::Tensor flags =
-        bucket.output.narrow(0, bucket.layout.flat_numel(), static_cast<int64_t>(bucket.params.size())).ne(0).cpu();
-    for (size_t p = 0; p < bucket.params.size(); ++p) {
-      if (!flags.const_data_ptr<bool>()[p]) unused.push_back(bucket.params[p]);
+  for (const auto& bucket : buckets_) {
+    at::Tensor used = bucket->FlagsOf(bucket->output).ne(0);
+    if (bucket->other.defined()) used = used.logical_or(bucket->FlagsOf(bucket->other).ne(0));
+    used = used.cpu();
+    for (size_t p = 0; p < bucket->params.size(); ++p) {
+      if (!used.const_data_ptr<bool>()[p]) unused.push_back(bucket->params[p]);
     }
   }
   return unused;
@@ -168,16 +285,43 @@ std::vector<size_t> GradReducer::Unused() const {
 
 std::vector<at::Tensor> GradReducer::EmptyShards() const {
   std::vector<at::Tensor> shards(sizes_.size());
-  for (const Bucket& bucket : buckets_) {
-    const at::Tensor buffer = at::empty({bucket.layout.flat_numel()}, bucket.ones.options());
-    for (size_t p = 0; p < bucket.params.size(); ++p) {
+  for (size_t first = 0; first < sizes_.size(); ++first) {
+    if (shards[first].defined()) continue;
+    std::vector<size_t> params;
+    std::vector<ParamShape> shapes;
+    for (size_t i = first; i < sizes_.size(); ++i) {
+      if (dtypes_[i].sharded != dtypes_[first].sharded) continue;
+      params.push_back(i);
+      shapes.push_back({sizes_[i][0], RowSize(sizes_[i])});
+    }
+    const auto item = static_cast<int64_t>(c10::elementSize(dtypes_[first].sharded));
+    const ShardLayout layout(std::move(shapes), collectives_->shards(), std::max<int64_t>(1, 16 / item));
+    const auto options = at::TensorOptions(dtypes_[first].sharded).device(device_);
+    const at::Tensor buffer = at::empty({layout.flat_numel()}, options);
+    for (size_t p = 0; p < params.size(); ++p) {
       const int64_t rank = collectives_->shard_rank();
-      std::vector<int64_t> sizes = sizes_[bucket.params[p]];
-      sizes[0] = bucket.layout.shard_rows(p, rank);
-      shards[bucket.params[p]] = buffer.narrow(0, bucket.layout.offset(p), bucket.layout.shard_numel(p, rank)).view(sizes);
+      std::vector<int64_t> sizes = sizes_[params[p]];
+      sizes[0] = layout.shard_rows(p, rank);
+      shards[params[p]] = buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank)).view(sizes);
     }
   }
   return shards;
+}
+
+double GradReducer::PostScale(const Bucket& bucket) const {
+  if (bucket.is_average) return 1.0;
+  if (!options_.divide_factor && !exchanges_ && collectives_->averages(device_.type(), bucket.reduced)) return 1.0;
+  const auto ranks = static_cast<double>(collectives_->shards() * collectives_->replicas());
+  return 1.0 / (collectives_->pre_scale(bucket.reduced) * options_.divide_factor.value_or(ranks));
+}
+
+void GradReducer::CallHook(Bucket& bucket) {
+  if (!options_.all_reduce_hook) return;
+  if (bucket.other.defined()) bucket.output.add_(std::exchange(bucket.other, {}));
+  const at::Tensor averages = bucket.output.narrow(0, 0, bucket.layout.flat_numel());
+  if (const double scale = PostScale(bucket); scale != 1.0) averages.mul_(scale);
+  bucket.is_average = true;
+  options_.all_reduce_hook(averages);
 }
 
 void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets, const std::vector<bool>& accumulate) {
@@ -185,24 +329,37 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets, c
   TORCH_CHECK(targets.size() == sizes_.size() && accumulate.size() == sizes_.size(), "GradReducer: ", targets.size(),
               " targets for ", sizes_.size(), " parameters");
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (Bucket& bucket : buckets_) {
-    const ShardLayout& layout = bucket.layout;
-    for (const bool add : {false, true}) {
-      std::vector<CopySegment> segments;
-      for (size_t p = 0; p < bucket.params.size(); ++p) {
-        const size_t i = bucket.params[p];
-        if (!targets[i] || accumulate[i] != add) continue;
-        const int64_t numel = layout.shard_numel(p, collectives_->shard_rank());
-        TORCH_CHECK(
-            targets[i]->numel() == numel && targets[i]->scalar_type() == bucket.dtype && targets[i]->is_contiguous(),
-            "GradReducer: the gradient of parameter ", i, " is ", targets[i]->scalar_type(), " ", targets[i]->sizes(),
-            "; expected ", numel, " contiguous elements of ", bucket.dtype);
-        streams_->Uses(*targets[i]);
-        if (numel > 0) segments.push_back({At(bucket.output, layout.offset(p)), targets[i]->mutable_data_ptr(), numel});
-      }
-      if (segments.empty()) continue;
-      BatchedCopy(device_, segments, bucket.dtype, bucket.dtype, collectives_->PostScale(device_.type(), bucket.dtype),
-                  add);
+  for (const auto& bucket : buckets_) {
+    CallHook(*bucket);
+    const ShardLayout& layout = bucket->layout;
+    // One fused pass for each dtype of the targets, and for those that are added to.
+    std::vector<size_t> left(bucket->params.size());
+    for (size_t p = 0; p < left.size(); ++p) left[p] = p;
+    std::erase_if(left, [&](size_t p) { return !targets[bucket->params[p]].has_value(); });
+    while (!left.empty()) {
+      const size_t like = bucket->params[left.front()];
+      std::vector<CopySegment> copies;
+      std::vector<SumSegment> sums;
+      std::erase_if(left, [&](size_t p) {
+        const size_t i = bucket->params[p];
+        if (dtypes_[i].sharded != dtypes_[like].sharded || accumulate[i] != accumulate[like]) return false;
+        const at::Tensor& target = *targets[i];
+        const int64_t numel = layout.shard_numel(p, collectives_->shard_rank()), offset = layout.offset(p);
+        TORCH_CHECK(target.numel() == numel && target.scalar_type() == dtypes_[i].sharded && target.is_contiguous(),
+                    "GradReducer: the gradient of parameter ", i, " of unit '", unit_, "' is ", target.scalar_type(), " ",
+                    target.sizes(), "; expected ", numel, " contiguous elements of ", dtypes_[i].sharded);
+        streams_->Uses(target);
+        if (numel == 0) return true;
+        if (bucket->other.defined()) {
+          sums.push_back({{At(bucket->output, offset), At(bucket->other, offset)}, target.mutable_data_ptr(), numel});
+        } else {
+          copies.push_back({At(bucket->output, offset), target.mutable_data_ptr(), numel});
+        }
+        return true;
+      });
+      const at::ScalarType to = dtypes_[like].sharded;
+      BatchedSum(sums, bucket->reduced, to, PostScale(*bucket), accumulate[like]);
+      BatchedCopy(device_, copies, bucket->reduced, to, PostScale(*bucket), accumulate[like]);
     }
   }
   written_ = streams_->Record(DeviceStreams::Stream::kReduce);
@@ -211,7 +368,7 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets, c
 
 void GradReducer::Drop() {
   if (stage_ == Stage::kScatter || stage_ == Stage::kReduce) Advance(true);
-  for (Bucket& bucket : buckets_) bucket.output.reset();
+  for (const auto& bucket : buckets_) bucket->Clear();
   stage_ = Stage::kIdle;
 }
 

@@ -3,8 +3,11 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
+#include <future>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "hsdp/collectives.h"
@@ -13,26 +16,47 @@
 
 namespace hsdp_ckpt {
 
-/// Reduces the gradients of one unit's trainable parameters: pack, reduce-scatter over the shards, all-reduce over the
-/// replicas, and a last pass that divides and adds into the sharded gradients.
+/// How one parameter's gradient travels: as autograd leaves it, as it is summed, as the sharded gradient has it.
+struct GradDtypes {
+  at::ScalarType computed, reduced, sharded;
+};
+
+/// What a user may change between steps.
+struct ReduceOptions {
+  bool all_reduce = true;               ///< false: the sums over the shards wait here for the next all-reduce
+  std::optional<double> divide_factor;  ///< instead of the number of ranks
+  /// Gets every all-reduced buffer of averages (one dimension, the reduce dtype) and may change it, on the reduce stream.
+  std::function<void(const at::Tensor&)> all_reduce_hook;
+};
+
+/// Reduces the gradients of one unit's trainable parameters: reduce-scatter over the shards, all-reduce over the replicas,
+/// and a last pass that divides, casts and adds into the sharded gradients.
 ///
-/// Parameters of one dtype share a packed buffer. Behind each rank's shards stands one flag per parameter, 1 where this
-/// rank has a gradient: after the reduction the flag says whether anybody had one. Only a rank that lacks a gradient reads
-/// it, so an ordinary step needs no synchronisation with the device for it.
-/// States: idle -> Start -> (Advance)* -> done -> Write or Drop -> idle. One thread at a time.
+/// Large gradients are reduced from where autograd has left them, small ones through one packed buffer for each dtype.
+/// Where the backend exchanges pieces point to point, ranks swap the gradients as they are (bfloat16 for bfloat16
+/// parameters) and each sums what it gets in the order of the ranks, in float32: the same bits in every run, and on every
+/// replica. Behind the shards stands one flag per parameter, 1 where this rank has a gradient: after the reduction the flag
+/// says whether anybody had one. Only a rank that lacks a gradient reads it, so an ordinary step needs no synchronisation
+/// with the device for it. States: idle -> Start -> (Advance)* -> done -> Write, Keep or Drop -> idle. One thread at a
+/// time.
 class GradReducer {
  public:
-  GradReducer(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes, at::Device device,
+  /// `unit`: its name, for messages.
+  GradReducer(std::string unit, std::vector<std::vector<int64_t>> sizes, std::vector<GradDtypes> dtypes, at::Device device,
               std::shared_ptr<Collectives> collectives, std::shared_ptr<DeviceStreams> streams);
+  ~GradReducer();
 
-  /// Packs `grads` (full size, the parameter's dtype; undefined where this rank has none, zeros are sent) and starts the
-  /// reduce-scatter. The gradients are freed. Throws c10::Error for a sparse gradient or one of another dtype.
-  void Start(std::vector<at::Tensor> grads);
-  /// Moves on as far as it can, or to the end if `wait`. True when done.
+  /// Takes `grads` (full size, the computed dtype; undefined where this rank has none, zeros are sent) and starts. Throws
+  /// c10::Error for a sparse gradient or one of another dtype.
+  void Start(std::vector<at::Tensor> grads, const ReduceOptions& options);
+  /// Moves on as far as it can, or to the end if `wait`. True when done. Throws DistBackendError, naming unit and rank.
   bool Advance(bool wait);
-  /// True from Start until the reduce-scatter is over: the all-reduce must not be started before an older one's.
+  /// True while the all-reduce has yet to be started, which must not happen before an older one's.
   bool scattering() const { return stage_ == Stage::kScatter; }
 
+  /// After a reduction without an all-reduce: keeps the sums for the next one and returns true; there is nothing to write.
+  bool Keep();
+  bool has_partial() const;
   /// Indices of parameters that no rank had a gradient for. Empty without looking if this rank had them all.
   std::vector<size_t> Unused() const;
   /// Tensors for the sharded gradients: this rank's rows of every parameter, uninitialised, slices of one buffer a dtype.
@@ -47,26 +71,27 @@ class GradReducer {
 
  private:
   enum class Stage { kIdle, kScatter, kReduce, kDone };
-  struct Bucket {
-    at::ScalarType dtype;
-    std::vector<size_t> params;
-    ShardLayout layout;
-    int64_t stride;  // elements that one rank gets: shards, flags, padding
-    at::Tensor ones;
-    at::Tensor input, output;
-    WorkPtr work;
-  };
+  struct Bucket;
 
-  void Pack(Bucket& bucket, const std::vector<at::Tensor>& grads);
+  void Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) const;
+  void StartExchange();
+  void StartScatter();
   void StartAllReduce();
+  void CallHook(Bucket& bucket);
+  double PostScale(const Bucket& bucket) const;
 
+  const std::string unit_;
   std::vector<std::vector<int64_t>> sizes_;
+  std::vector<GradDtypes> dtypes_;
   at::Device device_;
   std::shared_ptr<Collectives> collectives_;
   std::shared_ptr<DeviceStreams> streams_;
-  std::vector<Bucket> buckets_;
+  bool exchanges_;
+  std::vector<std::shared_ptr<Bucket>> buckets_;
+  ReduceOptions options_;  // of the reduction under way
   std::vector<bool> used_here_;
   Stage stage_ = Stage::kIdle;
+  std::future<void> exchanged_;  // where pieces are exchanged: the end of it all
   std::unique_ptr<DeviceStreams::Mark> written_;
 };
 

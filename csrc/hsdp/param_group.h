@@ -19,36 +19,47 @@
 
 namespace hsdp_ckpt {
 
+/// What one unit computes and reduces in; absent: as stored.
+struct Precision {
+  std::optional<at::ScalarType> param_dtype;   ///< of the full parameters, floating point ones only
+  std::optional<at::ScalarType> reduce_dtype;  ///< of the sums over the ranks
+  bool keep_low_precision_grads = false;       ///< the sharded gradients have param_dtype, not the shards' dtype
+};
+
 /// The parameters of one unit: their shards, and their full form while the unit computes.
 ///
 /// Memory: one flat buffer of bytes holds this rank's shards, laid out by ShardLayout (16-byte aligned); each shard is a
-/// tensor with a storage of its own over a piece of it. The buffer is what the all-gather sends, as it is, whatever the
-/// dtypes. The full parameters are tensors whose storages have no memory while the unit is sharded; unsharding lends them
-/// pieces of one buffer. Their bytes are written past autograd, so version counters stand still and tensors saved for
-/// backward stay valid across a reshard.
-/// Ownership: buffers and the full parameters; never the module's own sharded Parameters, whose references torch's
-/// `swap_tensors` counts.
-/// Thread safety: one thread at a time (the caller's in forward, autograd's in backward).
+/// tensor with a storage of its own over a piece of it. The full parameters are tensors whose storages have no memory while
+/// the unit is sharded; unsharding lends them pieces of one buffer. Their bytes are written past autograd, so version
+/// counters stand still and tensors saved for backward stay valid across a reshard.
+/// A gather begins with this rank's own rows, cast on the way. Large parameters are gathered in place; small ones, and
+/// those that the backend can't take where they are, go through one packed buffer, whatever their dtypes. Ownership:
+/// buffers and the full parameters; never the module's own sharded Parameters, whose references torch's `swap_tensors`
+/// counts. Thread safety: one thread at a time (the caller's in forward, autograd's in backward).
 class ParamGroup {
  public:
   enum class State { kSharded, kGathering, kUnsharded };
 
-  ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes, at::Device device,
-             std::shared_ptr<Collectives> collectives);
+  ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes, Precision precision,
+             at::Device device, std::shared_ptr<Collectives> collectives);
   ~ParamGroup();
   ParamGroup(const ParamGroup&) = delete;
   ParamGroup& operator=(const ParamGroup&) = delete;
 
+  /// Of the wrapped module, for messages.
+  const std::string& name() const { return name_; }
+  void set_name(std::string name) { name_ = std::move(name); }
   /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new flat buffer.
   std::vector<at::Tensor> ShardFull(const std::vector<at::Tensor>& full);
   /// Copies `shards` (this rank's rows, the dtypes and the device given here) into a new flat buffer; the layout, and with
   /// it the unsharded tensors, follow. Returns the new shards; the old ones stay valid for whoever holds them.
   std::vector<at::Tensor> Rebind(const std::vector<at::Tensor>& shards, at::Device device);
 
-  /// Full-size tensors without memory, for the caller to make Parameters of.
+  /// Full-size tensors without memory, in the dtypes of the computation, for the caller to make Parameters of.
   std::vector<at::Tensor> EmptyFull() const;
   /// Those Parameters. From here on unsharding fills them; `on_grad` is called by autograd each time that parameter
-  /// `trainable[i]`'s gradient is accumulated, without the GIL.
+  /// `trainable[i]`'s gradient is accumulated, without the GIL. Throws c10::Error while partial sums wait for an
+  /// all-reduce.
   void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable, std::function<void(size_t)> on_grad);
 
   State state() const { return state_; }
@@ -56,7 +67,7 @@ class ParamGroup {
   void StartGather();
   /// Makes the full parameters usable on the current stream; gathers first if nobody has. Blocks the host on the CPU only.
   void Unshard();
-  /// Takes the full parameters' memory away, or drops a gather that was started. Never fails because of a peer.
+  /// Takes the full parameters' memory away, or drops a gather that was started.
   void Reshard();
 
   /// Takes what autograd has accumulated and starts the reduction. Parameters without a gradient contribute zeros.
@@ -64,26 +75,44 @@ class ParamGroup {
   /// Forgets what autograd has accumulated: after a backward that raised.
   void DropGrads();
   GradReducer& reducer() { return *reducer_; }
+  ReduceOptions& reduce_options() { return reduce_options_; }
   const std::vector<size_t>& trainable() const { return trainable_; }
 
  private:
+  /// A move of bytes within a gather: from an offset of one buffer to one of another.
+  struct Move {
+    int64_t from, to, numel;
+    at::ScalarType src, dst;
+  };
+
   void MakeLayout();
   std::vector<at::Tensor> ShardTensors() const;
+  at::ScalarType FullDtype(size_t i) const;
+  void Run(const std::vector<Move>& moves, const at::Tensor& from, const at::Tensor& to) const;
+  void AwaitGather();
   void Lend(uint8_t* base, const std::vector<int64_t>& offsets);
 
+  std::string name_;
   std::vector<std::vector<int64_t>> sizes_;
   std::vector<at::ScalarType> dtypes_;
+  const Precision precision_;
   at::Device device_;
   std::shared_ptr<Collectives> collectives_;
   std::shared_ptr<DeviceStreams> streams_;
-  std::optional<ShardLayout> layout_;  // in bytes
-  std::vector<int64_t> full_offsets_;  // in bytes, one past the end too
+
+  std::optional<ShardLayout> layout_;  // of the flat buffer, in bytes of the shards' dtypes
   std::vector<int64_t> shard_offsets_;
+  std::vector<int64_t> full_offsets_;              // in bytes of the full dtypes, one past the end too
+  bool is_whole_ = false;                          // one shard, stored as it is used: the shards are the full parameters
+  int64_t packed_stride_ = 0;                      // bytes of one rank in the packed buffer
+  std::vector<std::pair<int64_t, Cut>> in_place_;  // offsets in the full buffer, and pieces in bytes
+  std::vector<Move> own_full_, own_packed_;        // this rank's rows: flat to full, flat to packed
+  std::vector<Move> unpack_;                       // packed to full
 
   at::Tensor flat_;    // bytes: this rank's shards
-  at::Tensor packed_;  // bytes: everybody's shards by rank, while a gather is on its way
+  at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank, while a gather is on its way
   at::Tensor lent_;    // bytes: what the full parameters' storages point into while unsharded
-  WorkPtr gather_work_;
+  Collectives::Works gather_works_;
   std::unique_ptr<DeviceStreams::Mark> gather_mark_;
   State state_ = State::kSharded;
 
@@ -93,6 +122,7 @@ class ParamGroup {
   // an intrusive_ptr in 2.15.
   std::vector<decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()))> accumulators_;
   std::shared_ptr<std::function<void(size_t)>> on_grad_;
+  ReduceOptions reduce_options_;
   std::unique_ptr<GradReducer> reducer_;
 };
 

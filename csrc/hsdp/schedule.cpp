@@ -200,7 +200,7 @@ void Schedule::AdvanceReductions(size_t keep) {
       break;
     }
     reducing_.pop_front();
-    unit->on_reduced();
+    if (!unit->group->reducer().Keep()) unit->on_reduced();
   }
 }
 

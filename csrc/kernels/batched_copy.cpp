@@ -2,8 +2,12 @@
 
 #include <c10/util/Exception.h>
 
+#include <atomic>
+
 namespace hsdp_ckpt {
 namespace {
+
+std::atomic<int64_t> copied_bytes{0};
 
 void CheckSegments(std::span<const CopySegment> segments, size_t src_align, size_t dst_align) {
   for (size_t i = 0; i < segments.size(); ++i) {
@@ -22,6 +26,12 @@ void CheckSegments(std::span<const CopySegment> segments, size_t src_align, size
 void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst,
                  double scale, bool accumulate) {
   TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "BatchedCopy: CPU and CUDA only, not ", device);
+  const auto from_item = static_cast<int64_t>(c10::elementSize(src)), to_item = static_cast<int64_t>(c10::elementSize(dst));
+  int64_t bytes = 0;
+  for (const auto& segment : segments) {
+    bytes += segment.numel * ((segment.src != nullptr ? from_item : 0) + (accumulate ? 2 : 1) * to_item);
+  }
+  kernels::CountBytes(bytes);
   const bool copies_bits = src == dst && scale == 1.0 && !accumulate;
   TORCH_CHECK_TYPE(copies_bits || (kernels::Computes(src) && kernels::Computes(dst)), "BatchedCopy: ", src, " to ", dst,
                    " with scale ", scale, accumulate ? ", accumulating," : "",
@@ -45,5 +55,9 @@ void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10:
 #endif
   }
 }
+
+int64_t CopiedBytes() { return copied_bytes.load(std::memory_order_relaxed); }
+
+void kernels::CountBytes(int64_t bytes) { copied_bytes.fetch_add(bytes, std::memory_order_relaxed); }
 
 }  // namespace hsdp_ckpt

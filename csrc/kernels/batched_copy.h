@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <span>
+#include <vector>
 
 namespace hsdp_ckpt {
 
@@ -35,7 +36,28 @@ struct CopySegment {
 void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst,
                  double scale = 1.0, bool accumulate = false);
 
+/// One piece of a batched sum: `numel` elements at every address of `srcs`, added in that order, go to `dst`.
+struct SumSegment {
+  std::vector<const void*> srcs;  ///< none: zeros
+  void* dst;                      ///< may be one of `srcs`
+  int64_t numel;
+};
+
+/// dst[i] = (accumulate ? dst[i] : 0) + cast(srcs[0][i] + srcs[1][i] + ...) * scale for every segment, in one pass over
+/// memory, on the CPU only: what is left of a reduction once the ranks have exchanged their pieces.
+///
+/// Dtypes, addresses and errors as BatchedCopy's. Numbers: sums and product are each rounded to float32 (float64 if either
+/// dtype is float64), whatever the dtypes, and the result once more to `dst`.
+void BatchedSum(std::span<const SumSegment> segments, c10::ScalarType src, c10::ScalarType dst, double scale = 1.0,
+                bool accumulate = false);
+
+/// Bytes that BatchedCopy and BatchedSum have read and written in this process so far, without those of the wire.
+int64_t CopiedBytes();
+
 namespace kernels {
+
+/// Adds to CopiedBytes().
+void CountBytes(int64_t bytes);
 
 /// Whether BatchedCopy computes with this dtype: float32, float64, bfloat16, float16.
 constexpr bool Computes(c10::ScalarType type) {

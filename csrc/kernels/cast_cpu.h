@@ -9,7 +9,9 @@
 // half of the vector width, so there a second version is compiled for AVX2 and F16C and chosen at run time.
 // The tail of a run goes through the same vector code as its body: an element's result does not depend on where it lies.
 
+#include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>
@@ -210,6 +212,23 @@ void CastRun(const Src* src, Dst* dst, int64_t n, double scale, [[maybe_unused]]
   if (HasAvx2()) return CastRunAvx2<Src, Dst, kAccumulate>(src, dst, n, scale, stream && n >= 1024);
 #endif
   CastRunPortable<Src, Dst, kAccumulate>(src, dst, n, scale);
+}
+
+/// Calls `fn` with a value of the C++ type of a dtype that BatchedCopy computes with.
+template <typename Fn>
+void WithType(c10::ScalarType type, const Fn& fn) {
+  switch (type) {
+    case c10::kFloat:
+      return fn(float{});
+    case c10::kDouble:
+      return fn(double{});
+    case c10::kBFloat16:
+      return fn(c10::BFloat16{});
+    case c10::kHalf:
+      return fn(c10::Half{});
+    default:
+      TORCH_INTERNAL_ASSERT(false, "BatchedCopy does not compute with ", type);
+  }
 }
 
 }  // namespace hsdp_ckpt::kernels

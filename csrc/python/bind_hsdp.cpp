@@ -5,6 +5,7 @@
 
 #include "hsdp/param_group.h"
 #include "hsdp/schedule.h"
+#include "kernels/batched_copy.h"
 #include "python/module.h"
 
 namespace py = pybind11;
@@ -14,24 +15,46 @@ namespace hsdp_ckpt {
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 void BindHsdp(py::module_& module) {
+  module.def("copied_bytes", &CopiedBytes);
+
   py::class_<Collectives, std::shared_ptr<Collectives>>(module, "Collectives")
-      .def(py::init<std::string, std::optional<std::string>>(), py::arg("shard_group"), py::arg("replica_group"))
+      .def(py::init<std::string, std::optional<std::string>, int64_t>(), py::arg("shard_group"), py::arg("replica_group"),
+           py::arg("rank"))
       .def("set_reduce_groups", &Collectives::SetReduceGroups, py::arg("shard_group"), py::arg("replica_group"));
 
   py::class_<Unit, std::shared_ptr<Unit>>(module, "Unit")
       .def(py::init([](std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes, at::Device device,
                        std::shared_ptr<Collectives> collectives, bool reshard_after_forward,
-                       std::function<void()> on_backward, std::function<void()> on_reduced) {
+                       std::function<void()> on_backward, std::function<void()> on_reduced,
+                       std::optional<at::ScalarType> param_dtype, std::optional<at::ScalarType> reduce_dtype,
+                       bool keep_low_precision_grads) {
              auto unit = std::make_shared<Unit>();
-             unit->group =
-                 std::make_shared<ParamGroup>(std::move(sizes), std::move(dtypes), device, std::move(collectives));
+             unit->group = std::make_shared<ParamGroup>(std::move(sizes), std::move(dtypes),
+                                                        Precision{param_dtype, reduce_dtype, keep_low_precision_grads},
+                                                        device, std::move(collectives));
              unit->reshard_after_forward = reshard_after_forward;
              unit->on_backward = std::move(on_backward);
              unit->on_reduced = std::move(on_reduced);
              return unit;
            }),
            py::arg("sizes"), py::arg("dtypes"), py::arg("device"), py::arg("collectives"), py::arg("reshard_after_forward"),
-           py::arg("on_backward"), py::arg("on_reduced"))
+           py::arg("on_backward"), py::arg("on_reduced"), py::arg("param_dtype") = py::none(),
+           py::arg("reduce_dtype") = py::none(), py::arg("keep_low_precision_grads") = false)
+      .def(
+          "set_name", [](Unit& unit, std::string name) { unit.group->set_name(std::move(name)); }, py::arg("name"))
+      .def(
+          "set_all_reduce", [](Unit& unit, bool all_reduce) { unit.group->reduce_options().all_reduce = all_reduce; },
+          py::arg("all_reduce"))
+      .def(
+          "set_divide_factor",
+          [](Unit& unit, std::optional<double> factor) { unit.group->reduce_options().divide_factor = factor; },
+          py::arg("factor"))
+      .def(
+          "set_all_reduce_hook",
+          [](Unit& unit, std::function<void(const at::Tensor&)> hook) {
+            unit.group->reduce_options().all_reduce_hook = std::move(hook);
+          },
+          py::arg("hook"))
       .def(
           "shard", [](Unit& unit, const std::vector<at::Tensor>& full) { return unit.group->ShardFull(full); },
           py::arg("full"), NoGil())
