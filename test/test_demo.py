@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from torch_hsdp_ckpt import _checkpoints as checkpoints
 from torch_hsdp_ckpt.__main__ import main
-from torch_hsdp_ckpt.demo import checkpoints, data, launch, plot, report, run, train
+from torch_hsdp_ckpt._metadata import encode_metadata
+from torch_hsdp_ckpt.demo import data, launch, plot, report, run, train
 from torch_hsdp_ckpt.demo.crash import Crash
 from torch_hsdp_ckpt.demo.journal import Journal, Tail
 from torch_hsdp_ckpt.demo.progress import Progress
@@ -125,7 +129,9 @@ def make_checkpoint(root: Path, step: int, committed: bool = True) -> None:
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(b"data")
     if committed:
-        (path / ".metadata").write_bytes(b"metadata")
+        place = _StorageInfo("__0_0.distcp", 0, 4)
+        metadata = Metadata({"x": BytesStorageMetadata()}, storage_data={MetadataIndex("x"): place})
+        (path / ".metadata").write_bytes(encode_metadata(metadata))
 
 
 def test_pruning_counts_committed_checkpoints_only(tmp_path: Path) -> None:
@@ -138,6 +144,11 @@ def test_pruning_counts_committed_checkpoints_only(tmp_path: Path) -> None:
     assert checkpoints.prune(tmp_path, keep=2) == [5, 10]
     assert checkpoints.steps_in(tmp_path) == ([20, 40], [30, 50])
     assert (tmp_path / "step-best").is_dir()
+    (tmp_path / "step-000040" / "__0_0.distcp").write_bytes(b"dat")  # cut short: of two good ones to be kept only one is left
+    make_checkpoint(tmp_path, 25, committed=False)
+    assert checkpoints.prune(tmp_path, keep=2) == []
+    assert checkpoints.prune(tmp_path, keep=1) == []
+    assert checkpoints.steps_in(tmp_path)[0] == [20, 40]
     assert checkpoints.prune(tmp_path / "nothing", keep=2) == []
 
 

@@ -18,11 +18,13 @@ from ._build import build_info
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
 from .fsdp import FullyShardedDataParallel
+from .manager import CheckpointManager
 
 __all__ = [
     "BackwardPrefetch",
     "CPUOffload",
     "CheckpointError",
+    "CheckpointManager",
     "CorruptCheckpointError",
     "FileSystemReader",
     "FileSystemWriter",

@@ -111,6 +111,23 @@ class Agreement:
             _raise(step, [_Failure(*pickle.loads(whole))], error)
         return whole
 
+    def start_min(self, value: int) -> Callable[[], int]:
+        """Starts an all-reduce and returns a function that waits for the ranks' least ``value`` (63 bits)."""
+        if self.size == 1:
+            return lambda: value
+        if self.broken:
+            raise CheckpointError(f"{self.purpose}: rank {self.rank} has lost its peers in an earlier step")
+        buffer = torch.tensor([value])
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN
+        work = self._group.allreduce([buffer], options)
+
+        def result() -> int:
+            self._wait("min", lambda: work)
+            return int(buffer)
+
+        return result
+
     def gather(self, step: str, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order, on the coordinator; nothing on the others. For what only it has to know."""
         if self.size == 1:

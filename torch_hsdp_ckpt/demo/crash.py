@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints
+from .. import _checkpoints as checkpoints
 from .journal import Tail
 from .launch import Job, send
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from . import checkpoints, crash, data, plot, report
+from .. import _checkpoints as checkpoints
+from . import crash, data, plot, report
 from .journal import Tail
 from .launch import Job, JobError
 from .progress import Progress

@@ -26,8 +26,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from torch_hsdp_ckpt import FileSystemReader, FileSystemWriter, FullyShardedDataParallel, ShardingStrategy
+from torch_hsdp_ckpt import _checkpoints as checkpoints
 
-from . import checkpoints, data
+from . import data
 from .journal import Journal
 from .model import Block, Gpt, GptConfig, sequence_losses
 

@@ -1,0 +1,207 @@
+"""CheckpointManager: which checkpoints are made, kept, deleted and gone on from, and what SIGTERM does."""
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import batch, even_net
+from ranks import run_ranks
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from training import loss_of, wrap
+
+import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _C, _checkpoints
+
+
+class Counter:
+    """A Stateful object: counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.value, self.loads = 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.loads = state["value"], self.loads + 1
+
+
+def _state(value: int) -> dict[str, Any]:
+    counter = Counter()
+    counter.value = value
+    return {"weight": torch.full((300_000,), float(value)), "counter": counter, "note": f"step {value}"}
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _data_file(checkpoint: Path) -> Path:
+    return next(checkpoint.glob("__*.distcp"))
+
+
+def test_saves_when_due_and_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
+    manager = h.CheckpointManager(tmp_path / "run", save_every=2, keep_last=2, keep_every=6)
+    made = []
+    for step in range(1, 14):
+        assert manager.save(step, lambda step=step: made.append(step) or _state(step)) == (step % 2 == 0)  # type: ignore[misc]
+    assert made == [2, 4, 6, 8, 10, 12]
+    assert manager.steps() == [6, 10, 12]
+    assert not manager.save(12, _state(0))  # twice is once
+    target = _state(0)
+    assert manager.restore_latest(target) == 12
+    assert target["weight"].unique().tolist() == [12.0]
+    assert (target["counter"].value, target["counter"].loads, target["note"]) == (12, 1, "step 12")
+    for arguments in ({"save_every": 0}, {"keep_last": 0}, {"keep_every": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be at least 1, got 0"):
+            h.CheckpointManager(tmp_path, **arguments)
+
+
+def test_goes_on_from_the_newest_good_one_and_says_what_it_skips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager = h.CheckpointManager(tmp_path, keep_last=9)
+    assert manager.restore_latest(_state(0)) is None
+    for step in range(1, 7):
+        manager.save(step, _state(step))
+    (tmp_path / "step-000006" / ".metadata").unlink()
+    _flip(_data_file(tmp_path / "step-000005"))
+    _data_file(tmp_path / "step-000004").unlink()
+    _flip(tmp_path / "step-000003" / ".metadata")
+    target = _state(0)
+    with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
+        assert manager.restore_latest(target) == 2
+    assert target["weight"].unique().tolist() == [2.0]
+    assert (target["counter"].value, target["counter"].loads, target["note"]) == (2, 1, "step 2")
+    for step, says in ((6, "did not come to an end"), (5, "damaged"), (4, "No such file"), (3, "checksum")):
+        assert [m for m in caplog.messages if f"step-{step:06d}" in m and says in m], (step, caplog.messages)
+
+    with pytest.raises(CheckpointException, match=r"step 2|weight|size"):  # a state that does not fit is no damage
+        manager.restore_latest({**_state(0), "weight": torch.zeros(7)})
+    for step in (1, 2):
+        _flip(_data_file(tmp_path / f"step-{step:06d}"))
+    with pytest.raises(h.CheckpointError, match=r"none of the committed checkpoints .steps \[1, 2, 3, 4, 5\]. can be read"):
+        manager.restore_latest(_state(0))
+
+
+def test_a_damaged_newest_checkpoint_does_not_push_out_the_good_ones(tmp_path: Path) -> None:
+    first = h.CheckpointManager(tmp_path, keep_last=1)
+    for step in (10, 20):
+        first.save(step, _state(step))
+    assert first.steps() == [20]
+    keeper = h.CheckpointManager(tmp_path, keep_last=2)
+    keeper.save(30, _state(30))
+    _flip(_data_file(tmp_path / "step-000030"))  # found out by its checksums only
+    second = h.CheckpointManager(tmp_path, keep_last=1)
+    target = _state(0)
+    assert second.restore_latest(target) == 20
+    second.save(21, _state(21))
+    assert second.steps() == [21, 30]
+    _flip(_data_file(tmp_path / "step-000021"))
+    assert h.CheckpointManager(tmp_path).root == tmp_path
+    assert second.save(30, _state(31))  # the abandoned run's step 30 is saved over, and good again
+    assert second.steps() == [30]
+    assert h.CheckpointManager(tmp_path).restore_latest(target) == 30
+    assert target["note"] == "step 31"
+
+
+def test_metadata_is_gone_for_good_before_any_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state that a crash in a delete can leave is either complete or plainly incomplete, and the next prune ends it."""
+    manager = h.CheckpointManager(tmp_path, keep_last=1)
+    manager.save(1, _state(1))
+    order: list[str] = []
+    unlink, sync = Path.unlink, _C.sync_directory
+
+    def seen_sync(path: str) -> None:
+        order.append("sync " + ",".join(sorted(p.suffix or p.name for p in Path(path).iterdir())))
+        sync(path)
+
+    def no_rmtree(path: Path) -> None:
+        order.append("rmtree")
+        raise OSError(5, "died here", str(path))
+
+    def seen_unlink(path: Path, missing_ok: bool = False) -> None:
+        order.append(f"unlink {path.name}")
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_checkpoints.shutil, "rmtree", no_rmtree)
+        patch.setattr(_checkpoints._C, "sync_directory", seen_sync)
+        patch.setattr(Path, "unlink", seen_unlink)
+        with pytest.raises(OSError, match="died here"):
+            _checkpoints.remove(tmp_path / "step-000001")
+    assert order == ["unlink .metadata", "sync .distcp", "rmtree"]
+    assert manager.restore_latest(_state(0)) is None
+    manager.save(2, _state(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def _run(rank: int, root: Path, shape: tuple[int, ...]) -> None:
+    model = wrap(even_net(), shape)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    net = even_net()
+
+    def state() -> dict[str, Any]:
+        weights, moments = get_state_dict(model, optimizer)
+        return {"model": weights, "optim": moments}
+
+    def train(step: int) -> float:
+        loss = loss_of(model, batch(net, step, rank))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    manager = h.CheckpointManager(root, save_every=3, keep_last=2)
+    losses = {}
+    for step in range(1, 11):
+        losses[step] = train(step)
+        manager.save(step, state)
+    assert manager.steps() == [6, 9]
+    dist.barrier()
+    if rank == 0:
+        _flip(_data_file(root / "step-000009"))
+    dist.barrier()
+    saved = state()
+    assert manager.restore_latest(saved) == 6
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optim"])
+    assert [train(step) for step in range(7, 11)] == [losses[step] for step in range(7, 11)]
+
+    # SIGTERM reaches one rank before it calls, another later: all save at one step, and only once.
+    before: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: before.append(number))
+    with h.CheckpointManager(root, save_every=1000, sigterm_deadline=60.0) as manager:
+        saves = []
+        for step in range(11, 16):
+            if rank == 2 and step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if rank == 0 and step == 13:
+                os.kill(os.getpid(), signal.SIGTERM)
+            saves += [step] if manager.save(step, state) else []
+        assert manager.preempted
+        assert saves == [13]
+    assert before == ([signal.SIGTERM] if rank in (0, 2) else [])
+    assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None)
+    dist.barrier()
+    assert 13 in manager.steps()
+
+    # A deadline that has passed: nothing is begun, on any rank.
+    with h.CheckpointManager(root, save_every=1000, sigterm_deadline=0.05) as manager:
+        if rank == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        assert [manager.save(step, state) for step in (21, 22, 23)] == [False] * 3
+        assert manager.preempted
+    assert 22 not in manager.steps()
+
+
+@pytest.mark.parametrize("shape", [(2, 2)])
+def test_four_ranks_save_prune_fall_back_and_obey_sigterm(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    run_ranks(_run, 4, tmp_path, shape)

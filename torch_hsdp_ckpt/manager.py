@@ -1,0 +1,184 @@
+"""``CheckpointManager``: when to save, which checkpoints to keep, and which one to go on from."""
+
+import errno
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from . import _checkpoints as checkpoints
+from ._agreement import agreement_of
+from ._preemption import Preemption
+from ._reader import FileSystemReader
+from ._writer import FileSystemWriter
+from .errors import CheckpointError, CorruptCheckpointError
+
+_logger = logging.getLogger(__name__)
+State = dict[str, Any]
+
+
+class CheckpointManager:
+    """The checkpoints of one training run, ``root/step-000120`` and so on. Every method but ``steps`` is called by all ranks.
+
+    Args:
+        root: directory of the checkpoints, seen by all ranks; made by the first save. Other things in it are left alone.
+        save_every: :meth:`save` does something at multiples of this step number.
+        keep_last: the newest good checkpoints that stay, at least 1. Older ones are deleted after a save has committed.
+        keep_every: checkpoints at multiples of this stay for ever. None: none do.
+        sigterm_deadline: seconds from SIGTERM in which the job may still save. The next :meth:`save` but one on every rank
+            then saves whatever the step number, and :attr:`preempted` becomes true; the training loop should end. None: SIGTERM
+            is not looked at. Set on the main thread.
+        process_group: the ranks that save together; None: all.
+
+    Without torch.distributed it serves one process.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        save_every: int = 1,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        sigterm_deadline: float | None = None,
+        process_group: Any = None,
+    ) -> None:
+        for name, value in (("save_every", save_every), ("keep_last", keep_last), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.root = Path(root)
+        self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
+        self.preempted = False
+        self._process_group = process_group
+        self._agreement = agreement_of(process_group, "manager")
+        self._damaged: set[int] = set()
+        self._saved: int | None = None
+        self._preemption: Preemption | None = None
+        if sigterm_deadline is not None:
+            self._preemption = Preemption(agreement_of(process_group, "preemption"), sigterm_deadline)
+
+    def save(self, step: int, state: State | Callable[[], State]) -> bool:
+        """Saves if it is time to; says whether it did. Call it after every step, on all ranks with the same ``step``.
+
+        ``state``: what ``dcp.save`` takes, its ``Stateful`` objects included, or a function that makes it, called only if there
+        is something to save. After a SIGTERM that all ranks have agreed on, saves once more if the deadline has not passed.
+
+        Raises what the save raises, on every rank; the checkpoints that are there stay.
+        """
+        remaining = None if self._preemption is None or self.preempted else self._preemption.remaining()
+        last = remaining is not None
+        if last:
+            self.preempted = True
+            _logger.warning("SIGTERM: step %d is the last to be saved, %.1f s are left", step, remaining)
+        if step == self._saved or not (last or step % self.save_every == 0):
+            return False
+        if remaining is not None and remaining <= 0:
+            _logger.error("SIGTERM: the deadline has passed before step %d could be saved; nothing is", step)
+            return False
+        if callable(state):
+            state = state()
+        path = checkpoints.path_of(self.root, step)
+        dcp.save(state, storage_writer=FileSystemWriter(path), process_group=self._process_group, no_dist=self._alone)
+        self._saved = step
+        self._damaged.discard(step)
+        if self._agreement.is_coordinator:
+            self._prune(step)
+        return True
+
+    @property
+    def _alone(self) -> bool:
+        return self._agreement.size == 1
+
+    def _prune(self, step: int) -> None:
+        try:
+            gone = checkpoints.prune(self.root, self.keep_last, self.keep_every, {step}, self._damaged)
+        except OSError as error:
+            # The save is good; what could not be deleted now is tried again after the next one.
+            _logger.warning("step %d is saved; an older checkpoint could not be deleted: %s", step, error)
+        else:
+            if gone:
+                _logger.info("deleted the checkpoints of steps %s", gone)
+
+    def restore_latest(self, state: State) -> int | None:
+        """Loads the newest good checkpoint into ``state``, in place, as ``dcp.load`` does; returns its step.
+
+        None if there is no committed checkpoint. Checkpoints that did not commit, lack files or fail their checksums are
+        skipped, each with a warning that says why. A ``Stateful`` object is handed the state of a good one only; tensors may
+        hold parts of a damaged one until an older one is read over them.
+
+        Raises:
+            CheckpointError: there are committed checkpoints and none of them is good: starting anew would be a loss unnoticed.
+            CheckpointException: ``state`` does not fit the checkpoint (a key or a shape differs), or reading failed for a
+                reason that is not damage. Older checkpoints are not tried then.
+        """
+        committed, incomplete = json.loads(self._agreement.verdict("list", self._listing))
+        for step in incomplete:
+            _logger.warning("%s: its save did not come to an end, skipped", checkpoints.path_of(self.root, step))
+        for step in reversed(committed):
+            path = checkpoints.path_of(self.root, step)
+            # One rank looks at the files first, so that a checkpoint that can't be whole is not begun with.
+            seen = self._agreement.verdict("look", functools.partial(_seen_damage, path)).decode()
+            problem = seen or self._load(path, state)
+            if not problem:
+                self._saved = step
+                return int(step)
+            _logger.warning("%s: damaged, skipped: %s", path, problem)
+            self._damaged.add(step)
+        if committed:
+            raise CheckpointError(
+                f"{self.root}: none of the committed checkpoints (steps {committed}) can be read; the log says why. Delete "
+                "them to start anew"
+            )
+        return None
+
+    def _load(self, path: Path, state: State) -> str:
+        """Loads a checkpoint, or says which damage was found in it. Everything else that goes wrong is raised."""
+        try:
+            reader = FileSystemReader(path)
+            dcp.load(state, storage_reader=reader, process_group=self._process_group, no_dist=self._alone)
+        except CheckpointException as error:
+            if not _is_damage(error):
+                raise
+            return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+        return ""
+
+    def _listing(self) -> bytes:
+        return json.dumps(checkpoints.steps_in(self.root)).encode()
+
+    def steps(self) -> list[int]:
+        """The steps of the committed checkpoints, ascending, as this rank sees the directory now."""
+        return checkpoints.steps_in(self.root)[0]
+
+    def close(self) -> None:
+        """Gives SIGTERM back. Local to this rank."""
+        if self._preemption is not None:
+            self._preemption.close()
+            self._preemption = None
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _seen_damage(path: Path) -> bytes:
+    return (checkpoints.damage(path) or "").encode()
+
+
+def _is_damage(error: CheckpointException) -> bool:
+    """Whether every rank that failed found the checkpoint bad: not a state that doesn't fit, nor an exhausted machine."""
+
+    def damaged(cause: BaseException) -> bool:
+        if isinstance(cause, OSError):
+            return cause.errno in (errno.ENOENT, errno.EIO)
+        return isinstance(cause, CorruptCheckpointError)
+
+    return bool(error.failures) and all(damaged(failure[0]) for failure in error.failures.values())
