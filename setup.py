@@ -14,7 +14,14 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+from distutils.command.build_scripts import build_scripts  # isort: skip  (setuptools brings it)
+
 ROOT = Path(__file__).resolve().parent
+PROGRAM = "hsdp-ckpt"
+
+
+def _build_dir() -> Path:
+    return Path(os.environ.get("HSDP_CKPT_BUILD_DIR") or ROOT / "build" / "cmake").resolve()
 
 
 def _jobs() -> int:
@@ -34,7 +41,7 @@ class CMakeBuild(build_ext):
         cuda_home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
         if cuda_home and "CUDACXX" not in env and (Path(cuda_home) / "bin" / "nvcc").exists():
             env["CUDACXX"] = str(Path(cuda_home) / "bin" / "nvcc")
-        build = Path(env.get("HSDP_CKPT_BUILD_DIR") or ROOT / "build" / "cmake").resolve()
+        build = _build_dir()
         options = {
             "Python_EXECUTABLE": sys.executable,
             "HSDP_CKPT_CUDA": env.get("HSDP_CKPT_CUDA") or "AUTO",
@@ -51,5 +58,24 @@ class CMakeBuild(build_ext):
         install = [cmake, "--install", str(build), "--component", "python", "--prefix", str(target)]
         subprocess.run(install, check=True, env=env)
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        shutil.copy2(_build_dir() / "csrc" / PROGRAM, ROOT / "torch_hsdp_ckpt" / PROGRAM)
 
-setup(ext_modules=[Extension("torch_hsdp_ckpt._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+
+class Programs(build_scripts):
+    """The command line is a program and no script: it is copied as it is to where pip installs scripts."""
+
+    def run(self) -> None:
+        self.mkpath(self.build_dir)
+        shutil.copy2(_build_dir() / "csrc" / PROGRAM, Path(self.build_dir) / PROGRAM)
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+
+setup(
+    ext_modules=[Extension("torch_hsdp_ckpt._C", sources=[])],
+    scripts=[PROGRAM],
+    cmdclass={"build_ext": CMakeBuild, "build_scripts": Programs},
+)

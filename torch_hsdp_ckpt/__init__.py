@@ -15,6 +15,8 @@ from torch.distributed.fsdp import (
 )
 
 from ._build import build_info
+from ._load import load
+from ._verify import Problem, VerifyReport, verify
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
 from .fsdp import FullyShardedDataParallel
@@ -31,11 +33,15 @@ __all__ = [
     "FullyShardedDataParallel",
     "MixedPrecision",
     "OptimStateDictConfig",
+    "Problem",
     "ShardedOptimStateDictConfig",
     "ShardedStateDictConfig",
     "ShardingStrategy",
     "StateDictConfig",
     "StateDictSettings",
     "StateDictType",
+    "VerifyReport",
     "build_info",
+    "load",
+    "verify",
 ]

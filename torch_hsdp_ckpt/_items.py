@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -34,33 +35,41 @@ class Item:
 
 @dataclasses.dataclass(slots=True)
 class _Staged:
-    item: Item
-    target: Tensor  # the item's, or a part of it
-    view: Tensor  # of memory of ours, which is filled from the record
-    read: tuple[str, int, int, int, int, int, int]
-    memory: Tensor
+    """A part of a box that can't land: elements [first, first + span) of a record's storage, and how the part lies in them."""
+
+    fqn: str
+    file: int
+    name: str
+    record: tuple[int, int]
+    first: int
+    span: int
+    dtype: torch.dtype
+    lengths: list[int]
+    stride: list[int]
+    target: Tensor
 
 
 def read_threads() -> int:
     return max(2, min(4, len(os.sched_getaffinity(0))))
 
 
-def read_items(
-    reader: _C.CheckpointReader,
-    directory: str | os.PathLike[str],
-    items: Sequence[Item],
-    run: Callable[[_C.ReadPlan], None] | None = None,
-) -> None:
-    """Reads all ``items`` into their targets: straight into those that are contiguous in CPU memory and of the record's dtype,
-    through at most a few times ``BATCH_BYTES`` of memory for the rest.
+@dataclasses.dataclass
+class Prepared:
+    """Items whose files are open and whose records are described. ``digest`` (16 bytes) and ``bytes`` are equal in all ranks
+    that read the same bytes in the same order, whatever their targets."""
 
-    ``run`` executes a plan; by default this process reads all of it. It is called with the same plans in the same order
-    wherever the items and the targets' forms are the same.
+    plan: _C.ReadPlan  # of what lands in its target
+    staged: list["_Staged"]
+    torch_only: list[tuple[Item, int]]
+    reader: _C.CheckpointReader
+    directory: str
+    digest: bytes
+    bytes: int
 
-    Raises:
-        CorruptCheckpointError, CheckpointError, OSError: see ``FileSystemReader``. The targets may have been written by then.
-    """
-    execute = run or (lambda plan: plan.read_all(read_threads()))
+
+def prepare_items(reader: _C.CheckpointReader, directory: str | os.PathLike[str], items: Sequence[Item]) -> Prepared:
+    """Opens files and decides what is read how. Raises CorruptCheckpointError, CheckpointError, OSError; nothing is written."""
+    directory = os.fspath(directory)
     files = reader.open([item.file for item in items], read_threads())
     plan, answers = reader.resolve(
         [
@@ -69,14 +78,36 @@ def read_items(
         ],
         read_threads(),
     )
-    execute(plan)
-    staged: list[tuple[Item, int, tuple[str, list[int], list[int], int]]] = []
+    torch_only: list[tuple[Item, int]] = []
+    strided: list[tuple[Item, int, tuple[str, list[int], list[int], int]]] = []
     for item, file, answer in zip(items, files, answers, strict=True):
         if answer is None:
-            _load_with_torch(reader, item, file, directory)
+            torch_only.append((item, file))
         elif not isinstance(answer, bool):
-            staged.append((item, file, answer))
-    _read_staged(reader, _parts(staged, directory), execute)
+            strided.append((item, file, answer))
+    staged = list(_parts(strided, directory))
+    whole = hashlib.sha256(plan.digest)
+    for part in staged:
+        whole.update(repr((part.fqn, part.name, part.record, part.first, part.span, part.dtype)).encode())
+    size = plan.bytes + sum(part.span * part.dtype.itemsize for part in staged)
+    return Prepared(plan, staged, torch_only, reader, directory, whole.digest()[:16], size)
+
+
+def run_items(prepared: Prepared, run: Callable[[_C.ReadPlan], None] | None = None) -> None:
+    """Reads all items into their targets: straight into those that are contiguous in CPU memory and of the record's dtype,
+    through at most a few times ``BATCH_BYTES`` of memory for the rest.
+
+    ``run`` executes a plan; by default this process reads all of it. Where the digests are equal it is called with the same
+    plans in the same order.
+
+    Raises:
+        CorruptCheckpointError, CheckpointError, OSError: the targets may have been written in part by then.
+    """
+    execute = run or (lambda plan: plan.read_all(read_threads()))
+    execute(prepared.plan)
+    _read_staged(prepared.reader, prepared.staged, execute)
+    for item, file in prepared.torch_only:
+        _load_with_torch(prepared.reader, item, file, prepared.directory)
 
 
 def _landing(item: Item, directory: str | os.PathLike[str]) -> tuple[str | None, int]:
@@ -122,38 +153,48 @@ def _parts(
                         part_lengths[dim] = size
                         pending.append((part_offsets, part_lengths, target.narrow(dim, start, size)))
                     continue
-            memory = torch.empty(span, dtype=dtype, pin_memory=target.is_cuda)
             first = storage_offset + sum(o * s for o, s in zip(offsets, stride, strict=True))
-            read = (item.fqn, file, item.offset, item.length, first * dtype.itemsize, memory.nbytes, memory.data_ptr())
-            yield _Staged(item, target, memory.as_strided(lengths, stride), read, memory)
+            record = (item.offset, item.length)
+            yield _Staged(item.fqn, file, item.file, record, first, span, dtype, lengths, stride, target)
 
 
-def _read_staged(reader: _C.CheckpointReader, parts: Iterator[_Staged], execute: Callable[[_C.ReadPlan], None]) -> None:
-    under_way: collections.deque[tuple[torch.cuda.Event, list[_Staged]]] = collections.deque()
-
-    def finish(batch: list[_Staged]) -> None:
-        execute(reader.plan([part.read for part in batch]))
-        for part in batch:
-            part.target.copy_(part.view, non_blocking=part.target.is_cuda)
+def _read_staged(reader: _C.CheckpointReader, parts: Sequence[_Staged], execute: Callable[[_C.ReadPlan], None]) -> None:
+    under_way: collections.deque[tuple[torch.cuda.Event, list[Tensor]]] = collections.deque()
+    for batch in _batches(parts):
+        memory = [torch.empty(part.span, dtype=part.dtype, pin_memory=part.target.is_cuda) for part in batch]
+        execute(
+            reader.plan(
+                [
+                    (p.fqn, p.file, *p.record, p.first * p.dtype.itemsize, m.nbytes, m.data_ptr())
+                    for p, m in zip(batch, memory, strict=True)
+                ]
+            )
+        )
+        for part, filled in zip(batch, memory, strict=True):
+            part.target.copy_(filled.as_strided(part.lengths, part.stride), non_blocking=part.target.is_cuda)
         if any(part.target.is_cuda for part in batch):
+            # The next batch is read while this one is copied; its memory waits until then.
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()  # type: ignore[no-untyped-call]
-            under_way.append((event, batch))
+            under_way.append((event, memory))
         while len(under_way) > 1:
             under_way.popleft()[0].synchronize()  # type: ignore[no-untyped-call]
+    while under_way:
+        under_way.popleft()[0].synchronize()  # type: ignore[no-untyped-call]
 
+
+def _batches(parts: Sequence[_Staged]) -> Iterator[list[_Staged]]:
     batch: list[_Staged] = []
     size = 0
     for part in parts:
-        if batch and size + part.memory.nbytes > BATCH_BYTES:
-            finish(batch)
+        part_bytes = part.span * part.dtype.itemsize
+        if batch and size + part_bytes > BATCH_BYTES:
+            yield batch
             batch, size = [], 0
         batch.append(part)
-        size += part.memory.nbytes
+        size += part_bytes
     if batch:
-        finish(batch)
-    while under_way:
-        under_way.popleft()[0].synchronize()  # type: ignore[no-untyped-call]
+        yield batch
 
 
 def _load_with_torch(reader: _C.CheckpointReader, item: Item, file: int, directory: str | os.PathLike[str]) -> None:

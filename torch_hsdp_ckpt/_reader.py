@@ -4,8 +4,7 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch.distributed.checkpoint.filesystem as _stock
@@ -15,8 +14,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from . import _C
-from ._items import Item, read_items, read_threads
-from ._metadata import read_metadata
+from ._items import Item, prepare_items, read_threads, run_items
 from ._objects import checked_stream
 from .errors import CheckpointError, CorruptCheckpointError
 
@@ -50,12 +48,15 @@ class FileSystemReader(_stock.FileSystemReader):
         super().__init__(path, _extension_registry)
         self.trust_objects = trust_objects
         self._metadata_error: Exception | None = None
+        self._load_planner: _C.LoadPlanner | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_load_planner": None, "_metadata_error": None}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         rank = kwargs.get("rank")
-        path = Path(self._get_metadata_path(rank))
         try:
-            metadata = read_metadata(path)
+            metadata = self.use_metadata_file(self.read_metadata_file(rank), rank)
         except (CheckpointError, OSError) as error:
             # After any error dcp.load goes on to look for a rank's own metadata. Where there is none either, what it reports
             # is that; the first error says what is wrong.
@@ -65,6 +66,23 @@ class FileSystemReader(_stock.FileSystemReader):
                 raise first from None
             raise
         self._metadata_error = None
+        return metadata
+
+    def read_metadata_file(self, rank: int | None = None) -> bytes:
+        """The bytes of the checkpoint's `.metadata`, or of a rank's own."""
+        path = os.fspath(self._get_metadata_path(rank))
+        inside = os.path.dirname(os.path.realpath(path)) == os.path.realpath(self.path)
+        if os.path.islink(path) and not inside:
+            raise CheckpointError(f"{path}: a link that leads out of the checkpoint's directory is not followed")
+        with open(path, "rb") as file:
+            return file.read()
+
+    def use_metadata_file(self, file: bytes, rank: int | None = None) -> Metadata:
+        """The metadata in a file's bytes, which is the one that later reads are checked against."""
+        planner = _C.LoadPlanner(file, os.fspath(self._get_metadata_path(rank)))
+        # A rank's own metadata has that rank's chunks only, and nobody knows what the others should have.
+        self._load_planner = planner if rank is None else None
+        metadata = planner.metadata()
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -75,6 +93,9 @@ class FileSystemReader(_stock.FileSystemReader):
         objects: list[ReadItem] = []
         tensors: list[ReadItem] = []
         delegated: list[ReadItem] = []
+        if self._load_planner is not None:
+            self._load_planner.check_covered(list({item.storage_index.fqn for item in plan.items}))
+            self._load_planner = None
         for item in plan.items:
             if getattr(self._place(item), "transform_descriptors", None):
                 delegated.append(item)
@@ -82,7 +103,7 @@ class FileSystemReader(_stock.FileSystemReader):
                 (objects if item.type == LoadItemType.BYTE_IO else tensors).append(item)
         for batch in self._batches(tensors, planner):
             items = [self._tensor_item(item, planner) for item in batch]
-            read_items(reader, self.path, items)
+            run_items(prepare_items(reader, self.path, items))
             for item, read in zip(batch, items, strict=True):
                 planner.commit_tensor(item, read.target)
         for item, data in zip(objects, self._read_objects(reader, objects), strict=True):
@@ -90,7 +111,7 @@ class FileSystemReader(_stock.FileSystemReader):
         if delegated:
             # torch's own code reads these, but only from files inside the directory and with objects checked as well.
             reader.open([self._place(item).relative_path for item in delegated], read_threads())
-            checked = cast(LoadPlanner, _CheckedPlanner(planner, self))
+            checked = cast(LoadPlanner, CheckedPlanner(planner, self._what, self.trust_objects))
             super().read_data(dataclasses.replace(plan, items=delegated), checked).wait()
         future: Future[None] = Future()
         future.set_result(None)
@@ -135,15 +156,14 @@ class FileSystemReader(_stock.FileSystemReader):
         yield from _batches(items)
 
 
-class _CheckedPlanner:
-    """A planner for torch's own reading code, which checks objects before the planner gets them."""
+class CheckedPlanner:
+    """A planner for torch's own reading code, which checks objects before the planner gets them. ``what``: names an item."""
 
-    def __init__(self, planner: LoadPlanner, reader: FileSystemReader) -> None:
-        self._planner, self._reader = planner, reader
+    def __init__(self, planner: LoadPlanner, what: Callable[[ReadItem], str], trust_objects: bool) -> None:
+        self._planner, self._what, self._trust = planner, what, trust_objects
 
     def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
-        reader = self._reader
-        self._planner.load_bytes(item, checked_stream(value.getvalue(), reader._what(item), reader.trust_objects))
+        self._planner.load_bytes(item, checked_stream(value.getvalue(), self._what(item), self._trust))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._planner, name)

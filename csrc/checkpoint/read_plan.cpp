@@ -93,6 +93,28 @@ ReadPlan::ReadPlan(std::span<const std::unique_ptr<ShardFileReader>> files, std:
   if (!groups_.empty()) part_crcs_.resize(segments_.size());
 }
 
+int64_t ReadPlan::bytes() const {
+  int64_t sum = 0;
+  for (const Piece& piece : pieces_) sum += piece.end - piece.begin;
+  return sum;
+}
+
+std::string ReadPlan::Digest() const {
+  // The plan itself as text rather than a hash of it: the caller has a better one than the CRC that is at hand here.
+  std::string out;
+  for (const Piece& piece : pieces_) {
+    // Not the whole path: another host may have the directory elsewhere.
+    const std::string& path = files_[piece.file]->file().path();
+    if (&piece == pieces_.data() || piece.file != (&piece - 1)->file) out += path.substr(path.rfind('/') + 1);
+    out += " " + std::to_string(piece.begin) + "-" + std::to_string(piece.end);
+    for (uint32_t s = piece.first; s < piece.last; ++s) {
+      const Segment& segment = segments_[s];
+      out += "," + std::to_string(segment.begin - piece.begin) + ":" + std::to_string(segment.end - segment.begin);
+    }
+  }
+  return out;
+}
+
 void ReadPlan::Fail(uint32_t file, const Segment& segment, const std::string& expected, const std::string& got) const {
   const PayloadRead& read = reads_[segment.read].read;
   const std::string place =

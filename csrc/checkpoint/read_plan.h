@@ -38,7 +38,7 @@ struct PlannedRead {
 class ReadPlan {
  public:
   static constexpr int64_t kPage = 4096;
-  static constexpr int64_t kPieceBytes = int64_t{4} << 20;
+  static constexpr int64_t kPieceBytes = int64_t{2} << 20;
   /// A buffer for Fill: a piece with whole pages around it, and the checksums of its parts.
   static constexpr int64_t kBufferBytes = kPieceBytes + 2 * kPage + kPage;
   static constexpr uint32_t kMaxParts = kPage / sizeof(uint32_t);
@@ -57,6 +57,10 @@ class ReadPlan {
   void ReadAll(int threads);
   /// Checks what only the sum of several pieces shows. All pieces have been read or delivered.
   void Finish() const;
+  /// Bytes of all pieces: what reading the plan once takes.
+  int64_t bytes() const;
+  /// Equal for plans with the same pieces, and only for those.
+  std::string Digest() const;
   /// Bytes read from storage or the page cache so far, whole pages of direct reads included.
   int64_t bytes_read() const { return bytes_read_; }
 

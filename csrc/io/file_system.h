@@ -58,6 +58,8 @@ class FileSystem {
                          std::unique_ptr<RawFile>* file) {
     return Open(directory.empty() || directory.ends_with('/') ? directory + name : directory + "/" + name, mode, file);
   }
+  /// Whether files there are memory (tmpfs), so that reading them costs no I/O.
+  virtual bool IsInMemory(const std::string& /*path*/) { return false; }
   virtual int Status(const std::string& path, FileStatus* status) = 0;
   /// Names in a directory, without "." and "..", in no order.
   virtual int List(const std::string& directory, std::vector<std::string>* names) = 0;

@@ -73,7 +73,7 @@ class Posix : public FileSystem {
   int Open(const std::string& path, OpenMode mode, std::unique_ptr<RawFile>* file) override {
     const bool create = mode == OpenMode::kCreate || mode == OpenMode::kCreateDirect;
     const bool direct = mode == OpenMode::kReadDirect || mode == OpenMode::kCreateDirect;
-    if (direct && InMemory(create ? path.substr(0, path.rfind('/') + 1) : path)) return -EINVAL;
+    if (direct && IsInMemory(create ? path.substr(0, path.rfind('/') + 1) : path)) return -EINVAL;
     const int access = create ? O_RDWR | O_CREAT | O_EXCL : mode == OpenMode::kWrite ? O_WRONLY : O_RDONLY;
     const int flags = O_CLOEXEC | access | (direct ? O_DIRECT : 0);
     int fd = ::open(path.c_str(), flags, 0666);
@@ -96,6 +96,12 @@ class Posix : public FileSystem {
     if (::stat(path.c_str(), &found) < 0) return -errno;
     if (!S_ISREG(found.st_mode)) return -EOPNOTSUPP;
     return Open(path, mode, file);
+  }
+  // Newer kernels take O_DIRECT on tmpfs and copy all the same: an aligned bounce buffer would only add a copy.
+  bool IsInMemory(const std::string& path) override {
+    struct statfs found;
+    return ::statfs(path.empty() ? "." : path.c_str(), &found) == 0 &&
+           (found.f_type == TMPFS_MAGIC || found.f_type == RAMFS_MAGIC);
   }
   int Status(const std::string& path, FileStatus* status) override {
     struct stat found;
@@ -136,12 +142,6 @@ class Posix : public FileSystem {
     std::string result = real == nullptr ? "" : real;
     std::free(real);
     return result;
-  }
-  // Newer kernels take O_DIRECT on tmpfs and copy all the same: an aligned bounce buffer would only add a copy.
-  static bool InMemory(const std::string& path) {
-    struct statfs found;
-    return ::statfs(path.empty() ? "." : path.c_str(), &found) == 0 &&
-           (found.f_type == TMPFS_MAGIC || found.f_type == RAMFS_MAGIC);
   }
 };
 

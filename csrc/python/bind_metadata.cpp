@@ -4,6 +4,7 @@
 #include "metadata/trailer.h"
 #include "python/dcp_types.h"
 #include "python/metadata_from_python.h"
+#include "python/metadata_to_python.h"
 #include "python/module.h"
 
 namespace py = pybind11;
@@ -201,8 +202,7 @@ py::object Decode(const py::bytes& file, const std::string& path) {
     py::gil_scoped_release released;
     metadata = DecodeMetadata(bytes, path);
   }
-  const CollectorPause paused;
-  return PythonMetadata().Make(metadata);
+  return MetadataToPython(metadata);
 }
 
 py::object Encode(const py::object& metadata) {
@@ -219,6 +219,11 @@ py::object Encode(const py::object& metadata) {
 py::bytes Trailer(const py::bytes& pickle) { return MetadataTrailer(Span(pickle)); }
 
 }  // namespace
+
+py::object MetadataToPython(const Metadata& metadata) {
+  const CollectorPause paused;
+  return PythonMetadata().Make(metadata);
+}
 
 void BindMetadata(py::module_& module) {
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));

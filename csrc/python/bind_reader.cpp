@@ -84,9 +84,12 @@ py::list ReadObjects(CheckpointReader& reader, const std::vector<ObjectArgument>
 }  // namespace
 
 void BindReader(py::module_& module) {
+  module.def("is_in_memory", [](const std::string& path) { return PosixFileSystem().IsInMemory(path); }, py::arg("path"));
   const auto released = py::call_guard<py::gil_scoped_release>();
   py::class_<ReadPlan>(module, "ReadPlan")
       .def_property_readonly("pieces", [](const ReadPlan& plan) { return plan.pieces().size(); })
+      .def_property_readonly("bytes", &ReadPlan::bytes)
+      .def_property_readonly("digest", [](const ReadPlan& plan) { return py::bytes(plan.Digest()); })
       .def_property_readonly("bytes_read", &ReadPlan::bytes_read)
       .def_property_readonly_static("BUFFER_BYTES", [](const py::object&) { return ReadPlan::kBufferBytes; })
       .def("read_all", &ReadPlan::ReadAll, py::arg("threads"), released)

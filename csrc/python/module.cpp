@@ -33,6 +33,8 @@ PYBIND11_MODULE(_C, module) {
   BindCheckpoint(module);
   BindErrors(module);
   BindHsdp(module);
+  BindLoad(module);
   BindMetadata(module);
   BindReader(module);
+  BindVerify(module);
 }

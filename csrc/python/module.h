@@ -9,7 +9,9 @@ namespace hsdp_ckpt {
 void BindCheckpoint(pybind11::module_& module);
 void BindErrors(pybind11::module_& module);
 void BindHsdp(pybind11::module_& module);
-void BindReader(pybind11::module_& module);
+void BindLoad(pybind11::module_& module);
 void BindMetadata(pybind11::module_& module);
+void BindReader(pybind11::module_& module);
+void BindVerify(pybind11::module_& module);
 
 }  // namespace hsdp_ckpt

@@ -1,0 +1,113 @@
+#include "checkpoint/load_planner.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+std::string Text(const Shape& numbers) {
+  std::string out = "[";
+  for (const int64_t n : numbers) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
+  return out + "]";
+}
+
+bool IsEmpty(const Shape& sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
+
+// Elements of a box inside a tensor whose own number is at most 2**63; more are as good as that many.
+uint64_t Volume(const Shape& sizes) {
+  uint64_t volume = 1;
+  for (const int64_t n : sizes) {
+    if (__builtin_mul_overflow(volume, static_cast<uint64_t>(n), &volume)) return UINT64_MAX;
+  }
+  return volume;
+}
+
+bool Overlap(const ChunkRead& a, const ChunkRead& b) {
+  for (size_t d = 0; d < a.sizes.size(); ++d) {
+    if (a.in_box[d] >= b.in_box[d] + b.sizes[d] || b.in_box[d] >= a.in_box[d] + a.sizes[d]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+LoadPlanner::LoadPlanner(Metadata metadata, std::string path) : metadata_(std::move(metadata)), path_(std::move(path)) {
+  entries_.reserve(metadata_.state_dict_metadata.size());
+  for (size_t i = 0; i < metadata_.state_dict_metadata.size(); ++i)
+    entries_.emplace(metadata_.state_dict_metadata[i].first, i);
+  if (!metadata_.storage_data) return;
+  const auto& storage = *metadata_.storage_data;
+  records_.reserve(entries_.size());
+  for (uint32_t i = 0; i < storage.size(); ++i) {
+    records_[storage[i].first.fqn].push_back(i);
+    has_transforms_ =
+        has_transforms_ || (storage[i].second.transform_descriptors && !storage[i].second.transform_descriptors->empty());
+  }
+  for (auto& [name, list] : records_) {
+    std::sort(list.begin(), list.end(),
+              [&](uint32_t a, uint32_t b) { return storage[a].first.offset < storage[b].first.offset; });
+  }
+}
+
+const EntryMetadata* LoadPlanner::Find(std::string_view name) const {
+  const auto found = entries_.find(name);
+  return found == entries_.end() ? nullptr : &metadata_.state_dict_metadata[found->second].second;
+}
+
+const StorageInfo& LoadPlanner::PlaceOf(std::string_view name, const std::optional<Shape>& offset) const {
+  const auto list = records_.find(name);
+  if (list != records_.end()) {
+    const auto& storage = *metadata_.storage_data;
+    const auto found = std::lower_bound(list->second.begin(), list->second.end(), offset,
+                                        [&](uint32_t i, const auto& at) { return storage[i].first.offset < at; });
+    if (found != list->second.end() && storage[*found].first.offset == offset) return storage[*found].second;
+  }
+  const std::string chunk = offset ? " for the chunk at " + Text(*offset) : "";
+  throw CorruptionError(path_, std::string(name), "a record" + chunk, "none");
+}
+
+const StorageInfo& LoadPlanner::PlaceOfObject(std::string_view name) const { return PlaceOf(name, std::nullopt); }
+
+std::vector<ChunkRead> LoadPlanner::Plan(std::string_view name, const Box& box) const {
+  const auto& tensor = std::get<TensorMetadata>(*Find(name));
+  std::vector<ChunkRead> reads;
+  if (IsEmpty(box.sizes)) return reads;
+  const size_t dimensions = box.sizes.size();
+  uint64_t covered = 0;
+  ChunkRead read{nullptr, Shape(dimensions), Shape(dimensions), Shape(dimensions)};
+  for (const ChunkMetadata& chunk : tensor.chunks) {
+    bool meets = !IsEmpty(chunk.sizes);
+    for (size_t d = 0; meets && d < dimensions; ++d) {
+      const int64_t from = std::max(chunk.offsets[d], box.offsets[d]);
+      const int64_t to = std::min(chunk.offsets[d] + chunk.sizes[d], box.offsets[d] + box.sizes[d]);
+      meets = from < to;
+      read.in_record[d] = from - chunk.offsets[d];
+      read.in_box[d] = from - box.offsets[d];
+      read.sizes[d] = to - from;
+    }
+    if (!meets) continue;
+    read.place = &PlaceOf(name, chunk.offsets);
+    covered += Volume(read.sizes);
+    reads.push_back(read);
+  }
+  // Side by side in the first dimension most of them: only those that share rows are compared.
+  std::sort(reads.begin(), reads.end(), [](const ChunkRead& a, const ChunkRead& b) { return a.in_box < b.in_box; });
+  for (size_t i = 0; i < reads.size(); ++i) {
+    for (size_t j = i + 1;
+         j < reads.size() && dimensions > 0 && reads[j].in_box[0] < reads[i].in_box[0] + reads[i].sizes[0]; ++j) {
+      if (!Overlap(reads[i], reads[j])) continue;
+      throw CorruptionError(path_, std::string(name), "chunks that do not overlap",
+                            "two that do, of " + Text(reads[i].sizes) + " and " + Text(reads[j].sizes) + " elements");
+    }
+  }
+  if (covered != Volume(box.sizes)) {
+    throw CorruptionError(path_, std::string(name),
+                          "chunks that cover " + Text(box.sizes) + " at " + Text(box.offsets) + " of " + Text(tensor.size),
+                          "some that cover " + std::to_string(covered) + " of its elements");
+  }
+  return reads;
+}
+
+}  // namespace hsdp_ckpt

@@ -1,0 +1,242 @@
+"""``load``: DCP's signature on our engine, in every way of exchange, onto every mesh, and what goes wrong on one rank."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import torch_hsdp_ckpt as h
+
+ROWS = {"even": 512, "uneven": 301, "few": 3, "one": 1}
+
+
+def _full(seed: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(rows, 1024, generator=g) for name, rows in ROWS.items()}
+
+
+def _sharded(full: dict[str, torch.Tensor], mesh: Any, placements: list[Any]) -> dict[str, Any]:
+    return {k: distribute_tensor(v, mesh, placements) for k, v in full.items()}
+
+
+def _blank(mesh: Any, placements: list[Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    state: dict[str, Any] = _sharded({k: torch.zeros(v, 1024, dtype=dtype) for k, v in ROWS.items()}, mesh, placements)
+    return {"w": state, "step": torch.tensor(0), "plain": torch.zeros(400, 1000), "nested": [{"lr": None}]}
+
+
+def _check(state: dict[str, Any], full: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+    for name, tensor in state["w"].items():
+        assert isinstance(tensor, DTensor)
+        assert torch.equal(tensor.full_tensor(), full[name].to(dtype)), name
+    assert state["step"] == 7
+    assert torch.equal(state["plain"], torch.full((400, 1000), 0.5))
+    assert state["nested"] == [{"lr": 0.1}]
+
+
+def _save(full: dict[str, torch.Tensor], mesh: Any, placements: list[Any], path: str, writer: Any) -> None:
+    state = {"w": _sharded(full, mesh, placements), "step": torch.tensor(7)}
+    dcp.save(state | {"plain": torch.full((400, 1000), 0.5), "nested": [{"lr": 0.1}]}, storage_writer=writer(path))
+
+
+def _every_exchange(rank: int, path: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    hybrid = [Replicate(), Shard(0)]
+    full = _full(1)
+    for name, writer in (("ours", h.FileSystemWriter), ("stock", dcp.FileSystemWriter)):
+        _save(full, mesh, hybrid, f"{path}/{name}", writer)
+        for mode in ("off", "shared", "network", "auto"):
+            for dtype in (torch.float32, torch.bfloat16):  # straight into the targets, and through memory that is converted
+                state = _blank(mesh, hybrid, dtype)
+                h.load(state, checkpoint_id=f"{path}/{name}", exchange=mode)  # type: ignore[arg-type]
+                _check(state, full, dtype)
+    # A rank whose plain tensors differ from the others' still shares the sharded ones.
+    state = _blank(mesh, hybrid)
+    if rank == 1:
+        del state["plain"]
+    h.load(state, checkpoint_id=f"{path}/ours", exchange="shared")
+    _check(state | {"plain": torch.full((400, 1000), 0.5)}, full)
+
+
+def test_every_way_of_exchange_gives_the_same(tmp_path: Path) -> None:
+    run_ranks(_every_exchange, 4, str(tmp_path))
+
+
+def _reshard(rank: int, path: str) -> None:
+    two, flat = init_device_mesh("cpu", (2, 2)), init_device_mesh("cpu", (4,))
+    full = _full(2)
+    meshes: list[tuple[Any, list[Any]]] = [
+        (two, [Replicate(), Shard(0)]),
+        (flat, [Shard(0)]),
+        (flat, [Shard(1)]),
+        (two, [Shard(1), Shard(0)]),
+        (flat, [Replicate()]),
+    ]
+    for i, (mesh, placements) in enumerate(meshes[:4]):
+        _save(full, mesh, placements, f"{path}/{i}", h.FileSystemWriter)
+        for to_mesh, to in meshes:
+            state = _blank(to_mesh, to)
+            h.load(state, checkpoint_id=f"{path}/{i}")
+            _check(state, full)
+
+
+def test_between_any_two_meshes(tmp_path: Path) -> None:
+    run_ranks(_reshard, 4, str(tmp_path))
+    # and onto one process, which takes part in no mesh
+    full = _full(2)
+    state: dict[str, Any] = {"w": {k: torch.zeros_like(v) for k, v in full.items()}, "nested": [{"lr": None}]}
+    h.load(state, checkpoint_id=tmp_path / "3", no_dist=True)
+    assert all(torch.equal(state["w"][k], v) for k, v in full.items())
+
+
+def _read_bytes(rank: int, path: str, replicas: int, mode: str) -> int:
+    mesh = init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas))
+    full = {"w": torch.arange(2_000_000.0).reshape(-1, 1000), "v": torch.arange(1_000_000.0).reshape(-1, 1000)}
+    if not os.path.exists(f"{path}/.metadata"):
+        dcp.save(_sharded(full, mesh, [Replicate(), Shard(0)]), storage_writer=h.FileSystemWriter(path))
+    state = _sharded({k: torch.zeros_like(v) for k, v in full.items()}, mesh, [Replicate(), Shard(0)])
+    dist.barrier()
+
+    def count() -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+
+    before = count()
+    h.load(state, checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
+    read = count() - before
+    assert all(torch.equal(state[k].full_tensor(), v) for k, v in full.items())
+    return read
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_an_exchange_reads_every_byte_once(tmp_path: Path, replicas: int) -> None:
+    state = 12_000_000
+    ranks = 2 * replicas if replicas == 2 else replicas
+    assert sum(run_ranks(_read_bytes, ranks, str(tmp_path), replicas, "shared")) < 1.1 * state
+    assert sum(run_ranks(_read_bytes, ranks, str(tmp_path), replicas, "off")) > (replicas - 0.1) * state
+
+
+def _rank_fails(rank: int, path: str) -> None:
+    """Damage that only one rank meets, or that only one replica reads, is every rank's error, in every mode."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    full = _full(3)
+    _save(full, mesh, [Replicate(), Shard(0)], path, h.FileSystemWriter)
+    data = sorted(Path(path).glob("__*.distcp"))
+    dist.barrier()
+    if rank == 0:
+        with open(data[-1], "r+b") as file:
+            file.seek(file.seek(0, os.SEEK_END) // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    dist.barrier()
+    for mode in ("off", "shared", "network"):
+        with pytest.raises(h.CorruptCheckpointError, match=r"rank \d.*distcp: plain.*written in part"):
+            h.load(_blank(mesh, [Replicate(), Shard(0)]), checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
+    state = _blank(mesh, [Replicate(), Shard(0)])
+    if rank == 2:
+        state["w"]["more"] = torch.zeros(3)
+    with pytest.raises(h.CheckpointError, match=r"rank 2.*Missing key in checkpoint state_dict: w\.more"):
+        h.load(state, checkpoint_id=path)
+    with pytest.raises(FileNotFoundError):
+        h.load(state, checkpoint_id=f"{path}/none")
+
+
+def test_a_ranks_failure_is_every_ranks(tmp_path: Path) -> None:
+    run_ranks(_rank_fails, 4, str(tmp_path))
+
+
+class _Other(dcp.DefaultLoadPlanner):
+    """Not the default planner, as far as one can tell."""
+
+    committed = 0
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        self.committed += 1
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def test_planners_stateful_objects_and_readers(tmp_path: Path) -> None:
+    counter = _Counter()
+    counter.value = 5
+    dcp.save({"c": counter, "t": torch.arange(6.0), "x": {"y": 1}}, storage_writer=h.FileSystemWriter(tmp_path), no_dist=True)
+
+    def check(state: dict[str, Any], **options: Any) -> None:
+        h.load(state, no_dist=True, **options)
+        assert state["c"].value == 5
+        assert torch.equal(state["t"], torch.arange(6.0))
+        assert state["x"] == {"y": 1}
+
+    def blank() -> dict[str, Any]:
+        return {"c": _Counter(), "t": torch.zeros(6), "x": {"y": None}}
+
+    check(blank(), checkpoint_id=tmp_path)
+    check(blank(), storage_reader=h.FileSystemReader(tmp_path))
+    check(blank(), checkpoint_id=tmp_path, storage_reader=h.FileSystemReader("elsewhere"))
+    check(blank(), storage_reader=dcp.FileSystemReader(tmp_path))
+    planner = _Other()
+    check(blank(), checkpoint_id=tmp_path, planner=planner)
+    assert planner.committed == 1
+    check(blank() | {"new": torch.ones(2)}, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    with pytest.raises(h.CheckpointError, match="new"):
+        check(blank() | {"new": torch.ones(2)}, checkpoint_id=tmp_path)
+    with pytest.raises(h.CheckpointError, match=r"Size mismatch.*\[6\].*\[5\].*t"):
+        check(blank() | {"t": torch.ones(5)}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="exchange"):
+        h.load({}, checkpoint_id=tmp_path, exchange="maybe")  # type: ignore[arg-type]
+
+
+class _Replaced(h.FileSystemReader):
+    """Behind the first read of .metadata a newer save commits and removes the files of the one that was read."""
+
+    done = False
+
+    def read_metadata_file(self, rank: int | None = None) -> bytes:
+        file = super().read_metadata_file(rank)
+        if not _Replaced.done:
+            _Replaced.done = True
+            for data in Path(self.path).glob("__*.distcp"):
+                data.unlink()
+            for newer in (Path(self.path) / "2").iterdir():
+                os.rename(newer, Path(self.path) / newer.name)
+        return file
+
+
+def _saved_over(rank: int, path: str) -> None:
+    """A save goes through while this load has read .metadata and opened nothing yet."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    first = {"w": distribute_tensor(torch.ones(600, 100), mesh, [Shard(0)])}
+    dcp.save(first, storage_writer=h.FileSystemWriter(path))
+    second = {"w": distribute_tensor(torch.full((600, 100), 2.0), mesh, [Shard(0)])}
+    dcp.save(second, storage_writer=h.FileSystemWriter(f"{path}/2"))
+    reader = (_Replaced if rank == 0 else h.FileSystemReader)(path)
+    dist.barrier()
+    state = {"w": distribute_tensor(torch.zeros(600, 100), mesh, [Shard(0)])}
+    h.load(state, storage_reader=reader)
+    assert torch.equal(state["w"].full_tensor(), torch.full((600, 100), 2.0))
+    if rank == 0:
+        for data in Path(path).glob("__*.distcp"):
+            data.unlink()
+    dist.barrier()
+    with pytest.raises(FileNotFoundError, match="distcp"):  # nobody has saved since: the files are just not there
+        h.load(state, checkpoint_id=path)
+
+
+def test_a_directory_that_is_saved_over_gives_one_generation(tmp_path: Path) -> None:
+    run_ranks(_saved_over, 2, str(tmp_path))

@@ -1,0 +1,380 @@
+"""``load``: DCP's ``load`` with planning, reading and the exchange among replicas done here."""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import _version
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as _dcp_load_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
+
+from . import _C
+from ._agreement import Agreement, agreement_of
+from ._exchange import MODES, Exchange, Mode, host_identity, make_exchange, name_load, subgroup
+from ._items import Item, Prepared, prepare_items, read_threads, run_items
+from ._objects import load_object
+from ._reader import CheckedPlanner, FileSystemReader
+from .errors import CheckpointError, CorruptCheckpointError
+
+# A directory that is saved over faster than that is nothing that can be loaded.
+_ATTEMPTS = 5
+
+
+def load(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: LoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    trust_objects: bool = False,
+    exchange: Mode = "auto",
+) -> None:
+    """Loads a checkpoint into ``state_dict``, in place, as :func:`torch.distributed.checkpoint.load` does: tensors into the
+    tensors that are there, whatever mesh saved them, other values in their keys' place, ``Stateful`` objects through their
+    methods. Ours and stock torch's checkpoints are read; every byte is checked.
+
+    Ranks that need the same bytes, such as the replicas of HSDP, read each of them once and hand them on. ``.metadata`` is read
+    once a host, and all ranks agree on what it says. A checkpoint that is saved over meanwhile gives the older one or the newer
+    one, never parts of both.
+
+    Args:
+        state_dict: the tensors to fill, nested in dicts and lists as it was when it was saved. The same keys on every rank.
+        checkpoint_id: the directory. Needed without ``storage_reader``.
+        storage_reader: by default :class:`FileSystemReader`. Another class than that is used through torch's own code.
+        planner: by default ``DefaultLoadPlanner()``, which is planned for natively, as is one with ``allow_partial_load``.
+        process_group: the ranks that load. The default group by default.
+        no_dist: load in this process alone.
+        trust_objects: True unpickles objects that are more than tensors and plain data. Only for checkpoints of a source you
+            trust: it can run anything.
+        exchange: how replicas share what they read. "auto": through shared memory on one host, over Gloo between hosts, not at
+            all from a file system in memory; "shared", "network" and "off" force it. The result is the same.
+
+    Raises, on every rank, whichever failed:
+        CorruptCheckpointError: bytes differ from their checksums or from the format; names the rank, file and tensor. If the
+            step that failed is the reading, tensors may have been written in part, and the message says so.
+        CheckpointError: a key or a shape is not what the checkpoint has; an object is not plain data; a rank is gone.
+        OSError: the operating system refused, with ``errno`` and ``filename``.
+    """
+    if exchange not in MODES:
+        raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
+    reader = _reader(checkpoint_id, storage_reader)
+    keys = sorted(state_dict)
+    values = {k: v.state_dict() if isinstance(v := state_dict[k], Stateful) else v for k in keys}
+    if isinstance(reader, FileSystemReader):
+        # The reader's own word holds too.
+        trust = trust_objects or reader.trust_objects
+        before, reader.trust_objects = reader.trust_objects, trust
+        try:
+            _load(values, reader, planner or DefaultLoadPlanner(), process_group, no_dist, exchange)
+        finally:
+            reader.trust_objects = before
+    else:
+        checked = CheckedPlanner(planner or DefaultLoadPlanner(), lambda item: item.storage_index.fqn, trust_objects)
+        _dcp_load_state_dict(values, reader, process_group, no_dist=_alone(no_dist), planner=cast(LoadPlanner, checked))
+    for key in keys:
+        value = state_dict.get(key)
+        if isinstance(value, Stateful):
+            value.load_state_dict(values[key])
+        elif key in state_dict:
+            state_dict[key] = values[key]
+
+
+def _alone(no_dist: bool) -> bool:
+    return no_dist or not dist.is_available() or not dist.is_initialized()
+
+
+def _reader(checkpoint_id: str | os.PathLike[str] | None, storage_reader: StorageReader | None) -> StorageReader:
+    if storage_reader is None:
+        if checkpoint_id is None:
+            raise ValueError("load needs a checkpoint_id or a storage_reader")
+        return FileSystemReader(checkpoint_id)
+    if checkpoint_id is not None:
+        storage_reader.reset(checkpoint_id)
+    return storage_reader
+
+
+class _Gone(Exception):
+    """A data file that `.metadata` names is not there."""
+
+
+@dataclasses.dataclass
+class _Work:
+    """What a rank is to read: tensors in two sets, those that are sharded and those that every rank has for itself (which may
+    differ between ranks, where the sharded ones do not), and objects."""
+
+    sharded: Prepared
+    others: Prepared
+    objects: list[tuple[str, tuple[str, int, int]]]  # name, and file, offset, length
+    planner: DefaultLoadPlanner
+    files: _C.CheckpointReader
+
+
+def _load(
+    state_dict: dict[str, Any],
+    reader: FileSystemReader,
+    planner: LoadPlanner,
+    process_group: Any,
+    no_dist: bool,
+    mode: Mode,
+) -> None:
+    agreement = agreement_of(process_group, "load", no_dist)
+    hosts = agreement.exchange("hosts", host_identity())
+    name_load(agreement)
+    for _ in range(_ATTEMPTS):
+        file = _read_metadata(reader, agreement, hosts, process_group)
+        if file is None:  # saved without collectives: each rank has metadata of its own
+            _dcp_load_state_dict(state_dict, reader, process_group, no_dist=_alone(no_dist), planner=planner)
+            return
+        work: _Work | None = None
+        missing: FileNotFoundError | None = None
+        generation: bytes = file
+
+        def prepare(file: bytes = generation) -> bytes:
+            nonlocal work, missing
+            native = _C.LoadPlanner(file, str(reader._get_metadata_path()))
+            if type(planner) is not DefaultLoadPlanner or native.has_transforms:
+                return b"generic"
+            try:
+                work = _plan(state_dict, reader, planner, native, agreement.is_coordinator)
+            except FileNotFoundError as error:
+                missing = error
+                return b"gone"
+            return b"generic" if work is None else work.sharded.digest + work.others.digest
+
+        votes = agreement.run("plan", prepare)
+        if b"gone" in votes:
+            # Was it a save over this one, which has removed its files? Then there is another generation by now.
+            again = _read_metadata(reader, agreement, hosts, process_group)
+            agreement.exchange("open", error=missing if again == file else None)
+            if again == file:
+                raise CheckpointError(f"{reader.path}: files that .metadata names are missing")
+            continue
+        if b"generic" in votes:
+            _load_with_planner(state_dict, reader, planner, agreement, file)
+        else:
+            assert work is not None
+            _read(work, reader, agreement, process_group, mode, hosts, votes)
+        return
+    raise CheckpointError(f"{reader.path}: saved over again and again while it was loaded; load from a directory of its own")
+
+
+def _read_metadata(reader: FileSystemReader, agreement: Agreement, hosts: Sequence[bytes], process_group: Any) -> bytes | None:
+    """The bytes of `.metadata`, read once a host and the same on all; None where each rank has a file of its own instead."""
+    host = subgroup(agreement, [r for r, name in enumerate(hosts) if name == hosts[agreement.rank]], process_group)
+
+    def read() -> bytes:
+        try:
+            return reader.read_metadata_file()
+        except FileNotFoundError:
+            return b""
+
+    for _ in range(_ATTEMPTS):
+        file = b""
+
+        def hand_on() -> bytes:
+            nonlocal file
+            file = host.verdict("metadata", read)
+            own = not file and os.path.exists(reader._get_metadata_path(agreement.rank))
+            return b"own" if own else hashlib.sha256(file).digest()
+
+        digests = agreement.run("metadata", hand_on)
+        if len(set(digests)) == 1:
+            if digests[0] == b"own":
+                return None
+            if not file:
+                raise FileNotFoundError(
+                    2, "there is no checkpoint here (rank 0, step 'metadata')", str(reader._get_metadata_path())
+                )
+            return file
+    raise CheckpointError(f"{reader.path}/.metadata: hosts read different files; is it one directory on all of them?")
+
+
+# ---- planning ------------------------------------------------------------------------------------------------------------
+def _plan(
+    state_dict: dict[str, Any],
+    reader: FileSystemReader,
+    planner: DefaultLoadPlanner,
+    native: _C.LoadPlanner,
+    is_coordinator: bool,
+) -> _Work | None:
+    """What DCP's default planner plans, without its objects; None for tensors of kinds that are left to it. All files are open
+    when this returns, so that a save can't take them away any more."""
+    planner.set_up_planner(state_dict, None, is_coordinator)
+    if planner.flatten_state_dict:
+        _fit_old_names(planner, native)
+    flat = planner.state_dict
+    boxes: list[tuple[str, list[int], list[int]]] = []
+    targets: list[Tensor] = []
+    is_sharded: list[bool] = []
+    names: list[str] = []
+    offsets_of: dict[Any, tuple[list[int], list[int]]] = {}
+    for (name, value), size in zip(flat.items(), native.describe(list(flat)), strict=True):
+        if size is None:
+            if not planner.allow_partial_load:
+                raise CheckpointError(f"Missing key in checkpoint state_dict: {name}.")
+            continue
+        if isinstance(size, bool):
+            names.append(name)
+            continue
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name}: the checkpoint has a tensor, the state dict {type(value).__name__}")
+        if type(value) not in (Tensor, torch.nn.Parameter, DTensor):
+            return None
+        if list(value.shape) != size:
+            raise CheckpointError(f"Size mismatch between saved {size} and current: {list(value.shape)} for {name}")
+        if not isinstance(value, DTensor):
+            target, offsets, sizes = value.detach(), [0] * len(size), size
+        elif value.device_mesh.get_coordinate() is None:
+            continue
+        else:
+            if type(value._local_tensor) is not Tensor:
+                return None
+            key = (value.shape, value.placements, id(value.device_mesh))
+            if key not in offsets_of:
+                chunks = value.__create_chunk_list__()  # type: ignore[no-untyped-call]
+                if len(chunks) != 1:
+                    return None
+                offsets_of[key] = list(chunks[0].offsets), list(chunks[0].sizes)
+            target, (offsets, sizes) = value._local_tensor.detach(), offsets_of[key]
+        boxes.append((name, offsets, sizes))
+        targets.append(target)
+        is_sharded.append(isinstance(value, DTensor))
+    files = _C.CheckpointReader(str(reader.path))
+    sets: tuple[list[Item], list[Item]] = [], []
+    for (name, _, sizes), target, sharded, parts in zip(boxes, targets, is_sharded, native.plan(boxes), strict=True):
+        for path, offset, length, in_record, in_box, part in parts:
+            piece = target
+            if part != sizes:
+                for dim, (start, count) in enumerate(zip(in_box, part, strict=True)):
+                    piece = piece.narrow(dim, start, count)
+            sets[not sharded].append(Item(name, path, offset, length, in_record, part, piece))
+    objects = list(zip(names, native.objects(names), strict=True))
+    files.open([place[0] for _, place in objects], read_threads())
+    sharded_work, others = (prepare_items(files, reader.path, items) for items in sets)
+    return _Work(sharded_work, others, objects, planner, files)
+
+
+def _fit_old_names(planner: DefaultLoadPlanner, native: _C.LoadPlanner) -> None:
+    """torch up to 2.3 flattened less; its checkpoints have other names. As DCP's planner finds out."""
+    missing = set(native.names()) - planner.state_dict.keys()
+    if not missing:
+        return
+    _version._derived_version = "2_3"
+    try:
+        state_dict, mappings = flatten_state_dict(planner.original_state_dict)
+    finally:
+        _version._derived_version = None
+    if state_dict.keys() & missing:
+        planner.state_dict, planner.mappings = state_dict, mappings
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------------
+def _read(
+    work: _Work,
+    reader: FileSystemReader,
+    agreement: Agreement,
+    process_group: Any,
+    mode: Mode,
+    hosts: Sequence[bytes],
+    votes: Sequence[bytes],
+) -> None:
+    exchanges: list[Exchange] = []
+
+    def read() -> bytes:
+        try:
+            for prepared, part in ((work.sharded, slice(0, 16)), (work.others, slice(16, 32))):
+                digests = [vote[part] for vote in votes]
+                one = make_exchange(agreement, process_group, mode, hosts, digests, prepared.bytes, reader.path)
+                exchanges.append(one)
+                run_items(prepared, one.run)
+            _load_objects(work, reader)
+        except Exception as error:
+            for one in exchanges:
+                one.abort()
+            if any(one.peer_failed for one in exchanges):
+                raise _PeerFailed from error
+            if isinstance(error, CorruptCheckpointError):
+                raise CorruptCheckpointError(f"{error}; tensors of the state dict may have been written in part") from error
+            raise
+        return b""
+
+    error: Exception | None = None
+    try:
+        read()
+    except Exception as caught:
+        error = caught
+    # Whose error is only that a peer failed leaves the word to the peer, unless nobody takes it.
+    by_peer = isinstance(error, _PeerFailed)
+    answers = agreement.exchange("read", b"peer" if by_peer else b"", None if by_peer else error)
+    if b"peer" in answers:
+        raise CheckpointError("step 'read' failed: a rank stopped answering; tensors may have been written in part") from error
+
+
+class _PeerFailed(Exception):
+    """Reading ended because of another rank."""
+
+
+def _load_objects(work: _Work, reader: FileSystemReader) -> None:
+    places = [place for _, place in work.objects]
+    files = work.files.open([place[0] for place in places], read_threads())
+    read = work.files.read_objects(
+        [(name, f, offset, length) for (name, (_, offset, length)), f in zip(work.objects, files, strict=True)], read_threads()
+    )
+    planner = work.planner
+    for (name, place), data in zip(work.objects, read, strict=True):
+        value = load_object(data, f"{reader.path}/{place[0]}: {name}", reader.trust_objects)
+        if planner.flatten_state_dict:
+            set_element(planner.original_state_dict, planner.mappings[name], value)
+        else:
+            planner.state_dict[name] = value
+
+
+def _load_with_planner(
+    state_dict: dict[str, Any], reader: FileSystemReader, planner: LoadPlanner, agreement: Agreement, file: bytes
+) -> None:
+    """DCP's protocol, for planners of other classes: local plans, a global one on the coordinator, reading."""
+
+    def local() -> bytes:
+        metadata = reader.use_metadata_file(file)
+        planner.set_up_planner(state_dict, metadata, agreement.is_coordinator)
+        reader.set_up_storage_reader(metadata, agreement.is_coordinator, rank=agreement.rank, use_collectives=True)
+        return pickle.dumps(reader.prepare_local_plan(planner.create_local_plan()))
+
+    plan: bytes = b""
+
+    def keep() -> bytes:
+        nonlocal plan
+        plan = local()
+        return b""
+
+    agreement.run("plan", keep)
+    plans = agreement.gather("plan", plan)
+    everybodys: list[bytes] = []
+
+    def whole() -> bytes:
+        made = planner.create_global_plan([pickle.loads(each) for each in plans])
+        everybodys.extend(pickle.dumps(each) for each in reader.prepare_global_plan(made))
+        return b""
+
+    agreement.verdict("plan", whole)
+    mine: LoadPlan = pickle.loads(agreement.scatter("plan", everybodys))
+
+    def read() -> bytes:
+        reader.read_data(planner.finish_plan(mine), planner).wait()
+        return b""
+
+    agreement.run("read", read)
