@@ -54,7 +54,8 @@ def load(
     Args:
         state_dict: the tensors to fill, nested in dicts and lists as it was when it was saved. The same keys on every rank.
         checkpoint_id: the directory. Needed without ``storage_reader``.
-        storage_reader: by default :class:`FileSystemReader`. Another class than that is used through torch's own code.
+        storage_reader: by default :class:`FileSystemReader`. Another class than that is used through torch's own code,
+            with DCP's exceptions.
         planner: by default ``DefaultLoadPlanner()``, which is planned for natively, as is one with ``allow_partial_load``.
         process_group: the ranks that load. The default group by default.
         no_dist: load in this process alone.

@@ -94,7 +94,9 @@ class FileSystemReader(_stock.FileSystemReader):
         tensors: list[ReadItem] = []
         delegated: list[ReadItem] = []
         if self._load_planner is not None:
-            self._load_planner.check_covered(list({item.storage_index.fqn for item in plan.items}))
+            # Also of what the plan has nothing for: a tensor without chunks would be left as it is.
+            asked = {item.storage_index.fqn for item in plan.items}.union(getattr(planner, "state_dict", ()))
+            self._load_planner.check_covered(list(asked))
             self._load_planner = None
         for item in plan.items:
             if getattr(self._place(item), "transform_descriptors", None):

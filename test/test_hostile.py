@@ -1,0 +1,327 @@
+"""Checkpoints that nobody has to trust: flipped bits, foreign files, ways out, code in pickles; and ``verify``."""
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt._metadata import encode_metadata, read_metadata
+
+LARGE = (520, 512)  # above a megabyte: its payload is page-aligned and has many checksum blocks
+
+
+def _state(value: float = 1.5) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(int(value * 10))
+    return {
+        "large": torch.randn(LARGE, generator=g),
+        "small": torch.randn(5, 7, generator=g),
+        "half": torch.randn(3, generator=g).half(),
+        "empty": torch.empty(0, 3),
+        "object": {"list": [1, 2, {"x": "text"}], "float": value},
+    }
+
+
+def _blank() -> dict[str, Any]:
+    tensors = {
+        "large": torch.zeros(LARGE),
+        "small": torch.zeros(5, 7),
+        "half": torch.zeros(3).half(),
+        "empty": torch.empty(0, 3),
+    }
+    return tensors | {"object": {"list": [None, None, {"x": None}], "float": None}}
+
+
+def _save(path: Path, writer: Callable[..., Any] = h.FileSystemWriter, state: dict[str, Any] | None = None) -> Path:
+    dcp.save(state or _state(), storage_writer=writer(path), no_dist=True)
+    return path
+
+
+def _load(path: Path) -> dict[str, Any]:
+    state = _blank()
+    h.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+@contextmanager
+def _flipped(file: Path, at: int, bit: int) -> Iterator[None]:
+    with open(file, "r+b") as stream:
+        stream.seek(at)
+        byte = stream.read(1)[0]
+        stream.seek(at)
+        stream.write(bytes([byte ^ (1 << bit)]))
+        stream.flush()
+        yield
+        stream.seek(at)
+        stream.write(bytes([byte]))
+
+
+def _notices(path: Path) -> bool:
+    """Whether a load refuses the checkpoint: with one of our errors, and with nothing else."""
+    try:
+        _load(path)
+    except h.CheckpointError:
+        return True
+    return False
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    path = _save(tmp_path)
+    (data,) = path.glob("*.distcp")
+    metadata = path / ".metadata"
+    assert not _notices(path)
+    place = read_metadata(metadata).storage_data
+    info = next(info for index, info in place.items() if index.fqn == "large")
+    size = data.stat().st_size
+    # Of the large payload random places; all else is structure: heads, tails, padding, small records, objects, index.
+    head = next(i for i in range(64, 4160, 64) if (info.offset + i) % 4096 == 0)
+    structure = [i for i in range(size) if not info.offset + head <= i < info.offset + head + 4 * 520 * 512]
+    chosen = random.Random(1)
+    at_random = [(data, chosen.randrange(size)) for _ in range(2000)]
+    places = [(data, i) for i in structure] + [(metadata, i) for i in range(metadata.stat().st_size)]
+    # A load reads nothing for the empty tensor's record, which is the last one; verify does.
+    last = next(info for index, info in place.items() if index.fqn == "empty")
+    unread = range(last.offset - 64, last.offset + last.length + 8)  # with the padding on both sides
+    unnoticed = []
+    for number, (file, at) in enumerate(places + at_random):
+        with _flipped(file, at, chosen.randrange(8)):
+            if h.verify(path).ok:
+                unnoticed.append((file.name, at, "verify"))
+            loads = number >= len(places) or number % 4 == 0
+            if loads and (file == metadata or at not in unread) and not _notices(path):
+                unnoticed.append((file.name, at, "load"))
+    assert unnoticed == []
+    assert len(places) > 4000
+    assert not _notices(path), "all is as it was"
+
+
+def test_truncated_missing_and_swapped_files(tmp_path: Path) -> None:
+    path = _save(tmp_path / "a")
+    other = _save(tmp_path / "b", state=_state(2.5))
+    stock = _save(tmp_path / "stock", dcp.FileSystemWriter)
+    (data,), (foreign,), (stock_data,) = (p.glob("*.distcp") for p in (path, other, stock))
+    whole = data.read_bytes()
+    for size in (0, 1, 63, 64, 1000, len(whole) // 2, len(whole) - 1):
+        data.write_bytes(whole[:size])
+        with pytest.raises(h.CorruptCheckpointError, match=data.name):
+            _load(path)
+        assert any(p.file == data.name for p in h.verify(path).problems)
+    for others in (foreign.read_bytes(), stock_data.read_bytes(), b"PK\3\4" + bytes(1000), whole + b"x"):
+        data.write_bytes(others)
+        with pytest.raises(h.CorruptCheckpointError, match=data.name):
+            _load(path)
+        assert not h.verify(path).ok
+    data.unlink()
+    with pytest.raises(FileNotFoundError, match=data.name):
+        _load(path)
+    assert not h.verify(path).ok
+    data.mkdir()
+    with pytest.raises(OSError, match=data.name):
+        _load(path)
+    data.rmdir()
+    os.mkfifo(data)  # a reader of it would wait for ever
+    with pytest.raises(OSError, match=data.name):
+        _load(path)
+    # Stock files: the zip's own checksums.
+    raw = stock_data.read_bytes()
+    place = next(i for index, i in read_metadata(stock / ".metadata").storage_data.items() if index.fqn == "large")
+    stock_data.write_bytes(raw[: place.offset + 100_000] + b"\0\1\2" + raw[place.offset + 100_003 :])
+    with pytest.raises(h.CorruptCheckpointError, match="large"):
+        _load(stock)
+    stock_data.write_bytes(raw[: len(raw) // 2])
+    assert _notices(stock)
+    assert not h.verify(stock).ok
+
+
+def test_nothing_outside_the_directory_is_read(tmp_path: Path) -> None:
+    path = _save(tmp_path / "a")
+    (data,) = path.glob("*.distcp")
+    outside = tmp_path / data.name
+    os.rename(data, outside)
+    data.symlink_to(outside)
+    with pytest.raises(h.CheckpointError, match="link that leads out"):
+        _load(path)
+    assert not h.verify(path).ok
+    data.unlink()
+    (path / "inner").mkdir()
+    os.rename(outside, path / "inner" / data.name)
+    data.symlink_to(Path("inner") / data.name)  # inside: as good as the file
+    assert torch.equal(_load(path)["large"], _state()["large"])
+    os.rename(path / "inner" / data.name, outside)
+    metadata = read_metadata(path / ".metadata")
+    for name in (f"../{data.name}", str(outside), f"x/../../{data.name}", ".", ""):
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(h.CorruptCheckpointError, match="inside the checkpoint's directory"):
+            _load(path)
+    (tmp_path / "elsewhere").write_bytes(b"secret")
+    (path / ".metadata").unlink()
+    (path / ".metadata").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(h.CheckpointError, match="link that leads out"):
+        _load(path)
+
+
+def _chunk(offset: int, size: int) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([offset, 0]), torch.Size([size, 512]))
+
+
+@pytest.mark.parametrize(
+    "chunks, expected",
+    [
+        ([], "cover"),
+        ([_chunk(0, 519)], "cover"),
+        ([_chunk(0, 520), _chunk(519, 1)], "overlap"),
+        ([_chunk(1, 519), _chunk(1, 1)], "record"),
+    ],
+)
+@pytest.mark.parametrize("api", ["load", "dcp"])
+def test_chunks_that_overlap_or_are_missing(tmp_path: Path, chunks: list[Any], expected: str, api: str) -> None:
+    path = _save(tmp_path)
+    metadata = read_metadata(path / ".metadata")
+    metadata.state_dict_metadata["large"].chunks = chunks  # type: ignore[union-attr]
+    index, info = next((i, v) for i, v in metadata.storage_data.items() if i.fqn == "large")
+    if expected == "overlap":
+        metadata.storage_data[type(index)("large", torch.Size([519, 0]))] = info
+    (path / ".metadata").write_bytes(encode_metadata(metadata))
+    if api == "load":
+        with pytest.raises(h.CorruptCheckpointError, match=f"large.*{expected}"):
+            _load(path)
+    else:
+        with pytest.raises(CheckpointException, match=f"large.*{expected}"):
+            dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
+    assert any(p.record == "large" for p in h.verify(path).problems)
+
+
+class Code:
+    """A pickle that makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+class Value:
+    """A harmless class that is not plain data."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
+def test_no_code_in_a_checkpoint_runs(tmp_path: Path, writer: Callable[..., Any]) -> None:
+    ran = tmp_path / "ran"
+    dcp.save({"evil": Code(str(ran)), "t": torch.ones(3)}, storage_writer=writer(tmp_path / "c"), no_dist=True)
+
+    def blank() -> dict[str, Any]:
+        return {"evil": None, "t": torch.zeros(3)}
+
+    with pytest.raises(h.CheckpointError, match=r"(?s)distcp: evil.*trust_objects"):
+        h.load(blank(), checkpoint_id=tmp_path / "c", no_dist=True)
+    with pytest.raises(CheckpointException, match="trust_objects"):
+        h.load(blank(), storage_reader=dcp.FileSystemReader(tmp_path / "c"), no_dist=True)
+    with pytest.raises(CheckpointException, match="trust_objects"):
+        dcp.load(blank(), storage_reader=h.FileSystemReader(tmp_path / "c"), no_dist=True)
+    assert not ran.exists()
+    dcp.save({"evil": Value(), "t": torch.ones(3)}, storage_writer=writer(tmp_path / "d"), no_dist=True)
+    state = blank()
+    h.load(state, checkpoint_id=tmp_path / "d", no_dist=True, trust_objects=True)
+    assert state["evil"] == Value()
+    # .metadata itself
+    (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Code(str(ran))))
+    for load in (
+        lambda: h.load(blank(), checkpoint_id=tmp_path / "c", no_dist=True),
+        lambda: dcp.load(blank(), storage_reader=h.FileSystemReader(tmp_path / "c"), no_dist=True),
+    ):
+        with pytest.raises((h.CheckpointError, CheckpointException), match=r"posix\.mkdir"):
+            load()
+    assert not ran.exists()
+
+
+def test_a_damaged_metadata_file_says_so_under_stock_load(tmp_path: Path) -> None:
+    path = _save(tmp_path)
+    with _flipped(path / ".metadata", 300, 3), pytest.raises(CheckpointException, match="checksum of the metadata"):
+        dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
+
+
+_LIMITED = """
+import resource, sys, torch, torch_hsdp_ckpt as h
+limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+used = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), limit))
+try:
+    h.load({"w": torch.zeros(4)}, checkpoint_id=sys.argv[1], no_dist=True)
+except h.CorruptCheckpointError as error:
+    print("refused:", error)
+"""
+
+
+def test_sizes_that_the_files_do_not_explain_allocate_nothing(tmp_path: Path) -> None:
+    path = _save(tmp_path, state={"w": torch.ones(4), "o": "x"})
+    metadata = read_metadata(path / ".metadata")
+    for info in metadata.storage_data.values():
+        info.length = 1 << 45
+    (path / ".metadata").write_bytes(encode_metadata(metadata))
+    out = subprocess.run([sys.executable, "-c", _LIMITED, str(path)], capture_output=True, text=True, timeout=120)
+    assert "refused:" in out.stdout, out.stderr
+
+
+# ---- verify and the command line -----------------------------------------------------------------------------------------
+PROGRAM = Path(h.__file__).parent / "hsdp-ckpt"
+
+
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=60, env={})
+
+
+@pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
+def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]) -> None:
+    path = _save(tmp_path, writer)
+    report = h.verify(path)
+    assert report.ok and report.problems == [] and report.unchecked == [] and report.leftovers == []
+    assert (report.tensors, report.objects, report.files) == (4, 4, 1)
+    assert report.bytes > 4 * 520 * 512
+    done = _run("verify", path)
+    assert done.returncode == 0 and "4 tensors and 4 objects in 1 files" in done.stdout and "0 problems" in done.stdout
+    shown = _run("inspect", path)
+    assert shown.returncode == 0 and "large  float32 [520, 512] in 1 chunk" in shown.stdout
+    (data,) = path.glob("*.distcp")
+    infos = read_metadata(path / ".metadata").storage_data.items()
+    large, small = (next(v for i, v in infos if i.fqn == name) for name in ("large", "small"))
+    places = [large.offset + large.length // 2, large.offset + large.length // 3]
+    if writer is h.FileSystemWriter:
+        places.append(small.offset + small.length // 2)
+    with _flipped(data, places[0], 1), _flipped(data, places[1], 1), _flipped(data, places[-1], 2):
+        report = h.verify(path)
+        assert {p.record for p in report.problems} == ({"large", "small"} if len(places) == 3 else {"large"})
+        assert all(p.file == data.name for p in report.problems)
+        done = _run("verify", path)
+        assert done.returncode == 1 and f"WRONG      {data.name}: large" in done.stdout
+    (path / "__9_0.distcp").write_bytes(b"what a dead save left")
+    assert h.verify(path).leftovers == ["__9_0.distcp"]
+    (path / ".metadata").unlink()
+    assert "no checkpoint is here" in h.verify(path).problems[0].message
+    assert _run("verify", path).returncode == 1
+
+
+def test_the_program_says_how_it_is_used(tmp_path: Path) -> None:
+    assert "usage" in _run("--help").stdout
+    for wrong in ([], ["verify"], ["check", tmp_path], ["verify", tmp_path / "none"], ["verify", tmp_path, "--threads", "x"]):
+        assert _run(*wrong).returncode == 2
+    libraries = subprocess.run(["ldd", PROGRAM], capture_output=True, text=True).stdout
+    assert "torch" not in libraries and "python" not in libraries
