@@ -16,6 +16,8 @@ from torch.distributed.fsdp import (
 
 from ._build import build_info
 from ._load import load
+from ._result import SaveResult
+from ._save import save
 from ._verify import Problem, VerifyReport, verify
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
@@ -34,6 +36,7 @@ __all__ = [
     "MixedPrecision",
     "OptimStateDictConfig",
     "Problem",
+    "SaveResult",
     "ShardedOptimStateDictConfig",
     "ShardedStateDictConfig",
     "ShardingStrategy",
@@ -43,5 +46,6 @@ __all__ = [
     "VerifyReport",
     "build_info",
     "load",
+    "save",
     "verify",
 ]

@@ -9,8 +9,6 @@ from .errors import CheckpointError
 RECORD_DTYPES: dict[torch.dtype, str] = {
     dtype: name for name in _C.record_dtypes() if (dtype := getattr(torch, name, None)) is not None
 }
-# Tensors that are not contiguous in CPU memory are copied there first, this many bytes at a time.
-STAGING_BYTES = 32 << 20
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -5,8 +5,7 @@ import io
 import logging
 import os
 import threading
-import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +17,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from . import _C
+from ._data_file import COPY_BLOCK, DataFile
 from ._metadata import encode_metadata, read_metadata
-from ._tensors import RECORD_DTYPES, STAGING_BYTES, check_storage, is_plain, is_staged, staged
+from ._tensors import RECORD_DTYPES, check_storage, is_plain
 from .errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
                     results += self._write_file(name, group, planner)
                     written.append(name)
             except BaseException:
-                _remove_quietly(self.path, written)
+                remove_quietly(self.path, written)
                 if self._claim is not None:
                     _C.release_claim(str(self.path), self._claim)
                 raise
@@ -132,69 +132,21 @@ class FileSystemWriter(_stock.FileSystemWriter):
         future.set_result(results)
         return future
 
+    def _data_file(self, name: str, reserve: int) -> DataFile:
+        block = min(self.per_thread_copy_ahead, COPY_BLOCK)
+        return DataFile(str(self.path), name, self.thread_count, self.sync_files, reserve, block)
+
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-        """Objects first, then tensors: those that lie ready in memory in one call, others staged a batch at a time."""
         tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
-        writer = _C.ShardFileWriter(str(self.path), name, max(2, self.thread_count), self.sync_files, _reserve(tensors))
+        file = self._data_file(name, _reserve(tensors))
         try:
-            return self._write_items(writer, name, items, planner)
-        except BaseException as error:
-            # The error's frames would keep the writer, its half-written file and the space it takes for as long as somebody
-            # keeps the error.
-            traceback.clear_frames(error.__traceback__)
-            del writer
+            written = add_items(file, items, planner)
+            size = file.finish()
+        except BaseException:
+            file.discard()
             raise
-
-    def _write_items(
-        self, writer: _C.ShardFileWriter, name: str, items: list[WriteItem], planner: SavePlanner
-    ) -> list[WriteResult]:
-        objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
-        tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
-        places: list[tuple[WriteItem, tuple[int, int]]] = []
-
-        def write_objects(batch: list[tuple[WriteItem, memoryview]]) -> None:
-            records = [(item.index.fqn, data) for item, data in batch]
-            places.extend(zip((item for item, _ in batch), writer.write_objects(records), strict=True))
-
-        def write_tensors(batch: list[tuple[WriteItem, Tensor]]) -> None:
-            records = [(item.index.fqn, RECORD_DTYPES[t.dtype], tuple(t.shape), t.data_ptr()) for item, t in batch]
-            places.extend(zip((item for item, _ in batch), writer.write_tensors(records), strict=True))
-
-        pickled: list[tuple[WriteItem, memoryview]] = []
-        for item in objects:
-            stream = planner.resolve_data(item)
-            if not isinstance(stream, io.BytesIO):
-                raise CheckpointError(f"{item.index.fqn}: the planner gave {type(stream).__name__} for an object, not BytesIO")
-            pickled.append((item, stream.getbuffer()))
-        write_objects(pickled)
-        ready: list[tuple[WriteItem, Tensor]] = []
-        budget = 0  # bytes of `ready` that are copies of ours
-        limit = self.per_thread_copy_ahead or STAGING_BYTES
-        for item in tensors:
-            data = planner.resolve_data(item)
-            if not isinstance(data, Tensor):
-                raise CheckpointError(f"{item.index.fqn}: the planner gave {type(data).__name__} for a tensor")
-            data = data.detach()
-            if isinstance(data, torch.nn.Parameter):
-                data = data.data
-            check_storage(data, item.index.fqn)
-            if not is_plain(data):
-                write_objects([(item, _torch_saved(data))])
-                continue
-            if not is_staged(data):
-                budget += data.nbytes
-                data = staged(data)
-            ready.append((item, data))
-            if budget >= limit:
-                write_tensors(ready)
-                ready, budget = [], 0
-        write_tensors(ready)
-        size, direct = writer.finish()
-        _logger.debug("%s/%s: %d bytes, %s", self.path, name, size, "direct" if direct else "through the page cache")
-        return [
-            _FileWriteResult(item.index, length, _stock._StorageInfo(name, offset, length), size)
-            for item, (offset, length) in places
-        ]
+        places = zip(written, file.places, strict=True)
+        return [write_result(item, name, place, size) for item, place in places]
 
     def _write_with_torch(self, plan: SavePlan, planner: SavePlanner, prefix: str) -> list[WriteResult]:
         stock_plan = dataclasses.replace(plan, storage_data=_stock._StoragePrefix(prefix))
@@ -226,20 +178,18 @@ class FileSystemWriter(_stock.FileSystemWriter):
         metadata.version = _stock.CURRENT_DCP_VERSION
         metadata.storage_data = storage_data
         metadata.storage_meta = self.storage_meta()
-        path = self._own_metadata_path()
         if self._claim is None:  # a subclass that plans in its own way
             self._claim_directory()
         claim, self._claim = self._claim, None
         assert claim is not None
+        self._commit(claim, encode_metadata(metadata), list(files.values()))
+
+    def _commit(self, claim: str, metadata: bytes, files: list[tuple[str, int, bool]]) -> None:
+        """Makes a checkpoint of data files that are durable: names, sizes in bytes, and whether these are exact."""
+        path = self._own_metadata_path()
         with _commit_lock:
             removed, left = _C.commit_checkpoint(
-                str(self.path),
-                path.name,
-                claim,
-                encode_metadata(metadata),
-                list(files.values()),
-                _named_files(path),
-                self.sync_files,
+                str(self.path), path.name, claim, metadata, files, _named_files(path), self.sync_files
             )
         _logger.debug("%s: committed, %d older files removed", self.path, len(removed))
         for reason in left:
@@ -247,6 +197,42 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
     def _own_metadata_path(self) -> Path:
         return Path(self._get_metadata_path(None if self.use_collectives else self.rank))
+
+
+def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteItem]:
+    """Adds a plan's items, objects first; the items in the order of their records."""
+    written: list[WriteItem] = []
+    objects: list[tuple[str, memoryview]] = []
+    for item in items:
+        if item.type == WriteItemType.BYTE_IO:
+            stream = planner.resolve_data(item)
+            if not isinstance(stream, io.BytesIO):
+                raise CheckpointError(f"{item.index.fqn}: the planner gave {type(stream).__name__} for an object, not BytesIO")
+            objects.append((item.index.fqn, stream.getbuffer()))
+            written.append(item)
+    if objects:
+        file.add_objects(objects)
+    for item in items:
+        if item.type == WriteItemType.BYTE_IO:
+            continue
+        data = planner.resolve_data(item)
+        if not isinstance(data, Tensor):
+            raise CheckpointError(f"{item.index.fqn}: the planner gave {type(data).__name__} for a tensor")
+        data = data.detach()
+        if isinstance(data, torch.nn.Parameter):
+            data = data.data
+        check_storage(data, item.index.fqn)
+        if is_plain(data):
+            file.add_tensor(item.index.fqn, data)
+        else:
+            file.add_objects([(item.index.fqn, _torch_saved(data))])
+        written.append(item)
+    return written
+
+
+def write_result(item: WriteItem, name: str, place: tuple[int, int], file_size: int) -> WriteResult:
+    offset, length = place
+    return _FileWriteResult(item.index, length, _stock._StorageInfo(name, offset, length), file_size)
 
 
 def _reserve(tensors: Iterable[WriteItem]) -> int:
@@ -272,7 +258,7 @@ def _named_files(metadata_path: Path) -> list[str]:
     return sorted({info.relative_path for info in (old.storage_data or {}).values()})
 
 
-def _remove_quietly(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
+def remove_quietly(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
     """Removes this rank's own files after its own failure, whose error is the one to be seen."""
     for name in names:
         try:

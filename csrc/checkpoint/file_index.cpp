@@ -64,6 +64,11 @@ IndexEntry DecodeEntry(ByteReader& in, int64_t begin, int64_t limit) {
 
 }  // namespace
 
+int64_t IndexEntrySize(int64_t payload, size_t dimensions) {
+  const uint64_t blocks = Blocks(static_cast<uint64_t>(payload));
+  return static_cast<int64_t>(kEntryFixed + 8 * dimensions + (blocks > 1 ? 4 * blocks : 0));
+}
+
 std::vector<std::byte> EncodeIndex(const FileIndex& index, int64_t index_offset) {
   ByteWriter out;
   for (const IndexEntry& entry : index.entries) {

@@ -37,6 +37,9 @@ struct FileIndex {
 constexpr int64_t kChecksumBlock = int64_t{64} << 10;
 constexpr int64_t kIndexTail = 64;  ///< bytes of the fixed part at the very end
 
+/// Bytes that a record takes in the index: known before a byte of the file is written.
+int64_t IndexEntrySize(int64_t payload, size_t dimensions);
+
 /// Index and tail for a file whose records end at or before `index_offset`.
 std::vector<std::byte> EncodeIndex(const FileIndex& index, int64_t index_offset);
 

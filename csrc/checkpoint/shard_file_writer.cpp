@@ -28,8 +28,9 @@ enum class Kind { kZeros, kHead, kPayload, kTail, kBytes };
 }  // namespace
 
 struct ShardFileWriter::Record {
-  const RecordSource* source = nullptr;
+  std::string name;
   size_t entry = 0;
+  int64_t given = 0;  // payload bytes that sources have brought
   std::vector<std::byte> head;
   std::vector<std::byte> tail;  // encoded when the payload's checksum is known
   int64_t remaining = 0;        // payload bytes not summed yet
@@ -47,6 +48,7 @@ struct ShardFileWriter::Extent {
   Kind kind;
   Record* record;
   std::span<const std::byte> bytes;
+  int64_t first;  // of a payload: where in it the extent begins
 };
 
 struct ShardFileWriter::Batch {
@@ -57,8 +59,8 @@ struct ShardFileWriter::Batch {
   std::condition_variable tail_ready;
   bool failed = false;
 
-  void Add(int64_t size, Kind kind, Record* record, std::span<const std::byte> bytes) {
-    if (size > 0) extents.push_back({end, size, kind, record, bytes});
+  void Add(int64_t size, Kind kind, Record* record, std::span<const std::byte> bytes, int64_t first = 0) {
+    if (size > 0) extents.push_back({end, size, kind, record, bytes, first});
     end += size;
   }
 };
@@ -93,41 +95,56 @@ ShardFileWriter::~ShardFileWriter() {
   }
 }
 
+// Lays out the head of a record that begins with this source.
+ShardFileWriter::Record* ShardFileWriter::Begin(Batch& batch, const RecordSource& source, std::vector<Place>& places) {
+  open_ = std::make_unique<Record>();
+  open_->name = source.name;
+  open_->entry = index_.entries.size();
+  IndexEntry entry;
+  entry.dtype = source.dtype;
+  entry.shape = source.shape;
+  entry.payload = static_cast<int64_t>(source.data.size());
+  if (source.dtype != nullptr) {
+    const RecordSize size = SizeOfRecord(*source.dtype, source.shape);
+    entry.payload = size.payload;
+    entry.head = size.head;
+    entry.tail = size.tail;
+    entry.offset = RecordStart(batch.end, size);
+    open_->head = EncodeRecordHead(*source.dtype, source.shape);
+  } else {
+    entry.offset = batch.end;
+  }
+  entry.framing_crc = Crc32(open_->head);
+  open_->remaining = entry.payload;
+  batch.Add(entry.offset - batch.end, Kind::kZeros, nullptr, {});
+  batch.Add(entry.head, Kind::kHead, open_.get(), open_->head);
+  places.push_back({entry.offset, entry.length()});
+  index_.entries.push_back(std::move(entry));
+  return open_.get();
+}
+
 std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const RecordSource> records) {
   Batch batch;
   batch.end = position_;
   std::vector<Place> places;
   for (const RecordSource& source : records) {
-    auto record = std::make_unique<Record>();
-    record->source = &source;
-    record->entry = index_.entries.size();
-    IndexEntry entry;
-    entry.dtype = source.dtype;
-    entry.shape = source.shape;
-    entry.payload = static_cast<int64_t>(source.data.size());
-    if (source.dtype != nullptr) {
-      const RecordSize size = SizeOfRecord(*source.dtype, source.shape);
-      if (size.payload != entry.payload) {
-        throw Error(source.name + ": " + std::to_string(entry.payload) + " bytes for a tensor of " +
-                    std::to_string(size.payload));
-      }
-      entry.head = size.head;
-      entry.tail = size.tail;
-      entry.offset = RecordStart(batch.end, size);
-      record->head = EncodeRecordHead(*source.dtype, source.shape);
-    } else {
-      entry.offset = batch.end;
+    const auto size = static_cast<int64_t>(source.data.size());
+    if (open_ && (source.first != open_->given || source.name != open_->name)) {
+      throw Error(source.name + ": a part of the payload at " + std::to_string(source.first) + " where byte " +
+                  std::to_string(open_->given) + " of " + open_->name + " has to follow");
     }
-    entry.framing_crc = Crc32(record->head);
-    record->remaining = entry.payload;
-    batch.Add(entry.offset - batch.end, Kind::kZeros, nullptr, {});
-    batch.Add(entry.head, Kind::kHead, record.get(), record->head);
-    batch.Add(entry.payload, Kind::kPayload, record.get(), source.data);
-    batch.Add(entry.tail, Kind::kTail, record.get(), {});
-    places.push_back({entry.offset, entry.length()});
-    index_.entries.push_back(std::move(entry));
-    if (source.data.empty()) PayloadDone(batch, *record, 0, {}, {});
-    batch.records.push_back(std::move(record));
+    Record* record = open_ ? open_.get() : Begin(batch, source, places);
+    const IndexEntry& entry = index_.entries[record->entry];
+    if (source.first != record->given || size > entry.payload - record->given || (size == 0 && entry.payload > 0)) {
+      throw Error(source.name + ": " + std::to_string(size) + " bytes at " + std::to_string(source.first) +
+                  " for a payload of " + std::to_string(entry.payload));
+    }
+    batch.Add(size, Kind::kPayload, record, source.data, source.first);
+    record->given += size;
+    if (record->given < entry.payload) continue;
+    batch.Add(entry.tail, Kind::kTail, record, {});
+    if (entry.payload == 0) PayloadDone(batch, *record, 0, {}, {});
+    batch.records.push_back(std::move(open_));
   }
   Flush(batch, /*last=*/false);
   position_ = batch.end;
@@ -135,6 +152,7 @@ std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const Recor
 }
 
 WrittenFile ShardFileWriter::Finish() {
+  if (open_) throw Error(open_->name + ": the payload ends after " + std::to_string(open_->given) + " bytes");
   const int64_t start = IndexStart(position_);
   const auto bytes = EncodeIndex(index_, start);
   Batch batch;
@@ -221,9 +239,9 @@ void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t en
       write_gathered();
       for (int64_t at = have; at < to;) {
         // Steps end where checksum blocks do, so that a step's checksum is a part of one block's.
-        const int64_t in_payload = at - extent->offset;
+        const int64_t in_extent = at - extent->offset, in_payload = extent->first + in_extent;
         const int64_t step = std::min({to - at, kStep, kChecksumBlock - in_payload % kChecksumBlock});
-        const auto piece = extent->bytes.subspan(static_cast<size_t>(in_payload), static_cast<size_t>(step));
+        const auto piece = extent->bytes.subspan(static_cast<size_t>(in_extent), static_cast<size_t>(step));
         const uint32_t crc = Crc32(piece);
         file_->WriteAt(piece, at);
         PayloadDone(batch, *extent->record, in_payload, {&crc, 1}, {&step, 1});
@@ -265,13 +283,13 @@ void ShardFileWriter::Assemble(Batch& batch, const Extent& extent, int64_t from,
       std::vector<uint32_t> crcs;
       std::vector<int64_t> sizes;
       for (int64_t done = 0; done < size;) {
-        const int64_t step = std::min(size - done, kChecksumBlock - (at + done) % kChecksumBlock);
+        const int64_t step = std::min(size - done, kChecksumBlock - (extent.first + at + done) % kChecksumBlock);
         crcs.push_back(CopyAndCrc32(target.subspan(static_cast<size_t>(done), static_cast<size_t>(step)),
                                     extent.bytes.subspan(static_cast<size_t>(at + done), static_cast<size_t>(step))));
         sizes.push_back(step);
         done += step;
       }
-      PayloadDone(batch, *extent.record, at, crcs, sizes);
+      PayloadDone(batch, *extent.record, extent.first + at, crcs, sizes);
       return;
     }
   }

@@ -14,12 +14,16 @@
 
 namespace hsdp_ckpt {
 
-/// One record to be written. `data` must stay as it is until Write returns.
+/// One record to be written, or a part of its payload. `data` must stay as it is until Write returns.
+///
+/// A payload that does not lie in memory in one piece comes in several sources one after the other, in one Write or in
+/// many: all have the same name, dtype and shape, and `first` says where in the payload the part begins.
 struct RecordSource {
   std::string name;              ///< the tensor's, for messages
   const DType* dtype = nullptr;  ///< null: an object, written as it is
   std::vector<int64_t> shape;
-  std::span<const std::byte> data;  ///< contiguous; as long as dtype and shape say
+  std::span<const std::byte> data;  ///< contiguous; to the end of the payload, or a part of it
+  int64_t first = 0;                ///< bytes of the payload before `data`
 };
 
 struct WriterOptions {
@@ -56,6 +60,8 @@ class ShardFileWriter {
     int64_t offset = 0;
     int64_t length = 0;
   };
+  /// The places of the records that begin in this call; a record's later parts have none. Throws Error for parts that leave
+  /// a gap, and for data that is longer than the payload.
   std::vector<Place> Write(std::span<const RecordSource> records);
   /// Writes the index, gives the file its exact length, syncs and closes it. The directory is the caller's to sync.
   WrittenFile Finish();
@@ -69,6 +75,7 @@ class ShardFileWriter {
   void WriteBlock(Batch& batch, int64_t begin, int64_t end, AlignedBuffer buffer, bool keep);
   void WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end);
   void Assemble(Batch& batch, const Extent& extent, int64_t from, std::span<std::byte> target);
+  Record* Begin(Batch& batch, const RecordSource& source, std::vector<Place>& places);
   void PayloadDone(Batch& batch, Record& record, int64_t from, std::span<const uint32_t> crcs,
                    std::span<const int64_t> sizes);
   AlignedBuffer TakeBuffer();
@@ -79,6 +86,7 @@ class ShardFileWriter {
   const WriterOptions options_;
   FileIndex index_;
   std::unique_ptr<File> file_;
+  std::unique_ptr<Record> open_;  // its payload is not complete yet
   bool finished_ = false;
   int64_t position_ = 0;  // where the next record may begin
   int64_t flushed_ = 0;   // everything before it is in the file; behind it, up to position_, in carry_

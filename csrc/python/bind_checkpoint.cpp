@@ -1,5 +1,6 @@
-// The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape, address): the caller keeps
-// them alive and contiguous during the call. The GIL is released for all that reads, writes or waits.
+// The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape, address, first byte,
+// bytes): the caller keeps them alive and contiguous during the call. The GIL is released for all that reads, writes or
+// waits.
 #include "base/error.h"
 #include "checkpoint/claim.h"
 #include "checkpoint/commit.h"
@@ -16,7 +17,7 @@ namespace hsdp_ckpt {
 namespace {
 
 using Shape = std::vector<int64_t>;
-using TensorArgument = std::tuple<std::string, std::string, Shape, uintptr_t>;
+using TensorArgument = std::tuple<std::string, std::string, Shape, uintptr_t, int64_t, int64_t>;
 using PlaceResult = std::pair<int64_t, int64_t>;
 
 const DType& KnownDType(const std::string& name) {
@@ -34,10 +35,9 @@ std::vector<PlaceResult> WriteAll(ShardFileWriter& writer, const std::vector<Rec
 
 std::vector<PlaceResult> WriteTensors(ShardFileWriter& writer, const std::vector<TensorArgument>& tensors) {
   std::vector<RecordSource> records;
-  for (const auto& [name, dtype_name, shape, address] : tensors) {
-    const DType& dtype = KnownDType(dtype_name);
+  for (const auto& [name, dtype_name, shape, address, first, size] : tensors) {
     const auto* data = reinterpret_cast<const std::byte*>(address);
-    records.push_back({name, &dtype, shape, {data, static_cast<size_t>(TensorBytes(dtype, shape))}});
+    records.push_back({name, &KnownDType(dtype_name), shape, {data, static_cast<size_t>(size)}, first});
   }
   return WriteAll(writer, records);
 }

@@ -35,6 +35,7 @@ PYBIND11_MODULE(_C, module) {
   BindHsdp(module);
   BindLoad(module);
   BindMetadata(module);
+  BindPlan(module);
   BindReader(module);
   BindVerify(module);
 }

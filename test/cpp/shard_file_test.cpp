@@ -3,6 +3,7 @@
 #include <atomic>
 #include <random>
 #include <thread>
+#include <utility>
 
 #include "base/bytes.h"
 #include "base/error.h"
@@ -124,6 +125,52 @@ INSTANTIATE_TEST_SUITE_P(All, ShardFileModes,
                          testing::Values(Mode{true, true, true, 8 << 20, 1000}, Mode{true, true, true, 64 << 10, 7},
                                          Mode{true, true, true, 1 << 20, 1}, Mode{true, true, false, 1 << 20, 5},
                                          Mode{true, false, true, 64 << 10, 3}, Mode{false, true, true, 8 << 20, 1000}));
+
+// Payloads cut into parts at odd places, in calls that end inside a payload.
+TEST_F(ShardFileTest, PartsOfPayloadsMakeTheSameFile) {
+  auto records = Various();
+  WriteFile(fs_, records, {.block = 64 << 10});
+  const auto whole = *fs_.Bytes("/d/" + kName.ToString());
+  for (const bool direct : {true, false}) {
+    fs_.Remove("/d/" + kName.ToString());
+    std::mt19937 random(8);
+    ShardFileWriter writer(fs_, "/d", kName, {.threads = 3, .direct = direct, .block = 64 << 10});
+    std::vector<RecordSource> parts;
+    size_t places = 0;
+    for (const auto& record : records) {
+      const auto size = static_cast<int64_t>(record.data.size());
+      int64_t first = 0;
+      do {
+        const int64_t take = record.dtype == nullptr ? size : std::min<int64_t>(size - first, 1 + random() % 900000);
+        parts.push_back({record.name, record.dtype, record.shape,
+                         std::span(record.data).subspan(static_cast<size_t>(first), static_cast<size_t>(take)), first});
+        first += take;
+        if (random() % 3 == 0) places += writer.Write(std::exchange(parts, {})).size();
+      } while (first < size);
+    }
+    places += writer.Write(parts).size();
+    EXPECT_EQ(places, records.size());
+    writer.Finish();
+    EXPECT_EQ(*fs_.Bytes("/d/" + kName.ToString()), whole);
+  }
+}
+
+TEST_F(ShardFileTest, PartsThatDoNotFitAreRefused) {
+  const auto record = Random("w", "uint8", {100}, 100);
+  const auto part = [&](int64_t first, size_t size, const std::string& name = "w") {
+    return RecordSource{name, record.dtype, record.shape, std::span(record.data).first(size), first};
+  };
+  const std::vector<std::vector<RecordSource>> wrong{
+      {part(1, 50)}, {part(0, 50), part(40, 50)},     {part(0, 50), part(0, 100)}, {part(0, 50), part(50, 100)},
+      {part(0, 0)},  {part(0, 50), part(50, 50, "v")}};
+  for (const auto& records : wrong) {
+    ShardFileWriter writer(fs_, "/d", kName, {});
+    EXPECT_THROW(writer.Write(records), Error);
+  }
+  ShardFileWriter writer(fs_, "/d", kName, {});
+  writer.Write(std::vector{part(0, 50)});
+  EXPECT_THROW(writer.Finish(), Error);
+}
 
 TEST_F(ShardFileTest, EveryModeWritesTheSameBytes) {
   std::vector<std::vector<char>> files;

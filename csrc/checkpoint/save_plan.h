@@ -1,0 +1,93 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/data_file_name.h"
+#include "metadata/metadata.h"
+#include "record/dtype.h"
+
+namespace hsdp_ckpt {
+
+/// How tensors lie over the ranks of a save: a device mesh and a placement for each of its dimensions.
+struct Sharding {
+  std::vector<int64_t> mesh_shape;
+  std::vector<int64_t> ranks;       ///< of the mesh, row-major: the rank in the saving process group, -1 if it is not there
+  std::vector<int64_t> shard_dims;  ///< one a mesh dimension: the tensor dimension it cuts, -1 where it replicates
+};
+
+struct PlannedTensor {
+  std::string fqn;
+  const DType* dtype = nullptr;
+  Shape size;           ///< of the whole tensor, in elements
+  size_t sharding = 0;  ///< which of the plan's
+};
+
+/// A box of a tensor that one rank writes as one record. It is contiguous in the rank's local shard.
+struct Piece {
+  size_t tensor = 0;
+  Shape offsets;  ///< in the whole tensor
+  Shape sizes;
+};
+
+/// A record's place in its data file.
+struct PlannedRecord {
+  int64_t offset = 0;
+  int64_t length = 0;
+};
+
+struct PlannedFile {
+  std::vector<PlannedRecord> records;
+  int64_t size = 0;  ///< of the whole file, index included
+};
+
+/// Who writes what, from shapes, meshes and placements alone: every rank computes its own part, the coordinator all of it,
+/// and nobody has to be asked.
+///
+/// The tensors that one set of ranks holds alike (a shard and its replicas in the saving group) are laid end to end in the
+/// order given, and each of the R holders takes a contiguous 1/R of the bytes. Only tensors that straddle are cut, at a row
+/// of the first dimension longer than 1, or further inside where one row is more than kCutGrain. Immutable; thread-safe.
+class SavePlan {
+ public:
+  /// A cut may be off the exact 1/R by half of this, and tensors are never cut closer to their ends than kCutMargin.
+  static constexpr int64_t kCutGrain = int64_t{1} << 20;
+  static constexpr int64_t kCutMargin = int64_t{64} << 10;
+
+  /// Throws Error, naming a tensor, for a shard that no rank of the saving group holds.
+  SavePlan(std::vector<Sharding> shardings, std::vector<PlannedTensor> tensors);
+
+  const std::vector<PlannedTensor>& tensors() const { return tensors_; }
+  /// What `rank` writes, in the order of its records. Takes time in proportion to the tensors, not to the ranks.
+  std::vector<Piece> PiecesOf(int64_t rank) const;
+  /// The local shards on `rank` of the tensors whose mesh has it.
+  std::vector<Piece> LocalShards(int64_t rank) const;
+  /// A rank's data files: `objects` are the sizes in bytes of the objects before the tensors; one file, or one a record.
+  std::vector<PlannedFile> Layout(const std::vector<Piece>& pieces, const std::vector<int64_t>& objects,
+                                  bool single_file) const;
+
+  struct Writer {
+    ProcessIdentity owner;
+    std::vector<std::pair<std::string, int64_t>> objects;  ///< fqn and size in bytes of what it writes before its tensors
+  };
+  /// Adds to `metadata` the chunks and the records of the whole save. It has an entry for each tensor and object already.
+  /// `writers`: one a rank of the saving group. Returns every rank's files and their sizes.
+  std::vector<std::pair<std::string, int64_t>> AddTo(Metadata& metadata, const std::vector<Writer>& writers,
+                                                     uint64_t save_id, bool single_file) const;
+
+ private:
+  using Coordinates = std::vector<int64_t>;
+
+  static std::optional<Coordinates> CoordinatesOf(const Sharding& sharding, int64_t rank);
+  void Box(const PlannedTensor& tensor, const Coordinates& at, Shape* offsets, Shape* sizes) const;
+  std::vector<int64_t> Holders(const Sharding& sharding, const Coordinates& at) const;
+  std::vector<std::vector<Piece>> Split(size_t sharding, const Coordinates& at, size_t holders) const;
+
+  std::vector<Sharding> shardings_;
+  std::vector<PlannedTensor> tensors_;
+  std::vector<std::vector<size_t>> of_sharding_;  // tensors by sharding
+};
+
+}  // namespace hsdp_ckpt

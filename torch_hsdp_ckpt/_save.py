@@ -1,0 +1,403 @@
+"""``save``: a checkpoint planned without talking, written by all replicas, committed by one rename."""
+
+import dataclasses
+import io
+import logging
+import os
+import pickle
+import struct
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.filesystem as _stock
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+
+from . import _C
+from ._agreement import Agreement, agreement_of
+from ._metadata import decode_metadata, encode_metadata
+from ._plan import DIGEST_BYTES, LocalState, StaticPlan, make_static_plan, plan_rest
+from ._result import SavedMetadata, SaveResult
+from ._writer import FileSystemWriter, add_items, remove_quietly, write_result
+from .errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+# What the ranks compare before the first byte: digests, whether DCP has to plan something, the save's id (the coordinator's
+# counts), and which process writes, for the names of its files.
+_OPENING = struct.Struct(f"<{2 * DIGEST_BYTES}s?QIIqQ")
+# What they tell each other at the end: bytes written, seconds before the first byte and of writing.
+_VOTE = struct.Struct("<Qdd")
+_TRAILER_BYTES = 24  # the last bytes of `.metadata`, its checksum among them
+
+
+def save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Metadata:
+    """Saves a distributed state dict, as ``torch.distributed.checkpoint.save`` does, in its format.
+
+    Called by all ranks of ``process_group``. Returns when the checkpoint is complete and durable, or raises on every rank
+    and leaves an older checkpoint as it was. The R replicas of a shard that are in the group write 1/R of it each.
+
+    Every rank plans its own part from meshes, placements and shapes. The ranks compare two digests and vote once; nothing is
+    gathered or scattered, except the plans of values that differ from rank to rank, and of tensor types that only DCP knows.
+    DCP plans everything where the planner is not exactly ``DefaultSavePlanner`` or has ``dedup_save_to_lowest_rank``, where
+    the writer is not exactly :class:`FileSystemWriter` or writes through torch (extensions, other serialization formats),
+    and without ``use_collectives``.
+
+    Args:
+        state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain values. Tensors are on the CPU
+            or on CUDA devices. A plain tensor or value under the same name on all ranks is saved once.
+        checkpoint_id: the directory.
+        storage_writer: a :class:`FileSystemWriter` with other options than the default ones, or another storage.
+        planner: None for the default one.
+        process_group: None for the default one. It must hold every shard; one shard group does.
+        no_dist: save this process's state alone.
+        use_collectives: False saves without coordination, as in DCP: every rank has a metadata of its own.
+
+    Returns the ``Metadata``, decoded when it is looked at; its ``result`` is a :class:`SaveResult`.
+
+    Raises (on all ranks, naming the rank):
+        OSError: a system call failed; ``errno`` and ``filename`` are set.
+        CheckpointError: anything else: ``overwrite=False`` and there is a checkpoint, another save has taken the directory
+            over, a shard that no rank of the group holds, a rank that died or did not answer within the group's timeout, an
+            exception of any other class on one of the ranks.
+    """
+    reason, writer = _who_plans(storage_writer, checkpoint_id, planner, use_collectives)
+    if writer is None:
+        _say_once(f"DCP plans this save: {reason}")
+        metadata: Metadata = dcp.save(
+            state_dict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+        return metadata
+    if checkpoint_id is not None:
+        writer.reset(checkpoint_id)
+    state_dict = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
+    agreement = agreement_of(process_group, "save", no_dist)
+    planner = planner if isinstance(planner, DefaultSavePlanner) else DefaultSavePlanner()
+    return Save(state_dict, writer, planner, agreement, _global_ranks(process_group, no_dist)).run()
+
+
+def _who_plans(
+    storage_writer: StorageWriter | None,
+    checkpoint_id: str | os.PathLike[str] | None,
+    planner: SavePlanner | None,
+    use_collectives: bool,
+) -> tuple[str, FileSystemWriter | None]:
+    """Why DCP has to plan; or the writer of a save that needs no DCP planning."""
+    if storage_writer is None:
+        if checkpoint_id is None or not FileSystemWriter.validate_checkpoint_id(checkpoint_id):
+            return "the checkpoint is in no local file system", None
+        storage_writer = FileSystemWriter(checkpoint_id)
+    if type(storage_writer) is not FileSystemWriter or storage_writer._uses_torch():
+        return f"the storage writer is a {type(storage_writer).__qualname__} or writes through torch's own code", None
+    if planner is not None and (type(planner) is not DefaultSavePlanner or planner.dedup_save_to_lowest_rank):
+        return f"the planner is a {type(planner).__qualname__} or keeps replicas on the lowest rank", None
+    if not use_collectives:
+        return "use_collectives is False", None
+    return "", storage_writer
+
+
+def _global_ranks(process_group: dist.ProcessGroup | None, no_dist: bool) -> Sequence[int]:
+    if not dist.is_available() or not dist.is_initialized():
+        return [0]
+    if no_dist:
+        return [dist.get_rank()]
+    return dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _logger.info("%s", message)
+
+
+@dataclasses.dataclass
+class _Opening:
+    """What is known when the ranks have compared their digests."""
+
+    save_id: int
+    dtensors_agree: bool
+    others_agree: bool
+    rest_anywhere: bool
+    owners: list[tuple[int, int, int, int]]  # the process of each rank
+
+
+class Save:
+    """One save of one rank: :meth:`open`, :meth:`plan`, :meth:`write`, :meth:`commit`, in this order; :meth:`run` does all.
+
+    ``open``, ``plan`` and ``commit`` talk to the other ranks and are called by all of them; ``write`` does not and may run on
+    another thread. After an exception of any of them :meth:`abandon` removes what can be removed.
+    """
+
+    def __init__(
+        self,
+        state_dict: dict[str, Any],
+        writer: FileSystemWriter,
+        planner: DefaultSavePlanner,
+        agreement: Agreement,
+        global_ranks: Sequence[int],
+    ) -> None:
+        self._state_dict, self._writer, self._planner = state_dict, writer, planner
+        self._agreement, self._global_ranks = agreement, global_ranks
+        self._claim: str | None = None
+        self._names: list[str] = []  # of this rank's files, as they are begun
+        self._metadata: Future[tuple[Any, list[tuple[str, int]]]] | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._rest, self._rest_metadata = SavePlan([]), Metadata({})
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> SavedMetadata:
+        try:
+            self.open()
+            self.plan()
+            error = None
+            votes: bytes = b""
+            try:
+                votes = self.write()
+            except BaseException as caught:
+                error = caught
+            return self.commit(votes, error)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def open(self) -> None:
+        """Sorts the state dict, claims the directory (the coordinator), and compares digests: one small all-gather."""
+
+        def work() -> bytes:
+            self._writer.set_up_storage_writer(self._agreement.is_coordinator, rank=self._agreement.rank, use_collectives=True)
+            self._planner.set_up_planner(
+                self._state_dict, storage_meta=self._writer.storage_meta(), is_coordinator=self._agreement.is_coordinator
+            )
+            self._local = LocalState(self._planner)
+            digests = self._local.digests()
+            _C.make_directories(str(self._writer.path), self._writer.sync_files)
+            save_id = 0
+            if self._agreement.is_coordinator:
+                save_id = self._writer._claim_directory()
+                self._claim, self._writer._claim = self._writer._claim, None
+            return _OPENING.pack(digests, bool(self._local.rest), save_id, *_C.process_identity())
+
+        slots = [_OPENING.unpack(slot) for slot in self._agreement.run("plan", work)]
+        digests = [slot[0] for slot in slots]
+        self._opening = _Opening(
+            slots[0][2],
+            len({digest[:DIGEST_BYTES] for digest in digests}) == 1,
+            len({digest[DIGEST_BYTES:] for digest in digests}) == 1,
+            any(slot[1] for slot in slots),
+            [slot[3:] for slot in slots],
+        )
+
+    def plan(self) -> None:
+        """Plans this rank's part; what the digests don't cover is gathered, planned by DCP on the coordinator, scattered."""
+        opening, local = self._opening, self._local
+        names = list(local.rest)
+        if not opening.dtensors_agree:
+            names += [name for name, _ in local.dtensors]
+        if not opening.others_agree:
+            names += [name for name, _ in local.tensors] + local.objects
+        if opening.rest_anywhere or not (opening.dtensors_agree and opening.others_agree):
+            _say_once(
+                "planned through DCP, by the coordinator: "
+                + ", ".join(
+                    ([] if opening.dtensors_agree else ["all DTensors, since meshes or shapes differ from rank to rank"])
+                    + ([] if opening.others_agree else ["all other values, since some differ from rank to rank"])
+                    + (["tensors of types or placements that only DCP knows"] if opening.rest_anywhere else [])
+                )
+            )
+            self._plan_rest(names)
+        self._seconds["plan"] = time.perf_counter() - self._start
+
+    def _plan_rest(self, names: list[str]) -> None:
+        agreement, step = self._agreement, "plan"
+
+        def pickled_items() -> bytes:
+            self._items = pickle.dumps(SavePlan(self._local.items_of(names), planner_data=self._local.paths_of(names)))
+            return b""
+
+        agreement.run(step, pickled_items)
+        gathered = agreement.gather(step, self._items)
+        final: list[bytes] = []
+
+        def plan_all() -> bytes:
+            plans, self._rest_metadata = plan_rest([pickle.loads(each) for each in gathered], self._local.paths is not None)
+            final.extend(pickle.dumps(plan) for plan in plans)
+            return b""
+
+        agreement.verdict(step, plan_all)
+        self._rest = pickle.loads(agreement.scatter(step, final))
+
+    def write(self) -> bytes:
+        """Writes this rank's files and makes them durable. What to vote with."""
+        begin = time.perf_counter()
+        opening, rank = self._opening, self._agreement.rank
+        coordinator = self._agreement.is_coordinator
+        static = make_static_plan(
+            self._local, rank, self._global_ranks, opening.dtensors_agree, opening.others_agree, coordinator
+        )
+        objects = [(name, _pickled(self._local.state[name])) for name in static.objects] if coordinator else []
+        if coordinator:
+            self._start_metadata(static, [(name, len(data)) for name, data in objects])
+        results, size = self._write_files(static, objects)
+        if self._writer.sync_files and self._names:
+            _C.sync_directory(str(self._writer.path))
+        self._seconds["write"] = time.perf_counter() - begin
+        vote = _VOTE.pack(size, self._seconds["plan"], self._seconds["write"])
+        return vote + (pickle.dumps(results) if results else b"")
+
+    def _write_files(self, static: StaticPlan, objects: list[tuple[str, memoryview]]) -> tuple[list[WriteResult], int]:
+        """The static part, in the planned places, then what DCP planned. Results of the latter, and all files' bytes."""
+        single = self._writer.single_file_per_rank
+        records: list[tuple[str, Any]] = [*objects, *((static.names[piece[0]], piece) for piece in static.pieces)]
+        files = static.plan.layout(static.pieces, [len(data) for _, data in objects], single)
+        rest = self._rest.items
+        groups: list[list[Any]] = ([rest] if rest else []) if single else [[item] for item in rest]
+        if single and rest and not files:
+            files = [([], 0)]
+        results: list[WriteResult] = []
+        total = done = 0
+        for number in range(len(files) + (0 if single else len(groups))):
+            places, planned = files[number] if number < len(files) else ([], 0)
+            items = groups[0 if single else number - len(files)] if rest and (single or number >= len(files)) else []
+            name = _C.data_file_name(self._agreement.rank, self._opening.save_id, number)
+            file = self._writer._data_file(name, planned)
+            try:
+                for record, value in records[done : done + len(places)]:
+                    if isinstance(value, tuple):
+                        file.add_tensor(record, static.tensor_of(value))
+                    else:
+                        file.add_objects([(record, value)])
+                written = add_items(file, items, self._planner)
+                size = file.finish()
+            except BaseException:
+                file.discard()
+                raise
+            self._names.append(name)
+            if file.places[: len(places)] != places or (not items and size != planned):
+                raise CheckpointError(f"{self._writer.path}/{name}: its records are not where the plan has them")
+            done += len(places)
+            total += size
+            extra = zip(written, file.places[len(places) :], strict=True)
+            results += [write_result(item, name, place, size) for item, place in extra]
+        return results, total
+
+    def _start_metadata(self, static: StaticPlan, objects: list[tuple[str, int]]) -> None:
+        """Begins to build the whole metadata on a thread, off the path of the bytes."""
+        opening, skeleton = self._opening, static.skeleton
+        skeleton.version = _stock.CURRENT_DCP_VERSION
+        skeleton.storage_meta = self._writer.storage_meta()
+        alone = not (opening.rest_anywhere or not opening.dtensors_agree or not opening.others_agree)
+        if alone:
+            skeleton.planner_data = self._local.paths_of([*static.names, *static.objects])
+        writers = [(owner, objects if rank == 0 else []) for rank, owner in enumerate(opening.owners)]
+        single = self._writer.single_file_per_rank
+
+        def build() -> tuple[Any, list[tuple[str, int]]]:
+            if alone and (built := static.plan.complete_metadata(skeleton, writers, opening.save_id, single, True)):
+                return built
+            skeleton.planner_data = None  # what only pickle can write
+            built = static.plan.complete_metadata(skeleton, writers, opening.save_id, single, False)
+            if built is None or not isinstance(built[0], Metadata):
+                raise CheckpointError("the state dict's metadata holds objects of classes that DCP does not have")
+            paths = self._local.paths_of([*static.names, *static.objects])
+            built[0].planner_data = None if paths is None else {**(self._rest_metadata.planner_data or {}), **paths}
+            return built
+
+        self._executor = ThreadPoolExecutor(1, "torch_hsdp_ckpt_metadata")
+        self._metadata = self._executor.submit(build)
+
+    def commit(self, vote: bytes, error: BaseException | None = None) -> SavedMetadata:
+        """One vote of all ranks, the coordinator's commit, its verdict to all ranks."""
+        begin = time.perf_counter()
+        votes = self._agreement.exchange("write", vote, error)
+        heads = [_VOTE.unpack(each[: _VOTE.size]) for each in votes]
+        self._names = []  # from here on they may be committed
+        encoded: list[bytes] = []
+
+        def commit() -> bytes:
+            assert self._metadata is not None
+            assert self._claim is not None
+            metadata, planned = self._metadata.result()
+            files = {name: (name, size, True) for name, size in planned}
+            results = [result for each in votes for result in (pickle.loads(each[_VOTE.size :]) if each[_VOTE.size :] else [])]
+            if isinstance(metadata, Metadata):
+                metadata.state_dict_metadata.update(self._rest_metadata.state_dict_metadata)
+                metadata.storage_data.update((result.index, result.storage_data) for result in results)
+                for result in results:
+                    name = result.storage_data.relative_path
+                    files[name] = (name, result.file_size, True)
+                metadata = encode_metadata(metadata)
+            claim, self._claim = self._claim, None  # from here on it is for the commit to clean up
+            self._writer._commit(claim, metadata, list(files.values()))
+            encoded.append(metadata)
+            return bytes(metadata[-_TRAILER_BYTES:])
+
+        trailer = self._agreement.verdict("commit", commit)
+        self._end_thread()
+        now = time.perf_counter()
+        self._seconds |= {"commit": now - begin, "total": now - self._start}
+        path = str(self._writer.path)
+        result = SaveResult(
+            path,
+            self._agreement.rank,
+            tuple(head[0] for head in heads),
+            tuple(head[2] for head in heads),
+            self._seconds,
+        )
+        _logger.log(logging.INFO if self._agreement.is_coordinator else logging.DEBUG, "saved %s: %s", path, result)
+        return SavedMetadata.lazy(lambda: _read_back(path, trailer, encoded), result)
+
+    def abandon(self) -> None:
+        """After an exception: gives up the claim and removes this rank's files, unless they may still be committed."""
+        self._end_thread()
+        if self._claim is not None:
+            _C.release_claim(str(self._writer.path), self._claim)
+        # Without an answer from the peers nobody knows but the coordinator, who alone commits.
+        if not self._agreement.broken or self._agreement.is_coordinator:
+            remove_quietly(self._writer.path, self._names)
+        self._claim, self._names = None, []
+
+    def _end_thread(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+
+
+def _pickled(value: Any) -> memoryview:
+    """An object's record, as DCP's planner makes it."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getbuffer()
+
+
+def _read_back(path: str, trailer: bytes, encoded: list[bytes]) -> Metadata:
+    if encoded:
+        return decode_metadata(encoded[0], path)
+    with open(os.path.join(path, ".metadata"), "rb") as file:
+        data = file.read()
+    if data[-_TRAILER_BYTES:] != trailer:
+        raise CheckpointError(f"{path}/.metadata: a later save has replaced the checkpoint whose metadata this was")
+    return decode_metadata(data, path)
