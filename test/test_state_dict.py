@@ -6,72 +6,22 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-from models import NETS, Block, batch
+from models import NETS, batch
 from ranks import run_ranks
+from states import Moves, assert_same, bits, mesh_of, step, tensors, trained, wrapped
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
-from torch_hsdp_ckpt import ShardedStateDictConfig, StateDictType
-
-
-def _trained(kind: str, rank: int, shape: tuple[int, ...] = (2, 2), device: str = "cpu", steps: int = 2):
-    net = NETS[kind]()
-    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    model = FSDP(net.to(device), device_mesh=mesh, auto_wrap_policy=ModuleWrapPolicy({Block}))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for step in range(steps):
-        _step(model, optimizer, kind, step, rank, device)
-    return model, optimizer
-
-
-def _step(model, optimizer, kind: str, step: int, rank: int, device: str = "cpu") -> None:
-    optimizer.zero_grad()
-    model(batch(NETS[kind](), step, rank).to(device)).square().mean().backward()
-    optimizer.step()
-
-
-def _tensors(state, prefix: str = "") -> dict[str, torch.Tensor]:
-    """All tensors in nested dicts by path; DTensors by their local tensors."""
-    found = {}
-    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-        path = f"{prefix}/{key}"
-        if isinstance(value, (dict, list)):
-            found |= _tensors(value, path)
-        elif isinstance(value, torch.Tensor):
-            found[path] = value._local_tensor if isinstance(value, DTensor) else value
-    return found
-
-
-def _assert_same(a, b, where: str = "") -> None:
-    a, b = _tensors(a), _tensors(b)
-    assert a.keys() == b.keys(), where
-    for key, value in a.items():
-        assert torch.equal(value, b[key]), f"{key} {where}"
-
-
-class _Collectives(TorchDispatchMode):
-    """Names of the operators that move or copy bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        if "c10d" in name or "copy" in name or "clone" in name or "cat" in name:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
+from torch_hsdp_ckpt import StateDictType
 
 
 def _free(rank: int, device: str) -> None:
     for kind in NETS:
-        model, optimizer = _trained(kind, rank, device=device)
-        with _Collectives() as mode:
+        model, optimizer = trained(kind, rank, device=device)
+        with Moves() as mode:
             # Proof that the mode sees what the wrapper's core sends.
             model(batch(NETS[kind](), 0, rank).to(device))
             assert any("c10d" in name for name in mode.seen)
@@ -85,8 +35,24 @@ def _free(rank: int, device: str) -> None:
             assert state[name].placements == (Replicate(), Shard(0)), name
             assert state[name].shape == plain.get_parameter(name).shape, name
             assert state[name]._local_tensor.data_ptr() == p._local_tensor.data_ptr(), name
-            assert optim_state["state"][name]["exp_avg"].placements == p.placements, name
+            exp_avg = optim_state["state"][name]["exp_avg"]
+            assert exp_avg.placements == p.placements, name
+            assert exp_avg._local_tensor.data_ptr() == optimizer.state[p]["exp_avg"]._local_tensor.data_ptr(), name
         assert "calls" in state and "scratch" not in state
+
+        other = copy.deepcopy(state)
+        loadable = FSDP.optim_state_dict_to_load(model, optimizer, copy.deepcopy(optim_state))
+        for value in tensors(other).values():
+            value.add_(1)
+        with Moves() as mode:
+            model.load_state_dict(other)
+            assert mode.bytes == sum(value.nbytes for value in tensors(other).values())
+            # The ranks agree that it fits; nothing else is sent.
+            assert all(name == "c10d.allreduce_.default" for name in mode.sent()) and len(mode.sent()) == 1
+            mode.seen.clear()
+            optimizer.load_state_dict(loadable)
+            assert mode.seen == []
+        assert_same(model.state_dict(), other)
 
 
 def test_state_dict_sends_and_copies_nothing() -> None:
@@ -100,15 +66,15 @@ def test_state_dict_sends_and_copies_nothing_on_cuda() -> None:
 
 def _copies(rank: int) -> None:
     for kind in NETS:
-        model, optimizer = _trained(kind, rank)
+        model, optimizer = trained(kind, rank)
         for state in (model.state_dict(), optimizer.state_dict(), FSDP.optim_state_dict(model, optimizer)):
             copied = copy.deepcopy(state)
             pickled = pickle.loads(pickle.dumps(state))
-            _assert_same(copied, state)
-            _assert_same(pickled, state)
-            before = {key: value.clone() for key, value in _tensors(state).items()}
-            _step(model, optimizer, kind, 7, rank)
-            for key, value in _tensors(copied).items():
+            assert_same(copied, state)
+            assert_same(pickled, state)
+            before = {key: value.clone() for key, value in tensors(state).items()}
+            step(model, optimizer, kind, 7, rank)
+            for key, value in tensors(copied).items():
                 assert torch.equal(value, before[key]), key
         for name, value in model.state_dict().items():
             if not isinstance(value, DTensor):
@@ -129,7 +95,7 @@ def test_copies_pickles_and_files_of_one_shard() -> None:
 def _round_trips(rank: int) -> None:
     for kind in NETS:
         for shape in ((2, 2), (4,)):
-            model, optimizer = _trained(kind, rank, shape)
+            model, optimizer = trained(kind, rank, shape)
             saved = copy.deepcopy({"model": model.state_dict(), "optim": FSDP.optim_state_dict(model, optimizer)})
 
             def restore_plainly(model=model, optimizer=optimizer, saved=saved):
@@ -154,14 +120,14 @@ def _round_trips(rank: int) -> None:
 
             after = None
             for restore in (restore_plainly, restore_with_torch, restore_around, restore_by_assignment, restore_plainly):
-                _step(model, optimizer, kind, 3, rank)
+                step(model, optimizer, kind, 3, rank)
                 restore()
-                _assert_same(model.state_dict(), saved["model"], restore.__name__)
-                _assert_same(FSDP.optim_state_dict(model, optimizer), saved["optim"], restore.__name__)
-                _step(model, optimizer, kind, 4, rank)
+                assert_same(model.state_dict(), saved["model"], restore.__name__)
+                assert_same(FSDP.optim_state_dict(model, optimizer), saved["optim"], restore.__name__)
+                step(model, optimizer, kind, 4, rank)
                 now = copy.deepcopy(model.state_dict())
                 if after is not None:
-                    _assert_same(
+                    assert_same(
                         {k: v for k, v in now.items() if k != "calls"}, {k: v for k, v in after.items() if k != "calls"}
                     )
                 after = now
@@ -169,9 +135,9 @@ def _round_trips(rank: int) -> None:
                     assert p._local_tensor.storage_offset() == 0, name
 
             theirs_model, theirs_optim = get_state_dict(model, optimizer)
-            _assert_same(theirs_model, model.state_dict())
+            assert_same(theirs_model, model.state_dict())
             ours_optim = FSDP.optim_state_dict(model, optimizer)
-            _assert_same(theirs_optim["state"], ours_optim["state"])
+            assert_same(theirs_optim["state"], ours_optim["state"])
             assert [g["params"] for g in theirs_optim["param_groups"]] == [g["params"] for g in ours_optim["param_groups"]]
             whole, _ = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
             for name, p in model.named_parameters():
@@ -182,60 +148,86 @@ def test_load_restores_bits_by_every_road() -> None:
     run_ranks(_round_trips, 4)
 
 
-def _rejections(rank: int) -> None:
-    model, optimizer = _trained("uneven", rank)
-    other, _ = _trained("even", rank)
-    line, _ = _trained("uneven", rank, (4,))
+def _drop_bias(module, state, prefix, metadata) -> None:
+    del state[prefix + "bias"]
+
+
+class _Odd(nn.Module):
+    """All that a state dict may hold beside parameters: kinds of buffers, extra state, hooks, a parameter in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 5)
+        self.last.weight = self.first.weight
+        self.kept = nn.Parameter(torch.arange(3.0))
+        self.register_buffer("seen", torch.zeros(2))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.version = 1
+        self.first.register_state_dict_post_hook(_drop_bias)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": self.version}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.version = state["version"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x)))
+
+
+def _odd(rank: int) -> None:
+    net = _Odd()
+    plain = copy.deepcopy(net)
+    model = FSDP(net, device_mesh=mesh_of(2, 2), ignored_states=[net.kept])
+    model(torch.randn(4, 5)).sum().backward()
+    state = model.state_dict()
+    expected = plain.state_dict()
+    assert list(state) == list(expected) and "first.bias" not in state
+    assert state._metadata == expected._metadata
+    assert state["first.weight"]._local_tensor.data_ptr() == state["last.weight"]._local_tensor.data_ptr()
+    assert type(state["kept"]) is torch.Tensor and state["kept"].data_ptr() == net.kept.data_ptr()
+    assert state["norm.running_mean"].data_ptr() == net.norm.running_mean.data_ptr()
+    assert all(isinstance(value, nn.Parameter) for key, value in model.state_dict(keep_vars=True).items() if "weight" in key)
+
+    saved = copy.deepcopy(state)
+    for value in tensors(state).values():
+        value.zero_()
+    net.version = 7
+    assert model.load_state_dict(saved, strict=False).missing_keys == ["first.bias"]
+    assert_same(model.state_dict(), saved)
+    assert net.version == 1
+
+
+def test_buffers_extra_state_and_what_is_not_sharded() -> None:
+    run_ranks(_odd, 4)
+
+
+def _checkpointed(rank: int) -> None:
+    """Activation checkpointing's wrapper, inside a unit and around one."""
+    net = NETS["even"]()
+    net.blocks[0] = checkpoint_wrapper(net.blocks[0])
+    model = wrapped(net, mesh_of(2, 2))
+    model.module.blocks[1] = checkpoint_wrapper(model.module.blocks[1])
+    model(batch(NETS["even"](), 0, rank)).sum().backward()
     state = copy.deepcopy(model.state_dict())
-    key = "head.weight"
-
-    def changed(**entries):
-        return {**{k: copy.deepcopy(v) for k, v in state.items()}, **entries}
-
-    without = changed()
-    del without[key]
-    ones = changed(**{k: torch.full_like(v, 9) for k, v in state.items()})
-    wrong = [
-        (without, f'Missing key: "{key}"'),
-        ({**ones, "head.strange": torch.ones(1)}, 'Unexpected key: "head.strange"'),
-        ({**ones, key: other.state_dict()[key]}, f'size mismatch for "{key}"'),
-        ({**ones, key: torch.ones(3, 7)}, "plain tensor"),
-        ({**ones, key: "text"}, "not a tensor"),
-        ({**ones, key: line.state_dict()[key]}, "torch.distributed.checkpoint"),
-    ]
-    for bad, message in wrong:
-        with pytest.raises(RuntimeError, match=message):
-            model.load_state_dict(bad)
-        _assert_same(model.state_dict(), state)
-    partial = model.load_state_dict(without, strict=False)
-    assert partial.missing_keys == [key] and partial.unexpected_keys == []
-
-    optim_state = FSDP.optim_state_dict(model, optimizer)
-    optim_state["state"]["nobody"] = optim_state["state"].pop(key)
-    with pytest.raises(ValueError, match="nobody"):
-        FSDP.optim_state_dict_to_load(model, optimizer, optim_state)
-    stranger = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
-    with pytest.raises(ValueError, match="not the model's"):
-        FSDP.optim_state_dict(model, stranger)
-
-    assert FSDP.get_state_dict_type(model).state_dict_type is StateDictType.SHARDED_STATE_DICT
-    with pytest.raises(ValueError, match="full_state_dict=True"):
-        FSDP.set_state_dict_type(model, StateDictType.FULL_STATE_DICT)
-    config = ShardedStateDictConfig(offload_to_cpu=True)
-    with FSDP.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, config):
-        assert FSDP.get_state_dict_type(model.module.blocks[0]).state_dict_config is config
-    assert not FSDP.get_state_dict_type(model).state_dict_config.offload_to_cpu
-    with pytest.raises(ValueError, match="holds no"):
-        FSDP.get_state_dict_type(torch.nn.Linear(1, 1))
-    dist.barrier()
+    assert list(state) == list(NETS["even"]().state_dict())
+    doubled = {key: value * 2 for key, value in state.items()}
+    assert not any(model.load_state_dict(doubled))
+    assert_same(model.state_dict(), doubled)
+    with pytest.raises(RuntimeError, match=r'Unexpected key: "blocks\.0\.nothing"'):
+        model.load_state_dict({**state, "blocks.0.nothing": torch.ones(1)})
 
 
-def test_what_does_not_fit_changes_nothing() -> None:
-    run_ranks(_rejections, 4)
+def test_activation_checkpointing_leaves_no_name() -> None:
+    run_ranks(_checkpointed, 4)
+
+
+# As with torch's wrappers, load hooks below one hear the names that are there while loading.
+INSIDE = "_checkpoint_wrapped_module.blocks.0._checkpoint_wrapped_module."
 
 
 def _hooks(rank: int) -> None:
-    model, _ = _trained("even", rank)
+    model, _ = trained("even", rank)
     called: list[str] = []
     model.register_state_dict_pre_hook(lambda *args: called.append("outer pre"))
     model.register_state_dict_post_hook(lambda m, state, prefix, meta: called.append("outer post"))
@@ -246,6 +238,38 @@ def _hooks(rank: int) -> None:
     assert all("_checkpoint" not in name for name, _ in [*model.named_parameters(), *model.named_buffers()])
     with pytest.raises(TypeError, match="keyword"):
         model.state_dict({})
+
+    # Hooks on loading: one that forgives a key, one that knows an older name.
+    called.clear()
+    block = model.module.blocks[0].module
+
+    def old_name(module, state, prefix, *rest):
+        called.append(prefix)
+        if prefix + "up.old" in state:
+            state[prefix + "up.weight"] = state.pop(prefix + "up.old")
+
+    block.register_load_state_dict_pre_hook(old_name)
+    block.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.remove(INSIDE + "norm.bias"))
+    older = copy.deepcopy(state)
+    older["blocks.0.up.old"] = older.pop("blocks.0.up.weight")
+    del older["blocks.0.norm.bias"]
+    for value in tensors(older).values():
+        value.add_(1)
+    assert model.load_state_dict(older) == ([], [])
+    assert called == [INSIDE]
+    now = model.state_dict()
+    assert torch.equal(now["blocks.0.up.weight"]._local_tensor, older["blocks.0.up.old"]._local_tensor)
+    before = bits(now)
+    del older["head.bias"]
+    with pytest.raises(RuntimeError, match=r"head\.bias"):
+        model.load_state_dict(older)
+    assert_same(model.state_dict(), before)  # also what the failed loading had copied is back
+    whole = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+    whole["blocks.0.up.old"] = whole.pop("blocks.0.up.weight")
+    del whole["blocks.0.norm.bias"]
+    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        model.load_state_dict(whole)
+    assert torch.equal(model.state_dict()["blocks.0.up.weight"].full_tensor(), whole["blocks.0.up.old"])
 
 
 def test_hooks_and_names() -> None:

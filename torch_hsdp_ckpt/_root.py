@@ -22,6 +22,7 @@ class Root:
     def __init__(self, units: list[ShardedUnit], prefetch: int) -> None:
         self.units = units
         self.sync = True
+        self.reading = False  # an outer wrapper's state_dict() is under way: the parameters are in their slots
         self.schedule = _C.Schedule(prefetch, _weak(self._end_backward))
         groups: dict[DeviceMesh, tuple[str, str | None] | None] = {}
         for unit in units:

@@ -1,0 +1,105 @@
+"""What does not fit is an error on every rank that lists the names; module and optimizer are as they were, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from ranks import run_ranks
+from states import assert_same, bits, trained
+from torch import nn, optim
+
+from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
+
+
+def _model(rank: int) -> None:
+    model, _ = trained("uneven", rank)
+    other, _ = trained("even", rank)
+    line, _ = trained("uneven", rank, (4,))
+    state = copy.deepcopy(model.state_dict())
+    before, key = bits(state), "head.weight"
+    ones = {k: torch.full_like(v, 9) for k, v in state.items()}
+    without = {k: v for k, v in ones.items() if k != key}
+    wrong = [
+        (without, f'Missing key: "{key}"'),
+        ({**ones, "head.strange": torch.ones(1)}, 'Unexpected key: "head.strange"'),
+        ({**ones, key: other.state_dict()[key]}, f'size mismatch for "{key}"'),
+        ({**ones, key: ones[key].double()}, f'"{key}" is torch.float64'),
+        ({**ones, "calls": torch.ones(2)}, 'size mismatch for "calls"'),
+        ({**ones, key: torch.ones(3, 7)}, "plain tensor"),
+        ({**ones, key: "text"}, "not a tensor"),
+        ({**ones, key: line.state_dict()[key]}, "torch.distributed.checkpoint"),
+        (dict(other.state_dict()), 'size mismatch for "blocks.1.down.weight"'),
+    ]
+    for bad, message in wrong:
+        for alone in (False, True):  # on every rank, or on one only: an error on all of them either way
+            with pytest.raises(RuntimeError) as error:
+                model.load_state_dict(bad if not alone or rank == 2 else ones)
+            assert message in str(error.value) and ("rank 2: " in str(error.value)) == (alone and rank != 2)
+            assert_same(model.state_dict(), before, message)
+    partial = model.load_state_dict({**without, "head.strange": torch.ones(1)}, strict=False)
+    assert (partial.missing_keys, partial.unexpected_keys) == ([key], ["head.strange"])
+    assert torch.equal(model.state_dict()["head.bias"]._local_tensor, ones["head.bias"]._local_tensor)
+    assert torch.equal(model.state_dict()[key]._local_tensor, before[key])
+
+
+def _batch_norm(rank: int) -> None:
+    """Modules that load in a way of their own are asked before anything is copied."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = FSDP(net)
+    state = copy.deepcopy(model.state_dict())
+    before = bits(state)
+    ones = {k: torch.full_like(v, 9) for k, v in state.items()}
+    for bad, message in (
+        ({k: v for k, v in ones.items() if k != "1.running_mean"}, "1.running_mean"),
+        ({**ones, "1.running_var": torch.ones(3)}, "1.running_var"),
+        ({**ones, "1.strange": torch.ones(3)}, "1.strange"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(bad)
+        assert_same(model.state_dict(), before, message)
+    model.load_state_dict(ones)
+    assert_same(model.state_dict(), ones)
+
+
+def _optimizer(rank: int) -> None:
+    model, optimizer = trained("uneven", rank)
+    other, other_optim = trained("even", rank)
+    state = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
+    before, key = bits(optimizer.state_dict()), "head.weight"
+
+    def changed(**values):
+        new = copy.deepcopy(state)
+        new["state"][key].update(values)
+        return new
+
+    renamed = changed()
+    renamed["state"]["nobody"] = renamed["state"].pop(key)
+    split = changed()
+    group = split["param_groups"][0]
+    split["param_groups"] = [{**group, "params": group["params"][:3]}, {**group, "params": group["params"][3:]}]
+    lacking = changed()
+    lacking["param_groups"][0]["params"].remove(key)
+    wrong = [
+        (renamed, "nobody"),
+        (split, "1 parameter groups, the state 2"),
+        (lacking, f'the state has no parameter "{key}"'),
+        (changed(exp_avg=torch.ones(4, 4)), f"size mismatch for {key}: exp_avg"),
+        (changed(exp_avg=state["state"][key]["exp_avg"].double()), f"{key}: exp_avg is torch.float64"),
+        (FSDP.optim_state_dict(other, other_optim), "size mismatch for blocks.1.down.weight: exp_avg"),
+        ({}, 'a dict with "state"'),
+    ]
+    for bad, message in wrong:
+        for alone in (False, True):
+            with pytest.raises(ValueError) as error:
+                given = bad if not alone or rank == 2 else state
+                FSDP.optim_state_dict_to_load(model, optimizer, given, load_directly=True)
+            assert message in str(error.value), (message, str(error.value))
+            assert_same(optimizer.state_dict(), before, message)
+    stranger = optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match="not the model's"):
+        FSDP.optim_state_dict(model, stranger)
+
+
+@pytest.mark.parametrize("part", [_model, _batch_norm, _optimizer], ids=lambda part: part.__name__[1:])
+def test_what_does_not_fit_changes_nothing(part) -> None:
+    run_ranks(part, 4)

@@ -1,0 +1,162 @@
+"""From a state by names to what ``Optimizer.load_state_dict`` takes: checked against the model, and cut where it is whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ._full_state import broadcast, broadcast_object, is_first, own_rows, rows_alone, scatter, spec_like
+from ._misfits import agree, listed
+from ._optim_names import Names, match_groups
+from ._unit import local_of
+
+
+class Remote(NamedTuple):
+    """A tensor that only the first rank has, the ``number``-th there; -1 for a DTensor, which is not sent."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Source:
+    """A state to be loaded. ``mesh``: only its first rank's counts, and is to be sent to all; None: every rank has its own."""
+
+    def __init__(self, state: dict[str, Any] | None, mesh: DeviceMesh | None) -> None:
+        self.state: Any = state
+        self.mesh = mesh
+        self.tensors: list[torch.Tensor] = []
+        if mesh is not None:
+            self.state = broadcast_object(self._without_tensors(state) if is_first(mesh) else None, mesh)
+
+    def _without_tensors(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._without_tensors(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self._without_tensors(item) for item in value)
+        if isinstance(value, DTensor):
+            return Remote(-1, tuple(value.shape), value.dtype)
+        if isinstance(value, torch.Tensor) and value.ndim:
+            self.tensors.append(value)
+            return Remote(len(self.tensors) - 1, tuple(value.shape), value.dtype)
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    def tensor(self, remote: Remote) -> torch.Tensor | None:
+        return self.tensors[remote.number] if self.tensors else None
+
+
+def import_state(
+    source: Source, names: Names, mesh: DeviceMesh, optim: torch.optim.Optimizer | None, by_name: bool = False
+) -> dict[str, Any]:
+    """Keys are the optimizer's numbers, or names. Collective over ``mesh``: ValueError on all ranks or on none."""
+    saved = source.state
+    problems: list[str] = []
+    order: list[int] = []
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        problems.append(f'an optimizer state is a dict with "state" and "param_groups", not {_shown(saved)}')
+        saved = {"state": {}}
+    elif "param_groups" in saved:
+        order = match_groups(names, saved["param_groups"], problems)
+    listed_names = {name for group in saved.get("param_groups", ()) for name in group["params"]}
+    values: dict[Any, tuple[Any, torch.Tensor | None, dict[str, Any]]] = {}
+    for name, value in saved["state"].items():
+        index = names.index.get(name)
+        if index is None:
+            if name in listed_names:
+                continue  # match_groups has named it
+            # Not a parameter's: what somebody keeps in ``optim.state`` under a key of their own.
+            if isinstance(value, dict) and (optim is None or name not in optim.state):
+                problems.append(f'the optimizer has no parameter "{name}", the state has')
+            values[name] = value, None, {}
+            continue
+        parameter = names.parameters[index]
+        current = {} if optim is None else optim.state.get(parameter, {})
+        expected = _dtype_of(parameter, optim)
+        for key, item in value.items() if isinstance(value, dict) else ():
+            problem = _misfit(f"{name}: {key}", item, parameter, current.get(key), expected if key != "step" else None)
+            if problem is not None:
+                problems.append(problem)
+        values[name if by_name else index] = value, parameter, current
+    everybody = agree(mesh, problems)
+    if everybody:
+        raise ValueError(f"the optimizer state does not fit; nothing was loaded:\n\t{listed(everybody)}")
+    state = {key: _placed(*entry, source) for key, entry in values.items()}
+    loadable: dict[str, Any] = {"state": state}
+    if "param_groups" in saved:
+        loadable["param_groups"] = [
+            {**saved["param_groups"][i], "params": list(group) if by_name else [names.index[name] for name in group]}
+            for i, group in zip(order, names.groups, strict=True)
+        ]
+    return loadable
+
+
+def _shown(value: Any) -> str:
+    return f"a dict with {sorted(map(str, value))}" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def _dtype_of(parameter: torch.Tensor, optim: torch.optim.Optimizer | None) -> torch.dtype | None:
+    """What ``load_state_dict`` would silently convert floating state to; others than torch's may do otherwise."""
+    ours = optim is not None and type(optim).__module__.startswith("torch.optim")
+    return parameter.dtype if ours and parameter.is_floating_point() else None
+
+
+def _misfit(where: str, value: Any, parameter: torch.Tensor, current: Any, dtype: torch.dtype | None) -> str | None:
+    if not isinstance(value, (torch.Tensor, Remote)) or len(value.shape) == 0:
+        return None
+    if isinstance(value, Remote) and value.number < 0:
+        return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
+    shape, own = tuple(value.shape), tuple(parameter.shape)
+    known = isinstance(current, torch.Tensor) and current.ndim > 0
+    if known:
+        own, dtype = tuple(current.shape), current.dtype
+    # Without a state to compare with: as the parameter, or (Adafactor's) reduced over some dimensions.
+    fits = shape == own if known else len(shape) == len(own) and all(a in (b, 1) for a, b in zip(shape, own, strict=True))
+    if not fits:
+        return f"size mismatch for {where}: {shape} given, the optimizer has {own}"
+    if dtype is not None and value.dtype != dtype and value.dtype.is_floating_point:
+        return f"{where} is {value.dtype}, the optimizer has {dtype}: convert it"
+    if not isinstance(parameter, DTensor):
+        return f"{where} is a DTensor, the parameter is a plain tensor" if isinstance(value, DTensor) else None
+    like = current if isinstance(current, DTensor) else parameter
+    if isinstance(value, DTensor):
+        placed = value.placements == like.placements or shape != tuple(like.shape)
+        if value.device_mesh != parameter.device_mesh or not placed:
+            return (
+                f"{where} is placed {value.placements} on {value.device_mesh}, the parameter {like.placements} on "
+                f"{like.device_mesh}: load it through torch.distributed.checkpoint, which reshards"
+            )
+    elif shape != tuple(like.shape):
+        return f"{where} is reduced to {shape}, which is cut in the optimizer's own way: take a step first, to make its state"
+    return None
+
+
+def _placed(value: Any, parameter: torch.Tensor | None, current: dict[str, Any], source: Source) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _place(item, parameter, current.get(key), source) for key, item in value.items()}
+
+
+def _place(value: Any, parameter: torch.Tensor | None, current: Any, source: Source) -> Any:
+    if isinstance(value, dict):
+        return {key: _place(item, parameter, None, source) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_place(item, parameter, None, source) for item in value)
+    if not isinstance(value, (torch.Tensor, Remote)) or len(value.shape) == 0 or isinstance(value, DTensor):
+        return value
+    like = current if isinstance(current, DTensor) else parameter
+    spec = None
+    if isinstance(like, DTensor) and tuple(like.shape) == tuple(value.shape):
+        spec = spec_like(like, value.dtype)
+    if isinstance(value, Remote):
+        assert source.mesh is not None
+        if spec is not None and rows_alone(spec):
+            return scatter(source.tensor(value), spec)
+        value = broadcast(source.tensor(value), value.shape, value.dtype, source.mesh)
+    if spec is None:
+        return value
+    mine = own_rows(value, spec)
+    # A copy: the whole tensor may go, and the caller's stays as it is.
+    local = local_of(mine).to(spec.mesh.device_type).contiguous()
+    local = local.clone() if local.untyped_storage()._cdata == value.untyped_storage()._cdata else local
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
