@@ -1,7 +1,13 @@
 """What goes wrong in and around a step: the error says what to do, and what was reduced stays right."""
 
 import copy
+import dataclasses
 import pickle
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +15,13 @@ import torch.distributed as dist
 from models import NETS, Block, batch
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap
 
-from torch_hsdp_ckpt import FullyShardedDataParallel
+from torch_hsdp_ckpt import FullyShardedDataParallel, ShardingStrategy
 
 
 class EitherBlock(nn.Module):
@@ -137,3 +146,286 @@ def _checks(rank: int) -> None:
 
 def test_after_errors_and_around_them() -> None:
     run_ranks(_checks, 4)
+
+
+# -- one rank's own error, and ranks that part ways
+
+
+def _ask(parameter: torch.Tensor) -> None:
+    raise KeyError("asked for")
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.block, self.head = nn.Embedding(5, 6), Block(6, 10), nn.Linear(6, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.embedding(tokens)))
+
+
+def _one_rank_fails(rank: int) -> None:
+    """An error in taking one rank's gradients is raised there, when its peers have got what they wait for."""
+    torch.manual_seed(0)
+    net = Words()
+    tokens = torch.tensor([1, 2, 4])
+    ours = wrap(copy.deepcopy(net), policy=ModuleWrapPolicy({Block, nn.Embedding}))
+
+    def loss() -> torch.Tensor:
+        return ours(tokens).square().mean()
+
+    loss().backward()
+    expected = grads(ours)
+    for case in ("a hook that raises", "a sparse gradient"):
+        ours.zero_grad()
+        if rank == 1 and case == "a hook that raises":
+            handle = ours.module.head.weight.register_post_accumulate_grad_hook(_ask)
+            with pytest.raises(KeyError, match="asked for"):
+                loss().backward()
+            handle.remove()
+        elif rank == 1:
+            ours.module.embedding.module.sparse = True
+            with pytest.raises(RuntimeError, match=r"rank 1: the reduction of module embedding .* is sparse"):
+                loss().backward()
+            ours.module.embedding.module.sparse = False
+        else:
+            loss().backward()
+        got = grads(ours)
+        if case == "a sparse gradient":  # this rank's part is missing there, and only there
+            got.pop("embedding.weight")
+        assert_close(got, {name: grad for name, grad in expected.items() if name in got})
+    ours.zero_grad()
+    loss().backward()
+    assert_close(grads(ours), expected)
+
+
+def _replaced(rank: int) -> None:
+    net = NETS["uneven"]()
+    ours = wrap(copy.deepcopy(net))
+    loss_of(ours, batch(net, 0, rank))
+    up = ours.module.blocks[0].module.up
+    before = up.weight
+    for change in (lambda: setattr(up, "weight", nn.Parameter(torch.zeros(13, 7))), lambda: delattr(up, "weight")):
+        change()
+        with pytest.raises(RuntimeError, match=r"parameter up.weight of module blocks.0 \(Block\) was replaced or removed"):
+            ours(batch(net, 0, rank))
+        up.weight = before
+    loss_of(ours, batch(net, 0, rank)).backward()
+    assert_close(grads(ours), mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r))))
+
+
+class Detaching(nn.Module):
+    """A block whose result needs no gradient on some ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.detach = Block(6, 10), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block(x)
+        return x.detach() if self.detach else x
+
+
+def _outputs_that_differ(rank: int) -> None:
+    """Which outputs require gradients does not change what a rank gathers: ranks that differ in it stay in step."""
+    torch.manual_seed(0)
+    net = nn.Sequential(Detaching(), Detaching(), Detaching(), nn.Linear(6, 2))
+    x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+
+    def loss(n: nn.Module, r: int) -> torch.Tensor:
+        for i, module in enumerate(m for m in n.modules() if isinstance(m, Detaching)):
+            module.detach = i in ((), (0,), (0, 2), (1,))[r]
+        return n(x[r]).square().mean()
+
+    for kinds in ({Detaching}, {Detaching, nn.Linear}):
+        ours = wrap(copy.deepcopy(net), policy=ModuleWrapPolicy(kinds), sharding_strategy=ShardingStrategy.HYBRID_SHARD)
+        for _ in range(3):
+            ours.zero_grad()
+            loss(ours, rank).backward()
+            assert_close(grads(ours), mean_grads(net, loss))
+
+
+class Property(nn.Module):
+    """Returns an object whose tensors can't be looked at."""
+
+    @dataclasses.dataclass
+    class Broken:
+        value: torch.Tensor
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "value":
+                raise KeyError("asked for")
+            return super().__getattribute__(name)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.fail = Block(6, 10), False
+
+    def forward(self, x: torch.Tensor) -> Any:
+        out = self.block(x)
+        return Property.Broken(out) if self.fail else out
+
+
+def _results_that_raise(rank: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Property(), nn.Linear(6, 2))
+    x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+    ours = wrap(copy.deepcopy(net), policy=ModuleWrapPolicy({Property, Block}))
+    for fail in (True, False, True, False, False):
+        ours.module[0].module.fail = fail
+        ours.zero_grad()
+        if fail:
+            with pytest.raises(KeyError, match="asked for"):
+                ours(x[rank])
+            continue
+        ours(x[rank]).square().mean().backward()
+        assert_close(grads(ours), mean_grads(net, lambda n, r: n(x[r]).square().mean()))
+
+
+def _frozen_is_freed(rank: int) -> None:
+    """A unit with frozen parameters is freed when its inputs' gradients are there, not at the end of backward."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[Block(6, 10) for _ in range(4)])
+    for i in (1, 2):
+        net[i].up.requires_grad_(False)
+    net[3].requires_grad_(False)
+    x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+    expected = mean_grads(net, lambda n, r: n(x[r]).square().mean())
+    ours = wrap(copy.deepcopy(net))
+    held: list[list[int]] = []
+
+    def look(grad: torch.Tensor) -> None:
+        held.append([i for i, w in enumerate(ours.module) if w._unit.full[1].untyped_storage().nbytes() > 0])
+
+    for reentrant in (None, True, False):
+        ours.zero_grad()
+        h = x[rank].clone().requires_grad_()
+        h.register_hook(look)
+        if reentrant is None:
+            out = ours(h)
+        else:
+            out = checkpoint(ours, h, use_reentrant=reentrant)
+        out.square().mean().backward()
+        assert_close(grads(ours), expected)
+    for late in held:
+        assert not {1, 2, 3} & set(late), held
+
+
+def _one_rank_at_a_time(rank: int) -> None:
+    for check in (_one_rank_fails, _replaced, _outputs_that_differ, _results_that_raise, _frozen_is_freed):
+        try:
+            check(rank)
+        except BaseException as error:
+            raise AssertionError(f"in {check.__name__}") from error
+
+
+def test_what_one_rank_does_leaves_its_peers_in_step() -> None:
+    run_ranks(_one_rank_at_a_time, 4)
+
+
+# -- ranks that part ways: errors on every rank that waits, within the groups' timeout
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = Block(6, 10), Block(6, 10), Block(6, 12)
+
+    def forward(self, x: torch.Tensor, use: str) -> torch.Tensor:
+        for name in use:
+            x = getattr(self, name)(x)
+        return x
+
+
+def _short(shape: tuple[int, ...] = (2, 2), seconds: float = 3) -> DeviceMesh:
+    warnings.simplefilter("ignore", FutureWarning)  # its name in torch 2.15 is another one
+    mesh = mesh_of(shape)
+    for dim in range(mesh.ndim):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), mesh.get_group(dim))
+    return mesh
+
+
+def _error_of(call: Callable[[], Any]) -> str:
+    start = time.monotonic()
+    try:
+        call()
+    except RuntimeError as error:
+        assert time.monotonic() - start < 20
+        return str(error)
+    return ""
+
+
+def _part_ways(rank: int, uses: list[list[str]], shape: tuple[int, ...]) -> str:
+    """``uses``: by forward, by rank, which blocks run. Returns the error of the last forward and backward."""
+    torch.manual_seed(0)
+    ours = FullyShardedDataParallel(Branching(), device_mesh=_short(shape), auto_wrap_policy=ModuleWrapPolicy({Block}))
+    x = torch.ones(2, 6, requires_grad=True)
+    for step in uses[:-1]:
+        ours(x, step[rank]).square().mean().backward()
+    return _error_of(lambda: ours(x, uses[-1][rank]).square().mean().backward())
+
+
+def test_ranks_that_run_different_modules_get_an_error() -> None:
+    # At once where everybody asks: in a first pass, and where all leave the last one.
+    for uses in ([["ab", "ab", "ac", "ab"]], [["abc"] * 4, ["ac", "ac", "ac", "a"]]):
+        other = "module c (Block)" if len(uses) == 1 else "the end of forward"
+        odd = 2 if len(uses) == 1 else 3
+        for error in run_ranks(_part_ways, 4, uses, (2, 2)):
+            assert "ranks run different wrapped modules" in error and f"rank {odd}: {other}" in error, error
+    # Within the timeout where only one rank is on a way of its own.
+    for shape in ((2, 2), (4, 1)):
+        errors = run_ranks(_part_ways, 4, [["abc"] * 4, ["abc", "ac", "abc", "abc"]], shape)
+        assert "rank 1 has reached module c (Block)" in errors[1] and "ran module b (Block) here" in errors[1], errors
+        waiting = errors[0]  # in the shard group of rank 1, or among its replicas
+        assert "rank 0: the " in waiting and "of module" in waiting and "failed" in waiting, errors
+
+
+def _wrap_differently(rank: int, what: str) -> str:
+    width = 12 if what == "shape" and rank == 3 else 10
+    net = nn.Sequential(Block(6, 10), Block(6, width), nn.Linear(6, 2))
+    policy = ModuleWrapPolicy({Block} | ({nn.Linear} if what == "module" and rank == 1 else set()))
+    ours = FullyShardedDataParallel(net, device_mesh=_short(), auto_wrap_policy=policy)
+    return _error_of(lambda: ours(torch.ones(2, 6)))
+
+
+def test_ranks_that_wrap_different_modules_get_an_error() -> None:
+    for error in run_ranks(_wrap_differently, 4, "shape"):
+        assert "ranks have wrapped different modules" in error
+        assert "rank 3: module 1 (Block)" in error and "up.weight (12, 6)" in error and "up.weight (10, 6)" in error
+    for error in run_ranks(_wrap_differently, 4, "module"):
+        assert "rank 1: module (outermost) (Sequential) on a mesh of (2, 2), with parameters: none" in error
+
+
+def _never_comes(rank: int, when: str) -> str:
+    net = NETS["even"]()
+    ours = FullyShardedDataParallel(net, device_mesh=_short(), auto_wrap_policy=ModuleWrapPolicy({Block}))
+    x = batch(net, 0, rank)
+    if when != "first":
+        loss_of(ours, x).backward()
+    if when == "backward":
+        loss = loss_of(ours, x)
+    if rank == 1:
+        time.sleep(6)  # there, but busy with something else
+        return ""
+    return _error_of(loss.backward if when == "backward" else lambda: ours(x))
+
+
+def test_a_rank_that_never_comes_is_an_error_within_the_timeout() -> None:
+    first, later, backward = (run_ranks(_never_comes, 4, when) for when in ("first", "later", "backward"))
+    for rank in (0, 2, 3):
+        assert f"rank {rank} is at the first forward of module (outermost) (Net)" in first[rank], first
+    assert "rank 0: the all-gather of module (outermost) (Net) failed" in later[0], later
+    assert "rank 0: the " in backward[0] and "of module" in backward[0], backward
+
+
+def _destroyed(rank: int) -> str:
+    net = NETS["even"]()
+    ours = wrap(net, (2,))
+    loss_of(ours, batch(net, 0, rank)).backward()
+    dist.destroy_process_group()
+    return _error_of(lambda: ours(batch(net, 0, rank)))
+
+
+def test_forward_after_destroy_process_group() -> None:
+    for error in run_ranks(_destroyed, 2):
+        assert "destroy_process_group" in error and "wrap the module anew" in error, error

@@ -1,6 +1,8 @@
-"""What the wrappers of one outermost module share: the schedule, and groups that only its reductions use."""
+"""What the wrappers of one outermost module share: the schedule, groups for its reductions only, what ranks agree on."""
 
 import dataclasses
+import hashlib
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,18 +14,36 @@ from torch.utils._pytree import tree_leaves
 from . import _C
 from ._unit import ShardedUnit, _weak
 
-# By the group whose ranks they have; an entry goes with its group.
+# By the group whose ranks they have, or one of those that they span; an entry goes with its group.
 _reduce_group_names: "WeakKeyDictionary[dist.ProcessGroup, str]" = WeakKeyDictionary()
+_peer_group_names: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], str]]" = WeakKeyDictionary()
+
+_TEXT_WORDS = 64  # of 8 bytes: what a rank says about a module that others don't have
+
+
+class _DifferentModules(RuntimeError):
+    pass
 
 
 class Root:
-    """``units``: of all wrappers, outermost first. ``prefetch``: 0 none, 1 before, 2 after a unit's backward."""
+    """``units``: of all wrappers, outermost first, each with its name. ``prefetch``: 0 none, 1 before, 2 after a unit's
+    backward. Collective over the mesh; raises RuntimeError on every rank if the ranks have wrapped different modules."""
 
     def __init__(self, units: list[ShardedUnit], prefetch: int) -> None:
         self.units = units
-        self.sync = True
         self.reading = False  # an outer wrapper's state_dict() is under way: the parameters are in their slots
-        self.schedule = _C.Schedule(prefetch, _weak(self._end_backward))
+        try:
+            peers = _peers(units[0].mesh)
+            if peers is not None:
+                _check_same(peers, units)
+        except _DifferentModules:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} is at the first forward of module {units[0].core.name}, and the other ranks have not "
+                f"come there within the group's timeout: {error}"
+            ) from error
+        self.schedule = _C.Schedule(prefetch, dist.get_rank(), peers, _weak(self._end_backward))
         groups: dict[DeviceMesh, tuple[str, str | None] | None] = {}
         for unit in units:
             if unit.mesh not in groups:
@@ -42,13 +62,15 @@ class Root:
         for unit in self.units:
             unit.show_sharded()
 
-    def set_sync(self, sync: bool) -> None:
-        self.sync = sync
-        self.schedule.set_sync(sync)
-
     def reset(self) -> None:
         self.schedule.reset()
         self._end_backward()
+
+
+def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
+    """What a group was made with; its backend's default where the backend doesn't say."""
+    backend: Any = group._get_backend(torch.device(device_type))
+    return getattr(getattr(backend, "options", None), "_timeout", None)
 
 
 def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
@@ -69,6 +91,7 @@ def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
         if group not in _reduce_group_names:
             new: Any = dist.new_group(
                 dist.get_process_group_ranks(group),
+                timeout=_timeout(group, mesh.device_type),
                 backend=str(dist.get_backend_config(group)),
                 use_local_synchronization=True,
                 group_desc="hsdp_ckpt_reduce",
@@ -76,6 +99,52 @@ def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
             _reduce_group_names[group] = new.group_name
         names.append(_reduce_group_names[group])
     return str(names[0]), names[1] if mesh.ndim == 2 else None
+
+
+def _peers(mesh: DeviceMesh) -> _C.Peers | None:
+    """Over all ranks of ``mesh``, on a Gloo group of its own that is made once; None for one rank."""
+    ranks = sorted(int(rank) for rank in mesh.mesh.flatten())
+    if len(ranks) == 1:
+        return None
+    group = mesh.get_group(mesh.ndim - 1)
+    names = _peer_group_names.setdefault(group, {})
+    if tuple(ranks) not in names:
+        new: Any = dist.new_group(
+            ranks,
+            timeout=_timeout(group, mesh.device_type),
+            backend="gloo",
+            use_local_synchronization=True,
+            group_desc="hsdp_ckpt_peers",
+        )
+        names[tuple(ranks)] = new.group_name
+    return _C.Peers(names[tuple(ranks)], ranks)
+
+
+def _words(data: bytes) -> list[int]:
+    return [int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, len(data), 8)]
+
+
+def _check_same(peers: _C.Peers, units: list[ShardedUnit]) -> None:
+    """All ranks have the same units, in the same order; RuntimeError on every rank with the first one that differs."""
+    described = [unit.describe() for unit in units]
+    digests = [hashlib.sha256(text.encode()).digest() for text in described]
+    everyone = peers.exchange([len(units), *_words(hashlib.sha256(b"".join(digests)).digest())])
+    if all(words == everyone[0] for words in everyone):
+        return
+    count = max(words[0] for words in everyone)
+    short = [_words(digest)[0] for digest in digests] + [0] * (count - len(digests))
+    by_rank = peers.exchange(short)
+    first = next(i for i in range(count) if len({words[i] for words in by_rank}) > 1)
+    own = described[first] if first < len(described) else "no further module"
+    texts = peers.exchange(_words(own.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS, b"\0")))
+    lines = []
+    for rank, words in zip(sorted(int(rank) for rank in units[0].mesh.mesh.flatten()), texts, strict=True):
+        text = b"".join(word.to_bytes(8, "little", signed=True) for word in words).rstrip(b"\0").decode(errors="replace")
+        lines.append(f"rank {rank}: {text}")
+    raise _DifferentModules(
+        f"ranks have wrapped different modules (this is rank {dist.get_rank()}). Wrap the same ones, with the same arguments, "
+        "on all ranks. The first that differs:\n\t" + "\n\t".join(lines)
+    )
 
 
 def flat_tensors(outputs: Any) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 The C++ core owns memory and timing; here are the objects that users, optimizers and ``nn.Module`` see.
 """
 
+import operator
 import sys
 import weakref
 from collections.abc import Callable
@@ -191,14 +192,39 @@ class ShardedUnit:
         every = [(slot, full) for places, full in zip(self.slots, self.full, strict=True) for slot in places]
         plain = [type(slot.module).__setattr__ is nn.Module.__setattr__ for slot, _ in every]
         self._fast = [(slot.module._parameters, slot.name, p) for (slot, p), ok in zip(every, plain, strict=True) if ok]
+        kept = [sharded for places, sharded in zip(self.slots, self.sharded, strict=True) for _ in places]
+        self._shown = [p for p, ok in zip(kept, plain, strict=True) if ok]
         self._slow = [pair for pair, ok in zip(every, plain, strict=True) if not ok]
         self._forget_gradients()
         schedule.add(self.core, self.full, self._trainable)
 
+    def describe(self) -> str:
+        """One line of all that has to be the same on every rank."""
+        parameters = ", ".join(
+            f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}{'' if p.requires_grad else ' frozen'}"
+            for name, p in zip(self.names, self.sharded, strict=True)
+        )
+        return f"module {self.core.name} on a mesh of {tuple(self.mesh.shape)}, with parameters: {parameters or 'none'}"
+
     def before_use(self) -> None:
-        """Follows what has happened to the sharded parameters' requires_grad since the last forward."""
+        """Follows what has happened to the sharded parameters' requires_grad since the last forward.
+
+        Raises RuntimeError for a parameter that somebody has put into the module since it was wrapped.
+        """
+        if not self._showing_full and not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
+            self._raise_replaced()
         if self._flags != [p.requires_grad for p in self.sharded] and self.schedule is not None:
             self.bind(self.schedule)
+
+    def _raise_replaced(self) -> None:
+        for (table, name, _), expected in zip(self._fast, self._shown, strict=True):
+            if table.get(name) is not expected:
+                index = next(i for i, p in enumerate(self.sharded) if p is expected)
+                raise RuntimeError(
+                    f"parameter {self.names[index]} of module {self.core.name} was replaced or removed after wrapping, which "
+                    "the wrapper can't follow: replace it before, copy values into it (with torch.no_grad()), or use "
+                    "load_state_dict(assign=True)"
+                )
 
     def release(self) -> None:
         """Lets go of gradients kept for reuse: ``_apply`` swaps tensors in place, which nobody else may hold then."""

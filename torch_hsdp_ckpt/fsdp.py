@@ -101,15 +101,15 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             root = self._make_root()
         unit.before_use()
         try:
-            root.schedule.enter_forward(unit.core, torch.is_grad_enabled())
+            watched = flat_tensors((args, kwargs)) if unit.core.frozen else ()
+            root.schedule.enter_forward(unit.core, torch.is_grad_enabled(), watched)
             unit.show_full()
             outputs = self._checkpoint_wrapped_module(*args, **kwargs)
-            tensors = flat_tensors(outputs)
+            root.schedule.leave_forward(unit.core, flat_tensors(outputs))
         except BaseException:
             unit.show_sharded()
             root.schedule.abort_forward(unit.core)
             raise
-        root.schedule.leave_forward(unit.core, tensors)
         if not root.in_backward():
             unit.show_sharded()
         return outputs
@@ -123,7 +123,9 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             )
         for name, module in self.named_modules():
             if isinstance(module, FullyShardedDataParallel):
-                module._unit.core.set_name(name.replace(_PREFIX, "").removesuffix("." + WRAPPED) or "root")
+                kind = type(module._checkpoint_wrapped_module).__name__
+                module._unit.core.name = f"{(name + '.').replace(_PREFIX, '').strip('.') or '(outermost)'} ({kind})"
+                module._unit.core.set_name(module._unit.core.name)
         root = Root([wrapper._unit for wrapper in wrappers], self._prefetch)
         for wrapper in wrappers:
             wrapper._root = root
@@ -133,12 +135,14 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def no_sync(self) -> Iterator[None]:
         """Backwards inside keep their gradients, full size, on this rank; the first one outside reduces the sum."""
         root = self._root or self._make_root()
-        before = root.sync
-        root.set_sync(False)
+        before = [(unit.core, unit.core.sync) for unit in root.units]
+        for core, _ in before:
+            core.sync = False
         try:
             yield
         finally:
-            root.set_sync(before)
+            for core, sync in before:
+                core.sync = sync
 
     def _reset(self) -> None:
         if self._root is not None:

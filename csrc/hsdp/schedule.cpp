@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <cstring>
 #include <thread>
 #include <utility>
 
@@ -25,12 +27,39 @@ bool Contains(const Container& units, const std::shared_ptr<Unit>& unit) {
 
 }  // namespace
 
-Schedule::Schedule(BackwardPrefetch backward_prefetch, std::function<void()> on_backward_end)
-    : backward_prefetch_(backward_prefetch), on_backward_end_(std::move(on_backward_end)) {}
+Schedule::Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared_ptr<Peers> peers,
+                   std::function<void()> on_backward_end)
+    : backward_prefetch_(backward_prefetch),
+      rank_(rank),
+      peers_(std::move(peers)),
+      on_backward_end_(std::move(on_backward_end)) {}
+
+template <typename Step>
+auto Schedule::Naming(const Unit& unit, const char* what, Step step) const {
+  const auto message = [&](const char* cause) {
+    std::string text = "rank " + std::to_string(rank_) + ": the " + what + " of module " + unit.name + " failed: ";
+    if (std::strstr(cause, "Could not resolve the process group") != nullptr) {
+      return text +
+             "its process group is gone. torch.distributed.destroy_process_group ends what a wrapped module can do; " +
+             "after another init_process_group wrap the module anew";
+    }
+    return text + cause +
+           "\nA peer has died, has raised an error of its own, or does not run this module: see what the other ranks say";
+  };
+  try {
+    return step();
+  } catch (const c10::DistBackendError& error) {
+    C10_THROW_ERROR(DistBackendError, message(error.what_without_backtrace()));
+  } catch (const c10::Error& error) {
+    C10_THROW_ERROR(Error, message(error.what_without_backtrace()));
+  } catch (const std::exception& error) {
+    C10_THROW_ERROR(DistBackendError, message(error.what()));  // Gloo's own
+  }
+}
 
 void Schedule::Add(const std::shared_ptr<Unit>& unit, std::vector<at::Tensor> full, std::vector<size_t> trainable) {
   if (!Contains(units_, unit)) units_.push_back(unit);
-  unit->free_late = trainable.size() < full.size();
+  unit->frozen = trainable.size() < full.size();
   unit->group->BindFull(std::move(full), std::move(trainable),
                         [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](size_t slot) {
                           const auto self = weak.lock();
@@ -39,41 +68,75 @@ void Schedule::Add(const std::shared_ptr<Unit>& unit, std::vector<at::Tensor> fu
                         });
 }
 
-void Schedule::EnterForward(const std::shared_ptr<Unit>& unit, bool grad_enabled) {
+// -- forward
+
+void Schedule::EnterForward(const std::shared_ptr<Unit>& unit, bool grad_enabled, const std::vector<at::Tensor>& inputs) {
   if (InBackward()) {
     // Activation checkpointing computes the forward again: no new pass, nothing to record.
     UnshardForBackward(unit);
+    if (unit->inputs == 0) WatchInputs(unit, inputs);  // a reentrant one: nothing required gradients the first time
     return;
   }
-  if (depth_++ == 0) BeginForward();
-  unit->group->Unshard();
-  recorded_.push_back(unit);
-  const size_t next = recorded_.size();
-  on_track_ = on_track_ && next <= sequence_.size() && sequence_[next - 1] == unit;
-  if (on_track_ && next < sequence_.size()) sequence_[next]->group->StartGather();
-  if (grad_enabled && !Contains(participants_, unit)) participants_.push_back(unit);
+  if (active_.empty()) BeginForward(unit);
+  active_.push_back({unit, grad_enabled});
+  Follow(unit);
+  Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
+  PrefetchForward(*unit);
+  if (!grad_enabled) return;
+  if (!Contains(participants_, unit)) participants_.push_back(unit);
+  WatchInputs(unit, inputs);
 }
 
-void Schedule::BeginForward() {
+void Schedule::BeginForward(const std::shared_ptr<Unit>& outermost) {
   // What an earlier pass left behind (the root's parameters, a gather nobody used, a backward that raised) may be older
   // than the shards are now.
   if (in_backward_) {
     Reset();
-    depth_ = 1;  // this call's own
   } else {
-    for (const auto& unit : units_) unit->group->Reshard();
+    for (const auto& unit : units_) {
+      if (!unit->held && unit->reshard_after_backward) unit->group->Reshard();
+    }
   }
-  if (backward_done_) participants_.clear();
+  if (backward_done_) {
+    for (const auto& unit : units_) unit->inputs = 0;
+    participants_.clear();
+  }
   backward_done_ = false;
   recorded_.clear();
+  position_ = 0;
   on_track_ = true;
+  // Another pass than the last one, which a peer may be about to repeat. A pass never seen is asked about call by call.
+  if (outermost_ != outermost.get() && !sequences_[outermost.get()].empty()) Agree(outermost.get());
+  outermost_ = outermost.get();
+}
+
+void Schedule::Follow(const std::shared_ptr<Unit>& unit) {
+  const Sequence& sequence = sequences_[outermost_];
+  if (position_ < sequence.size() && sequence[position_] == unit) {
+    ++position_;
+  } else {
+    Agree(unit.get());
+    on_track_ = false;
+    // Some calls left out: from here on the last pass is a guide again.
+    const auto later = std::find(sequence.begin() + static_cast<std::ptrdiff_t>(position_), sequence.end(), unit);
+    if (later != sequence.end()) position_ = static_cast<size_t>(later - sequence.begin()) + 1;
+  }
+  recorded_.push_back(unit);
+}
+
+void Schedule::PrefetchForward(const Unit& unit) {
+  for (const auto& weak : unit.forward_prefetch) {
+    if (const auto next = weak.lock()) Naming(*next, "all-gather", [&] { next->group->StartGather(); });
+  }
+  const Sequence& sequence = sequences_[outermost_];
+  if (!unit.forward_prefetch.empty() || position_ >= sequence.size()) return;
+  const Unit& next = *sequence[position_];
+  Naming(next, "all-gather", [&] { next.group->StartGather(); });
 }
 
 void Schedule::LeaveForward(const std::shared_ptr<Unit>& unit, const std::vector<at::Tensor>& outputs) {
-  bool needed = false;
   for (const at::Tensor& output : outputs) {
     if (!output.requires_grad()) continue;
-    needed = true;
     output.register_hook([weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](const at::Tensor&) {
       const auto self = weak.lock();
       const auto alive = weak_unit.lock();
@@ -81,45 +144,124 @@ void Schedule::LeaveForward(const std::shared_ptr<Unit>& unit, const std::vector
     });
   }
   if (InBackward()) return;
-  --depth_;
-  // The root is needed first in backward, and so is the unit that ran last: freeing them would only mean another gather.
-  const bool last = on_track_ && recorded_.size() == sequence_.size() && recorded_.back() == unit;
-  const bool keep = needed && (depth_ == 0 || !unit->reshard_after_forward || last);
-  if (!keep) unit->group->Reshard();
-  if (depth_ == 0) EndForward();
+  const bool grad_enabled = active_.back().grad_enabled;
+  active_.pop_back();
+  // The outermost unit is needed first in backward, and so is the one that ran last: freeing them would only mean another
+  // gather.
+  const bool last = on_track_ && position_ == sequences_[outermost_].size() && recorded_.back() == unit;
+  const bool keep = grad_enabled && (active_.empty() || !unit->reshard_after_forward || last);
+  if (!keep) Release(unit);
+  if (active_.empty()) EndForward();
 }
 
 void Schedule::EndForward() {
-  for (const auto& unit : sequence_) {
-    if (unit->group->state() == ParamGroup::State::kGathering) unit->group->Reshard();
+  Sequence& sequence = sequences_[outermost_];
+  const bool same = on_track_ && position_ == sequence.size();
+  if (!same) Agree(nullptr);
+  for (const auto& unit : units_) {
+    if (!unit->held && unit->group->state() == ParamGroup::State::kGathering) Release(unit);
   }
-  if (sequence_ != recorded_) sequence_ = recorded_;
+  if (!same) sequence = recorded_;
   recorded_.clear();
 }
 
 void Schedule::AbortForward(const std::shared_ptr<Unit>& unit) {
   if (InBackward()) return;
-  unit->group->Reshard();
+  for (size_t i = active_.size(); i > 0; --i) {
+    if (active_[i - 1].unit == unit) {
+      active_.resize(i - 1);
+      break;
+    }
+  }
   on_track_ = false;
-  if (--depth_ > 0) return;
-  for (const auto& other : units_) other->group->Reshard();
+  Release(unit);
+  if (!active_.empty()) return;
+  for (const auto& other : units_) Release(other);
 }
+
+// A rank that is alone in leaving the last pass's order waits here, while its peers wait in a gather that it never joins:
+// all of them fail within the groups' timeouts, and none has taken part in another one's collective.
+void Schedule::Agree(const Unit* unit) {
+  if (!peers_) return;
+  constexpr const char* kRule = "All ranks must run the same wrapped modules in the same order";
+  const auto call = static_cast<int64_t>(recorded_.size());
+  const auto naming = [&](int64_t index) {
+    return index < 0 ? std::string("the end of forward") : "module " + units_[static_cast<size_t>(index)]->name;
+  };
+  const int64_t own = unit == nullptr ? -1 : IndexOf(unit);
+  std::vector<std::vector<int64_t>> all;
+  try {
+    all = peers_->Exchange({own, call});
+  } catch (const std::exception& error) {
+    const Sequence& sequence = sequences_[outermost_];
+    TORCH_CHECK(false, "rank ", rank_, " has reached ", naming(own), " (wrapped call ", call, " of this forward)",
+                position_ < sequence.size() ? ", its last forward ran module " + sequence[position_]->name + " here" : "",
+                ", and no other rank has come along within the group's timeout. ", kRule, ". ", error.what());
+  }
+  if (std::all_of(all.begin(), all.end(), [&](const auto& words) { return words == all[0]; })) return;
+  std::string found;
+  for (size_t i = 0; i < all.size(); ++i) {
+    found += "\n\trank " + std::to_string(peers_->ranks()[i]) + ": " + naming(all[i][0]) + ", wrapped call " +
+             std::to_string(all[i][1]) + " of its forward";
+  }
+  TORCH_CHECK(false, "ranks run different wrapped modules (this is rank ", rank_, "). ", kRule, ":", found);
+}
+
+int64_t Schedule::IndexOf(const Unit* unit) const {
+  const auto at = std::find_if(units_.begin(), units_.end(), [&](const auto& other) { return other.get() == unit; });
+  return at - units_.begin();
+}
+
+void Schedule::Hold(const std::shared_ptr<Unit>& unit, bool wait) {
+  unit->held = true;
+  Naming(*unit, "all-gather", [&] { wait ? unit->group->Unshard() : unit->group->StartGather(); });
+}
+
+void Schedule::Release(const std::shared_ptr<Unit>& unit) {
+  unit->held = false;
+  unit->group->Reshard();
+}
+
+// -- backward
 
 void Schedule::BeginBackward() {
   if (in_backward_) return;
   in_backward_ = true;
+  error_ = nullptr;
   gather_queue_.clear();
   reduce_queue_.clear();
-  for (auto unit = participants_.rbegin(); unit != participants_.rend(); ++unit) {
-    (*unit)->arrived.assign((*unit)->group->trainable().size(), false);
-    (*unit)->arrivals = 0;
-    (*unit)->ready = false;
-    if ((*unit)->group->state() == ParamGroup::State::kSharded) gather_queue_.push_back(*unit);
-    if (sync_ && !(*unit)->group->trainable().empty()) reduce_queue_.push_back(*unit);
+  for (const auto& unit : units_) {
+    unit->arrived.assign(unit->group->trainable().size(), false);
+    unit->arrivals = unit->inputs_arrived = 0;
+    unit->ready = unit->complete = false;
   }
+  const auto reduces = [](const Unit& unit) { return unit.sync && !unit.group->trainable().empty(); };
+  for (auto unit = participants_.rbegin(); unit != participants_.rend(); ++unit) {
+    if ((*unit)->group->state() == ParamGroup::State::kSharded) gather_queue_.push_back(*unit);
+    if (reduces(**unit)) reduce_queue_.push_back(*unit);
+  }
+  for (const auto& unit : owing_) {
+    if (reduces(*unit) && !Contains(participants_, unit)) reduce_queue_.push_back(unit);
+  }
+  OrderGathers();
   torch::autograd::Engine::get_default_engine().queue_callback([weak = weak_from_this()] {
     if (const auto self = weak.lock()) self->EndBackward();
   });
+}
+
+// The order in which units are gathered is settled here; how early depends on what this rank's backward reaches.
+void Schedule::OrderGathers() {
+  const auto asked = [](const auto& unit) { return !unit->backward_prefetch.empty(); };
+  if (std::none_of(gather_queue_.begin(), gather_queue_.end(), asked)) return;
+  std::deque<std::shared_ptr<Unit>> ordered;
+  for (const auto& unit : gather_queue_) {
+    if (!Contains(ordered, unit)) ordered.push_back(unit);
+    for (const auto& weak : unit->backward_prefetch) {
+      const auto next = weak.lock();
+      if (next && Contains(gather_queue_, next) && !Contains(ordered, next)) ordered.push_back(next);
+    }
+  }
+  gather_queue_ = std::move(ordered);
 }
 
 void Schedule::BeforeBackward(const std::shared_ptr<Unit>& unit) {
@@ -128,18 +270,22 @@ void Schedule::BeforeBackward(const std::shared_ptr<Unit>& unit) {
   unit->on_backward();
 }
 
+void Schedule::StartGathersUntil(const std::shared_ptr<Unit>& unit) {
+  while (Contains(gather_queue_, unit)) {
+    const std::shared_ptr<Unit> next = gather_queue_.front();
+    gather_queue_.pop_front();
+    Naming(*next, "all-gather", [&] { next->group->StartGather(); });
+  }
+}
+
 void Schedule::UnshardForBackward(const std::shared_ptr<Unit>& unit) {
   BeginBackward();
-  if (Contains(gather_queue_, unit)) {
-    while (true) {
-      const std::shared_ptr<Unit> next = gather_queue_.front();
-      gather_queue_.pop_front();
-      next->group->StartGather();
-      if (next == unit) break;
-    }
+  StartGathersUntil(unit);
+  Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
+  for (const auto& weak : unit->backward_prefetch) {
+    if (const auto next = weak.lock()) StartGathersUntil(next);
   }
-  unit->group->Unshard();
-  if (backward_prefetch_ == BackwardPrefetch::kPre) PrefetchBackward();
+  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPre) PrefetchBackward();
 }
 
 // One gather ahead, never two: each holds a whole unit.
@@ -147,21 +293,49 @@ void Schedule::PrefetchBackward() {
   if (gather_queue_.empty() || (ahead_ && ahead_->group->state() == ParamGroup::State::kGathering)) return;
   ahead_ = gather_queue_.front();
   gather_queue_.pop_front();
-  ahead_->group->StartGather();
+  Naming(*ahead_, "all-gather", [&] { ahead_->group->StartGather(); });
+}
+
+void Schedule::WatchInputs(const std::shared_ptr<Unit>& unit, const std::vector<at::Tensor>& inputs) {
+  if (!unit->frozen) return;
+  for (const at::Tensor& input : inputs) {
+    if (!input.requires_grad()) continue;
+    ++unit->inputs;
+    input.register_hook([weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](const at::Tensor&) {
+      const auto self = weak.lock();
+      const auto alive = weak_unit.lock();
+      if (self && alive) self->InputArrived(alive);
+    });
+  }
+}
+
+void Schedule::InputArrived(const std::shared_ptr<Unit>& unit) {
+  BeginBackward();
+  ++unit->inputs_arrived;
+  FreeIfOver(*unit);
+}
+
+// A parameter that is trained has been used for the last time when its gradient arrives. A frozen one may still be needed
+// for the gradients of the unit's inputs.
+void Schedule::FreeIfOver(Unit& unit) {
+  if (!unit.reshard_after_backward || (!unit.complete && !unit.group->trainable().empty())) return;
+  if (unit.frozen && unit.inputs_arrived < unit.inputs) return;
+  unit.held = false;
+  unit.group->Reshard();
 }
 
 void Schedule::GradArrived(const std::shared_ptr<Unit>& unit, size_t slot) {
   BeginBackward();
-  unit->arrived.resize(unit->group->trainable().size(), false);
   if (unit->arrived[slot]) return;
   unit->arrived[slot] = true;
   if (++unit->arrivals < unit->arrived.size()) return;
   // All there. Should more come (a reentrant checkpoint runs backward piece by piece), they count anew.
   unit->arrived.assign(unit->arrived.size(), false);
   unit->arrivals = 0;
-  if (!unit->free_late) unit->group->Reshard();
-  if (backward_prefetch_ == BackwardPrefetch::kPost) PrefetchBackward();
-  if (!sync_) return;
+  unit->complete = true;
+  FreeIfOver(*unit);
+  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPost) PrefetchBackward();
+  if (!unit->sync) return;
   unit->ready = true;
   if (Contains(reduce_queue_, unit)) {
     LaunchReady();
@@ -181,26 +355,44 @@ void Schedule::LaunchReady() {
 void Schedule::Launch(const std::shared_ptr<Unit>& unit) {
   unit->ready = false;
   if (Contains(reducing_, unit)) AdvanceReductions(0);
-  unit->group->StartReduce();
+  const auto start = [&] { unit->group->StartReduce(); };
+  try {
+    Naming(*unit, "reduction", start);
+  } catch (const c10::DistBackendError&) {
+    throw;
+  } catch (const c10::Error&) {
+    // A gradient that can't be reduced. It is gone, so that this rank now joins with zeros, as its peers expect it to.
+    KeepError();
+    Naming(*unit, "reduction", start);
+  }
   reducing_.push_back(unit);
   AdvanceReductions(kReductionsInFlight);
+}
+
+void Schedule::KeepError() {
+  if (!error_) error_ = std::current_exception();
 }
 
 // All-reduces start in the order of the reductions, each when its reduce-scatter is over; results are taken in that order.
 void Schedule::AdvanceReductions(size_t keep) {
   for (const auto& unit : reducing_) {
-    unit->group->reducer().Advance(false);
+    Naming(*unit, "reduction", [&] { unit->group->reducer().Advance(false); });
     if (unit->group->reducer().scattering()) break;
   }
   while (!reducing_.empty()) {
     const std::shared_ptr<Unit> unit = reducing_.front();
     if (reducing_.size() > keep) {
       AwaitReduction(*unit);
-    } else if (!unit->group->reducer().Advance(false)) {
+    } else if (!Naming(*unit, "reduction", [&] { return unit->group->reducer().Advance(false); })) {
       break;
     }
     reducing_.pop_front();
-    if (!unit->group->reducer().Keep()) unit->on_reduced();
+    try {
+      if (!unit->group->reducer().Keep()) unit->on_reduced();
+    } catch (...) {
+      KeepError();
+      unit->group->reducer().Drop();
+    }
   }
 }
 
@@ -209,34 +401,42 @@ void Schedule::AdvanceReductions(size_t keep) {
 // computes it gives the reduction some time first, because every gather started early holds a unit's memory.
 void Schedule::AwaitReduction(const Unit& unit) {
   GradReducer& reducer = unit.group->reducer();
+  const auto advance = [&](bool wait) { return Naming(unit, "reduction", [&] { return reducer.Advance(wait); }); };
   auto patience = std::chrono::steady_clock::now() + kPatience;
   while (!gather_queue_.empty()) {
-    if (reducer.Advance(false)) return;
+    if (advance(false)) return;
     if (std::chrono::steady_clock::now() > patience) {
-      gather_queue_.front()->group->StartGather();
-      gather_queue_.pop_front();
+      const std::shared_ptr<Unit> next = gather_queue_.front();
+      StartGathersUntil(next);
       patience = std::chrono::steady_clock::now() + kPatience;
     }
     std::this_thread::sleep_for(kPause);
   }
-  reducer.Advance(true);
+  advance(true);
 }
 
 void Schedule::EndBackward() {
   // Gathers that this rank had no use for come first: peers may wait for them before they can join a reduction.
-  for (; !gather_queue_.empty(); gather_queue_.pop_front()) gather_queue_.front()->group->StartGather();
+  if (!gather_queue_.empty()) StartGathersUntil(gather_queue_.back());
   for (auto& unit : reduce_queue_) unit->ready = true;
   LaunchReady();
   AdvanceReductions(0);
   for (const auto& unit : units_) {
-    unit->group->Reshard();
+    if (unit->reshard_after_backward) Release(unit);
     if (!unit->group->trainable().empty()) unit->group->reducer().Join();
   }
+  // What was not reduced has to be, by a later backward and perhaps of units that it does not run.
+  for (const auto& unit : participants_) {
+    if (!Contains(owing_, unit)) owing_.push_back(unit);
+  }
+  std::erase_if(owing_, [](const auto& unit) {
+    return unit->group->trainable().empty() || (unit->sync && !unit->group->reducer().has_partial());
+  });
   ahead_.reset();
   in_backward_ = false;
-  // Under no_sync the gradients still have to be reduced, by a later backward and of units it may not run itself.
-  backward_done_ = sync_;
+  backward_done_ = true;
   on_backward_end_();
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void Schedule::Reset() {
@@ -244,15 +444,17 @@ void Schedule::Reset() {
     // All units: one whose result could not be taken has left reducing_ already.
     if (!unit->group->trainable().empty()) unit->group->reducer().Drop();
     if (in_backward_) unit->group->DropGrads();
+    Release(unit);
   }
+  if (in_backward_) owing_.clear();
   reducing_.clear();
   ahead_.reset();
   gather_queue_.clear();
   reduce_queue_.clear();
-  for (const auto& unit : units_) unit->group->Reshard();
-  depth_ = 0;
+  active_.clear();
   backward_done_ = backward_done_ || in_backward_;
   in_backward_ = false;
+  error_ = nullptr;
 }
 
 }  // namespace hsdp_ckpt

@@ -1,4 +1,6 @@
 // C++ exceptions to Python's: IoError becomes OSError with errno and filename, the others the package's own types.
+#include <torch/csrc/Exceptions.h>
+
 #include <cstring>
 
 #include "base/error.h"
@@ -32,6 +34,9 @@ void BindErrors(py::module_&) {
       Raise(ErrorType("CorruptCheckpointError")(error.what()));
     } catch (const Error& error) {
       Raise(ErrorType("CheckpointError")(error.what()));
+    } catch (const c10::Error&) {
+      // As torch's own functions raise it: without the C++ stack, unless TORCH_SHOW_CPP_STACKTRACES asks for it.
+      torch::translate_exception_to_python(pointer);
     }
   });
 }

@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "hsdp/param_group.h"
+#include "hsdp/peers.h"
 #include "hsdp/schedule.h"
 #include "kernels/batched_copy.h"
 #include "python/module.h"
@@ -21,6 +22,10 @@ void BindHsdp(py::module_& module) {
       .def(py::init<std::string, std::optional<std::string>, int64_t>(), py::arg("shard_group"), py::arg("replica_group"),
            py::arg("rank"))
       .def("set_reduce_groups", &Collectives::SetReduceGroups, py::arg("shard_group"), py::arg("replica_group"));
+
+  py::class_<Peers, std::shared_ptr<Peers>>(module, "Peers")
+      .def(py::init<std::string, std::vector<int64_t>>(), py::arg("group"), py::arg("ranks"))
+      .def("exchange", &Peers::Exchange, py::arg("words"), NoGil());
 
   py::class_<Unit, std::shared_ptr<Unit>>(module, "Unit")
       .def(py::init([](std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes, at::Device device,
@@ -55,6 +60,17 @@ void BindHsdp(py::module_& module) {
             unit.group->reduce_options().all_reduce_hook = std::move(hook);
           },
           py::arg("hook"))
+      .def_readwrite("name", &Unit::name)
+      .def_readwrite("sync", &Unit::sync)
+      .def_readwrite("reshard_after_forward", &Unit::reshard_after_forward)
+      .def_readwrite("reshard_after_backward", &Unit::reshard_after_backward)
+      .def_readonly("frozen", &Unit::frozen)
+      .def(
+          "set_prefetch",
+          [](Unit& unit, const std::vector<std::shared_ptr<Unit>>& units, bool forward) {
+            (forward ? unit.forward_prefetch : unit.backward_prefetch).assign(units.begin(), units.end());
+          },
+          py::arg("units"), py::arg("forward"))
       .def(
           "shard", [](Unit& unit, const std::vector<at::Tensor>& full) { return unit.group->ShardFull(full); },
           py::arg("full"), NoGil())
@@ -77,16 +93,18 @@ void BindHsdp(py::module_& module) {
           py::arg("targets"), py::arg("accumulate"), NoGil());
 
   py::class_<Schedule, std::shared_ptr<Schedule>>(module, "Schedule")
-      .def(py::init([](int backward_prefetch, std::function<void()> on_backward_end) {
-             return std::make_shared<Schedule>(static_cast<Schedule::BackwardPrefetch>(backward_prefetch),
-                                               std::move(on_backward_end));
+      .def(py::init([](int backward_prefetch, int64_t rank, std::shared_ptr<Peers> peers,
+                       std::function<void()> on_backward_end) {
+             return std::make_shared<Schedule>(static_cast<Schedule::BackwardPrefetch>(backward_prefetch), rank,
+                                               std::move(peers), std::move(on_backward_end));
            }),
-           py::arg("backward_prefetch"), py::arg("on_backward_end"))
+           py::arg("backward_prefetch"), py::arg("rank"), py::arg("peers"), py::arg("on_backward_end"))
       .def("add", &Schedule::Add, py::arg("unit"), py::arg("full"), py::arg("trainable"), NoGil())
-      .def("enter_forward", &Schedule::EnterForward, py::arg("unit"), py::arg("grad_enabled"), NoGil())
+      .def("enter_forward", &Schedule::EnterForward, py::arg("unit"), py::arg("grad_enabled"), py::arg("inputs"), NoGil())
       .def("leave_forward", &Schedule::LeaveForward, py::arg("unit"), py::arg("outputs"), NoGil())
       .def("abort_forward", &Schedule::AbortForward, py::arg("unit"), NoGil())
-      .def("set_sync", &Schedule::set_sync, py::arg("sync"))
+      .def("hold", &Schedule::Hold, py::arg("unit"), py::arg("wait"), NoGil())
+      .def("release", &Schedule::Release, py::arg("unit"), NoGil())
       .def("reset", &Schedule::Reset, NoGil());
 }
 
