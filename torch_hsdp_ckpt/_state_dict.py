@@ -1,7 +1,7 @@
 """State dicts of wrapped modules: sharded without a collective and without a copy, or whole.
 
-A mix-in of ``FullyShardedDataParallel``; the static methods are torch FSDP1's. ``_module_load.py`` loads, ``_full_state.py`` gathers,
-``_optim_state.py`` does the optimizer's side.
+A mix-in of ``FullyShardedDataParallel``; the static methods are torch FSDP1's. ``_module_load.py`` loads, ``_full_state.py``
+gathers, ``_optim_state.py`` does the optimizer's side.
 """
 
 from collections import OrderedDict
