@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all their set-up on a fresh machine; both are cheap to run again.
 #
 #   make demo            train, get killed in the middle of a save, resume
-#   make test            lint, build, GoogleTest and Catch2 through CTest, pytest
+#   make test            lint, build, GoogleTest and Catch2 through CTest, sanitizers, pytest
 #   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV), else the newest)
 #   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch, GPU tests, GPU benchmarks
 #   make sanitize        the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -33,7 +33,7 @@ test: lint build-tests
 
 # ---- set-up --------------------------------------------------------------------------------------------------------
 # What the machine's package manager has to bring: headers and libraries, no Python.
-DEBIAN_PACKAGES = g++ libgtest-dev libgmock-dev catch2 libisal-dev zlib1g-dev
+DEBIAN_PACKAGES = g++ libgtest-dev libgmock-dev catch2 libisal-dev zlib1g-dev clang
 
 .PHONY: system
 system:
@@ -82,7 +82,8 @@ sanitize: $(STAMP)
 	  -DHSDP_CKPT_SANITIZE=address,undefined >/dev/null && cmake --build build/sanitize -j 2 && \
 	  ctest --test-dir build/sanitize --no-tests=error --output-on-failure -j 2
 
-# libFuzzer over the parsers of untrusted bytes, with ASan and UBSan; needs clang. FUZZ_SECONDS in all.
+# libFuzzer over the parsers of untrusted bytes, with ASan and UBSan; needs clang. FUZZ_SECONDS in all;
+# new inputs stay in build/fuzz/corpus, from which the next run goes on.
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	$(IN) test/fuzz/run.sh $(FUZZ_SECONDS)

@@ -150,7 +150,8 @@ def _load(
             if type(planner) is not DefaultLoadPlanner or native.has_transforms:
                 return b"generic"
             try:
-                work = _plan(state_dict, reader, planner, native, agreement.is_coordinator)
+                direct = mode != "off" or agreement.size == 1
+                work = _plan(state_dict, reader, planner, native, agreement.is_coordinator, direct)
             except FileNotFoundError as error:
                 missing = error
                 return b"gone"
@@ -211,9 +212,25 @@ def _plan(
     planner: DefaultLoadPlanner,
     native: _C.LoadPlanner,
     is_coordinator: bool,
+    direct: bool,
 ) -> _Work | None:
-    """What DCP's default planner plans, without its objects; None for tensors of kinds that are left to it. All files are open
-    when this returns, so that a save can't take them away any more."""
+    """All files are open when this returns, so that a save can't take them away any more. None: see items_of."""
+    planned = items_of(state_dict, planner, native, is_coordinator)
+    if planned is None:
+        return None
+    sharded, others, names = planned
+    files = _C.CheckpointReader(str(reader.path), direct)
+    objects = list(zip(names, native.objects(names), strict=True))
+    files.open([place[0] for _, place in objects], read_threads())
+    return _Work(prepare_items(files, reader.path, sharded), prepare_items(files, reader.path, others), objects, planner, files)
+
+
+def items_of(
+    state_dict: dict[str, Any], planner: DefaultLoadPlanner, native: _C.LoadPlanner, is_coordinator: bool
+) -> tuple[list[Item], list[Item], list[str]] | None:
+    """What DCP's default planner plans, without its objects: the records for DTensors, for other tensors, and the names of
+    objects; None where there are tensors of kinds that are left to that planner. Raises CheckpointError for keys and shapes
+    that the checkpoint has not, CorruptCheckpointError for chunks that do not cover a tensor once."""
     planner.set_up_planner(state_dict, None, is_coordinator)
     if planner.flatten_state_dict:
         _fit_old_names(planner, native)
@@ -254,7 +271,6 @@ def _plan(
         boxes.append((name, offsets, sizes))
         targets.append(target)
         is_sharded.append(isinstance(value, DTensor))
-    files = _C.CheckpointReader(str(reader.path))
     sets: tuple[list[Item], list[Item]] = [], []
     for (name, _, sizes), target, sharded, parts in zip(boxes, targets, is_sharded, native.plan(boxes), strict=True):
         for path, offset, length, in_record, in_box, part in parts:
@@ -263,10 +279,7 @@ def _plan(
                 for dim, (start, count) in enumerate(zip(in_box, part, strict=True)):
                     piece = piece.narrow(dim, start, count)
             sets[not sharded].append(Item(name, path, offset, length, in_record, part, piece))
-    objects = list(zip(names, native.objects(names), strict=True))
-    files.open([place[0] for _, place in objects], read_threads())
-    sharded_work, others = (prepare_items(files, reader.path, items) for items in sets)
-    return _Work(sharded_work, others, objects, planner, files)
+    return *sets, names
 
 
 def _fit_old_names(planner: DefaultLoadPlanner, native: _C.LoadPlanner) -> None:

@@ -39,7 +39,7 @@ std::vector<uint32_t> CheckpointReader::Open(std::span<const std::string> names,
   }
   std::vector<std::unique_ptr<ShardFileReader>> opened(missing.size());
   ParallelFor(missing.size(), threads,
-              [&](size_t i) { opened[i] = std::make_unique<ShardFileReader>(fs_, directory_, missing[i]); });
+              [&](size_t i) { opened[i] = std::make_unique<ShardFileReader>(fs_, directory_, missing[i], direct_); });
   for (auto& file : opened) files_.push_back(std::move(file));
   numbers_.merge(added);
   std::vector<uint32_t> out;

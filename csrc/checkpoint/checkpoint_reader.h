@@ -41,7 +41,9 @@ struct ItemAnswer {
 /// Open files stay readable when a save removes them. Not thread-safe; plans made of `files` are.
 class CheckpointReader {
  public:
-  CheckpointReader(FileSystem& fs, std::string directory) : fs_(fs), directory_(std::move(directory)) {}
+  /// `direct`: past the page cache where a file is not in it; not for processes of one host that read the same bytes.
+  CheckpointReader(FileSystem& fs, std::string directory, bool direct)
+      : fs_(fs), directory_(std::move(directory)), direct_(direct) {}
 
   /// Opens those files that are not open yet, with up to `threads` threads, and numbers them in the order they came.
   /// Throws what ShardFileReader throws; then none of the new ones is open.
@@ -56,6 +58,7 @@ class CheckpointReader {
 
   FileSystem& fs_;
   std::string directory_;
+  bool direct_;
   std::unordered_map<std::string, uint32_t> numbers_;
   std::vector<std::unique_ptr<ShardFileReader>> files_;
 };

@@ -41,10 +41,10 @@ void Want(const PayloadRead& read, int64_t begin, int64_t end, Segment& segment,
 
 }  // namespace
 
-ShardFileReader::ShardFileReader(FileSystem& fs, const std::string& directory, const std::string& name)
+ShardFileReader::ShardFileReader(FileSystem& fs, const std::string& directory, const std::string& name, bool direct)
     : file_(OpenData(fs, directory, name)), size_(file_.Size()) {
   try {
-    direct_ = File::OpenInside(fs, directory, name, OpenMode::kReadDirect);
+    if (direct) direct_ = File::OpenInside(fs, directory, name, OpenMode::kReadDirect);
   } catch (const IoError& error) {
     if (error.error_number() != EINVAL && error.error_number() != EOPNOTSUPP) throw;
   }

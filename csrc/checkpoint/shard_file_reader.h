@@ -62,7 +62,8 @@ struct SegmentList {
 class ShardFileReader {
  public:
   /// `name` is relative to `directory` and may not lead out of it. Throws IoError, CorruptionError, Error.
-  ShardFileReader(FileSystem& fs, const std::string& directory, const std::string& name);
+  /// `direct`: past the page cache where the file system allows it.
+  ShardFileReader(FileSystem& fs, const std::string& directory, const std::string& name, bool direct = true);
 
   bool has_index() const { return index_.has_value(); }
   const FileIndex& index() const { return *index_; }

@@ -105,10 +105,10 @@ void BindReader(py::module_& module) {
           py::arg("piece"), py::arg("buffer"), released)
       .def("finish", &ReadPlan::Finish, released);
   py::class_<CheckpointReader>(module, "CheckpointReader")
-      .def(py::init([](const std::string& directory) {
-             return std::make_unique<CheckpointReader>(PosixFileSystem(), directory);
+      .def(py::init([](const std::string& directory, bool direct) {
+             return std::make_unique<CheckpointReader>(PosixFileSystem(), directory, direct);
            }),
-           py::arg("directory"))
+           py::arg("directory"), py::arg("direct"))
       .def(
           "open", [](CheckpointReader& reader, const Names& names, int threads) { return reader.Open(names, threads); },
           py::arg("names"), py::arg("threads"), released)

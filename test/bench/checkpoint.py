@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 RANKS, REPLICAS = 4, 2
 SHARDS = RANKS // REPLICAS
 REQUEST = 8 << 20
-SYSTEMS = ("limit", "pread", "dcp", "dcp, 2 threads", "ours")
+SYSTEMS = ("limit", "pread", "dcp", "dcp, 2 threads", "ours under dcp", "ours")
 Readings = dict[tuple[str, str], list[dict[str, Any]]]
 
 
@@ -99,7 +99,7 @@ def pread_load(path: Path, share: int, targets: list[memoryview]) -> None:
 
 
 def save(system: str, state: dict[str, Any], path: Path) -> None:
-    if system == "ours":
+    if system.startswith("ours"):
         import torch_hsdp_ckpt
 
         dcp.save(state, storage_writer=torch_hsdp_ckpt.FileSystemWriter(str(path)))
@@ -108,10 +108,13 @@ def save(system: str, state: dict[str, Any], path: Path) -> None:
 
 
 def load(system: str, state: dict[str, Any], path: Path) -> None:
-    if system == "ours":
+    if system.startswith("ours"):
         import torch_hsdp_ckpt
 
-        dcp.load(state, storage_reader=torch_hsdp_ckpt.FileSystemReader(str(path)))
+        if system == "ours":
+            torch_hsdp_ckpt.load(state, checkpoint_id=str(path))
+        else:
+            dcp.load(state, storage_reader=torch_hsdp_ckpt.FileSystemReader(str(path)))
     else:
         dcp.load(state, storage_reader=dcp.FileSystemReader(path))
 

@@ -1,6 +1,6 @@
 """Runs the benchmarks: torch's ways and ours in one run; medians and ranges; ``results/<name>.md`` with the machine named.
 
-usage: python test/bench/run.py [--quick] [--gpu] [--systems dcp,ours] [--dir DIR] [checkpoint|step|state_dict|kernels ...]
+usage: python test/bench/run.py [--quick] [--gpu] [--systems dcp,ours] [--dir DIR] [checkpoint|load_planning|step|... ...]
 
 Times move with the machine, ratios within one run count. ``--quick`` is small: it shows that everything runs.
 """
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
 import checkpoint  # noqa: E402
+import load_planning  # noqa: E402
 import state_dict  # noqa: E402
 import step  # noqa: E402
 import systems  # noqa: E402
@@ -61,8 +62,13 @@ def run_kernels(args: argparse.Namespace) -> str:
     return f"One CPU thread; MiB read and written.\n\n{output.stdout}"
 
 
+def run_load_planning(args: argparse.Namespace) -> str:
+    return load_planning.measure(args.quick)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "checkpoint": run_checkpoint,
+    "load_planning": run_load_planning,
     "step": run_step,
     "state_dict": run_state_dict,
     "kernels": run_kernels,
