@@ -46,6 +46,7 @@ class LocalState:
         self.tensors: list[tuple[str, Tensor]] = []
         self.objects: list[str] = []
         self.rest: list[str] = []
+        self._mesh_keys: dict[int, tuple[Any, ...]] = {}
         self.shardings: dict[tuple[int, tuple[Placement, ...]], tuple[DeviceMesh, tuple[int, ...] | None]] = {}
         for name, value in self.state.items():
             self._sort(name, value)
@@ -86,12 +87,19 @@ class LocalState:
     def digests(self) -> bytes:
         """Two digests: equal on two ranks if they hold the same DTensors, and if they hold the same other values."""
         sharded = [
-            (name, str(t.dtype), tuple(t.shape), *_mesh_key(self.sharding_of(t)[0]), self.sharding_of(t)[1], self._path(name))
+            (name, str(t.dtype), tuple(t.shape), *self._mesh_key(t.device_mesh), self.sharding_of(t)[1], self._path(name))
             for name, t in self.dtensors
         ]
         others = [(name, str(t.dtype), tuple(t.shape), self._path(name)) for name, t in self.tensors]
         others += [(name, type(self.state[name]).__qualname__, (), self._path(name)) for name in self.objects]
         return _digest(sharded) + _digest(others)
+
+    def _mesh_key(self, mesh: DeviceMesh) -> tuple[Any, ...]:
+        if (key := self._mesh_keys.get(id(mesh))) is None:
+            ranks = mesh.mesh
+            digest = hashlib.blake2b(ranks.numpy().tobytes(), digest_size=DIGEST_BYTES).digest()
+            key = self._mesh_keys[id(mesh)] = (tuple(ranks.shape), digest)
+        return key
 
     def _path(self, name: str) -> Any:
         return None if self.paths is None else self.paths[name]
@@ -108,14 +116,6 @@ class LocalState:
             if not isinstance(value, DTensor) or value.device_mesh.get_coordinate() is not None:
                 items += _helpers._create_write_items(name, value)
         return items
-
-
-def _mesh_key(mesh: DeviceMesh) -> tuple[Any, ...]:
-    return (tuple(mesh.mesh.shape), _ranks_digest(mesh))
-
-
-def _ranks_digest(mesh: DeviceMesh) -> bytes:
-    return hashlib.blake2b(mesh.mesh.numpy().tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
 def _digest(values: list[Any]) -> bytes:
