@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
 )
 
 from ._build import build_info
+from ._fully_shard import FSDPModule, fully_shard, register_fsdp_forward_method
 from ._load import load
 from ._result import SaveResult
 from ._save import save
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "CorruptCheckpointError",
+    "FSDPModule",
     "FileSystemReader",
     "FileSystemWriter",
     "FullOptimStateDictConfig",
@@ -51,7 +53,9 @@ __all__ = [
     "StateDictType",
     "VerifyReport",
     "build_info",
+    "fully_shard",
     "load",
+    "register_fsdp_forward_method",
     "save",
     "verify",
 ]

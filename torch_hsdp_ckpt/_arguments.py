@@ -1,40 +1,40 @@
-"""What the wrapper's arguments mean, and clear words for those that can't be served."""
+"""The constructors' arguments: what they mean, and clear words for those that can't be served."""
 
-from collections.abc import Callable
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffload, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp import CPUOffload, ShardingStrategy
 
 _TWO_D = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 _ONE_D = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
+_NAMES = ("replicate", "shard")
 
 
-def check_arguments(
-    module: nn.Module,
-    cpu_offload: CPUOffload | None,
-    mixed_precision: MixedPrecision | None,
-    param_init_fn: Callable[[nn.Module], None] | None,
-    use_orig_params: bool,
-) -> None:
-    """Raises ValueError for what this version doesn't serve, TypeError for what is no module."""
+def check_module(module: nn.Module, face: str) -> None:
+    """Raises TypeError for what is no module, ValueError where there is nothing to run or nobody to talk to."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"FullyShardedDataParallel wraps an nn.Module, not a {type(module).__name__}")
+        raise TypeError(f"{face} wraps an nn.Module, not a {type(module).__name__}")
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("FullyShardedDataParallel needs a process group: call torch.distributed.init_process_group first")
+        raise ValueError(f"{face} needs a process group: call torch.distributed.init_process_group first")
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         raise ValueError(f"a {type(module).__name__} has no forward to gather for: wrap its items, or the module around it")
-    if cpu_offload is not None and cpu_offload.offload_params:
-        raise ValueError("cpu_offload is not served: pass None, or build the mesh on 'cpu'")
-    if mixed_precision is not None and mixed_precision != MixedPrecision():
-        raise ValueError("mixed_precision is not served yet: pass None and use torch.autocast, or convert the module's dtype")
-    if param_init_fn is not None:
-        raise ValueError("param_init_fn is not served yet: materialise the module with module.to_empty and its own init first")
-    if not use_orig_params:
-        raise ValueError("parameters always are the module's own here: leave use_orig_params out, or pass True")
+
+
+def check_offload(offload: bool, mesh: DeviceMesh) -> None:
+    """On a CPU mesh parameters and gradients are where offloading would put them; elsewhere it is refused."""
+    if offload and mesh.device_type != "cpu":
+        raise ValueError(
+            f"offloading parameters to the CPU is not served on a {mesh.device_type} mesh: leave it out, or "
+            "build the mesh on 'cpu'"
+        )
+
+
+def offloads(cpu_offload: CPUOffload | bool | None) -> bool:
+    return cpu_offload is True or (isinstance(cpu_offload, CPUOffload) and cpu_offload.offload_params)
 
 
 def ignored_parameters(module: nn.Module, items: list[Any]) -> set[nn.Parameter]:
@@ -59,22 +59,25 @@ def mesh_for(
     mesh: DeviceMesh | None,
     device_id: int | torch.device | None,
 ) -> tuple[DeviceMesh, ShardingStrategy]:
-    """The mesh and the strategy that the arguments mean together."""
+    """The mesh and the strategy that the arguments mean together. Collective where groups have to be made for them."""
     if mesh is not None and process_group is not None:
         raise ValueError("pass device_mesh or process_group, not both")
-    if strategy is ShardingStrategy.NO_SHARD:
-        raise ValueError("NO_SHARD is not served: HYBRID_SHARD on a mesh of shape (world_size, 1) keeps whole parameters")
     if mesh is None:
+        device_type = _device_type(module, device_id)
+        if strategy is None and isinstance(process_group, tuple):
+            strategy = ShardingStrategy.HYBRID_SHARD
         if strategy in _TWO_D:
+            mesh = _mesh_of_two(process_group, device_type, strategy)
+        elif isinstance(process_group, tuple):
             raise ValueError(
-                f"{strategy.name} needs device_mesh=init_device_mesh(device_type, (replicas, shards), "
-                "mesh_dim_names=('replicate', 'shard'))"
+                f"{strategy.name if strategy else 'this strategy'} takes one process group; a pair (shard group, replica "
+                "group) goes with HYBRID_SHARD"
             )
-        if isinstance(process_group, tuple):
-            raise ValueError("process_group is one group; for replicas and shards pass a 2-D device_mesh")
-        mesh = _mesh_of_group(module, process_group, device_id)
-    if mesh.ndim not in (1, 2):
-        raise ValueError(f"device_mesh has {mesh.ndim} dimensions: 1 (shards) or 2 (replicas, shards) are served; {mesh}")
+        else:
+            mesh = _mesh_of_one(process_group, device_type)
+    check_mesh(mesh)
+    if strategy is ShardingStrategy.NO_SHARD:
+        return _unsharded(mesh), strategy
     suggested = ShardingStrategy.HYBRID_SHARD if mesh.ndim == 2 else ShardingStrategy.FULL_SHARD
     strategy = strategy or suggested
     if strategy not in (_TWO_D if mesh.ndim == 2 else _ONE_D):
@@ -82,11 +85,70 @@ def mesh_for(
     return mesh, strategy
 
 
-def _mesh_of_group(module: nn.Module, group: Any, device_id: int | torch.device | None) -> DeviceMesh:
-    parameter = next(module.parameters(), None)
-    device_type = parameter.device.type if parameter is not None else "cpu"
+def check_mesh(mesh: DeviceMesh) -> None:
+    """One or two dimensions, and this rank in it."""
+    if mesh.ndim not in (1, 2):
+        raise ValueError(f"device_mesh has {mesh.ndim} dimensions: 1 (shards) or 2 (replicas, shards) are served; {mesh}")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is not in device_mesh, and only its ranks can wrap modules on it; {mesh}")
+
+
+def _device_type(module: nn.Module, device_id: int | torch.device | None) -> str:
     if device_id is not None:
-        device_type = device_id.type if isinstance(device_id, torch.device) else "cuda"
+        return device_id.type if isinstance(device_id, torch.device) else "cuda"
+    kinds = {parameter.device.type for parameter in module.parameters()} - {"meta"}
+    if kinds:
+        return sorted(kinds)[0]
+    return "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()) else "cpu"
+
+
+def _mesh_of_one(group: Any, device_type: str) -> DeviceMesh:
     if group is None:
-        return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-    return DeviceMesh.from_group(group, device_type, mesh_dim_names=("shard",))
+        return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=_NAMES[1:])
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=_NAMES[1:])
+
+
+def _mesh_of_two(groups: Any, device_type: str, strategy: ShardingStrategy) -> DeviceMesh:
+    """``groups``: (this rank's shard group, its replica group), as torch's FSDP takes them; None: a host's ranks shard."""
+    if groups is None:
+        world = dist.get_world_size()
+        shards = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or (torch.cuda.device_count() if device_type == "cuda" else 0)
+        if shards < 1 or world % shards:
+            raise ValueError(
+                f"{strategy.name} without device_mesh and process_group shards over the ranks of a host, whose number is not "
+                f"known here or does not divide {world} ranks (LOCAL_WORLD_SIZE={os.environ.get('LOCAL_WORLD_SIZE')}): pass "
+                "device_mesh=init_device_mesh(device_type, (replicas, shards), mesh_dim_names=('replicate', 'shard'))"
+            )
+        return init_device_mesh(device_type, (world // shards, shards), mesh_dim_names=_NAMES)
+    if not isinstance(groups, (tuple, list)) or len(groups) != 2:
+        raise ValueError(
+            f"{strategy.name} needs two process groups, process_group=(shard group, replica group), or a 2-D device_mesh"
+        )
+    shard_group, replica_group = groups
+    own = dist.get_process_group_ranks(shard_group)
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
+    rows = [torch.empty(len(own), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(replica_group))]
+    dist.all_gather(rows, torch.tensor(own, device=device), group=replica_group)
+    ranks = torch.stack(rows).cpu()
+    column = dist.get_process_group_ranks(replica_group)
+    if dist.get_rank() not in ranks or ranks[:, own.index(dist.get_rank())].tolist() != column:
+        raise ValueError(
+            f"the pair of process groups makes no mesh: rank {dist.get_rank()} has shard group {own} and replica group "
+            f"{column}, whose members' shard groups are {ranks.tolist()}. Ranks at the same place of their shard groups "
+            "must be replicas"
+        )
+    return DeviceMesh.from_group([replica_group, shard_group], device_type, mesh=ranks, mesh_dim_names=_NAMES)
+
+
+def _unsharded(mesh: DeviceMesh) -> DeviceMesh:
+    """NO_SHARD: every rank of ``mesh`` is a replica with a shard group of its own."""
+    if mesh.ndim == 2:
+        if mesh.size(1) == 1:
+            return mesh
+        raise ValueError(f"NO_SHARD replicates over a 1-D device_mesh, or a 2-D one of shape (ranks, 1); this is {mesh}")
+    if mesh.size() == dist.get_world_size():
+        return init_device_mesh(mesh.device_type, (mesh.size(), 1), mesh_dim_names=_NAMES)
+    alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return DeviceMesh.from_group(
+        [mesh.get_group(), alone], mesh.device_type, mesh=mesh.mesh.reshape(-1, 1), mesh_dim_names=_NAMES
+    )

@@ -80,6 +80,7 @@ class ShardedUnit:
         reduce_dtype: torch.dtype | None = None,
         keep_low_precision_grads: bool = False,
     ) -> None:
+        self.summoned = False
         self.mesh = mesh
         self.device = device
         self.names = [name for name, _ in slots]
@@ -211,6 +212,10 @@ class ShardedUnit:
 
         Raises RuntimeError for a parameter that somebody has put into the module since it was wrapped.
         """
+        if self.summoned:
+            raise RuntimeError(
+                f"module {self.core.name} can't run while its full parameters are summoned: leave summon_full_params first"
+            )
         if not self._showing_full and not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
             self._raise_replaced()
         if self._flags != [p.requires_grad for p in self.sharded] and self.schedule is not None:
@@ -225,6 +230,28 @@ class ShardedUnit:
                     "the wrapper can't follow: replace it before, copy values into it (with torch.no_grad()), or use "
                     "load_state_dict(assign=True)"
                 )
+
+    def summon(self, full: list[nn.Parameter]) -> None:
+        """Puts whole parameters into the module until ``dismiss``; none: leaves the sharded ones there."""
+        self.show_sharded()
+        self.summoned = True
+        for places, parameter in zip(self.slots, full, strict=False):
+            for slot in places:
+                slot.put(parameter)
+
+    def dismiss(self) -> list[torch.Tensor]:
+        """Ends ``summon``; returns what the slots held in the meantime."""
+        held = [cast(torch.Tensor, places[0].module._parameters[places[0].name]) for places in self.slots]
+        self.summoned = False
+        self._showing_full = True
+        self.show_sharded()
+        return held
+
+    def write_rows(self, whole: torch.Tensor, sharded: torch.Tensor) -> None:
+        """Copies this rank's rows of ``whole`` (the parameter's shape) into ``sharded``."""
+        local, shards = local_of(sharded), self.mesh.size(self.mesh.ndim - 1)
+        first = min(-(-whole.shape[0] // shards) * self.mesh.get_local_rank(self.mesh.ndim - 1), whole.shape[0])
+        local.copy_(whole.narrow(0, first, local.shape[0]))
 
     def release(self) -> None:
         """Lets go of gradients kept for reuse: ``_apply`` swaps tensors in place, which nobody else may hold then."""
@@ -339,3 +366,36 @@ class ShardedUnit:
         self.core.write_grads(targets, [gradients[i] is not None for i in range(len(parameters))])
         for i in missing:
             parameters[i].grad = self._dtensor(fresh[i], self._grad_spec(self._trainable[i]))
+
+
+def device_of(mesh: DeviceMesh, device_id: int | torch.device | None) -> torch.device:
+    if isinstance(device_id, torch.device) and device_id.type != mesh.device_type:
+        raise ValueError(f"device_id is {device_id} and device_mesh is on {mesh.device_type}: pass devices of one type")
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    if isinstance(device_id, torch.device) and device_id.index is not None:
+        return device_id
+    if isinstance(device_id, int):
+        return torch.device(mesh.device_type, device_id)
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def own_slots(modules: list[nn.Module], ignored: set[nn.Parameter]) -> list[tuple[str, list[Slot]]]:
+    """The parameters that no wrapper below holds, in the order of the modules, each with all its places."""
+    found: dict[int, tuple[str, list[Slot]]] = {}
+
+    def visit(owner: nn.Module, prefix: str, seen: set[nn.Module]) -> None:
+        if owner in seen or "_hsdp_runner" in owner.__dict__:
+            return
+        seen.add(owner)
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter not in ignored:
+                found.setdefault(id(parameter), (prefix + name, []))[1].append(Slot(owner, name))
+        for name, child in owner._modules.items():
+            if child is not None:
+                visit(child, f"{prefix}{name}.", seen)
+
+    seen: set[nn.Module] = set()
+    for module in modules:
+        visit(module, "", seen)
+    return list(found.values())

@@ -6,19 +6,23 @@ gathered for forward and backward and freed after; gradients are averaged over a
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import BackwardPrefetch, CPUOffload, MixedPrecision, ShardingStrategy
-from torch.distributed.tensor import DTensor
 
-from ._arguments import check_arguments, ignored_parameters, mesh_for
-from ._root import Root, flat_tensors
+from ._arguments import check_module, check_offload, ignored_parameters, mesh_for, offloads
+from ._clip import clip_grad_norm
+from ._materialize import materialize, move, synchronize
+from ._precision import Precision
+from ._root import Root
+from ._runner import Runner, named_runners
 from ._state_dict import StateDictMixin
-from ._unit import ShardedUnit, Slot
+from ._summon import summon
+from ._unit import ShardedUnit, device_of, own_slots
 from ._wrap import auto_wrap
 
 WRAPPED = "_checkpoint_wrapped_module"
@@ -29,26 +33,33 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     """Shards ``module``'s parameters over ``device_mesh`` and runs it, with torch FSDP1's constructor.
 
     ``device_mesh``: 2-D, dim 0 replicas and dim 1 shards, for ``HYBRID_SHARD`` and ``_HYBRID_SHARD_ZERO2``; 1-D for
-    ``FULL_SHARD`` and ``SHARD_GRAD_OP``. Without it ``process_group`` (or the default group) makes a 1-D mesh.
+    ``FULL_SHARD`` and ``SHARD_GRAD_OP``. ``process_group`` makes it instead: one group for a 1-D mesh (None: the default one),
+    (shard group, replica group) for a 2-D one (None: the ranks of a host are the shards, by LOCAL_WORLD_SIZE).
     ``sharding_strategy``: None means what the mesh suggests. ``_ZERO2`` and ``SHARD_GRAD_OP`` keep the full parameters from
-    forward to backward.
+    forward to backward. ``NO_SHARD``: every rank holds all; the mesh becomes (ranks, 1).
+    ``cpu_offload``: taken on a CPU mesh, where parameters and gradients are there anyway.
     ``auto_wrap_policy``: as torch's; each module it picks becomes a unit of its own, the rest belongs to this one.
+    ``CustomPolicy`` may give a unit other arguments than the rest.
     ``backward_prefetch``: the next unit's gather starts before (PRE) or after (POST) this one's gradients, or not ahead (None).
     ``forward_prefetch``, ``limit_all_gathers``: the next gather is always started ahead, and never more than that one.
+    ``mixed_precision``: as torch's; with ``auto_wrap_policy`` the classes it excepts (BatchNorm) become units in float32.
     ``ignored_modules``, ``ignored_states``: stay plain parameters, in neither gathers nor reductions.
+    ``param_init_fn``: gives modules on the meta device memory and values; without it ``to_empty`` and ``reset_parameters``.
     ``device_id``: the module is moved there first. ``sync_module_states``: the first rank's values are sent to all.
+    ``use_orig_params``: parameters always are the module's own here, as with True; False asks for less and is taken.
 
     Numbers are those of torch's ``fully_shard`` on the same mesh: gradients are averaged over shards, then over replicas, a
     shard group of one included. A parameter that no rank's backward has reached keeps ``grad`` as it was.
 
-    All ranks must construct, run forward and run backward in the same order, as with torch's wrappers.
+    All ranks must construct, run forward and run backward in the same order, as with torch's wrappers; ranks that don't get
+    a RuntimeError that names rank and module.
     Raises ValueError for arguments that contradict each other or are not served, naming what to use instead.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         sharding_strategy: ShardingStrategy | None = None,
         cpu_offload: CPUOffload | None = None,
         auto_wrap_policy: Callable[..., bool] | Any | None = None,
@@ -64,96 +75,115 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         ignored_states: Iterable[nn.Parameter] | Iterable[nn.Module] | None = None,
         device_mesh: DeviceMesh | None = None,
     ) -> None:
-        check_arguments(module, cpu_offload, mixed_precision, param_init_fn, use_orig_params)
+        check_module(module, "FullyShardedDataParallel")
         not_ours: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]  # once: they may be generators
         ignored = ignored_parameters(module, not_ours)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
+        check_offload(offloads(cpu_offload), mesh)
         super().__init__()
-        device = _device(mesh, device_id)
+        device = device_of(mesh, device_id)
         if device_id is not None:
-            module.to(device)
-        if sync_module_states:
-            _sync(module, mesh, ignored)
+            move(module, device)
+        skip = {item for item in not_ours if isinstance(item, nn.Module)}
         if auto_wrap_policy is not None:
             options: dict[str, Any] = {
                 "sharding_strategy": strategy,
                 "backward_prefetch": backward_prefetch,
+                "mixed_precision": mixed_precision,
                 "ignored_states": ignored,
+                "param_init_fn": param_init_fn,
+                "sync_module_states": sync_module_states,
                 "device_mesh": mesh,
             }
-            skip = {item for item in not_ours if isinstance(item, nn.Module)}
-            auto_wrap(module, auto_wrap_policy, skip, ignored, lambda inner: FullyShardedDataParallel(inner, **options))
+            excepted = tuple(mixed_precision._module_classes_to_ignore) if mixed_precision is not None else ()
+            auto_wrap(module, auto_wrap_policy, skip, ignored, excepted, lambda inner, own: _inner(inner, options, own))
+        materialize(module, param_init_fn, device, {inner for m in skip for inner in m.modules()}, ignored)
+        if sync_module_states:
+            synchronize(module, mesh, ignored)
         self.device_mesh = mesh
         self.sharding_strategy = strategy
-        self._prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[backward_prefetch]
-        self._root: Root | None = None
+        precision = Precision.of(mixed_precision)
         reshard = strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
-        self._unit = ShardedUnit(_own_slots(module, ignored), mesh, device, reshard)
+        self._unit = ShardedUnit(own_slots([module], ignored), mesh, device, reshard, *precision.of_unit())
         self._checkpoint_wrapped_module = module
+        prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[backward_prefetch]
+        self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__)
         self._init_state_dict()
 
     # -- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's forward. If it raises, the full parameters are freed and the wrapper can be used again."""
-        root, unit = self._root, self._unit
-        if root is None:
-            root = self._make_root()
-        unit.before_use()
-        try:
-            watched = flat_tensors((args, kwargs)) if unit.core.frozen else ()
-            root.schedule.enter_forward(unit.core, torch.is_grad_enabled(), watched)
-            unit.show_full()
-            outputs = self._checkpoint_wrapped_module(*args, **kwargs)
-            root.schedule.leave_forward(unit.core, flat_tensors(outputs))
-        except BaseException:
-            unit.show_sharded()
-            root.schedule.abort_forward(unit.core)
-            raise
-        if not root.in_backward():
-            unit.show_sharded()
-        return outputs
+        return self._runner.run(self._checkpoint_wrapped_module, args, kwargs)
 
-    def _make_root(self) -> Root:
-        """At the first call of an outermost wrapper: one schedule for all wrappers below. Collective over the mesh."""
-        wrappers = self.fsdp_modules(self)
-        if any(wrapper._root is not None for wrapper in wrappers):
-            raise RuntimeError(
-                "a wrapped module has been run on its own before the wrapper around it: call the outermost module first"
-            )
-        for name, module in self.named_modules():
-            if isinstance(module, FullyShardedDataParallel):
-                kind = type(module._checkpoint_wrapped_module).__name__
-                module._unit.core.name = f"{(name + '.').replace(_PREFIX, '').strip('.') or '(outermost)'} ({kind})"
-                module._unit.core.set_name(module._unit.core.name)
-        root = Root([wrapper._unit for wrapper in wrappers], self._prefetch)
-        for wrapper in wrappers:
-            wrapper._root = root
-        return root
+    @property
+    def _root(self) -> Root | None:  # type: ignore[override]
+        return self._runner.root
+
+    def _root_of_all(self) -> Root:
+        return self._runner.root or self._runner.make_root()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backwards inside keep their gradients, full size, on this rank; the first one outside reduces the sum."""
-        root = self._root or self._make_root()
-        before = [(unit.core, unit.core.sync) for unit in root.units]
-        for core, _ in before:
+        cores = [unit.core for unit in self._root_of_all().units]
+        before = [core.sync for core in cores]
+        for core in cores:
             core.sync = False
         try:
             yield
         finally:
-            for core, sync in before:
+            for core, sync in zip(cores, before, strict=True):
                 core.sync = sync
 
+    def check_is_root(self) -> bool:
+        """Whether this is the outermost wrapper. Before any forward the one that is asked becomes it, as in torch."""
+        return self._root_of_all().units[0] is self._unit
+
+    @staticmethod
+    @contextmanager
+    def summon_full_params(
+        module: nn.Module,
+        recurse: bool = True,
+        writeback: bool = True,
+        rank0_only: bool = False,
+        offload_to_cpu: bool = False,
+        with_grads: bool = False,
+    ) -> Iterator[None]:
+        """Within the block the module's parameters are whole, plain and in full precision; forward and backward are refused.
+
+        Collective. ``recurse``: also of the wrappers inside ``module``. ``writeback``: changes go into the shards at the end,
+        from each rank its own rows. ``rank0_only``: only rank 0 sees whole parameters; the others keep their shards (not with
+        ``writeback``: NotImplementedError). ``offload_to_cpu``: the whole parameters are on the CPU. ``with_grads``: the
+        gradients are whole too, and written back likewise; else they are None.
+        """
+        runners = [runner for _, runner in named_runners(module)]
+        if not recurse:
+            own = module._runner if isinstance(module, FullyShardedDataParallel) else None
+            runners = [runner for runner in runners if runner is own]
+        with summon(runners, writeback, rank0_only, offload_to_cpu, with_grads):
+            yield
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> "FullyShardedDataParallel":
+        """``nn.Module.apply`` on whole parameters, one wrapper after the other; what ``fn`` changes is kept. Collective."""
+        with FullyShardedDataParallel.summon_full_params(self, recurse=False, writeback=True):
+            return super().apply(fn)
+
+    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> NoReturn:
+        """Not served: gradients are packed, reduced and taken in C++. Raises NotImplementedError that says what to use."""
+        raise NotImplementedError(
+            "register_comm_hook is not served: for reductions in low precision pass MixedPrecision(reduce_dtype=...); for "
+            "other schemes use fully_shard and its set_all_reduce_hook"
+        )
+
     def _reset(self) -> None:
-        if self._root is not None:
-            self._root.reset()
+        self._runner.reset()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FullyShardedDataParallel":
         """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again afterwards."""
-        self._reset()
-        self._unit.release()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._unit.rebind()
+        if self._unit.summoned:
+            raise RuntimeError("a wrapped module can't be converted or moved while its full parameters are summoned")
+        self._runner.apply_to_shards(lambda: super(FullyShardedDataParallel, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> Any:
@@ -214,57 +244,11 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         ignored parameters count as this rank has them: whoever reduces those has to do so first.
         """
         self._reset()
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        if not parameters:
-            return torch.zeros((), device=self._unit.device)
-        # DTensors of one mesh and plain tensors do not mix in one operator.
-        by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-            by_mesh.setdefault(mesh, []).append(parameter)
-        norms = [nn.utils.get_total_norm([cast(torch.Tensor, p.grad) for p in ps], norm_type) for ps in by_mesh.values()]
-        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        norm = norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms, norm_type)
-        for ps in by_mesh.values():
-            nn.utils.clip_grads_with_norm_(ps, max_norm, norm)
-        return norm
+        return clip_grad_norm(self.parameters(), max_norm, norm_type, self._unit.device)
 
 
-def _device(mesh: DeviceMesh, device_id: int | torch.device | None) -> torch.device:
-    if isinstance(device_id, torch.device) and device_id.type != mesh.device_type:
-        raise ValueError(f"device_id is {device_id} and device_mesh is on {mesh.device_type}: pass devices of one type")
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    if isinstance(device_id, torch.device) and device_id.index is not None:
-        return device_id
-    if isinstance(device_id, int):
-        return torch.device(mesh.device_type, device_id)
-    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-
-
-def _own_slots(module: nn.Module, ignored: set[nn.Parameter]) -> list[tuple[str, list[Slot]]]:
-    """The parameters that no wrapper below holds, in the order of the modules, each with all its places."""
-    found: dict[int, tuple[str, list[Slot]]] = {}
-
-    def visit(owner: nn.Module, prefix: str, seen: set[nn.Module]) -> None:
-        if owner in seen or isinstance(owner, FullyShardedDataParallel):
-            return
-        seen.add(owner)
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter not in ignored:
-                found.setdefault(id(parameter), (prefix + name, []))[1].append(Slot(owner, name))
-        for name, child in owner._modules.items():
-            if child is not None:
-                visit(child, f"{prefix}{name}.", seen)
-
-    visit(module, "", set())
-    return list(found.values())
-
-
-def _sync(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
-    """Rank (0, 0) of the mesh to all: down the replicas first, then along every shard group."""
-    tensors = [p.detach() for p in module.parameters() if p not in ignored and not isinstance(p, DTensor)]
-    tensors += [b.detach() for b in module.buffers()]
-    for dim in range(mesh.ndim):
-        for tensor in tensors:
-            dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
+def _inner(module: nn.Module, options: dict[str, Any], own: dict[str, Any]) -> FullyShardedDataParallel:
+    """A unit that the policy has picked; its ``own`` arguments come before the outer wrapper's."""
+    if "process_group" in own or "device_mesh" in own:
+        options = {name: value for name, value in options.items() if name != "device_mesh"}
+    return FullyShardedDataParallel(module, **{**options, **own})

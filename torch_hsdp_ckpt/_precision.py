@@ -1,0 +1,93 @@
+"""Mixed precision as torch's two wrappers define it: which dtypes a unit computes, reduces and returns in."""
+
+import dataclasses
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """``param_dtype``: of the full parameters, their gathers and the computation. ``reduce_dtype``: of the reduction (None: the
+    gradients' own). ``buffer_dtype``: the buffers are converted to it once, at the first forward. None: as the parameters,
+    gradients and buffers are. ``keep_low_precision_grads``: the sharded gradients stay in ``param_dtype``.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    buffer_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    cast_forward_inputs: bool = True
+    cast_root_forward_inputs: bool = True
+    keep_low_precision_grads: bool = False
+
+    @staticmethod
+    def of(given: MixedPrecision | MixedPrecisionPolicy | None) -> "Precision":
+        """From torch's own classes; None is full precision."""
+        if given is None:
+            return Precision()
+        if isinstance(given, MixedPrecisionPolicy):
+            return Precision(
+                given.param_dtype,
+                given.reduce_dtype,
+                None,
+                given.output_dtype,
+                given.cast_forward_inputs,
+                given.cast_forward_inputs,
+            )
+        return Precision(
+            given.param_dtype,
+            given.reduce_dtype or given.param_dtype,
+            given.buffer_dtype,
+            None,
+            given.cast_forward_inputs,
+            given.cast_root_forward_inputs,
+            given.keep_low_precision_grads,
+        )
+
+    def of_unit(self) -> tuple[torch.dtype | None, torch.dtype | None, bool]:
+        """What ``ShardedUnit`` takes."""
+        return self.param_dtype, self.reduce_dtype, self.keep_low_precision_grads
+
+    def input_dtype(self, outermost: bool) -> torch.dtype | None:
+        """What floating point arguments are converted to before forward; None: they stay."""
+        return self.param_dtype if (self.cast_root_forward_inputs if outermost else self.cast_forward_inputs) else None
+
+    def cast_inputs(
+        self, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return cast(tuple[tuple[Any, ...], dict[str, Any]], _cast_forward_inputs(dtype, *args, **kwargs))
+
+    def cast_outputs(self, outputs: Any) -> Any:
+        dtype = self.output_dtype
+        return _apply_to_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs)
+
+    def cast_buffers(self, module: nn.Module) -> None:
+        """Converts the floating point buffers of ``module`` that no wrapped module below holds."""
+        if self.buffer_dtype is None:
+            return
+        for owner in own_modules(module):
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    owner._buffers[name] = buffer.to(self.buffer_dtype)
+
+
+def own_modules(module: nn.Module) -> list[nn.Module]:
+    """``module`` and the modules inside, down to those that are wrapped themselves, each once, outermost first."""
+    from ._runner import runner_of
+
+    found: dict[nn.Module, None] = {}
+
+    def visit(owner: nn.Module) -> None:
+        if owner in found:
+            return
+        found[owner] = None
+        for child in owner.children():
+            if runner_of(child) is None:
+                visit(child)
+
+    visit(module)
+    return list(found)

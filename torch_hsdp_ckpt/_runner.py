@@ -1,0 +1,122 @@
+"""Running a wrapped module: gather before its forward, free after, whichever face it was wrapped with."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._precision import Precision
+from ._root import Root, flat_tensors
+from ._unit import ShardedUnit
+
+_ATTRIBUTE = "_hsdp_runner"
+
+
+class Runner:
+    """What a wrapped ``module`` has in common under ``FullyShardedDataParallel`` and ``fully_shard``.
+
+    ``prefetch``: 0 none, 1 before, 2 after a unit's backward; the outermost module's counts.
+    ``label``: what the module is called in errors, if it is not its own class.
+    """
+
+    def __init__(self, module: nn.Module, unit: ShardedUnit, prefetch: int, precision: Precision, label: str) -> None:
+        self.unit = unit
+        self.prefetch = prefetch
+        self.precision = precision
+        self.label = label
+        self.root: Root | None = None
+        self.modules: list[weakref.ref[nn.Module]] = []  # several: one unit for modules that were given together
+        self._cast_inputs: torch.dtype | None = None
+        self.add(module)
+        unit.core.name = label
+
+    def add(self, module: nn.Module) -> None:
+        module.__dict__[_ATTRIBUTE] = self
+        self.modules.append(weakref.ref(module))
+
+    def hold(self, wait: bool) -> None:
+        """Gathers outside of a forward; with ``wait`` the module shows the full parameters when this returns."""
+        root = self.root or self.make_root()
+        root.schedule.hold(self.unit.core, wait)
+        if wait:
+            self.unit.show_full()
+
+    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the module can be used again."""
+        root, unit = self.root, self.unit
+        if root is None:
+            root = self.make_root()
+        unit.before_use()
+        try:
+            if self._cast_inputs is not None:
+                args, kwargs = self.precision.cast_inputs(self._cast_inputs, args, kwargs)
+            watched = flat_tensors((args, kwargs)) if unit.core.frozen else ()
+            root.schedule.enter_forward(unit.core, torch.is_grad_enabled(), watched)
+            unit.show_full()
+            outputs = call(*args, **kwargs)
+            if self.precision.output_dtype is not None:
+                outputs = self.precision.cast_outputs(outputs)
+            root.schedule.leave_forward(unit.core, flat_tensors(outputs))
+        except BaseException:
+            unit.show_sharded()
+            root.schedule.abort_forward(unit.core)
+            raise
+        if not root.in_backward():
+            unit.show_sharded()
+        return outputs
+
+    def make_root(self) -> Root:
+        """At the first use of an outermost module: one schedule for all that are wrapped inside. Collective over the mesh."""
+        module = self.modules[0]()
+        assert module is not None
+        inside = list(named_runners(module))
+        if any(runner.root is not None for _, runner in inside):
+            raise RuntimeError(
+                "a wrapped module has been run on its own before the wrapper around it: call the outermost module first"
+            )
+        for name, runner in inside:
+            runner.unit.core.name = f"{name or '(outermost)'} ({runner.label})"
+            runner.unit.core.set_name(runner.unit.core.name)
+        for runner in (r for _, r in inside):
+            runner._cast_inputs = runner.precision.input_dtype(outermost=runner is self)
+            for reference in runner.modules:
+                if (owner := reference()) is not None:
+                    runner.precision.cast_buffers(owner)
+        root = Root([runner.unit for _, runner in inside], self.prefetch)
+        for _, runner in inside:
+            runner.root = root
+        return root
+
+    def reset(self) -> None:
+        """The sharded parameters are in their slots and nothing derived from them is in flight."""
+        if self.root is not None:
+            self.root.reset()
+
+    def apply_to_shards(self, apply: Callable[[], Any]) -> None:
+        """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again afterwards."""
+        self.reset()
+        self.unit.release()
+        apply()
+        self.unit.rebind()
+
+
+# Dynamo leaves this frame alone; what the module's forward does is compiled by whoever asked for it.
+Runner.run._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def runner_of(module: nn.Module) -> Runner | None:
+    """The module's own, if it is wrapped."""
+    found: Runner | None = module.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def named_runners(module: nn.Module) -> Iterator[tuple[str, Runner]]:
+    """Of ``module`` and all inside, outermost first, by the names that the modules have without wrappers. Each once."""
+    seen: set[int] = set()
+    for name, inner in module.named_modules():
+        runner = runner_of(inner)
+        if runner is not None and id(runner) not in seen:
+            seen.add(id(runner))
+            yield (name + ".").replace("_checkpoint_wrapped_module.", "").strip("."), runner
