@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
+from ._async import AsyncSave, async_save
 from ._build import build_info
 from ._fully_shard import FSDPModule, fully_shard, register_fsdp_forward_method
 from ._load import load
@@ -29,6 +30,7 @@ from .fsdp import FullyShardedDataParallel
 from .manager import CheckpointManager
 
 __all__ = [
+    "AsyncSave",
     "BackwardPrefetch",
     "CPUOffload",
     "CheckpointError",
@@ -52,6 +54,7 @@ __all__ = [
     "StateDictSettings",
     "StateDictType",
     "VerifyReport",
+    "async_save",
     "build_info",
     "fully_shard",
     "load",

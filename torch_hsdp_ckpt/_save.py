@@ -1,5 +1,6 @@
 """``save``: a checkpoint planned without talking, written by all replicas, committed by one rename."""
 
+import copy
 import dataclasses
 import io
 import logging
@@ -26,6 +27,7 @@ from ._agreement import Agreement, agreement_of
 from ._metadata import decode_metadata, encode_metadata
 from ._plan import DIGEST_BYTES, LocalState, StaticPlan, make_static_plan, plan_rest
 from ._result import SavedMetadata, SaveResult
+from ._staging import StagingPool
 from ._writer import FileSystemWriter, add_items, remove_quietly, write_result
 from .errors import CheckpointError
 
@@ -167,6 +169,8 @@ class Save:
         self._metadata: Future[tuple[Any, list[tuple[str, int]]]] | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._rest, self._rest_metadata = SavePlan([]), Metadata({})
+        self._prepared: tuple[StaticPlan, list[tuple[str, memoryview]]] | None = None
+        self._staged: list[torch.Tensor] | None = None  # copies of this rank's pieces, in their order
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
@@ -251,9 +255,7 @@ class Save:
         agreement.verdict(step, plan_all)
         self._rest = pickle.loads(agreement.scatter(step, final))
 
-    def write(self) -> bytes:
-        """Writes this rank's files and makes them durable. What to vote with."""
-        begin = time.perf_counter()
+    def _prepare(self) -> tuple[StaticPlan, list[tuple[str, memoryview]]]:
         opening, rank = self._opening, self._agreement.rank
         coordinator = self._agreement.is_coordinator
         static = make_static_plan(
@@ -262,6 +264,27 @@ class Save:
         objects = [(name, _pickled(self._local.state[name])) for name in static.objects] if coordinator else []
         if coordinator:
             self._start_metadata(static, [(name, len(data)) for name, data in objects])
+        return static, objects
+
+    def stage(self, pool: StagingPool) -> None:
+        """After :meth:`plan`: copies all that this rank will write, so that the state dict may change before :meth:`write`."""
+        static, objects = self._prepared = self._prepare()
+        self._staged = pool.copy([static.tensor_of(piece) for piece in static.pieces])
+        if self._rest.items:
+            rest = {item.index.fqn for item in self._rest.items}
+            kept = {name: _copied(value) if name in rest else None for name, value in self._planner.state_dict.items()}
+            self._planner.state_dict = kept
+        # The rest of the live state is of no use any more; it goes when the caller lets it go, not when the save is done.
+        self._state_dict = {}
+        self._local.drop_values()
+        self._prepared = dataclasses.replace(static, locals=[]), objects
+
+    def write(self) -> bytes:
+        """Writes this rank's files and makes them durable. What to vote with."""
+        if self._prepared is None:
+            self._prepared = self._prepare()
+        begin = time.perf_counter()
+        static, objects = self._prepared
         results, size = self._write_files(static, objects)
         if self._writer.sync_files and self._names:
             _C.sync_directory(str(self._writer.path))
@@ -272,7 +295,10 @@ class Save:
     def _write_files(self, static: StaticPlan, objects: list[tuple[str, memoryview]]) -> tuple[list[WriteResult], int]:
         """The static part, in the planned places, then what DCP planned. Results of the latter, and all files' bytes."""
         single = self._writer.single_file_per_rank
-        records: list[tuple[str, Any]] = [*objects, *((static.names[piece[0]], piece) for piece in static.pieces)]
+        pieces = static.pieces
+        sources: Sequence[Any] = pieces if self._staged is None else self._staged
+        names = (static.names[piece[0]] for piece in pieces)
+        records: list[tuple[str, Any]] = [*objects, *zip(names, sources, strict=True)]
         files = static.plan.layout(static.pieces, [len(data) for _, data in objects], single)
         rest = self._rest.items
         groups: list[list[Any]] = ([rest] if rest else []) if single else [[item] for item in rest]
@@ -289,6 +315,8 @@ class Save:
                 for record, value in records[done : done + len(places)]:
                     if isinstance(value, tuple):
                         file.add_tensor(record, static.tensor_of(value))
+                    elif isinstance(value, torch.Tensor):
+                        file.add_tensor(record, value)
                     else:
                         file.add_objects([(record, value)])
                 written = add_items(file, items, self._planner)
@@ -384,6 +412,10 @@ class Save:
     def _end_thread(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=True)
+
+
+def _copied(value: Any) -> Any:
+    return copy.deepcopy(value.detach() if isinstance(value, torch.Tensor) else value)
 
 
 def _pickled(value: Any) -> memoryview:

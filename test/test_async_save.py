@@ -1,0 +1,154 @@
+"""``async_save``: the state at the call, failures on the future and at the next call, forks, exit."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from models import batch, even_net
+from ranks import run_ranks
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from training import loss_of, wrap
+
+import torch_hsdp_ckpt as h
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.1),
+    "adamw_foreach": lambda groups: torch.optim.AdamW(groups, lr=0.1, foreach=True),
+    "adamw_fused": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
+}
+
+
+def _clone(value: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, value)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    local = lambda t: getattr(t, "_local_tensor", t)  # noqa: E731
+    flat_a, flat_b = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
+    return len(flat_a) == len(flat_b) and all(
+        torch.equal(local(x), local(y)) if isinstance(x, torch.Tensor) else x == y for x, y in zip(flat_a, flat_b, strict=True)
+    )
+
+
+def _training_goes_on(rank: int, path: str) -> None:
+    net = even_net()
+    for name, make in OPTIMIZERS.items():
+        model = wrap(even_net(), (2, 2))
+        parameters = list(model.parameters())
+        optimizer = make([{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.05}])
+
+        def train(step: int, model: Any = model, optimizer: Any = optimizer) -> None:
+            loss_of(model, batch(net, step, rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        train(0)
+        saves = []
+        for step in range(3):
+            weights, moments = get_state_dict(model, optimizer)
+            extra = {"list": [1, 2], "tensor": torch.arange(5.0), "rng": {f"rank{rank}": torch.full((4,), float(rank))}}
+            state = {"model": weights, "optim": moments, "extra": extra}
+            expected = _clone(state)
+            future = h.async_save(state, checkpoint_id=f"{path}/{name}-{step}")
+            extra["list"][:] = [7, 7]  # type: ignore[index]
+            extra["tensor"].fill_(9)  # type: ignore[attr-defined]
+            extra["rng"][f"rank{rank}"].fill_(9)  # type: ignore[call-overload]
+            for buffer in model.buffers():
+                buffer.add_(1)
+            train(step + 1)
+            saves.append((future, expected, state))
+        for step, (future, expected, state) in enumerate(saves):
+            assert isinstance(future.result(60), dcp.Metadata)
+            assert future.upload_completion is future
+            assert future.staging_completion.done()
+            target = _clone(state)
+            dcp.load(target, storage_reader=dcp.FileSystemReader(f"{path}/{name}-{step}"))
+            assert _equal(target, expected), (name, step)
+    # A quarter of the state each: every replica stages and writes 1/R of its shard.
+    written = saves[-1][0].result().result.bytes_written
+    assert max(written) < 0.5 * sum(written)
+
+
+def test_the_checkpoint_is_the_state_at_the_call(tmp_path: Path) -> None:
+    run_ranks(_training_goes_on, 4, str(tmp_path))
+
+
+def _open_and_running() -> tuple[int, int]:
+    """Descriptors and threads, once the threads of saves that are done have ended."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("torch_hsdp_ckpt"):
+            thread.join(10)
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def _failing(rank: int, path: str) -> None:
+    state = {"w": torch.full((300_000,), 1.0), "n": 1}
+    h.async_save(state, checkpoint_id=path).result(60)
+    write = h._save.Save.write
+    if rank == 2:
+
+        def no_space(self: Any) -> bytes:
+            raise OSError(28, "No space left on device", path)
+
+        h._save.Save.write = no_space  # type: ignore[method-assign]
+    future = h.async_save({"w": torch.full((300_000,), 2.0), "n": 2}, checkpoint_id=path)
+    assert isinstance(future.exception(60), OSError)
+    h._save.Save.write = write  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="rank 2") as error:  # and at the next call, on every rank
+        h.async_save(state, checkpoint_id=path)
+    assert error.value.errno == 28
+    target = {"w": torch.zeros(300_000), "n": 0}
+    dcp.load(target, storage_reader=h.FileSystemReader(path))
+    assert (target["n"], target["w"].unique().tolist()) == (1, [1.0])
+    h.async_save({"w": torch.full((300_000,), 3.0), "n": 3}, checkpoint_id=path).result(60)
+    dcp.load(target, storage_reader=h.FileSystemReader(path))
+    assert target["n"] == 3
+
+    # A forked process has nothing in flight; the parent's save goes on.
+    future = h.async_save(state, checkpoint_id=path)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if h._async._in_flight.save is None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    future.result(60)
+    # Many saves of changing shapes: no thread and no descriptor is left over.
+    before = _open_and_running()
+    for i in range(40):
+        h.async_save({"w": torch.ones(1000 + i), "n": i}, checkpoint_id=path)
+    h.async_save(state, checkpoint_id=path).result(60)
+    assert _open_and_running() == before
+    dist.barrier()
+
+
+def test_failures_forks_and_many_saves(tmp_path: Path) -> None:
+    run_ranks(_failing, 4, str(tmp_path / "checkpoint"))
+
+
+def test_a_save_in_flight_is_finished_at_exit(tmp_path: Path) -> None:
+    code = (
+        f"import torch, torch_hsdp_ckpt as h; h.async_save({{'w': torch.ones(10**7)}}, checkpoint_id={str(tmp_path / 'c')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    target = {"w": torch.zeros(10**7)}
+    dcp.load(target, storage_reader=h.FileSystemReader(tmp_path / "c"))
+    assert bool((target["w"] == 1).all())
+
+
+def test_torchs_own_stager_is_torchs_own_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    with caplog.at_level(logging.INFO, "torch_hsdp_ckpt"):
+        h.async_save(
+            {"w": torch.ones(3)}, checkpoint_id=tmp_path / "c", async_stager=BlockingAsyncStager(), no_dist=True
+        ).result()
+    assert any("an async_stager was passed" in message for message in caplog.messages)
+    assert (tmp_path / "c" / ".metadata").is_file()
