@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all their set-up on a fresh machine; both are cheap to run again.
 #
 #   make demo            train, get killed in the middle of a save, resume
-#   make test            lint, build, GoogleTest and Catch2 through CTest, sanitizers, pytest
+#   make test            lint, build, GoogleTest and Catch2 through CTest, sanitizers, short fuzzing, pytest
 #   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV), else the newest)
 #   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch, GPU tests, GPU benchmarks
 #   make sanitize        the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -28,6 +28,7 @@ demo: build
 
 test: lint build-tests
 	$(MAKE) sanitize
+	$(MAKE) fuzz FUZZ_SECONDS=16
 	$(MAKE) ctest
 	$(MAKE) pytest
 
