@@ -34,6 +34,7 @@ test: lint build-tests
 
 # ---- set-up --------------------------------------------------------------------------------------------------------
 # What the machine's package manager has to bring: headers and libraries, no Python.
+# With what they recommend: libFuzzer and the sanitizers come that way with clang.
 DEBIAN_PACKAGES = g++ libgtest-dev libgmock-dev catch2 libisal-dev zlib1g-dev clang
 
 .PHONY: system
@@ -45,7 +46,7 @@ system:
 	  $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || echo python3-dev); \
 	missing=$$(echo $$missing); \
 	if [ -n "$$missing" ]; then \
-	  if [ "$$(id -u)" = 0 ]; then echo "installing $$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
+	  if [ "$$(id -u)" = 0 ]; then echo "installing $$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o APT::Install-Recommends=true $$missing >/dev/null; \
 	  else echo "These packages are missing; install them first: sudo apt-get install $$missing"; exit 1; fi; \
 	fi
 

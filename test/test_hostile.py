@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -317,6 +318,23 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
     (path / ".metadata").unlink()
     assert "no checkpoint is here" in h.verify(path).problems[0].message
     assert _run("verify", path).returncode == 1
+
+
+def test_the_program_is_installed_as_pip_installs_scripts(tmp_path: Path) -> None:
+    built = tmp_path / "build" / "csrc"
+    built.mkdir(parents=True)
+    shutil.copy2(PROGRAM, built)
+    commands = ["egg_info", "-e", tmp_path, "build_scripts", "-d", tmp_path / "b"]
+    commands += ["install_scripts", "-b", tmp_path / "b", "-d", tmp_path / "bin"]
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", *commands],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"HSDP_CKPT_BUILD_DIR": str(built.parent)},
+        timeout=120,
+    )
+    done = subprocess.run([tmp_path / "bin" / "hsdp-ckpt", "--help"], capture_output=True, text=True, env={})
+    assert done.returncode == 0 and "usage" in done.stdout
 
 
 def test_the_program_says_how_it_is_used(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def _read_bytes(rank: int, path: str, replicas: int, mode: str) -> int:
     return read
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("replicas", [2, 4, 8])
 def test_an_exchange_reads_every_byte_once(tmp_path: Path, replicas: int) -> None:
     state = 12_000_000
     ranks = 2 * replicas if replicas == 2 else replicas
