@@ -10,7 +10,7 @@ import struct
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ class Agreement:
             raise CheckpointError(f"{self.purpose}: rank {self.rank} has lost its peers in an earlier step")
         buffer = torch.tensor([value])
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MIN
+        options.reduceOp = cast(dist.ReduceOp, dist.ReduceOp.MIN)  # torch 2.11's hints have two classes
         work = self._group.allreduce([buffer], options)
 
         def result() -> int:
