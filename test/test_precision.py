@@ -1,0 +1,270 @@
+"""The numbers of the core on torch's FSDP2's own ground: optimizers, meshes, dtypes, partial sums; and the same bits again."""
+
+import functools
+
+import pytest
+import torch
+from models import Net, batch
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from training import full, grads, loss_of, mean_grads, mesh_of, wrap, wrap_fsdp2
+
+import torch_hsdp_ckpt.fsdp
+from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt._unit import ShardedUnit
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def wide_net(seed: int = 0) -> Net:
+    """Weights large enough to be gathered and reduced where they are, some with rows that no group divides."""
+    torch.manual_seed(seed)
+    return Net(256, 509, 3)
+
+
+def narrow_net(seed: int = 0) -> Net:
+    """Everything is packed, and the head has fewer rows than ranks."""
+    torch.manual_seed(seed)
+    return Net(7, 13, 3)
+
+
+NETS = (wide_net, narrow_net)
+
+
+def wrap_in(net: nn.Module, shape: tuple[int, ...] = (2, 2), **precision) -> nn.Module:
+    """Every unit with ``precision`` (param_dtype, reduce_dtype, keep_low_precision_grads)."""
+    plain = torch_hsdp_ckpt.fsdp.ShardedUnit
+    torch_hsdp_ckpt.fsdp.ShardedUnit = functools.partial(ShardedUnit, **precision)
+    try:
+        return wrap(net, shape)
+    finally:
+        torch_hsdp_ckpt.fsdp.ShardedUnit = plain
+
+
+def wrap_fsdp2_in(net: Net, shape: tuple[int, ...], param_dtype, reduce_dtype) -> Net:
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh_of(shape), mp_policy=policy)
+    return fully_shard(net, mesh=mesh_of(shape), mp_policy=policy)
+
+
+def cores(model: nn.Module) -> list[_C.Unit]:
+    return [wrapper._unit.core for wrapper in model.fsdp_modules(model)]
+
+
+def train(model: nn.Module, net: Net, rank: int, optimizer, steps: int, dtype: torch.dtype = FP32) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, batch(net, step, rank).to(dtype)).backward()
+        optimizer.step()
+
+
+def same_bits(ours: nn.Module, reference: nn.Module, where: str) -> None:
+    for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p.to_local(), q.to_local()), f"{where}: {name}"
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, foreach=False),
+    "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, foreach=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-3, foreach=False),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+}
+
+
+def _optimizers(rank: int) -> None:
+    for make in NETS:
+        for name, optimizer in OPTIMIZERS.items():
+            reference, ours = wrap_fsdp2(make(), (2, 2)), wrap(make(), (2, 2))
+            for model in (reference, ours):
+                train(model, make(), rank, optimizer(model.parameters()), 20)
+            same_bits(ours, reference, name)
+
+
+def _again(rank: int) -> None:
+    """Three terms and more are summed in a fixed order, so that a second run has the same bits."""
+    for shape in ((2, 2), (1, 4), (4,)):
+        runs = []
+        for _ in range(2):
+            ours = wrap_in(wide_net(), shape, param_dtype=BF16, reduce_dtype=FP32)
+            train(ours, wide_net(), rank, torch.optim.SGD(ours.parameters(), lr=0.1), 4, BF16)
+            runs.append(ours)
+        same_bits(*runs, f"mesh {shape}")
+
+
+def _mixed_precision(rank: int) -> None:
+    # Two terms of one exponent round alike in any order, and a sum in float32 of bfloat16 terms is exact enough for it.
+    for make in NETS:
+        for param, reduce, rtol in (
+            (BF16, FP32, 0.0),
+            (FP16, FP32, 0.0),
+            (BF16, None, 2**-7),
+            (BF16, BF16, 2**-7),
+            (FP16, FP16, 2**-10),
+            (None, BF16, 2**-7),
+        ):
+            reference = wrap_fsdp2_in(make(), (2, 2), param, reduce)
+            ours = wrap_in(make(), (2, 2), param_dtype=param, reduce_dtype=reduce)
+            x = batch(make(), 0, rank).to(param or FP32)
+            for model in (reference, ours):
+                loss_of(model, x).backward()
+            for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
+                assert p.grad.dtype == p.dtype == FP32, name
+                scale = q.grad.to_local().abs().max().item() if q.grad.to_local().numel() else 0.0
+                torch.testing.assert_close(p.grad.to_local(), q.grad.to_local(), rtol=rtol, atol=rtol * scale)
+            low = wrap_in(make(), (2, 2), param_dtype=param, reduce_dtype=reduce, keep_low_precision_grads=True)
+            for _ in range(2):  # the second one adds
+                loss_of(low, x).backward()
+            for (name, p), q in zip(low.named_parameters(), ours.parameters(), strict=True):
+                assert p.grad.dtype == (param or FP32), name
+                expected = (2 * q.grad.to_local()).to(param or FP32)
+                torch.testing.assert_close(p.grad.to_local(), expected, rtol=2**-6, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    """Its gradient is the rank's factor, whatever the weight: 300 x 512 elements go in place, 4 x 3 are packed."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns))
+
+    def forward(self, factor: torch.Tensor) -> torch.Tensor:
+        return (self.weight * factor).sum()
+
+
+def _reduce_dtype_shows(rank: int) -> None:
+    """1 + 2**-9 is 1 in bfloat16. The shards' sums are (1 + 2**-9) on both replicas."""
+    factor = torch.tensor(1.0 if rank % 2 == 0 else 2.0**-9, dtype=BF16)
+    for rows, columns in ((300, 512), (5, 3)):
+        for reduce, expected in ((FP32, (2 + 2.0**-8) / 4), (BF16, 0.5), (None, 0.5)):
+            ours = wrap_in(Scaled(rows, columns), param_dtype=BF16, reduce_dtype=reduce)
+            ours(factor).backward()
+            assert (ours.module.weight.grad.to_local() == expected).all(), (rows, reduce)
+    # Sums of float16 terms that overflow before the division.
+    ours = wrap_in(Scaled(300, 512), param_dtype=FP16, reduce_dtype=FP16)
+    ours(torch.tensor(40000.0, dtype=FP16)).backward()
+    assert (ours.module.weight.grad.to_local() == 40000.0).all()
+
+
+def _odd_dtypes(rank: int) -> None:
+    """float64, float32 and integers in one unit; those that don't float stay as they are."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 3, dtype=torch.float64)
+            self.table = nn.Parameter(torch.arange(6), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert self.one.weight.dtype == self.two.weight.dtype == BF16 and self.table.dtype == torch.int64
+            assert self.table.tolist() == list(range(6))
+            return self.two(self.one(x[:, self.table]))
+
+    torch.manual_seed(0)
+    net = Odd()
+    ours = wrap_in(net, param_dtype=BF16, reduce_dtype=FP32)
+    x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)).to(BF16) for r in range(4)]
+    torch.manual_seed(0)
+    expected = mean_grads(Odd().to(BF16), lambda n, r: n(x[r]).float().square().mean())
+    ours(x[rank]).float().square().mean().backward()
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            assert p.grad.dtype == p.dtype == (torch.float64 if "two" in name else FP32)
+            torch.testing.assert_close(full(p.grad).float(), expected[name].float(), rtol=2**-6, atol=2**-8)
+    with pytest.raises(ValueError, match="mixed precision in"):
+        wrap_in(nn.Linear(2, 2), param_dtype=torch.float8_e4m3fn)
+
+
+def _partial_sums(rank: int) -> None:
+    """Micro-batches summed over the shards, the all-reduce over the replicas once: the mean of all; also of unused ones."""
+    for make in NETS:
+        net, ours = make(), wrap(make(), (2, 2))
+        for micro in range(3):
+            for core in cores(ours):
+                core.set_all_reduce(micro == 2)
+            loss_of(ours, batch(net, micro, rank)).backward()
+            assert all((p.grad is None) == (micro < 2) for p in ours.parameters())
+        expected = mean_grads(net, lambda n, r: sum(loss_of(n, batch(net, micro, r)) for micro in range(3)))  # noqa: B023
+        for name, grad in grads(ours).items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)
+    for core in cores(ours):
+        core.set_all_reduce(False)
+    loss_of(ours, batch(net, 0, rank)).backward()
+    ours.module.head.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="not yet over the replicas"):
+        loss_of(ours, batch(net, 0, rank))
+
+
+def _factor_and_hook(rank: int) -> None:
+    for make in NETS:
+        net, ours = make(), wrap(make(), (2, 2))
+        loss_of(ours, batch(net, 0, rank)).backward()
+        plain = {name: p.grad.to_local().clone() for name, p in ours.named_parameters()}
+        seen = []
+
+        def hook(buffer: torch.Tensor, seen=seen) -> None:
+            seen.append((buffer.dtype, buffer.dim()))
+            buffer.mul_(3)
+
+        for core in cores(ours):
+            core.set_divide_factor(16.0)  # of 4 ranks
+            core.set_all_reduce_hook(hook)
+        ours.zero_grad()
+        loss_of(ours, batch(net, 0, rank)).backward()
+        assert seen == [(FP32, 1)] * len(cores(ours))
+        for name, p in ours.named_parameters():
+            torch.testing.assert_close(p.grad.to_local(), plain[name] * 3 / 4, msg=name)
+
+
+def _bytes_copied(rank: int) -> None:
+    """Below the 14 + 20 / N bytes an element and step that torch's FSDP2 moves beside the wire, in any precision."""
+    for shape, precision in (((2, 2), {"param_dtype": BF16, "reduce_dtype": FP32}), ((1, 4), {}), ((2, 2), {})):
+        ours = wrap_in(wide_net(), shape, **precision)
+        optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+        x = batch(wide_net(), 0, rank).to(precision.get("param_dtype", FP32))
+        for _ in range(2):
+            before = _C.copied_bytes()
+            loss_of(ours, x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        copied = (_C.copied_bytes() - before) / sum(p.numel() for p in wide_net().parameters())
+        assert 0 < copied < 14 + 20 / shape[-1], (shape, precision, copied)
+
+
+def _all(rank: int) -> None:
+    checks = (_optimizers, _again, _mixed_precision, _reduce_dtype_shows, _odd_dtypes, _factor_and_hook, _bytes_copied)
+    for check in (*checks, _partial_sums):
+        try:
+            check(rank)
+        except BaseException as error:
+            raise AssertionError(f"in {check.__name__}") from error
+
+
+def test_numbers_on_four_ranks() -> None:
+    run_ranks(_all, 4, timeout=300.0)
+
+
+def _eight(rank: int) -> None:
+    for make in NETS:
+        net = make()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for step in range(3):
+            optimizer.zero_grad()
+            torch.stack([loss_of(net, batch(net, step, r)) for r in range(8)]).mean().backward()
+            optimizer.step()
+        for shape in ((2, 4), (4, 2)):
+            reference, ours = wrap_fsdp2(make(), shape), wrap(make(), shape)
+            for model in (reference, ours):
+                train(model, net, rank, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+            for (name, p), q, single in zip(ours.named_parameters(), reference.parameters(), net.parameters(), strict=True):
+                assert isinstance(p, DTensor)
+                torch.testing.assert_close(full(p), full(q), rtol=1e-5, atol=1e-6, msg=f"{shape} {name}: FSDP2")
+                torch.testing.assert_close(full(p), single.detach(), rtol=1e-5, atol=1e-6, msg=f"{shape} {name}")
+
+
+def test_numbers_on_eight_ranks() -> None:
+    """2 x 4 and 4 x 2: within rounding of FSDP2 and of one process on the whole batch."""
+    run_ranks(_eight, 8, timeout=300.0)
