@@ -1,19 +1,15 @@
 """The numbers of the core on torch's FSDP2's own ground: optimizers, meshes, dtypes, partial sums; and the same bits again."""
 
-import functools
-
 import pytest
 import torch
 from models import Net, batch
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from training import full, grads, loss_of, mean_grads, mesh_of, wrap, wrap_fsdp2
 
-import torch_hsdp_ckpt.fsdp
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt._unit import ShardedUnit
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -35,12 +31,7 @@ NETS = (wide_net, narrow_net)
 
 def wrap_in(net: nn.Module, shape: tuple[int, ...] = (2, 2), **precision) -> nn.Module:
     """Every unit with ``precision`` (param_dtype, reduce_dtype, keep_low_precision_grads)."""
-    plain = torch_hsdp_ckpt.fsdp.ShardedUnit
-    torch_hsdp_ckpt.fsdp.ShardedUnit = functools.partial(ShardedUnit, **precision)
-    try:
-        return wrap(net, shape)
-    finally:
-        torch_hsdp_ckpt.fsdp.ShardedUnit = plain
+    return wrap(net, shape, mixed_precision=MixedPrecision(**precision))
 
 
 def wrap_fsdp2_in(net: Net, shape: tuple[int, ...], param_dtype, reduce_dtype) -> Net:
