@@ -74,10 +74,8 @@ def gather(
         if shards == 1:
             out[i] = finish(local.clone())
         elif local.nbytes >= _LARGE and value.shape[0] % shards == 0:
-            full = torch.empty(value.shape, dtype=value.dtype, device=local.device)
-            dist.all_gather_into_tensor(full, local.contiguous(), group=mesh.get_group(mesh.ndim - 1))
-            if not first_only or is_first(mesh):
-                out[i] = finish(full)
+            whole = _gather_large(value, local.contiguous(), first_only)
+            out[i] = None if whole is None else finish(whole)
         else:
             bucket = buckets.setdefault((mesh, local.device), [])
             bucket.append(i)
@@ -86,6 +84,27 @@ def gather(
     for bucket in buckets.values():
         _gather_bucket(values, bucket, first_only, finish, out)
     return out
+
+
+def _gather_large(value: DTensor, local: torch.Tensor, first_only: bool) -> torch.Tensor | None:
+    """One tensor whose rows divide evenly. With ``first_only`` the others send their shards and receive nothing: an all-gather
+    would need memory for the whole tensor on each of them, twice with Gloo, whose threads let go of it in their own time."""
+    mesh, group = value.device_mesh, value.device_mesh.get_group(value.device_mesh.ndim - 1)
+    if first_only and not is_first(mesh):
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, local, group=group, group_peer=0)]):
+            work.wait()
+        return None
+    full = torch.empty(value.shape, dtype=value.dtype, device=local.device)
+    if not first_only:
+        dist.all_gather_into_tensor(full, local, group=group)
+        return full
+    own, *others = full.chunk(dist.get_world_size(group))
+    receives = [dist.P2POp(dist.irecv, part, group=group, group_peer=peer) for peer, part in enumerate(others, 1)]
+    works = dist.batch_isend_irecv(receives)
+    own.copy_(local)
+    for work in works:
+        work.wait()
+    return full
 
 
 def _chunk_bytes(value: DTensor) -> int:
