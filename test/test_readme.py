@@ -1,4 +1,4 @@
-"""The README's example runs as it stands there."""
+"""The README's examples run as they stand there."""
 
 import re
 import subprocess
@@ -9,8 +9,10 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_example_runs_under_torchrun(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    (tmp_path / "train.py").write_text(code)
+    code, going_on = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    last = "dist.destroy_process_group()\n"
+    assert code.endswith(last)
+    (tmp_path / "train.py").write_text(code.removesuffix(last) + going_on + last)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "train.py"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
