@@ -115,8 +115,18 @@ def test_a_coordinator_that_wakes_after_the_next_save_does_not_commit(tmp_path: 
 
 
 def _process_is_as_it_was(path: str) -> Callable[[], bool]:
-    before = (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), sorted(os.listdir(path)))
-    return lambda: before == (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), sorted(os.listdir(path)))
+    """Whether no descriptor and no thread is new (those of earlier tests may go meanwhile), and the directory is the same."""
+
+    def now() -> tuple[set[str], set[str], set[str]]:
+        return set(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task")), set(os.listdir(path))
+
+    before = now()
+
+    def unchanged() -> bool:
+        descriptors, threads, files = now()
+        return descriptors <= before[0] and threads <= before[1] and files == before[2]
+
+    return unchanged
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
