@@ -1,132 +1,278 @@
-"""``save`` over an older checkpoint: ranks that raise or are killed, a full disk, a coordinator that is stopped and woken."""
+"""Saves over an older checkpoint that fail: refused calls, ranks that raise, full and read-only disks, directories that go."""
 
 import datetime
+import errno
 import os
+import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from save_faults import OLD, at_call, calls_of, loaded, no_fault, pair_mesh, process_is_as_it_was, sharded
+from torch.distributed.checkpoint.api import CheckpointException
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C, _save
 
-OLD = torch.arange(50000.0)
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
-def _loaded(path: str | Path) -> torch.Tensor:
-    like = {"w": torch.zeros(50000)}
-    h.load(like, checkpoint_id=path, no_dist=True)
-    return like["w"]
+def _refused(rank: int, path: str) -> int:
+    """Every call of either rank up to the rename is refused in turn: an error on both ranks that names file and cause."""
+    mesh = pair_mesh()
+    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
+    h.save(old, checkpoint_id=path)
+    calls: list[Any] = [None, None]
+    dist.all_gather_object(calls, calls_of(lambda: h.save(old, checkpoint_id=path)))
+    calls[0] = calls[0][: calls[0].index(("rename", "claim")) + 1]
+    unchanged = process_is_as_it_was(path)
+    count = 0
+    for failing in (0, 1):
+        for number, call in enumerate(calls[failing]):
+            error = ERRORS[(count := count + 1) % len(ERRORS)]
+            paths: list[str] = []
+
+            def refuse(path: str, error: int = error, paths: list[str] = paths) -> int:
+                paths.append(path)
+                return -error
+
+            if rank == failing:
+                at_call(number, refuse)
+            with pytest.raises(OSError) as caught:
+                h.save(new, checkpoint_id=path)
+            no_fault()
+            dist.broadcast_object_list(paths := paths or [""], src=failing)
+            where = (failing, call, errno.errorcode[error])
+            assert (caught.value.errno, caught.value.filename) == (error, paths[0]), where
+            # An answer that is lost may be a rename that happened: its files stay. Theirs is the only case.
+            if call == ("rename", "claim"):
+                h.save(old, checkpoint_id=path)
+                unchanged = process_is_as_it_was(path)
+            dist.barrier()
+            assert unchanged(), where
+            assert torch.equal(loaded(path), OLD), where
+            dist.barrier()
+    h.save(new, checkpoint_id=path)
+    assert len(os.listdir(path)) == 3
+    return count
 
 
-def _at(point: str, act: Callable[[], None]) -> None:
-    """Calls ``act`` in this process's next save: before or after its bytes are written, or between the vote and the rename."""
-    if point == "commit":
-        commit = _C.commit_checkpoint
+def _cut_short(rank: int, path: str) -> None:
+    """Short and interrupted calls are gone on with; what is short because the disk is full is an error."""
+    mesh = pair_mesh()
+    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
+    h.save(old, checkpoint_id=path)
+    interrupted: set[tuple[str, str]] = set()
 
-        def stopped(*arguments: Any) -> Any:
-            act()
-            return commit(*arguments)
+    def interrupt(op: str, about: str) -> int:
+        if op == "close" or (op, about) in interrupted:
+            return 5000 if op in ("pread", "pwrite") else 0
+        interrupted.add((op, about))
+        return -errno.EINTR
 
-        _C.commit_checkpoint = stopped  # type: ignore[assignment]
-        return
+    _C._inject_fault(interrupt)
+    h.save(new, checkpoint_id=path)
+    no_fault()
+    assert {op for op, _ in interrupted} >= {"open", "pwrite", "fsync", "fallocate", "ftruncate"}
+    dist.barrier()
+    assert torch.equal(loaded(path), OLD + 1)
+    h.save(old, checkpoint_id=path)
+    unchanged = process_is_as_it_was(path)
+    for failing in (0, 1):
+        written: list[str] = []
+
+        def full(op: str, path: str, written: list[str] = written) -> int:
+            if op != "pwrite" or not path.endswith(".distcp"):
+                return 0
+            written.append(path)
+            return 4096 if len(written) == 1 else -errno.ENOSPC
+
+        if rank == failing:
+            _C._inject_fault(full)
+        with pytest.raises(OSError, match=rf"rank {failing}, step 'write'") as caught:
+            h.save(new, checkpoint_id=path)
+        no_fault()
+        assert caught.value.errno == errno.ENOSPC
+        assert f"__{failing}_" in caught.value.filename
+        dist.barrier()
+        assert unchanged()
+        assert torch.equal(loaded(path), OLD)
+        dist.barrier()
+
+
+def _vanishing(rank: int, path: str) -> None:
+    """The directory goes, with the older checkpoint in it, under a save: before a call of each kind, on either rank."""
+    mesh = pair_mesh()
+    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
+    h.save(old, checkpoint_id=path)
+    calls: list[Any] = [None, None]
+    dist.all_gather_object(calls, calls_of(lambda: h.save(old, checkpoint_id=path)))
+    rename = calls[0].index(("rename", "claim"))
+    for failing, number in [(0, 1), (0, 2), (0, rename - 6), (0, rename - 2), (0, rename), (1, 3), (1, len(calls[1]) - 1)]:
+        away = f"{path}-{failing}-{number}"
+        if rank == failing:
+            at_call(number, lambda _, away=away: os.rename(path, away) or 0)  # type: ignore[misc,func-returns-value]
+        with pytest.raises(OSError) as caught:
+            h.save(new, checkpoint_id=path)
+        no_fault()
+        assert caught.value.errno == errno.ENOENT, calls[failing][number]
+        assert str(caught.value.filename).startswith(path)
+        dist.barrier()
+        assert torch.equal(loaded(away), OLD), calls[failing][number]
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(away, path)
+        dist.barrier()
+        h.save(old, checkpoint_id=path)  # what the failed save could not remove is gone: the next one makes the same calls
+    # A directory that is gone behind the rename took the new checkpoint with it, whole.
+    if rank == 0:
+        at_call(rename + 2, lambda _: os.rename(path, path + "-late") or 0)  # type: ignore[func-returns-value]
+    h.save(new, checkpoint_id=path)
+    no_fault()
+    assert torch.equal(loaded(path + "-late"), OLD + 1)
+
+
+def _under_dcp(rank: int, path: str) -> None:
+    """The same through ``dcp.save``, which reports each rank's error."""
+    mesh = pair_mesh()
+    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
+    dcp.save(old, storage_writer=h.FileSystemWriter(path))
+    calls: list[Any] = [None, None]
+    dist.all_gather_object(calls, calls_of(lambda: dcp.save(old, storage_writer=h.FileSystemWriter(path))))
+    rename = calls[0].index(("rename", "claim"))
+    for failing, steps in ((0, range(0, rename + 1, 3)), (1, range(0, len(calls[1]), 2))):
+        for number in steps:
+            if rank == failing:
+                at_call(number, lambda _: -errno.EIO)
+            with pytest.raises(CheckpointException) as caught:
+                dcp.save(new, storage_writer=h.FileSystemWriter(path))
+            no_fault()
+            error, _ = caught.value.failures[failing]
+            assert isinstance(error, OSError)
+            assert error.errno == errno.EIO
+            assert str(error.filename).startswith(path)
+            dist.barrier()
+            assert torch.equal(loaded(path), OLD), calls[failing][number]
+            dist.barrier()
+    dcp.save(new, storage_writer=h.FileSystemWriter(path))
+    assert torch.equal(loaded(path), OLD + 1)
+    assert len(os.listdir(path)) == 3
+
+
+def test_every_refused_call_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    assert run_ranks(_refused, 2, str(tmp_path / "checkpoint"))[0] > 25
+
+
+@pytest.mark.parametrize("case", [_cut_short, _vanishing, _under_dcp], ids=lambda case: case.__name__[1:])
+def test_files_and_directories_that_misbehave(tmp_path: Path, case: Any) -> None:
+    run_ranks(case, 2, str(tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 16 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root may mount a file system")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def _on_a_small_disk(rank: int, path: str, disk: str) -> None:
+    mesh = pair_mesh()
+    h.save(sharded(OLD, mesh), checkpoint_id=path)
+    new = sharded(torch.ones(5_000_000), mesh)
+    for error in (errno.ENOSPC, errno.EROFS):
+        if error == errno.EROFS and rank == 0:
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        dist.barrier()
+        unchanged = process_is_as_it_was(path)
+        dist.barrier()
+        with pytest.raises(OSError) as caught:
+            h.save(new, checkpoint_id=path)
+        assert caught.value.errno == error
+        assert str(caught.value.filename).startswith(path)
+        dist.barrier()
+        assert unchanged()
+        assert torch.equal(loaded(path), OLD)
+        dist.barrier()
+
+
+def test_a_disk_that_is_full_and_one_that_is_read_only(small_disk: Path) -> None:
+    run_ranks(_on_a_small_disk, 2, str(small_disk / "checkpoint"), str(small_disk))
+
+
+def _raising(rank: int, path: str) -> None:
+    """An exception of any kind on one rank, before and after its bytes are written and at the commit."""
+    mesh = pair_mesh()
+    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
+    h.save(old, checkpoint_id=path)
+    unchanged = process_is_as_it_was(path)
+    write, commit = _save.Save.write, _C.commit_checkpoint
+
+    def raising(*arguments: Any) -> Any:
+        raise ValueError("no idea")
+
+    def written(self: Any) -> bytes:
+        write(self)
+        raise ValueError("no idea")
+
+    for failing, point in ((0, "before"), (1, "before"), (0, "after"), (1, "after"), (0, "commit")):
+        if rank == failing and point == "commit":
+            _C.commit_checkpoint = raising
+        elif rank == failing:
+            _save.Save.write = raising if point == "before" else written  # type: ignore[method-assign]
+        with pytest.raises(h.CheckpointError, match=rf"rank {failing}: ValueError: no idea"):
+            h.save(new, checkpoint_id=path)
+        _save.Save.write, _C.commit_checkpoint = write, commit  # type: ignore[method-assign]
+        dist.barrier()
+        assert torch.equal(loaded(path), OLD)
+        if point == "commit":
+            h.save(old, checkpoint_id=path)
+            unchanged = process_is_as_it_was(path)
+        dist.barrier()
+        assert unchanged(), "nothing of the failed save is left"
+        dist.barrier()
+
+
+def test_a_rank_that_raises_fails_the_save_everywhere(tmp_path: Path) -> None:
+    run_ranks(_raising, 2, str(tmp_path))
+
+
+def _dying(rank: int, path: str) -> None:
+    group = dist.new_group(timeout=datetime.timedelta(seconds=10))
+    h.save({"w": OLD}, checkpoint_id=path, process_group=group)
     write = _save.Save.write
 
     def written(self: Any) -> bytes:
-        if point == "before":
-            act()
         vote = write(self)
-        if point == "after":
-            act()
+        os.kill(os.getpid(), signal.SIGKILL)
         return vote
 
-    _save.Save.write = written  # type: ignore[method-assign]
-
-
-def _raise() -> None:
-    raise OSError(28, "disk on fire", "/some/file")
-
-
-def _failing(rank: int, path: str, action: str, failing: int, point: str) -> None:
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
-    group = dist.new_group(timeout=datetime.timedelta(seconds=10))
-    placements = [Replicate(), Shard(0)]
-    h.save({"w": distribute_tensor(OLD, mesh, placements)}, checkpoint_id=path, process_group=group)
-    state = {"w": distribute_tensor(OLD + 1, mesh, placements)}
-    if rank == failing:
-        _at(point, _raise if action == "raise" else lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if rank == 1:
+        _save.Save.write = written  # type: ignore[method-assign]
     start = time.monotonic()
-    if action == "raise":
-        with pytest.raises(OSError, match=rf"disk on fire .rank {failing}, step") as error:
-            h.save(state, checkpoint_id=path, process_group=group)
-        assert (error.value.errno, error.value.filename) == (28, "/some/file")
-        dist.barrier()
-        assert torch.equal(_loaded(path), OLD)
-        if point != "commit":
-            assert len(os.listdir(path)) == 3, "nothing of the failed save is left"
-    else:
-        with pytest.raises(h.CheckpointError, match="gets no answer"):
-            h.save(state, checkpoint_id=path, process_group=group)
+    with pytest.raises(h.CheckpointError, match="gets no answer"):
+        h.save({"w": OLD + 1}, checkpoint_id=path, process_group=group)
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.parametrize("action", ["raise", "kill"])
-@pytest.mark.parametrize("where", ["0 before", "1 before", "0 after", "1 after", "0 commit"])
-def test_the_older_checkpoint_survives_and_every_rank_is_told(tmp_path: Path, action: str, where: str) -> None:
-    failing, point = where.split()
-    died = (int(failing),) if action == "kill" else ()
-    run_ranks(_failing, 2, str(tmp_path), action, int(failing), point, allow_death=died)
-    assert torch.equal(_loaded(tmp_path), OLD)
+def test_a_rank_that_dies_when_all_is_durable_and_it_has_not_voted(tmp_path: Path) -> None:
+    run_ranks(_dying, 2, str(tmp_path), allow_death=(1,))
+    assert torch.equal(loaded(tmp_path), OLD)
     h.save({"w": OLD + 2}, checkpoint_id=tmp_path, no_dist=True)
-    assert torch.equal(_loaded(tmp_path), OLD + 2)
     assert len(os.listdir(tmp_path)) == 2, "what the dead save left is gone"
-
-
-def _stopped_and_woken(rank: int, path: str) -> None:
-    pid_file = Path(path + ".pid")
-    if rank == 0:
-        _at("commit", lambda: os.kill(os.getpid(), signal.SIGSTOP))
-        pid_file.write_text(str(os.getpid()))
-        with pytest.raises(h.CheckpointError, match="has taken it over; this one is not committed"):
-            h.save({"w": OLD}, checkpoint_id=path, no_dist=True)
-        return
-    while not pid_file.exists() or not pid_file.read_text():
-        time.sleep(0.01)
-    pid = int(pid_file.read_text())
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        time.sleep(0.01)
-    h.save({"w": OLD + 1}, checkpoint_id=path, no_dist=True)
-    os.kill(pid, signal.SIGCONT)
-
-
-def test_a_coordinator_that_wakes_after_the_next_save_does_not_commit(tmp_path: Path) -> None:
-    path = str(tmp_path / "checkpoint")
-    run_ranks(_stopped_and_woken, 2, path)
-    assert torch.equal(_loaded(path), OLD + 1)
-    assert len(os.listdir(path)) == 2
-
-
-def _process_is_as_it_was(path: str) -> Callable[[], bool]:
-    """Whether no descriptor and no thread is new (those of earlier tests may go meanwhile), and the directory is the same."""
-
-    def now() -> tuple[set[str], set[str], set[str]]:
-        return set(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task")), set(os.listdir(path))
-
-    before = now()
-
-    def unchanged() -> bool:
-        descriptors, threads, files = now()
-        return descriptors <= before[0] and threads <= before[1] and files == before[2]
-
-    return unchanged
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -134,7 +280,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
 
     big = {"w": OLD, "big": torch.ones(3 << 20)}
     h.save({"w": OLD}, checkpoint_id=tmp_path, no_dist=True)
-    unchanged = _process_is_as_it_was(str(tmp_path))
+    unchanged = process_is_as_it_was(str(tmp_path))
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -146,4 +292,4 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
     assert unchanged()
-    assert torch.equal(_loaded(tmp_path), OLD)
+    assert torch.equal(loaded(tmp_path), OLD)

@@ -263,5 +263,7 @@ def remove_quietly(directory: str | os.PathLike[str], names: Iterable[str]) -> N
     for name in names:
         try:
             os.unlink(os.path.join(directory, name))
+        except FileNotFoundError:
+            continue
         except OSError as error:
             _logger.warning("%s/%s could not be removed after a failed save: %s", directory, name, error)

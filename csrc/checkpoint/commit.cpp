@@ -30,11 +30,17 @@
 namespace hsdp_ckpt {
 namespace {
 
+void CheckDirectory(FileSystem& fs, const CommitRequest& request) {
+  FileStatus status;
+  if (!GetStatus(fs, request.directory, &status)) throw IoError("stat", request.directory, -1, ENOENT);
+}
+
 void CheckFiles(FileSystem& fs, const CommitRequest& request) {
   for (const ExpectedFile& file : request.files) {
     const std::string path = JoinPath(request.directory, file.name);
     FileStatus status;
     if (!GetStatus(fs, path, &status)) {
+      CheckDirectory(fs, request);
       throw Error(path +
                   ": the coordinator does not see this file that a rank has written; all ranks need the same directory, "
                   "on storage they share");
@@ -174,8 +180,7 @@ CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const Owner
 
 // The claim is gone: somebody else's save has the directory now, or the directory itself is gone.
 [[noreturn]] void ThrowLost(FileSystem& fs, const CommitRequest& request, const IoError& error) {
-  FileStatus status;
-  if (!GetStatus(fs, request.directory, &status)) throw IoError("stat", request.directory, -1, ENOENT);
+  CheckDirectory(fs, request);
   throw Error(JoinPath(request.directory, request.claim) +
               ": another save into this directory began after this one and has taken it over; this one is not committed (" +
               error.what() + ")");

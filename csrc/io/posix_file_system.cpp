@@ -11,6 +11,7 @@
 #include <cstdlib>
 
 #include "io/file_system.h"
+#include "io/injected_fault.h"
 
 namespace hsdp_ckpt {
 namespace {
@@ -149,7 +150,7 @@ class Posix : public FileSystem {
 
 FileSystem& PosixFileSystem() {
   static auto& instance = *new Posix;  // never destroyed: a thread may outlive main()
-  return instance;
+  return WithInjectedFault(instance);
 }
 
 }  // namespace hsdp_ckpt

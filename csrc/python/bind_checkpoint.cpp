@@ -1,12 +1,15 @@
 // The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape, address, first byte,
 // bytes): the caller keeps them alive and contiguous during the call. The GIL is released for all that reads, writes or
 // waits.
+#include <pybind11/functional.h>
+
 #include "base/error.h"
 #include "checkpoint/claim.h"
 #include "checkpoint/commit.h"
 #include "checkpoint/data_file_name.h"
 #include "checkpoint/shard_file_writer.h"
 #include "io/file.h"
+#include "io/injected_fault.h"
 #include "python/module.h"
 #include "record/record.h"
 #include "record/tensor_pickle.h"
@@ -126,6 +129,12 @@ void BindCheckpoint(py::module_& module) {
       py::arg("path"), py::arg("sync"), released);
   module.def(
       "sync_directory", [](const std::string& path) { SyncDirectory(PosixFileSystem(), path); }, py::arg("path"), released);
+  module.def(
+      "_inject_fault",
+      [](const std::optional<std::function<int(std::string, std::string)>>& fault) {
+        InjectFault(fault ? InjectedFault(*fault) : InjectedFault());
+      },
+      py::arg("fault"));
   module.def("new_save_id", &NewSaveId);
   module.def("data_file_name", &MakeFileName, py::arg("rank"), py::arg("save_id"), py::arg("number"));
   module.def("torch_file_prefix", &MakeTorchPrefix, py::arg("rank"), py::arg("save_id"));

@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -47,6 +48,18 @@ class FaultFileSystem : public FileSystem {
     const std::lock_guard lock(mutex_);
     if (loss == Loss::kEverything || loss == Loss::kOnlyEntries) {
       entries_ = durable_entries_;
+      directories_ = durable_directories_;
+      // What lies in a directory that did not survive is out of reach, whatever was synced of it; so are its directories.
+      const auto lost = [&](const std::string& path) {
+        for (std::string at = Parent(path); at != "/"; at = Parent(at)) {
+          if (!directories_.contains(at)) return true;
+        }
+        return false;
+      };
+      std::erase_if(entries_, [&](const auto& entry) { return lost(entry.first); });
+      std::set<std::string> left;
+      std::copy_if(directories_.begin(), directories_.end(), std::inserter(left, left.end()), std::not_fn(lost));
+      directories_ = left;
     }
     for (auto& [path, inode] : entries_) {
       if (loss == Loss::kOnlyEntries) continue;
@@ -61,6 +74,7 @@ class FaultFileSystem : public FileSystem {
       inode->bytes = inode->durable;
     }
     durable_entries_ = entries_;
+    durable_directories_ = directories_;
     for (auto& [path, inode] : entries_) inode->durable = inode->bytes;
   }
 
@@ -131,6 +145,9 @@ class FaultFileSystem : public FileSystem {
     std::erase_if(durable_entries_, [&](const auto& entry) { return Parent(entry.first) == path; });
     for (const auto& entry : entries_) {
       if (Parent(entry.first) == path) durable_entries_.insert(entry);
+    }
+    for (const auto& directory : directories_) {
+      if (Parent(directory) == path) durable_directories_.insert(directory);
     }
     return 0;
   }
@@ -204,7 +221,10 @@ class FaultFileSystem : public FileSystem {
     bool direct_;
   };
 
-  static std::string Parent(const std::string& path) { return path.substr(0, path.rfind('/')); }
+  static std::string Parent(const std::string& path) {
+    const size_t slash = path.rfind('/');
+    return slash == 0 ? "/" : path.substr(0, slash);
+  }
 
   int Ask(const std::string& op, const std::string& path) {
     const int call = calls_++;
@@ -216,7 +236,7 @@ class FaultFileSystem : public FileSystem {
   Fault fault_;
   int calls_ = 0;
   std::map<std::string, std::shared_ptr<Inode>> entries_, durable_entries_;
-  std::set<std::string> directories_;
+  std::set<std::string> directories_, durable_directories_;
 };
 
 }  // namespace hsdp_ckpt

@@ -1,0 +1,78 @@
+"""What the tests of failing saves share: faults at one call of the file system, and what a save must leave as it was."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _C
+
+Call = tuple[str, str]  # the operating system's call, and what it is about: "claim", "data", "metadata" or "directory"
+OLD = torch.arange(50000.0)
+
+
+def about(path: str) -> str:
+    name = os.path.basename(path)
+    if name.endswith(".tmp"):
+        return "claim"
+    return "data" if name.endswith(".distcp") else "metadata" if name.endswith(".metadata") else "directory"
+
+
+def at_call(number: int, act: Callable[[str], int]) -> Callable[[], bool]:
+    """From now on this process's file system calls are counted, and ``act`` is asked, with the call's path, what number
+    ``number`` shall do: 0, a negative errno, or a number of bytes. Returns whether it was reached."""
+    calls: list[str] = []
+
+    def fault(op: str, path: str) -> int:
+        calls.append(path)
+        return act(path) if len(calls) == number + 1 else 0
+
+    _C._inject_fault(fault)
+    return lambda: len(calls) > number
+
+
+def no_fault() -> None:
+    _C._inject_fault(None)
+
+
+def calls_of(work: Callable[[], Any]) -> list[Call]:
+    """The file system calls that ``work`` makes, in their order."""
+    calls: list[Call] = []
+    _C._inject_fault(lambda op, path: calls.append((op, about(path))) or 0)  # type: ignore[func-returns-value]
+    work()
+    no_fault()
+    return calls
+
+
+def pair_mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+
+
+def sharded(tensor: torch.Tensor, mesh: DeviceMesh) -> dict[str, Any]:
+    return {"w": distribute_tensor(tensor, mesh, [Replicate(), Shard(0)])}
+
+
+def loaded(path: str | Path, size: int = 50000) -> torch.Tensor:
+    like = {"w": torch.zeros(size)}
+    h.load(like, checkpoint_id=path, no_dist=True)
+    return like["w"]
+
+
+def process_is_as_it_was(path: str) -> Callable[[], bool]:
+    """Whether no descriptor and no thread is new (those of earlier tests may go meanwhile), and the directory is the same."""
+
+    def now() -> tuple[set[str], set[str], set[str]]:
+        return set(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task")), set(os.listdir(path))
+
+    before = now()
+
+    def unchanged() -> bool:
+        descriptors, threads, files = now()
+        return descriptors <= before[0] and threads <= before[1] and files == before[2]
+
+    return unchanged
