@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from states import Moves, assert_same, bits, mesh_of, step, tensors, trained, wr
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
+from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
@@ -274,3 +278,72 @@ def _hooks(rank: int) -> None:
 
 def test_hooks_and_names() -> None:
     run_ranks(_hooks, 4)
+
+
+class _Buffered(nn.Module):
+    """Buffers of several dtypes: persistent and not, on the way in and in a module that gets ignored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.inner.register_buffer("scale", torch.rand(4))
+        self.inner.register_buffer("offset", torch.rand(4).double())
+        self.inner.register_buffer("count", torch.arange(3))
+        self.inner.register_buffer("scratch", torch.rand(2), persistent=False)
+        self.aside = nn.Identity()
+        self.aside.register_buffer("table", torch.rand(2))
+        self.register_buffer("small", torch.rand(3).half())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.aside(x)) * self.inner.scale
+
+
+def _cast_buffers(rank: int) -> None:
+    """Beside torch's FSDP1: what is live is in ``buffer_dtype``, what is in state dicts in the dtype that it was made in."""
+    low = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+    policy = ModuleWrapPolicy({nn.Linear})
+    models: list[nn.Module] = []
+    for kind, device in ((FSDP, None), (TorchFSDP, torch.device("cpu"))):
+        torch.manual_seed(3)
+        net = _Buffered()
+        options = {"auto_wrap_policy": policy, "ignored_modules": [net.aside], "device_id": device, "use_orig_params": True}
+        models.append(kind(net, mixed_precision=low, **options))
+        with torch.no_grad():
+            models[-1](torch.ones(2, 4))
+    ours, theirs = models
+    live = {name: buffer.dtype for name, buffer in ours.named_buffers()}
+    assert live == {name.replace("_fsdp_wrapped_module.", ""): buffer.dtype for name, buffer in theirs.named_buffers()}
+    assert live["inner.scale"] == live["inner.offset"] == live["small"] == torch.bfloat16
+    with FSDP.state_dict_type(ours, StateDictType.FULL_STATE_DICT), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with TorchFSDP.state_dict_type(theirs, StateDictType.FULL_STATE_DICT):
+            assert_same(ours.state_dict(), theirs.state_dict())
+    state = ours.state_dict()
+    dtypes = {name: buffer.dtype for name, buffer in _Buffered().named_buffers() if "scratch" not in name}
+    assert {name: state[name].dtype for name in dtypes} == dtypes
+    kept = ours.state_dict(keep_vars=True)
+    assert kept["inner.scale"] is ours.module.inner.module.scale
+
+    # Back: by copying, from what is live, under a load hook, by assignment; the live ones keep their dtype.
+    saved = {name: value + 1 for name, value in state.items()}
+    for road in ("copy", "as it is live", "hook", "assign"):
+        given = dict(saved)
+        if road == "as it is live":
+            given["inner.scale"] = given["inner.scale"].bfloat16()
+        if road == "hook":
+            ours.module.aside.register_load_state_dict_pre_hook(lambda *args: None)
+        for value in tensors(ours.state_dict()).values():
+            value.zero_()
+        assert ours.load_state_dict(copy.deepcopy(given), assign=road == "assign") == ([], []), road
+        assert {name: buffer.dtype for name, buffer in ours.named_buffers()} == live, road
+        for name, dtype in dtypes.items():
+            expected = saved[name].to(live[name]).to(dtype)
+            assert torch.equal(ours.state_dict()[name], expected), (road, name)
+    with pytest.raises(RuntimeError, match=r'"inner\.scale" is torch\.float16'):
+        ours.load_state_dict({**saved, "inner.scale": saved["inner.scale"].half()})
+    ours.double()  # what the user converts later is saved as it is
+    assert ours.state_dict()["inner.scale"].dtype == torch.float64
+
+
+def test_buffers_are_saved_in_the_dtype_that_they_were_made_in() -> None:
+    run_ranks(_cast_buffers, 4)

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 
 from ._full_state import own_rows, spec_like
 from ._misfits import agree, listed
+from ._precision import saved_dtype
 from ._unit import ShardedUnit, local_of
 
 INNER = "_checkpoint_wrapped_module"  # also the name that torch's activation checkpointing uses
@@ -100,7 +101,7 @@ def misfit(entry: Entry, value: Any, same_dtype: bool) -> str | None:
         return f'"{key}" is a {type(value).__name__}, not a tensor'
     if value.shape != target.shape and not (target.ndim == 0 and value.shape == (1,)):
         return f'size mismatch for "{key}": {tuple(value.shape)} given, the module has {tuple(target.shape)}'
-    if same_dtype and value.dtype != target.dtype:
+    if same_dtype and value.dtype not in (target.dtype, saved_dtype(entry.module, entry.name, target)):
         return f'"{key}" is {value.dtype}, the module has {target.dtype}: convert it, or pass strict=False, which does'
     if value.is_meta:
         return f'"{key}" is on the meta device and has no values'

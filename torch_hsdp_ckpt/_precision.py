@@ -1,12 +1,15 @@
 """Mixed precision as torch's two wrappers define it: which dtypes a unit computes, reduces and returns in."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
+
+_BUFFERS_CAST = "_hsdp_ckpt_buffers_cast"  # on a module: {buffer's name: (the dtype that it had, the dtype that it was given)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +68,37 @@ class Precision:
         dtype = self.output_dtype
         return _apply_to_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs)
 
-    def cast_buffers(self, module: nn.Module) -> None:
-        """Converts the floating point buffers of ``module`` that no wrapped module below holds."""
-        if self.buffer_dtype is None:
+    def cast_buffers(self, module: nn.Module, ignored: Collection[nn.Module]) -> None:
+        """Converts the floating point buffers of ``module`` that neither wrapped modules below nor ``ignored`` ones hold."""
+        dtype = self.buffer_dtype
+        if dtype is None:
             return
         for owner in own_modules(module):
-            for name, buffer in owner._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    owner._buffers[name] = buffer.to(self.buffer_dtype)
+            for name, buffer in owner._buffers.items() if owner not in ignored else ():
+                if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype:
+                    owner.__dict__.setdefault(_BUFFERS_CAST, {})[name] = (buffer.dtype, dtype)
+                    owner._buffers[name] = buffer.to(dtype)
+
+
+def saved_dtype(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.dtype:
+    """What ``module``'s ``tensor`` is in state dicts: for a buffer that ``cast_buffers`` has converted, as FSDP1 has it, the
+    dtype before; for one that somebody has converted since, and for all else, its own."""
+    before, cast_to = module.__dict__.get(_BUFFERS_CAST, {}).get(name, (tensor.dtype, tensor.dtype))
+    return cast(torch.dtype, before if tensor.dtype == cast_to else tensor.dtype)
+
+
+def restore_buffers(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Gives ``state``'s values for the buffers of ``module``, those below wrapped modules excepted, their ``saved_dtype``."""
+    from ._runner import runner_of
+
+    for name in module.__dict__.get(_BUFFERS_CAST, ()):
+        value = state.get(prefix + name)
+        if isinstance(value, torch.Tensor):
+            state[prefix + name] = value.to(saved_dtype(module, name, value))
+    for name, child in module._modules.items():
+        if child is not None and runner_of(child) is None:
+            inside = prefix if name == "_checkpoint_wrapped_module" else f"{prefix}{name}."
+            restore_buffers(child, state, inside)
 
 
 def own_modules(module: nn.Module) -> list[nn.Module]:

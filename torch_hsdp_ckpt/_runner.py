@@ -1,7 +1,7 @@
 """Running a wrapped module: gather before its forward, free after, whichever face it was wrapped with."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,14 +18,24 @@ class Runner:
     """What a wrapped ``module`` has in common under ``FullyShardedDataParallel`` and ``fully_shard``.
 
     ``prefetch``: 0 none, 1 before, 2 after a unit's backward; the outermost module's counts.
-    ``label``: what the module is called in errors, if it is not its own class.
+    ``label``: what the module is called in errors, if it is not its own class. ``ignored``: modules whose buffers stay as they
+    are.
     """
 
-    def __init__(self, module: nn.Module, unit: ShardedUnit, prefetch: int, precision: Precision, label: str) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        unit: ShardedUnit,
+        prefetch: int,
+        precision: Precision,
+        label: str,
+        ignored: Collection[nn.Module] = (),
+    ) -> None:
         self.unit = unit
         self.prefetch = prefetch
         self.precision = precision
         self.label = label
+        self.ignored = ignored
         self.root: Root | None = None
         self.modules: list[weakref.ref[nn.Module]] = []  # several: one unit for modules that were given together
         self._cast_inputs: torch.dtype | None = None
@@ -81,13 +91,16 @@ class Runner:
             runner.unit.core.set_name(runner.unit.core.name)
         for runner in (r for _, r in inside):
             runner._cast_inputs = runner.precision.input_dtype(outermost=runner is self)
-            for reference in runner.modules:
-                if (owner := reference()) is not None:
-                    runner.precision.cast_buffers(owner)
+            runner.cast_buffers()
         root = Root([runner.unit for _, runner in inside], self.prefetch)
         for _, runner in inside:
             runner.root = root
         return root
+
+    def cast_buffers(self) -> None:
+        for reference in self.modules:
+            if (owner := reference()) is not None:
+                self.precision.cast_buffers(owner, self.ignored)
 
     def reset(self) -> None:
         """The sharded parameters are in their slots and nothing derived from them is in flight."""

@@ -28,6 +28,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from ._full_state import gather, is_first
 from ._module_load import INNER, Survey, load, own, shard_full
 from ._optim_state import PREFIX, OptimStateMixin, offload, unit_holders
+from ._precision import restore_buffers
 from ._unit import local_of
 
 _CONFIGS: dict[StateDictType, tuple[type[StateDictConfig], type[OptimStateDictConfig]]] = {
@@ -43,6 +44,7 @@ class StateDictMixin(OptimStateMixin, nn.Module):
     _checkpoint_wrapped_module: nn.Module
     _unit: Any
     _root: Any
+    _runner: Any
 
     def _reset(self) -> None:
         """The sharded parameters are in their slots and nothing derived from them is in flight."""
@@ -69,6 +71,8 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         ignored parameters, else nothing. With ``offload_to_cpu`` the device holds one tensor, or one bucket of small ones, at a
         time.
 
+        Buffers that ``MixedPrecision(buffer_dtype)`` has converted come as copies in the dtype that they had before.
+
         Hooks that were registered on the wrapper or inside are called; they see the shards, as values become whole after them.
         """
         if args:
@@ -88,6 +92,8 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         finally:
             if outermost and self._root is not None:
                 self._root.reading = False
+        if self._runner.precision.buffer_dtype is not None and not keep_vars:
+            restore_buffers(self._checkpoint_wrapped_module, destination, prefix)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
         for hook in self._state_dict_hooks.values():
             result = hook(self, destination, prefix, metadata)
@@ -263,6 +269,9 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 
 @own
 def _after_load(module: nn.Module, incompatible: Any) -> None:
+    assert isinstance(module, StateDictMixin)
     for keys in incompatible:
         keys[:] = [key.replace(PREFIX, "") for key in keys]
-    module._unit.rebind()  # type: ignore[operator, union-attr]
+    module._unit.rebind()
+    if module._root is not None:
+        module._runner.cast_buffers()  # ``assign`` may have brought others

@@ -85,11 +85,13 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         if device_id is not None:
             move(module, device)
         skip = {item for item in not_ours if isinstance(item, nn.Module)}
+        skipped = {inner for m in skip for inner in m.modules()}
         if auto_wrap_policy is not None:
             options: dict[str, Any] = {
                 "sharding_strategy": strategy,
                 "backward_prefetch": backward_prefetch,
                 "mixed_precision": mixed_precision,
+                "ignored_modules": skip,
                 "ignored_states": ignored,
                 "param_init_fn": param_init_fn,
                 "sync_module_states": sync_module_states,
@@ -97,7 +99,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             }
             excepted = tuple(mixed_precision._module_classes_to_ignore) if mixed_precision is not None else ()
             auto_wrap(module, auto_wrap_policy, skip, ignored, excepted, lambda inner, own: _inner(inner, options, own))
-        materialize(module, param_init_fn, device, {inner for m in skip for inner in m.modules()}, ignored)
+        materialize(module, param_init_fn, device, skipped, ignored)
         if sync_module_states:
             synchronize(module, mesh, ignored)
         self.device_mesh = mesh
@@ -107,7 +109,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         self._unit = ShardedUnit(own_slots([module], ignored), mesh, device, reshard, *precision.of_unit())
         self._checkpoint_wrapped_module = module
         prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[backward_prefetch]
-        self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__)
+        self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__, skipped)
         self._init_state_dict()
 
     # -- running
@@ -115,6 +117,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's forward. If it raises, the full parameters are freed and the wrapper can be used again."""
         return self._runner.run(self._checkpoint_wrapped_module, args, kwargs)
+
+    _runner: Runner
 
     @property
     def _root(self) -> Root | None:  # type: ignore[override]
