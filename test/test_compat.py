@@ -1,21 +1,23 @@
 """Everything that reads a checkpoint in stock torch, on files of ours; and what stock torch has written, on our reader."""
 
-import io
-import pickle
-import zipfile
-from collections.abc import Callable
+import runpy
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
 from torch.distributed.checkpoint import format_utils
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, _load_state_dict_from_keys
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt._metadata import read_metadata
 
 
 def _state() -> dict[str, Any]:
@@ -48,46 +50,54 @@ def test_format_utils_on_our_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert _equal(rebuilt, state)
 
 
-def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Every record of a stock checkpoint, changed, in one file; as if another torch had written it."""
-    metadata = read_metadata(path / ".metadata")
-    out = bytearray()
-    for info in metadata.storage_data.values():
-        record = change((path / info.relative_path).read_bytes()[info.offset : info.offset + info.length])
-        info.relative_path, info.offset, info.length = "__0_9.distcp", len(out), len(record)
-        out += record
-    (path / "__0_9.distcp").write_bytes(out)
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+STOCK = sorted((Path(__file__).parent / "data" / "stock").glob("stock_*.tar.xz"))
 
 
-def _legacy(record: bytes) -> bytes:
-    stream = io.BytesIO()
-    value = torch.load(io.BytesIO(record), weights_only=True)
-    torch.save(value, stream, _use_new_zipfile_serialization=False)
-    return stream.getvalue()
+def test_checkpoints_of_every_stock_torch_are_there() -> None:
+    """Each is what that torch itself wrote: see data/stock/make.py."""
+    versions = [tuple(map(int, path.name.split("_")[1].split(".")[:2])) for path in STOCK]
+    assert min(versions) == (2, 3) and max(versions) == (2, 15)
 
 
-def _old_zip(record: bytes) -> bytes:
-    """As before torch 2.4: no .format_version, no .storage_alignment, no byteorder with a big alignment."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(record)) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as target:
-        for entry in source.infolist():
-            if not entry.filename.rpartition("/")[2].startswith("."):
-                target.writestr(entry.filename, source.read(entry))
-    return out.getvalue()
+@pytest.mark.parametrize("archive", STOCK, ids=lambda path: path.name.split("_")[1].removesuffix(".tar.xz"))
+def test_what_every_stock_torch_wrote_is_read(tmp_path: Path, archive: Path) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    expected: dict[str, Any] = runpy.run_path(str(archive.parent / "make.py"))["values"]()
+    for kind in ("alone", "zip", "legacy"):
+        want = dict(expected)
+        if kind != "alone":
+            rows = {"even": 6, "odd": 5, "one": 1}
+            want["sharded"] = {name: torch.arange(count * 4.0).reshape(count, 4) for name, count in rows.items()}
+        for load in (
+            lambda s, path=tmp_path / kind: h.load(s, checkpoint_id=path, no_dist=True),
+            lambda s, path=tmp_path / kind: dcp.load(s, storage_reader=h.FileSystemReader(path), no_dist=True),
+        ):
+            state = tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None, want)
+            load(state)
+            for (path, value), (_, loaded) in zip(*(tree_flatten_with_path(tree)[0] for tree in (want, state)), strict=True):
+                same = torch.equal(loaded, value) if isinstance(value, torch.Tensor) else loaded == value
+                assert same, (kind, path, loaded)
+        report = h.verify(tmp_path / kind)
+        assert report.ok, report.problems
+        assert bool(report.unchecked) == (kind == "legacy"), report.unchecked  # that format has no checksum
 
 
-@pytest.mark.parametrize("change", [_legacy, _old_zip])
-def test_records_of_other_torches(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
-    state = _state()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
-    _rewrite(tmp_path, change)
-    for load in (
-        lambda s: h.load(s, checkpoint_id=tmp_path, no_dist=True),
-        lambda s: dcp.load(s, storage_reader=h.FileSystemReader(tmp_path), no_dist=True),
-    ):
-        loaded = {"model": {"w": torch.zeros(300, 1000), "b": torch.zeros(7, dtype=torch.int64)}, "step": None}
-        load(loaded)
-        assert _equal(loaded, state)
-    report = h.verify(tmp_path)
-    assert report.ok, report.problems
+def _torch_save_file(rank: int, path: str) -> None:
+    """A file by torch.save, made of a checkpoint of ours, which one rank reads and broadcasts, under both loads. Into plain
+    tensors: torch's reader has no others on the ranks that do not read."""
+    mesh = init_device_mesh("cpu", (2,))
+    full = {"w": torch.arange(5000.0).reshape(50, 100), "v": torch.arange(7.0)}
+    h.save({k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in full.items()}, checkpoint_id=f"{path}/c")
+    if rank == 0:
+        format_utils.dcp_to_torch_save(f"{path}/c", f"{path}/one.pt")
+    dist.barrier()
+    for load in (dcp.load, h.load):
+        state = {k: torch.zeros_like(v) for k, v in full.items()}
+        reader = format_utils.BroadcastingTorchSaveReader(f"{path}/one.pt")
+        load(state, storage_reader=reader, planner=format_utils.DynamicMetaLoadPlanner())  # type: ignore[operator]
+        assert all(torch.equal(state[k], v) for k, v in full.items())
+
+
+def test_broadcasting_reader_of_torch_save_files(tmp_path: Path) -> None:
+    run_ranks(_torch_save_file, 2, str(tmp_path))

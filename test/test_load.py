@@ -1,6 +1,7 @@
 """``load``: DCP's signature on our engine, in every way of exchange, onto every mesh, and what goes wrong on one rank."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _exchange
 
 ROWS = {"even": 512, "uneven": 301, "few": 3, "one": 1}
 
@@ -95,30 +98,52 @@ def test_between_any_two_meshes(tmp_path: Path) -> None:
     assert all(torch.equal(state["w"][k], v) for k, v in full.items())
 
 
-def _read_bytes(rank: int, path: str, replicas: int, mode: str) -> int:
+def _storage_bytes() -> int:
+    """What this process has read through system calls so far, sockets included."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+
+
+def _read_bytes(rank: int, path: str, replicas: int) -> dict[str, int]:
+    """Bytes that this rank reads from files in every mode, and with planners that are not the default one."""
     mesh = init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas))
     full = {"w": torch.arange(2_000_000.0).reshape(-1, 1000), "v": torch.arange(1_000_000.0).reshape(-1, 1000)}
-    if not os.path.exists(f"{path}/.metadata"):
-        dcp.save(_sharded(full, mesh, [Replicate(), Shard(0)]), storage_writer=h.FileSystemWriter(path))
-    state = _sharded({k: torch.zeros_like(v) for k, v in full.items()}, mesh, [Replicate(), Shard(0)])
-    dist.barrier()
+    dcp.save(_sharded(full, mesh, [Replicate(), Shard(0)]), storage_writer=h.FileSystemWriter(path))
+    from_files = 0
+    run = _exchange._Network.run
 
-    def count() -> int:
-        return next(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+    def counted(self: Any, plan: Any) -> None:
+        nonlocal from_files
+        run(self, plan)
+        from_files += plan.bytes_read
 
-    before = count()
-    h.load(state, checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
-    read = count() - before
-    assert all(torch.equal(state[k].full_tensor(), v) for k, v in full.items())
-    return read
+    _exchange._Network.run = counted  # type: ignore[method-assign]
+    counts: dict[str, int] = {}
+    for name, mode, planner in (
+        ("off", "off", None),
+        ("shared", "shared", None),
+        ("network", "network", None),
+        ("subclass", "shared", _Other()),
+        ("empty", "shared", _EmptyStateDictLoadPlanner()),
+    ):
+        state = _sharded({k: torch.zeros_like(v) for k, v in full.items()}, mesh, [Replicate(), Shard(0)])
+        if name == "empty":
+            state = {}
+        dist.barrier()
+        before = _storage_bytes()
+        h.load(state, checkpoint_id=path, exchange=mode, planner=planner)  # type: ignore[arg-type]
+        counts[name] = from_files if mode == "network" else _storage_bytes() - before
+        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+        assert all(torch.equal(whole[k], v) for k, v in full.items())
+    return counts
 
 
 @pytest.mark.parametrize("replicas", [2, 4, 8])
 def test_an_exchange_reads_every_byte_once(tmp_path: Path, replicas: int) -> None:
     state = 12_000_000
-    ranks = 2 * replicas if replicas == 2 else replicas
-    assert sum(run_ranks(_read_bytes, ranks, str(tmp_path), replicas, "shared")) < 1.1 * state
-    assert sum(run_ranks(_read_bytes, ranks, str(tmp_path), replicas, "off")) > (replicas - 0.1) * state
+    counts = run_ranks(_read_bytes, 4 if replicas == 2 else replicas, str(tmp_path), replicas)
+    read = {name: sum(count[name] for count in counts) / state for name in counts[0]}
+    assert read.pop("off") > replicas - 0.1
+    assert all(1 <= times < 1.1 for times in read.values()), read
 
 
 def _rank_fails(rank: int, path: str) -> None:
@@ -160,6 +185,16 @@ class _Other(dcp.DefaultLoadPlanner):
         self.committed += 1
 
 
+class _Doubling(dcp.DefaultLoadPlanner):
+    """Takes tensors in memory of its own, and puts twice their values in the state dict."""
+
+    def transform_tensor(self, read_item: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor)
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        self.lookup_tensor(read_item.dest_index).copy_(2 * tensor)
+
+
 class _Counter:
     def __init__(self) -> None:
         self.value = 0
@@ -192,6 +227,12 @@ def test_planners_stateful_objects_and_readers(tmp_path: Path) -> None:
     planner = _Other()
     check(blank(), checkpoint_id=tmp_path, planner=planner)
     assert planner.committed == 1
+    doubled = blank()
+    h.load(doubled, checkpoint_id=tmp_path, planner=_Doubling(), no_dist=True)
+    assert torch.equal(doubled["t"], torch.arange(6.0) * 2)
+    rebuilt: dict[str, Any] = {}
+    h.load(rebuilt, checkpoint_id=tmp_path, planner=_EmptyStateDictLoadPlanner(keys={"t", "x"}), no_dist=True)
+    assert rebuilt.keys() == {"t", "x"} and torch.equal(rebuilt["t"], torch.arange(6.0)) and rebuilt["x"] == {"y": 1}
     check(blank() | {"new": torch.ones(2)}, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
     with pytest.raises(h.CheckpointError, match="new"):
         check(blank() | {"new": torch.ones(2)}, checkpoint_id=tmp_path)
@@ -240,3 +281,97 @@ def _saved_over(rank: int, path: str) -> None:
 
 def test_a_directory_that_is_saved_over_gives_one_generation(tmp_path: Path) -> None:
     run_ranks(_saved_over, 2, str(tmp_path))
+
+
+def _many_saves(rank: int, path: str) -> list[int]:
+    """Ranks 0 and 1 save over one directory again and again, while ranks 2 and 3 load from it: what these have seen."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("task", "shard"))["shard"]
+    group = mesh.get_group()
+
+    def state(value: float) -> dict[str, Any]:
+        tensors = {f"t{i}": torch.full((100 + 37 * i, 300), value) for i in range(8)}
+        return {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in tensors.items()} | {"generation": int(value)}
+
+    done = Path(path) / "done"
+    if rank < 2:
+        h.save(state(1), checkpoint_id=f"{path}/c", process_group=group)
+    dist.barrier()
+    seen = []
+    for number in range(2, 400):
+        if rank < 2:
+            h.save(state(number), checkpoint_id=f"{path}/c", process_group=group)
+            stop = [done.exists()]
+            dist.broadcast_object_list(stop, group_src=0, group=group)
+            if stop[0]:
+                break
+            time.sleep(0.05)
+            continue
+        loaded = state(0)
+        planner = _Other() if number % 2 else None
+        h.load(loaded, checkpoint_id=f"{path}/c", process_group=group, planner=planner)
+        seen.append(loaded["generation"])
+        for name, value in loaded.items():
+            assert name == "generation" or (value.to_local() == seen[-1]).all(), (name, seen[-1])
+        if len(seen) == 12:
+            break
+    if rank == 2:
+        done.touch()
+    return seen
+
+
+def test_loads_while_others_save_over_the_directory(tmp_path: Path) -> None:
+    _, _, seen, other = run_ranks(_many_saves, 4, str(tmp_path))
+    assert len(seen) == 12 and seen == other  # no two ranks read different generations
+    assert seen == sorted(seen) and len(set(seen)) > 2
+
+
+def _memory(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) << 10
+
+
+def _extra_memory(rank: int, path: str) -> dict[str, int]:
+    """Memory that a load takes at its height, on top of what is resting, shared memory included; the state exists before."""
+    mesh = init_device_mesh("cpu", (4, 1))
+    placements = [Replicate(), Shard(0)]
+    shapes = {"large": (20000, 1000), **{f"w{i}": (500, 1000 + i) for i in range(40)}}  # 160 MB on each rank
+    state = {k: distribute_tensor(torch.ones(v), mesh, placements) for k, v in shapes.items()}
+    h.save(state, checkpoint_id=path)
+    extra = {}
+    for dtype in (torch.float32, torch.bfloat16):  # straight into the targets, and through memory that is converted
+        targets = {k: distribute_tensor(torch.zeros(v, dtype=dtype), mesh, placements) for k, v in shapes.items()}
+        for mode in ("off", "shared", "network"):
+            dist.barrier()
+            Path("/proc/self/clear_refs").write_text("5")
+            resting = _memory("VmRSS")
+            h.load(targets, checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
+            extra[f"{dtype} {mode}"] = _memory("VmHWM") - resting
+            assert all((t.to_local() == 1).all() and not t.to_local().zero_().any() for t in targets.values())
+    return extra
+
+
+def test_memory_on_top_of_the_state_is_bounded(tmp_path: Path) -> None:
+    extra = run_ranks(_extra_memory, 4, str(tmp_path))
+    assert all(size < 64 << 20 for each in extra for size in each.values()), extra
+
+
+def _onto_cuda(rank: int, path: str) -> None:
+    mesh, host = (init_device_mesh(device, (2, 2)) for device in ("cuda", "cpu"))
+    full = _full(4) | {"large": torch.randn(9000, 1000)}  # more than a batch on its way to the device
+    placements = [Replicate(), Shard(0)]
+    for writer in (h.FileSystemWriter, dcp.FileSystemWriter):
+        where = f"{path}/{writer.__module__}"
+        dcp.save(_sharded(full, host, placements), storage_writer=writer(where))
+        for mode in ("off", "shared", "network"):
+            for dtype in (torch.float32, torch.bfloat16):
+                blank = {k: torch.zeros_like(v, dtype=dtype, device="cuda") for k, v in full.items()}
+                state = _sharded(blank, mesh, placements)
+                h.load(state, checkpoint_id=where, exchange=mode)  # type: ignore[arg-type]
+                for name, tensor in state.items():
+                    assert torch.equal(tensor.full_tensor().cpu(), full[name].to(dtype)), (name, mode, dtype)
+
+
+@pytest.mark.gpu
+def test_cuda_targets(tmp_path: Path) -> None:
+    """Gloo with CUDA tensors: NCCL refuses several ranks on one GPU."""
+    run_ranks(_onto_cuda, 4, str(tmp_path), backend="cpu:gloo,cuda:gloo")

@@ -67,6 +67,20 @@ class Prepared:
     bytes: int
 
 
+@dataclasses.dataclass
+class Work:
+    """What a rank is to read: tensors in two sets, those that are sharded and those that every rank has for itself (which may
+    differ between ranks, where the sharded ones do not), and ``rest``: what is done when these are there."""
+
+    sharded: Prepared
+    others: Prepared
+    rest: Callable[[], None]
+
+    @property
+    def digests(self) -> bytes:
+        return self.sharded.digest + self.others.digest
+
+
 def prepare_items(reader: _C.CheckpointReader, directory: str | os.PathLike[str], items: Sequence[Item]) -> Prepared:
     """Opens files and decides what is read how. Raises CorruptCheckpointError, CheckpointError, OSError; nothing is written."""
     directory = os.fspath(directory)

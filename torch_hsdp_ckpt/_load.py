@@ -1,10 +1,9 @@
 """``load``: DCP's ``load`` with planning, reading and the exchange among replicas done here."""
 
-import dataclasses
+import functools
 import hashlib
 import os
-import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from . import _C
 from ._agreement import Agreement, agreement_of
 from ._exchange import MODES, Exchange, Mode, host_identity, make_exchange, name_load, subgroup
-from ._items import Item, Prepared, prepare_items, read_threads, run_items
+from ._items import Item, Work, prepare_items, read_threads, run_items
 from ._objects import load_object
+from ._planner_load import plan_with_planner
 from ._reader import CheckedPlanner, FileSystemReader
 from .errors import CheckpointError, CorruptCheckpointError
 
@@ -56,7 +56,10 @@ def load(
         checkpoint_id: the directory. Needed without ``storage_reader``.
         storage_reader: by default :class:`FileSystemReader`. Another class than that is used through torch's own code,
             with DCP's exceptions.
-        planner: by default ``DefaultLoadPlanner()``, which is planned for natively, as is one with ``allow_partial_load``.
+        planner: by default ``DefaultLoadPlanner()``, which is planned for natively with all of its options. Any other planner
+            plans as under DCP, on its own and on the coordinator; what it reads is shared among replicas too, unless it
+            overrides ``resolve_tensor``, ``lookup_tensor`` or ``transform_tensor``, and so may make targets of its own: those
+            are asked for a few at a time (32 MiB), and every rank reads for itself.
         process_group: the ranks that load. The default group by default.
         no_dist: load in this process alone.
         trust_objects: True unpickles objects that are more than tensors and plain data. Only for checkpoints of a source you
@@ -86,12 +89,12 @@ def load(
     else:
         checked = CheckedPlanner(planner or DefaultLoadPlanner(), lambda item: item.storage_index.fqn, trust_objects)
         _dcp_load_state_dict(values, reader, process_group, no_dist=_alone(no_dist), planner=cast(LoadPlanner, checked))
-    for key in keys:
+    for key, loaded in values.items():  # more keys than before, with a planner that adds them
         value = state_dict.get(key)
         if isinstance(value, Stateful):
-            value.load_state_dict(values[key])
-        elif key in state_dict:
-            state_dict[key] = values[key]
+            value.load_state_dict(loaded)
+        else:
+            state_dict[key] = loaded
 
 
 def _alone(no_dist: bool) -> bool:
@@ -108,22 +111,6 @@ def _reader(checkpoint_id: str | os.PathLike[str] | None, storage_reader: Storag
     return storage_reader
 
 
-class _Gone(Exception):
-    """A data file that `.metadata` names is not there."""
-
-
-@dataclasses.dataclass
-class _Work:
-    """What a rank is to read: tensors in two sets, those that are sharded and those that every rank has for itself (which may
-    differ between ranks, where the sharded ones do not), and objects."""
-
-    sharded: Prepared
-    others: Prepared
-    objects: list[tuple[str, tuple[str, int, int]]]  # name, and file, offset, length
-    planner: DefaultLoadPlanner
-    files: _C.CheckpointReader
-
-
 def _load(
     state_dict: dict[str, Any],
     reader: FileSystemReader,
@@ -135,42 +122,45 @@ def _load(
     agreement = agreement_of(process_group, "load", no_dist)
     hosts = agreement.exchange("hosts", host_identity())
     name_load(agreement)
+    given = dict(state_dict)
+    direct = mode != "off" or agreement.size == 1
     for _ in range(_ATTEMPTS):
         file = _read_metadata(reader, agreement, hosts, process_group)
         if file is None:  # saved without collectives: each rank has metadata of its own
             _dcp_load_state_dict(state_dict, reader, process_group, no_dist=_alone(no_dist), planner=planner)
             return
-        work: _Work | None = None
+        work: Work | None = None
         missing: FileNotFoundError | None = None
-        generation: bytes = file
 
-        def prepare(file: bytes = generation) -> bytes:
+        def vote(plan: Callable[[], Work | None]) -> bytes:
             nonlocal work, missing
-            native = _C.LoadPlanner(file, str(reader._get_metadata_path()))
-            if type(planner) is not DefaultLoadPlanner or native.has_transforms:
-                return b"generic"
             try:
-                direct = mode != "off" or agreement.size == 1
-                work = _plan(state_dict, reader, planner, native, agreement.is_coordinator, direct)
+                work = plan()
             except FileNotFoundError as error:
                 missing = error
                 return b"gone"
-            return b"generic" if work is None else work.sharded.digest + work.others.digest
+            return b"generic" if work is None else work.digests
 
-        votes = agreement.run("plan", prepare)
-        if b"gone" in votes:
-            # Was it a save over this one, which has removed its files? Then there is another generation by now.
-            again = _read_metadata(reader, agreement, hosts, process_group)
-            agreement.exchange("open", error=missing if again == file else None)
-            if again == file:
-                raise CheckpointError(f"{reader.path}: files that .metadata names are missing")
-            continue
-        if b"generic" in votes:
-            _load_with_planner(state_dict, reader, planner, agreement, file)
-        else:
+        plan = functools.partial(_plan, state_dict, reader, planner, file, agreement.is_coordinator, direct)
+        votes = agreement.run("plan", functools.partial(vote, plan))
+        if b"generic" in votes and b"gone" not in votes:
+            ours = plan_with_planner(state_dict, reader, planner, agreement, file)
+
+            def prepare(ours: LoadPlan = ours) -> Work:
+                return reader.prepare_data(planner.finish_plan(ours), planner, direct)
+
+            votes = agreement.run("plan", functools.partial(vote, prepare))
+        if b"gone" not in votes:
             assert work is not None
             _read(work, reader, agreement, process_group, mode, hosts, votes)
-        return
+            return
+        # Was it a save over this one, which has removed its files? Then there is another generation by now.
+        again = _read_metadata(reader, agreement, hosts, process_group)
+        agreement.exchange("open", error=missing if again == file else None)
+        if again == file:
+            raise CheckpointError(f"{reader.path}: files that .metadata names are missing")
+        state_dict.clear()  # a planner may have added keys of the one that is gone
+        state_dict.update(given)
     raise CheckpointError(f"{reader.path}: saved over again and again while it was loaded; load from a directory of its own")
 
 
@@ -209,12 +199,16 @@ def _read_metadata(reader: FileSystemReader, agreement: Agreement, hosts: Sequen
 def _plan(
     state_dict: dict[str, Any],
     reader: FileSystemReader,
-    planner: DefaultLoadPlanner,
-    native: _C.LoadPlanner,
+    planner: LoadPlanner,
+    metadata: bytes,
     is_coordinator: bool,
     direct: bool,
-) -> _Work | None:
-    """All files are open when this returns, so that a save can't take them away any more. None: see items_of."""
+) -> Work | None:
+    """All files are open when this returns, so that a save can't take them away any more. None: another way has to be gone,
+    for the planner is another than DCP's default one, or see items_of."""
+    native = _C.LoadPlanner(metadata, str(reader._get_metadata_path()))
+    if type(planner) is not DefaultLoadPlanner or native.has_transforms:
+        return None
     planned = items_of(state_dict, planner, native, is_coordinator)
     if planned is None:
         return None
@@ -222,7 +216,8 @@ def _plan(
     files = _C.CheckpointReader(str(reader.path), direct)
     objects = list(zip(names, native.objects(names), strict=True))
     files.open([place[0] for _, place in objects], read_threads())
-    return _Work(prepare_items(files, reader.path, sharded), prepare_items(files, reader.path, others), objects, planner, files)
+    rest = functools.partial(_load_objects, objects, planner, files, reader)
+    return Work(prepare_items(files, reader.path, sharded), prepare_items(files, reader.path, others), rest)
 
 
 def items_of(
@@ -298,7 +293,7 @@ def _fit_old_names(planner: DefaultLoadPlanner, native: _C.LoadPlanner) -> None:
 
 # ---- reading -------------------------------------------------------------------------------------------------------------
 def _read(
-    work: _Work,
+    work: Work,
     reader: FileSystemReader,
     agreement: Agreement,
     process_group: Any,
@@ -315,7 +310,7 @@ def _read(
                 one = make_exchange(agreement, process_group, mode, hosts, digests, prepared.bytes, reader.path)
                 exchanges.append(one)
                 run_items(prepared, one.run)
-            _load_objects(work, reader)
+            work.rest()
         except Exception as error:
             for one in exchanges:
                 one.abort()
@@ -342,53 +337,19 @@ class _PeerFailed(Exception):
     """Reading ended because of another rank."""
 
 
-def _load_objects(work: _Work, reader: FileSystemReader) -> None:
-    places = [place for _, place in work.objects]
-    files = work.files.open([place[0] for place in places], read_threads())
-    read = work.files.read_objects(
-        [(name, f, offset, length) for (name, (_, offset, length)), f in zip(work.objects, files, strict=True)], read_threads()
+def _load_objects(
+    objects: Sequence[tuple[str, tuple[str, int, int]]],  # name, and file, offset, length
+    planner: DefaultLoadPlanner,
+    reader: _C.CheckpointReader,
+    storage: FileSystemReader,
+) -> None:
+    files = reader.open([place[0] for _, place in objects], read_threads())
+    read = reader.read_objects(
+        [(name, f, offset, length) for (name, (_, offset, length)), f in zip(objects, files, strict=True)], read_threads()
     )
-    planner = work.planner
-    for (name, place), data in zip(work.objects, read, strict=True):
-        value = load_object(data, f"{reader.path}/{place[0]}: {name}", reader.trust_objects)
+    for (name, place), data in zip(objects, read, strict=True):
+        value = load_object(data, f"{storage.path}/{place[0]}: {name}", storage.trust_objects)
         if planner.flatten_state_dict:
             set_element(planner.original_state_dict, planner.mappings[name], value)
         else:
             planner.state_dict[name] = value
-
-
-def _load_with_planner(
-    state_dict: dict[str, Any], reader: FileSystemReader, planner: LoadPlanner, agreement: Agreement, file: bytes
-) -> None:
-    """DCP's protocol, for planners of other classes: local plans, a global one on the coordinator, reading."""
-
-    def local() -> bytes:
-        metadata = reader.use_metadata_file(file)
-        planner.set_up_planner(state_dict, metadata, agreement.is_coordinator)
-        reader.set_up_storage_reader(metadata, agreement.is_coordinator, rank=agreement.rank, use_collectives=True)
-        return pickle.dumps(reader.prepare_local_plan(planner.create_local_plan()))
-
-    plan: bytes = b""
-
-    def keep() -> bytes:
-        nonlocal plan
-        plan = local()
-        return b""
-
-    agreement.run("plan", keep)
-    plans = agreement.gather("plan", plan)
-    everybodys: list[bytes] = []
-
-    def whole() -> bytes:
-        made = planner.create_global_plan([pickle.loads(each) for each in plans])
-        everybodys.extend(pickle.dumps(each) for each in reader.prepare_global_plan(made))
-        return b""
-
-    agreement.verdict("plan", whole)
-    mine: LoadPlan = pickle.loads(agreement.scatter("plan", everybodys))
-
-    def read() -> bytes:
-        reader.read_data(planner.finish_plan(mine), planner).wait()
-        return b""
-
-    agreement.run("read", read)

@@ -12,10 +12,11 @@ import torch.distributed.checkpoint.filesystem as _stock
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from . import _C
-from ._items import Item, prepare_items, read_threads, run_items
+from ._items import Item, Work, prepare_items, read_threads, run_items
 from ._objects import checked_stream
 from .errors import CheckpointError, CorruptCheckpointError
 
@@ -92,35 +93,55 @@ class FileSystemReader(_stock.FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
         # Replicas of one host each read the same here: past the page cache that would cost the disk's time again each.
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-        reader = _C.CheckpointReader(str(self.path), alone)
-        objects: list[ReadItem] = []
-        tensors: list[ReadItem] = []
-        delegated: list[ReadItem] = []
+        work = self.prepare_data(plan, planner, alone)
+        run_items(work.sharded)
+        run_items(work.others)
+        work.rest()
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def prepare_data(self, plan: LoadPlan, planner: LoadPlanner, direct: bool) -> Work:
+        """What ``read_data`` does, up to the first byte that is written: all files are open when this returns, so that a save
+        can't take them away any more. ``direct``: see CheckpointReader. Raises as that and :func:`prepare_items`."""
+        reader = _C.CheckpointReader(str(self.path), direct)
+        kinds: dict[str, list[ReadItem]] = {kind: [] for kind in ("sharded", "others", "batched", "objects", "delegated")}
         if self._load_planner is not None:
             # Also of what the plan has nothing for: a tensor without chunks would be left as it is.
             asked = {item.storage_index.fqn for item in plan.items}.union(getattr(planner, "state_dict", ()))
             self._load_planner.check_covered(list(asked))
             self._load_planner = None
+        reader.open([self._place(item).relative_path for item in plan.items], read_threads())
+        at_once = _fills_the_state_dict(planner)
         for item in plan.items:
             if getattr(self._place(item), "transform_descriptors", None):
-                delegated.append(item)
+                kinds["delegated"].append(item)
+            elif item.type == LoadItemType.BYTE_IO:
+                kinds["objects"].append(item)
+            elif not at_once:
+                kinds["batched"].append(item)
             else:
-                (objects if item.type == LoadItemType.BYTE_IO else tensors).append(item)
-        for batch in self._batches(tensors, planner):
-            items = [self._tensor_item(item, planner) for item in batch]
-            run_items(prepare_items(reader, self.path, items))
-            for item, read in zip(batch, items, strict=True):
+                value = getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
+                kinds["sharded" if isinstance(value, DTensor) else "others"].append(item)
+        sharded, others = ([self._tensor_item(item, planner) for item in kinds[kind]] for kind in ("sharded", "others"))
+
+        def rest() -> None:
+            for item, read in zip(kinds["sharded"] + kinds["others"], sharded + others, strict=True):
                 planner.commit_tensor(item, read.target)
-        for item, data in zip(objects, self._read_objects(reader, objects), strict=True):
-            planner.load_bytes(item, checked_stream(data, self._what(item), self.trust_objects))
-        if delegated:
-            # torch's own code reads these, but only from files inside the directory and with objects checked as well.
-            reader.open([self._place(item).relative_path for item in delegated], read_threads())
-            checked = cast(LoadPlanner, CheckedPlanner(planner, self._what, self.trust_objects))
-            super().read_data(dataclasses.replace(plan, items=delegated), checked).wait()
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+            for batch in _batches(kinds["batched"]):
+                items = [self._tensor_item(item, planner) for item in batch]
+                run_items(prepare_items(reader, self.path, items))
+                for item, read in zip(batch, items, strict=True):
+                    planner.commit_tensor(item, read.target)
+            for item, data in zip(kinds["objects"], self._read_objects(reader, kinds["objects"]), strict=True):
+                planner.load_bytes(item, checked_stream(data, self._what(item), self.trust_objects))
+            if kinds["delegated"]:
+                # torch's own code reads these, but only from files inside the directory and with objects checked as well.
+                checked = cast(LoadPlanner, CheckedPlanner(planner, self._what, self.trust_objects))
+                ours = dataclasses.replace(plan, items=kinds["delegated"])
+                super(FileSystemReader, self).read_data(ours, checked).wait()
+
+        return Work(prepare_items(reader, self.path, sharded), prepare_items(reader, self.path, others), rest)
 
     def _place(self, item: ReadItem) -> Any:
         place = self.storage_data.get(item.storage_index)
@@ -148,17 +169,12 @@ class FileSystemReader(_stock.FileSystemReader):
             read_threads(),
         )
 
-    def _batches(self, items: Sequence[ReadItem], planner: LoadPlanner) -> Iterator[Sequence[ReadItem]]:
-        """All at once if the targets are the state dict's own tensors; else a planner may make them, and drop them when they
-        are committed."""
-        cls = type(planner)
-        if all(
-            getattr(cls, name, None) is getattr(DefaultLoadPlanner, name)
-            for name in ("resolve_tensor", "lookup_tensor", "transform_tensor")
-        ):
-            yield items
-            return
-        yield from _batches(items)
+
+def _fills_the_state_dict(planner: LoadPlanner) -> bool:
+    """Whether a planner's targets are the state dict's own tensors; if not, it may make them, and drop them when they are
+    committed: then they are asked for a few at a time."""
+    names = ("resolve_tensor", "lookup_tensor", "transform_tensor")
+    return all(getattr(type(planner), name, None) is getattr(DefaultLoadPlanner, name) for name in names)
 
 
 class CheckedPlanner:

@@ -104,14 +104,28 @@ std::vector<std::byte> ShardFileReader::ReadBytes(const std::string& name, int64
   }
   const IndexEntry& entry = Find(name, offset, length);
   if (entry.dtype != nullptr) throw CorruptionError(file_.path(), name, "an object", "a tensor");
-  std::vector<std::byte> bytes(static_cast<size_t>(entry.payload));
-  file_.ReadAt(bytes, entry.offset, name);
-  const uint32_t crc = Crc32(bytes);
+  const auto [begin, end] = WithPadding(entry);
+  std::vector<std::byte> bytes(static_cast<size_t>(end - begin));
+  file_.ReadAt(bytes, begin, name);
+  const std::span<const std::byte> all(bytes);
+  const auto before = static_cast<size_t>(entry.offset - begin), size = static_cast<size_t>(entry.payload);
+  const uint32_t crc = Crc32(all.subspan(before, size));
   if (crc != entry.payload_crc) throw CorruptionError(file_.path(), name, Hex(entry.payload_crc), Hex(crc));
+  for (const auto padding : {all.first(before), all.subspan(before + size)}) {
+    if (std::any_of(padding.begin(), padding.end(), [](std::byte b) { return b != std::byte{0}; }))
+      throw CorruptionError(file_.path(), name, "padding of zeros around it", "other bytes");
+  }
+  bytes.erase(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(before));
+  bytes.resize(size);
   return bytes;
 }
 
-// The padding before a record, and behind the last one.
+// A record's range, the padding before it and, of the last one, that behind it.
+std::pair<int64_t, int64_t> ShardFileReader::WithPadding(const IndexEntry& entry) const {
+  const auto at = static_cast<size_t>(&entry - index_->entries.data());
+  return {at == 0 ? 0 : index_->entries[at - 1].end(), at + 1 == index_->entries.size() ? records_end_ : entry.end()};
+}
+
 void ShardFileReader::CutPadding(const IndexEntry& entry, uint32_t number, SegmentList& out) const {
   const auto zeros = [&](int64_t begin, int64_t end) {
     for (; begin < end; begin += kPart) {
@@ -119,9 +133,9 @@ void ShardFileReader::CutPadding(const IndexEntry& entry, uint32_t number, Segme
           {.begin = begin, .end = std::min(begin + kPart, end), .read = number, .kind = Segment::Kind::kZeros});
     }
   };
-  const auto at = static_cast<size_t>(&entry - index_->entries.data());
-  zeros(at == 0 ? 0 : index_->entries[at - 1].end(), entry.offset);
-  if (at + 1 == index_->entries.size()) zeros(entry.end(), records_end_);
+  const auto [begin, end] = WithPadding(entry);
+  zeros(begin, entry.offset);
+  zeros(entry.end(), end);
 }
 
 void ShardFileReader::Cut(const PayloadRead& read, uint32_t number, bool same_record, SegmentList& out) const {

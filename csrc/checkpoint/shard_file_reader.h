@@ -83,6 +83,7 @@ class ShardFileReader {
  private:
   const IndexEntry& Find(const std::string& name, int64_t offset, int64_t length) const;
   void CheckRange(const std::string& name, int64_t offset, int64_t length) const;
+  std::pair<int64_t, int64_t> WithPadding(const IndexEntry& entry) const;
   void CutPadding(const IndexEntry& entry, uint32_t number, SegmentList& out) const;
   void CutStock(const PayloadRead& read, uint32_t number, SegmentList& out) const;
 
