@@ -1,10 +1,7 @@
-"""``async_save``: the state is copied, then written and committed in the background."""
+"""``async_save``: planned at the call, copied behind a gate, written and committed in the background."""
 
-import logging
 import os
-import threading
-from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -12,31 +9,16 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from . import _snapshot
 from ._agreement import agreement_of
-from ._save import Save, _global_ranks, _say_once, _who_plans
+from ._async_job import AsyncSave, Job, SnapshotMode
+from ._save import _global_ranks, _say_once, _who_plans
 from ._staging import StagingPool
+from .errors import CheckpointError
 
-_logger = logging.getLogger(__name__)
-
-
-class AsyncSave(Future[Any]):
-    """What :func:`async_save` returns: a future of the ``Metadata`` that ``save`` would have returned, or of its exception.
-
-    ``staging_completion`` and ``upload_completion`` are DCP's pair: the state may change after the first (it is done when the
-    call returns); the second is this future.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.staging_completion: Future[None] = Future()
-        self.staging_completion.set_result(None)
-
-    @property
-    def upload_completion(self) -> "AsyncSave":
-        return self
+InFlight = Literal["wait", "raise", "replace"]
 
 
 class _InFlight:
@@ -44,13 +26,26 @@ class _InFlight:
 
     def __init__(self) -> None:
         self.pool = StagingPool()
-        self.save: AsyncSave | None = None
+        self.job: Job | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.job is not None and not self.job.future.done()
 
     def finish(self) -> None:
         """Waits for the save before, if there is one, and raises its exception, once."""
-        before, self.save = self.save, None
+        before, self.job = self.job, None
         if before is not None:
-            before.result()
+            before.future.result()
+
+    def replace(self) -> None:
+        """Ends the save before, unless it is committed already; raises its exception if it failed for another reason."""
+        before, self.job = self.job, None
+        if before is not None:
+            before.give_up()
+            error = before.future.exception()
+            if error is not None and not before.was_given_up(error):
+                raise error
 
 
 _in_flight = _InFlight()
@@ -60,6 +55,7 @@ def _forget_in_child() -> None:
     # A forked data loader has no thread of ours: what the parent waits for would never be done here.
     global _in_flight
     _in_flight = _InFlight()
+    _snapshot.forget_in_child()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
@@ -76,25 +72,47 @@ def async_save(
     async_stager: AsyncStager | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
+    snapshot: SnapshotMode = "lazy",
+    in_flight: InFlight = "wait",
 ) -> Any:
-    """Saves the state at the call while training goes on; ``torch.distributed.checkpoint.async_save``'s arguments.
+    """Saves the state at the call while training goes on; ``torch.distributed.checkpoint.async_save``'s arguments and two more.
 
-    Called by all ranks of ``process_group``, whose backend may be any. Copies what this rank will write, 1/R of its shard,
-    into host memory that is kept for the next save; when the call returns, the state may change. A thread then writes, votes
-    and commits, over a Gloo group of its own, exactly as :func:`save` does. Returns an :class:`AsyncSave`.
-
-    One save is in flight at a time: a further call first waits for it, and raises its exception if it failed, on every rank;
-    the call after that saves again. At the end of the process a save in flight is finished.
+    Called by all ranks of ``process_group``, whose backend may be any. The checkpoint is the state at the call, bit for bit.
+    Each rank copies what it will write, 1/R of its shard, into host memory that is kept for the next save. The parameters of
+    this package's wrapped modules and the states of optimizers that have made a step are copied while training goes on, and the
+    next ``optimizer.step()`` (as our own loading and ``summon_full_params``) waits for what is not copied yet; on CUDA its
+    stream does. Everything else is copied before the call returns. A thread then writes, votes and commits, over a Gloo group
+    of its own, exactly as :func:`save` does. Returns an :class:`AsyncSave`.
 
     ``async_stager``, process mode, and whatever :func:`save` leaves to DCP go to torch's own ``async_save``; the log says so.
 
-    Raises (on all ranks) what :func:`save` raises before the first byte is written; what fails later is on the future.
+    Args:
+        snapshot: "lazy", as above. "copy": everything is copied before the call returns. "verify": lazy, and before the gate
+            opens everything is read again, and a difference fails the save.
+        in_flight: what to do if the save before is still in flight, the same on all ranks. "wait" for it; "raise"
+            CheckpointError on all ranks if it is so on any; "replace" it: it is given up, unless all have voted for it by then.
+
+    Raises:
+        CheckpointError, OSError: on every rank: the save before has failed (once; the next call saves again); there is too much
+            to copy before the call returns for planning alone, and planning with the ranks failed. What fails later is on the
+            future.
+        ValueError: ``snapshot`` or ``in_flight`` is none of the above.
     """
+    if snapshot not in ("lazy", "copy", "verify"):
+        raise ValueError(f'snapshot={snapshot!r}: one of "lazy", "copy", "verify"')
+    if in_flight not in ("wait", "raise", "replace"):
+        raise ValueError(f'in_flight={in_flight!r}: one of "wait", "raise", "replace"')
     reason, writer = _who_plans(storage_writer, checkpoint_id, planner, use_collectives)
     if async_stager is not None:
         reason = "an async_stager was passed"
     elif async_checkpointer_type != AsyncCheckpointerType.THREAD:
         reason = f"async_checkpointer_type is {async_checkpointer_type}"
+    if in_flight == "raise":
+        asked = agreement_of(process_group, "async_save in flight", no_dist)
+        if b"y" in asked.exchange("in flight", b"y" if _in_flight.running else b"n"):
+            raise CheckpointError('the asynchronous save before is still in flight, and in_flight="raise"')
+    if in_flight == "replace":
+        _in_flight.replace()
     _in_flight.finish()
     if writer is None or reason:
         _say_once(f"torch makes this asynchronous save: {reason}")
@@ -112,43 +130,15 @@ def async_save(
         )
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
-    state_dict = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
     agreement = agreement_of(process_group, "async_save", no_dist)
     planner = planner if isinstance(planner, DefaultSavePlanner) else DefaultSavePlanner()
-    save = Save(state_dict, writer, planner, agreement, _global_ranks(process_group, no_dist))
+    job = Job(writer, planner, agreement, _global_ranks(process_group, no_dist), snapshot, _in_flight.pool)
     try:
-        save.open()
-        save.plan()
-    except BaseException:
-        save.abandon()
-        raise
-    # Peers have gone on by now: an error here travels with the vote, which makes the save fail on every rank.
-    error: BaseException | None = None
-    try:
-        save.stage(_in_flight.pool)
-    except BaseException as caught:
-        error = caught
-    future = _in_flight.save = AsyncSave()
-    future.set_running_or_notify_cancel()
-    # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is finished.
-    threading.Thread(target=_run, args=(save, error, future), name="torch_hsdp_ckpt_async_save", daemon=False).start()
-    if error is not None and not isinstance(error, Exception):
-        raise error  # Ctrl-C; the thread tells the peers
-    return future
+        job.start(state_dict)
+    finally:
+        if job.started:
+            _in_flight.job = job
+    return job.future
 
 
-def _run(save: Save, error: BaseException | None, future: AsyncSave) -> None:
-    vote = b""
-    try:
-        try:
-            if error is None:
-                vote = save.write()
-        except BaseException as caught:
-            error = caught
-        metadata = save.commit(vote, error)
-    except BaseException as failure:
-        save.abandon()
-        _logger.warning("an asynchronous save failed; older checkpoints are as they were: %s", failure)
-        future.set_exception(failure)
-    else:
-        future.set_result(metadata)
+__all__ = ["AsyncSave", "async_save"]

@@ -16,6 +16,16 @@ COPY_BLOCK = 16 << 20
 _ALIGNMENT = 64  # of the parts in a pinned block: every dtype's, and a cache line
 
 
+@dataclasses.dataclass(slots=True)
+class StagedRecord:
+    """A record's payload in a staging image: its dtype as records call it, its shape, where it is, its bytes."""
+
+    kind: str
+    shape: Sequence[int]
+    address: int
+    size: int
+
+
 @dataclasses.dataclass
 class _Batch:
     """Records, or parts of some, whose bytes are in CPU memory or on their way there."""
@@ -75,6 +85,10 @@ class DataFile:
             self._batch.kept += [part, copy]
             self._batch.copied += used
             first += copy.nbytes
+
+    def add_staged(self, name: str, record: "StagedRecord") -> None:
+        """A tensor whose bytes are in host memory already, and stay there."""
+        self._batch.parts.append((name, record.kind, record.shape, record.address, 0, record.size))
 
     def finish(self) -> int:
         """Writes what is left and the index, makes the file durable, closes it. Its length in bytes."""

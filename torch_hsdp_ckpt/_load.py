@@ -26,6 +26,7 @@ from ._items import Item, Work, prepare_items, read_threads, run_items
 from ._objects import load_object
 from ._planner_load import plan_with_planner
 from ._reader import CheckedPlanner, FileSystemReader
+from ._snapshot import hold
 from .errors import CheckpointError, CorruptCheckpointError
 
 # A directory that is saved over faster than that is nothing that can be loaded.
@@ -73,6 +74,7 @@ def load(
         CheckpointError: a key or a shape is not what the checkpoint has; an object is not plain data; a rank is gone.
         OSError: the operating system refused, with ``errno`` and ``filename``.
     """
+    hold()
     if exchange not in MODES:
         raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
     reader = _reader(checkpoint_id, storage_reader)

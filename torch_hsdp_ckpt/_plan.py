@@ -39,7 +39,7 @@ class LocalState:
     divide: ShardedTensors, tensor subclasses, placements other than Shard and Replicate, a dimension cut twice.
     """
 
-    def __init__(self, planner: DefaultSavePlanner) -> None:
+    def __init__(self, planner: DefaultSavePlanner, sort: bool = True) -> None:
         self.state: Mapping[str, Any] = planner.state_dict
         self.paths: Mapping[str, Any] | None = planner.mappings if planner.flatten_state_dict else None
         self.dtensors: list[tuple[str, DTensor]] = []
@@ -48,8 +48,16 @@ class LocalState:
         self.rest: list[str] = []
         self._mesh_keys: dict[int, tuple[Any, ...]] = {}
         self.shardings: dict[tuple[int, tuple[Placement, ...]], tuple[DeviceMesh, tuple[int, ...] | None]] = {}
-        for name, value in self.state.items():
-            self._sort(name, value)
+        self._sorted = False
+        if sort:
+            self.sort()
+
+    def sort(self) -> None:
+        """Once; what an object made without ``sort`` holds are names and values only."""
+        if not self._sorted:
+            self._sorted = True
+            for name, value in self.state.items():
+                self._sort(name, value)
 
     def _sort(self, name: str, value: Any) -> None:
         if isinstance(value, DTensor):

@@ -18,6 +18,7 @@ from torch.futures import Future
 from . import _C
 from ._items import Item, Work, prepare_items, read_threads, run_items
 from ._objects import checked_stream
+from ._snapshot import hold
 from .errors import CheckpointError, CorruptCheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class FileSystemReader(_stock.FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
+        hold()
         # Replicas of one host each read the same here: past the page cache that would cost the disk's time again each.
         alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
         work = self.prepare_data(plan, planner, alone)

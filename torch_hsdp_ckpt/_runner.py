@@ -9,6 +9,7 @@ from torch import nn
 
 from ._precision import Precision
 from ._root import Root, flat_tensors
+from ._snapshot import hold
 from ._unit import ShardedUnit
 
 _ATTRIBUTE = "_hsdp_runner"
@@ -109,6 +110,7 @@ class Runner:
 
     def apply_to_shards(self, apply: Callable[[], Any]) -> None:
         """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again afterwards."""
+        hold()
         self.reset()
         self.unit.release()
         apply()

@@ -7,9 +7,10 @@ import logging
 import os
 import pickle
 import struct
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from . import _C
 from ._agreement import Agreement, agreement_of
+from ._capture import Captured, Pickled
+from ._data_file import StagedRecord
 from ._metadata import decode_metadata, encode_metadata
 from ._plan import DIGEST_BYTES, LocalState, StaticPlan, make_static_plan, plan_rest
 from ._result import SavedMetadata, SaveResult
@@ -161,16 +164,19 @@ class Save:
         planner: DefaultSavePlanner,
         agreement: Agreement,
         global_ranks: Sequence[int],
+        captured: Captured | None = None,
     ) -> None:
+        self._captured = captured
+        self.failed_before: BaseException | None = None  # makes the save fail in its first step, on all ranks
         self._state_dict, self._writer, self._planner = state_dict, writer, planner
         self._agreement, self._global_ranks = agreement, global_ranks
         self._claim: str | None = None
         self._names: list[str] = []  # of this rank's files, as they are begun
         self._metadata: Future[tuple[Any, list[tuple[str, int]]]] | None = None
-        self._executor: ThreadPoolExecutor | None = None
+        self._thread: threading.Thread | None = None
         self._rest, self._rest_metadata = SavePlan([]), Metadata({})
         self._prepared: tuple[StaticPlan, list[tuple[str, memoryview]]] | None = None
-        self._staged: list[torch.Tensor] | None = None  # copies of this rank's pieces, in their order
+        self._staged: Sequence[torch.Tensor | StagedRecord] | None = None  # copies of this rank's pieces, in their order
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
@@ -193,12 +199,19 @@ class Save:
         """Sorts the state dict, claims the directory (the coordinator), and compares digests: one small all-gather."""
 
         def work() -> bytes:
+            if self.failed_before is not None:
+                raise self.failed_before
             self._writer.set_up_storage_writer(self._agreement.is_coordinator, rank=self._agreement.rank, use_collectives=True)
-            self._planner.set_up_planner(
-                self._state_dict, storage_meta=self._writer.storage_meta(), is_coordinator=self._agreement.is_coordinator
-            )
-            self._local = LocalState(self._planner)
-            digests = self._local.digests()
+            if self._captured is not None and self._captured.structure is not None:
+                self._planner = self._captured.planner
+                self._local = LocalState(self._planner, sort=False)
+                digests = self._captured.structure.digests
+            else:
+                self._planner.set_up_planner(
+                    self._state_dict, storage_meta=self._writer.storage_meta(), is_coordinator=self._agreement.is_coordinator
+                )
+                self._local = LocalState(self._planner)
+                digests = self._local.digests()
             _C.make_directories(str(self._writer.path), self._writer.sync_files)
             save_id = 0
             if self._agreement.is_coordinator:
@@ -216,15 +229,23 @@ class Save:
             [slot[3:] for slot in slots],
         )
 
+    @property
+    def agreed(self) -> bool:
+        """After :meth:`open`: whether every rank has planned the same, and nothing has to be gathered."""
+        opening = self._opening
+        return opening.dtensors_agree and opening.others_agree and not opening.rest_anywhere
+
     def plan(self) -> None:
         """Plans this rank's part; what the digests don't cover is gathered, planned by DCP on the coordinator, scattered."""
         opening, local = self._opening, self._local
+        if not self.agreed:
+            local.sort()
         names = list(local.rest)
         if not opening.dtensors_agree:
             names += [name for name, _ in local.dtensors]
         if not opening.others_agree:
             names += [name for name, _ in local.tensors] + local.objects
-        if opening.rest_anywhere or not (opening.dtensors_agree and opening.others_agree):
+        if not self.agreed:
             _say_once(
                 "planned through DCP, by the coordinator: "
                 + ", ".join(
@@ -258,18 +279,25 @@ class Save:
     def _prepare(self) -> tuple[StaticPlan, list[tuple[str, memoryview]]]:
         opening, rank = self._opening, self._agreement.rank
         coordinator = self._agreement.is_coordinator
-        static = make_static_plan(
-            self._local, rank, self._global_ranks, opening.dtensors_agree, opening.others_agree, coordinator
-        )
+        if self.agreed and self._captured is not None and self._captured.structure is not None:
+            static = self._captured.structure.static
+        else:
+            self._local.sort()
+            static = make_static_plan(
+                self._local, rank, self._global_ranks, opening.dtensors_agree, opening.others_agree, coordinator
+            )
         objects = [(name, _pickled(self._local.state[name])) for name in static.objects] if coordinator else []
         if coordinator:
             self._start_metadata(static, [(name, len(data)) for name, data in objects])
         return static, objects
 
-    def stage(self, pool: StagingPool) -> None:
-        """After :meth:`plan`: copies all that this rank will write, so that the state dict may change before :meth:`write`."""
+    def stage(self, pool: StagingPool) -> int:
+        """After :meth:`plan`: copies all that this rank will write, so that the state dict may change before :meth:`write`.
+
+        Returns the bytes copied of tensors that DCP did not plan.
+        """
         static, objects = self._prepared = self._prepare()
-        self._staged = pool.copy([static.tensor_of(piece) for piece in static.pieces])
+        self._staged = copies = pool.copy([static.tensor_of(piece) for piece in static.pieces])
         if self._rest.items:
             rest = {item.index.fqn for item in self._rest.items}
             kept = {name: _copied(value) if name in rest else None for name, value in self._planner.state_dict.items()}
@@ -278,6 +306,13 @@ class Save:
         self._state_dict = {}
         self._local.drop_values()
         self._prepared = dataclasses.replace(static, locals=[]), objects
+        return sum(tensor.nbytes for tensor in copies)
+
+    def stage_captured(self, records: Sequence[StagedRecord]) -> None:
+        """After :meth:`plan`, with ``agreed``: what this rank will write is there, or will be before :meth:`write`."""
+        self._prepared, self._staged = self._prepare(), records
+        self._state_dict = self._planner.state_dict = {}
+        self._local.drop_values()
 
     def write(self) -> bytes:
         """Writes this rank's files and makes them durable. What to vote with."""
@@ -317,6 +352,8 @@ class Save:
                         file.add_tensor(record, static.tensor_of(value))
                     elif isinstance(value, torch.Tensor):
                         file.add_tensor(record, value)
+                    elif isinstance(value, StagedRecord):
+                        file.add_staged(record, value)
                     else:
                         file.add_objects([(record, value)])
                 written = add_items(file, items, self._planner)
@@ -355,8 +392,17 @@ class Save:
             built[0].planner_data = None if paths is None else {**(self._rest_metadata.planner_data or {}), **paths}
             return built
 
-        self._executor = ThreadPoolExecutor(1, "torch_hsdp_ckpt_metadata")
-        self._metadata = self._executor.submit(build)
+        metadata = self._metadata = Future()
+
+        def run() -> None:
+            try:
+                metadata.set_result(build())
+            except BaseException as error:
+                metadata.set_exception(error)
+
+        # Not an executor: these take nothing on once the interpreter has begun to end, which waits for asynchronous saves.
+        self._thread = threading.Thread(target=run, name="torch_hsdp_ckpt_metadata")
+        self._thread.start()
 
     def commit(self, vote: bytes, error: BaseException | None = None) -> SavedMetadata:
         """One vote of all ranks, the coordinator's commit, its verdict to all ranks."""
@@ -410,8 +456,8 @@ class Save:
         self._claim, self._names = None, []
 
     def _end_thread(self) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
+        if self._thread is not None:
+            self._thread.join()
 
 
 def _copied(value: Any) -> Any:
@@ -420,6 +466,8 @@ def _copied(value: Any) -> Any:
 
 def _pickled(value: Any) -> memoryview:
     """An object's record, as DCP's planner makes it."""
+    if isinstance(value, Pickled):
+        return memoryview(value.data)
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getbuffer()

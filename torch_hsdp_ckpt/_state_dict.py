@@ -29,6 +29,7 @@ from ._full_state import gather, is_first
 from ._module_load import INNER, Survey, load, own, shard_full
 from ._optim_state import PREFIX, OptimStateMixin, offload, unit_holders
 from ._precision import restore_buffers
+from ._snapshot import hold
 from ._unit import local_of
 
 _CONFIGS: dict[StateDictType, tuple[type[StateDictConfig], type[OptimStateDictConfig]]] = {
@@ -145,6 +146,7 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         ``strict`` are converted; other shapes, meshes and placements always are. If somebody has registered load hooks, or
         modules load in a way of their own, the shards are copied first, to be put back if loading fails.
         """
+        hold()
         self._reset()
 
         def as_nn_module_does(given: Mapping[str, Any]) -> Any:
@@ -257,6 +259,7 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """The keys below this wrapper as nn.Module's loading looks for them."""
     assert isinstance(module, StateDictMixin)
+    hold()
     module._reset()
     if module._full:
         for entry in Survey(module, prefix).entries:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ._runner import Runner
+from ._snapshot import hold
 from ._unit import ShardedUnit, local_of
 
 
@@ -20,6 +21,7 @@ def summon(runners: list[Runner], writeback: bool, rank0_only: bool, offload_to_
             "writeback=True with rank0_only=True is not served: what rank 0 writes would have to be sent to all. Pass "
             "writeback=False to look, or rank0_only=False to write"
         )
+    hold()
     for runner in runners:
         if runner.unit.summoned:
             raise RuntimeError(f"the full parameters of module {runner.unit.core.name} have been summoned already")

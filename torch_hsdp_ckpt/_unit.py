@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from . import _C
+from . import _C, _snapshot
 
 _REDUCED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OWNER = "_hsdp_ckpt_owner"  # on an original parameter: the unit that has sharded it
@@ -119,6 +119,7 @@ class ShardedUnit:
         self._forget_gradients()
         self._showing_full = True
         self.show_sharded()
+        _snapshot.units.add(self)
 
     def _check(self, parameters: list[nn.Parameter], device: torch.device) -> None:
         for name, p in zip(self.names, parameters, strict=True):

@@ -37,5 +37,6 @@ PYBIND11_MODULE(_C, module) {
   BindMetadata(module);
   BindPlan(module);
   BindReader(module);
+  BindSnapshot(module);
   BindVerify(module);
 }

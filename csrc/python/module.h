@@ -13,6 +13,7 @@ void BindLoad(pybind11::module_& module);
 void BindMetadata(pybind11::module_& module);
 void BindPlan(pybind11::module_& module);
 void BindReader(pybind11::module_& module);
+void BindSnapshot(pybind11::module_& module);
 void BindVerify(pybind11::module_& module);
 
 }  // namespace hsdp_ckpt

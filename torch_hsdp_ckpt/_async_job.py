@@ -1,0 +1,279 @@
+"""One asynchronous save of one rank: what the call does of it, and what its threads do."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.stateful import Stateful
+
+from . import _C
+from ._agreement import Agreement
+from ._capture import Captured, local_of
+from ._data_file import StagedRecord
+from ._save import Save
+from ._snapshot import DeviceCopy, Snapshot, guarded_tensors
+from ._staging import ALIGNMENT, StagingPool
+from ._writer import FileSystemWriter
+from .errors import CheckpointError
+
+_logger = logging.getLogger(__name__)
+SnapshotMode = Literal["lazy", "copy", "verify"]
+
+# What can't be copied late is copied whole if it is no more than this, so that the call need not ask the peers which part of
+# it is this rank's.
+_COPIED_WHOLE = 1 << 20
+_GIVEN_UP = 'given up for a later one with in_flight="replace"'
+
+
+class AsyncSave(Future[Any]):
+    """What :func:`async_save` returns: a future of the ``Metadata`` that ``save`` would have returned, or of its exception.
+
+    ``staging_completion`` and ``upload_completion`` are DCP's pair: when the first is done, anybody may change the state; the
+    second is this future. ``staged_bytes``: what this rank copied, when staging is done; ``step_wait_seconds``: what
+    ``optimizer.step()`` and the like waited for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.staging_completion: Future[None] = Future()
+        self.staged_bytes = 0
+        self.step_wait_seconds = 0.0
+
+    @property
+    def upload_completion(self) -> "AsyncSave":
+        return self
+
+
+class Job:
+    """See the module. :meth:`start` is the call; everything after it happens on threads of the job."""
+
+    def __init__(
+        self,
+        writer: FileSystemWriter,
+        planner: DefaultSavePlanner,
+        agreement: Agreement,
+        global_ranks: Sequence[int],
+        mode: SnapshotMode,
+        pool: StagingPool,
+    ) -> None:
+        self.future = AsyncSave()
+        self.future.set_running_or_notify_cancel()
+        self.started = False  # whether the future will be done
+        self._writer, self._planner, self._agreement, self._global_ranks = writer, planner, agreement, global_ranks
+        self._mode, self._pool = mode, pool
+        self._error: BaseException | None = None  # of this rank; travels with the next thing that the ranks tell each other
+        self._given_up: CheckpointError | None = None
+        self._opened = self._staged = False
+        self._captured: Captured | None = None  # where nothing but the ranks' agreement is needed to plan
+        self._snapshot: Snapshot | None = None
+        self._device_copy: DeviceCopy | None = None
+        self._copy: _C.StagingCopy | None = None
+        self._eager: list[int] = []  # tensors that have to be copied before the call returns
+        self._records: list[StagedRecord] = []
+
+    # -- the call
+
+    def start(self, state_dict: dict[str, Any]) -> None:
+        """Raises only what every rank raises, and Ctrl-C."""
+        agreement = self._agreement
+        try:
+            state_dict = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
+            if self._mode != "copy":
+                captured = Captured(state_dict, self._planner, agreement.rank, self._global_ranks, agreement.is_coordinator)
+                if captured.structure is not None:
+                    self._captured = captured
+                    self._split(captured)
+        except BaseException as error:
+            self._error = error
+        self._save = Save(state_dict, self._writer, self._planner, agreement, self._global_ranks, self._captured)
+        if self._error is None:
+            # Much to copy: agreed with the ranks first, so that it is 1/R of it.
+            if self._captured is None or sum(self._captured.sizes[i] for i in self._eager) > _COPIED_WHOLE:
+                try:
+                    self._open()
+                except BaseException:
+                    self._save.abandon()
+                    raise
+            try:
+                self._copy_now()
+            except BaseException as error:
+                self._error = error
+                self._open_gate()
+        # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is finished.
+        threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
+        self.started = True
+        if self._error is not None and not isinstance(self._error, Exception):
+            raise self._error  # Ctrl-C; the thread tells the peers
+
+    def _split(self, captured: Captured) -> None:
+        """Which tensors have to be copied now; the gate for the others. Objects are copied."""
+        captured.freeze_objects()
+        guarded = guarded_tensors()
+        _, addresses, sizes = _C.view_tensors(guarded)
+        # By memory: state dicts hold detached aliases. Few objects are made here, lest the garbage collector sets in.
+        owners = _C.find_owners(captured.addresses, captured.sizes, addresses, sizes)
+        self._eager = [i for i, owner in enumerate(owners) if owner < 0]
+        late = [i for i, owner in enumerate(owners) if owner >= 0]
+        if late:
+            self._snapshot = Snapshot([guarded[owners[i]] for i in late], [captured.name(i) for i in late])
+
+    def _open(self) -> None:
+        self._save.open()
+        self._save.plan()
+        self._opened = True
+
+    def _copy_now(self) -> None:
+        captured = self._captured
+        if captured is None or (self._opened and not self._save.agreed):
+            self.future.staged_bytes = self._save.stage(self._pool)
+            self._staged = True
+            self._open_gate()
+            return
+        devices = {tensor.device for tensor in captured.tensors if tensor.is_cuda}
+        if devices:
+            self._device_copy = DeviceCopy(devices)
+        if not self._opened:
+            captured.freeze_tensors(self._eager)
+            self._eager.clear()
+        elif self._eager:
+            captured.freeze_tensors([i for i in self._eager if not captured.addresses[i]])
+            self._make_image(captured)
+            copy, sources, targets = self._copies(captured, now=True)
+            copy.finish()
+            if sources:
+                assert self._device_copy is not None
+                self._device_copy.start(sources, targets)
+                self._device_copy.synchronize()
+                self._device_copy = DeviceCopy(devices)
+
+    def _make_image(self, captured: Captured) -> None:
+        """Places for all that this rank will write, in the memory that is kept for it."""
+        assert captured.structure is not None
+        starts, size = [], 0
+        for part in captured.structure.parts:
+            starts.append(size)
+            size += -(-part.size // ALIGNMENT) * ALIGNMENT
+        base = self._pool.reserve(size, self._device_copy is not None).data_ptr()
+        parts = zip(captured.structure.parts, starts, strict=True)
+        self._records = [StagedRecord(part.kind, part.shape, base + start, part.size) for part, start in parts]
+        self.future.staged_bytes = sum(part.size for part in captured.structure.parts)
+
+    def _copies(self, captured: Captured, now: bool) -> tuple[_C.StagingCopy, list[torch.Tensor], list[torch.Tensor]]:
+        """The copying of what the call copies, or of the rest: what the CPU does, and what devices do, from where to where."""
+        assert captured.structure is not None
+        pieces: list[tuple[int, int, int]] = []
+        sources: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
+        block = self._pool.reserve(0, False)
+        eager = set(self._eager)
+        for part, record in zip(captured.structure.parts, self._records, strict=True):
+            if (part.tensor in eager) != now or not part.size:
+                continue
+            local = local_of(captured.tensors[part.tensor])
+            if local.is_cuda:
+                first = part.first // local.itemsize
+                sources.append(local.detach().view(-1)[first : first + part.size // local.itemsize])
+                start = record.address - block.data_ptr()
+                targets.append(block[start : start + part.size].view(local.dtype))
+            else:
+                pieces.append((captured.addresses[part.tensor] + part.first, record.address, part.size))
+        return _C.StagingCopy(pieces), sources, targets
+
+    # -- the threads
+
+    def _run(self) -> None:
+        vote = b""
+        try:
+            try:
+                if self._captured is not None and not self._staged and self._error is None:
+                    self._begin_copy()
+            except BaseException as caught:
+                self._error = caught
+            if not self._opened:
+                self._save.failed_before = self._error or self._given_up
+                self._open()
+            try:
+                if self._error is None:
+                    self._finish_copy()
+                    self._check_given_up()
+                    vote = self._save.write()
+                    self._check_given_up()
+            except BaseException as caught:
+                self._error = caught
+            self._open_gate()
+            metadata = self._save.commit(vote, self._error)
+        except BaseException as failure:
+            self._open_gate()
+            self._save.abandon()
+            _logger.warning("an asynchronous save failed; older checkpoints are as they were: %s", failure)
+            self.future.set_exception(failure)
+        else:
+            self.future.set_result(metadata)
+
+    def _begin_copy(self) -> None:
+        captured = self._captured
+        assert captured is not None
+        if not self._records:
+            self._make_image(captured)
+        self._copy, sources, targets = self._copies(captured, now=False)
+        if self._device_copy is not None:
+            self._device_copy.start(sources, targets)
+        if self._snapshot is not None:
+            self._snapshot.begin(self._copy, self._device_copy)
+        # Beside the agreement, which waits for peers.
+        threading.Thread(target=self._copy.run, name="torch_hsdp_ckpt_copy").start()
+
+    def _finish_copy(self) -> None:
+        if self._staged:
+            return
+        assert self._copy is not None
+        if self._save.agreed:
+            self._save.stage_captured(self._records)
+            self._copy.finish()
+        else:  # planned otherwise than this rank has assumed; the gate is still shut
+            self._copy.cancel()
+            self._copy.finish()
+            if self._device_copy is not None:
+                self._device_copy.synchronize()
+            self.future.staged_bytes = self._save.stage(self._pool)
+        if self._snapshot is not None:
+            self._snapshot.check(self._mode == "verify")
+            self._snapshot.release()
+        if self._device_copy is not None:
+            self._device_copy.synchronize()
+            if self._snapshot is not None and not self._snapshot.passed:
+                self._snapshot.check(verify=False)
+        self._open_gate()
+
+    def _open_gate(self) -> None:
+        """Everything is copied, or will not be."""
+        if self._copy is not None:
+            self._copy.cancel()
+            self._copy.finish()
+        if self._snapshot is not None:
+            self._snapshot.release()
+            self._snapshot.close()
+            self.future.step_wait_seconds = self._snapshot.step_wait
+        if self._captured is not None:
+            self._captured.drop()
+        self._copy = self._snapshot = self._captured = self._device_copy = None
+        if not self.future.staging_completion.done():
+            self.future.staging_completion.set_result(None)
+
+    # -- a later save
+
+    def give_up(self) -> None:
+        """Ends the save, on all ranks, unless all of them have voted for it by now. Returns when its outcome is known."""
+        self._given_up = CheckpointError(f"{self._writer.path}: {_GIVEN_UP}")
+        self.future.exception()
+
+    def was_given_up(self, error: BaseException) -> bool:
+        return _GIVEN_UP in str(error)
+
+    def _check_given_up(self) -> None:
+        if self._given_up is not None:
+            raise self._given_up

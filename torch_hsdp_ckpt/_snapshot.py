@@ -1,0 +1,171 @@
+"""A state that is copied while training goes on, and what holds training back until it is.
+
+The contract is a gate, not a guess: what is copied late is only what is changed by nobody but optimizers whose steps torch's
+global hook announces, and by this package. Both wait at the gate. Version counters are looked at besides.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from . import _C
+from .errors import CheckpointError
+
+# Units of wrapped modules; they add themselves. The optimizers whose steps the hook has announced.
+units: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_optimizers: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+_pending: "Snapshot | None" = None  # what training has to wait for; one at a time
+
+
+def hold() -> None:
+    """Returns when nothing that is being saved has still to be copied. Before anything that writes shards in place."""
+    if _pending is not None:
+        _pending.hold()
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _optimizers.add(optimizer)
+    hold()
+
+
+register_optimizer_step_pre_hook(_before_step)
+
+
+def guarded_tensors() -> list[torch.Tensor]:
+    """The tensors that nobody changes without passing the gate: parameters of our units that an announced optimizer updates,
+    and the tensors of these optimizers' states."""
+    ours = {id(parameter) for unit in units for parameter in unit.sharded}
+    found: list[torch.Tensor] = []
+    for optimizer in list(_optimizers):
+        for group in optimizer.param_groups:
+            found += [parameter for parameter in group["params"] if id(parameter) in ours]
+        for state in optimizer.state.values():
+            if isinstance(state, dict):
+                found += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return found
+
+
+def forget_in_child() -> None:
+    """A forked process has none of the threads that would open the gate."""
+    global _pending
+    _pending = None
+
+
+class Snapshot:
+    """The part of one save that is copied after the call has returned.
+
+    ``owners``: the guarded tensors that it reads, and ``names`` what they are called. A thread calls :meth:`begin` and
+    :meth:`finish`; training meets :meth:`hold`.
+    """
+
+    def __init__(self, owners: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+        global _pending
+        self._owners, self._names = owners, names
+        self._versions = _C.tensor_versions(owners)
+        self._begun, self._released = threading.Event(), threading.Event()
+        self._copy: _C.StagingCopy | None = None
+        self._device_copy: DeviceCopy | None = None
+        self.step_wait = 0.0  # seconds that training has waited
+        self.passed = False  # whether training has been at the gate, and may change things now
+        _pending = self
+
+    def begin(self, copy: _C.StagingCopy, device_copy: "DeviceCopy | None" = None) -> None:
+        """From here on, who waits helps to copy."""
+        self._copy, self._device_copy = copy, device_copy
+        self._begun.set()
+
+    def check(self, verify: bool) -> None:
+        """After copying: CheckpointError if a tensor has changed since the call, as far as that can be seen."""
+        versions = _C.tensor_versions(self._owners)
+        for i, name in enumerate(self._names):
+            if versions[2 * i : 2 * i + 2] != self._versions[2 * i : 2 * i + 2]:
+                raise CheckpointError(f"{name}: {_CHANGED}")
+        if verify and self._copy is not None:
+            changed = self._copy.first_change(2)
+            if changed >= 0:
+                raise CheckpointError(f"copied piece {changed}: {_CHANGED}")
+        if verify and self._device_copy is not None and not self._device_copy.unchanged():
+            raise CheckpointError(f"a tensor on a device: {_CHANGED}")
+
+    def release(self) -> None:
+        """Opens the gate: everything is copied, on its way from a device before anything that is queued there from now on, or
+        the save has failed."""
+        self._begun.set()
+        self._released.set()
+
+    def close(self) -> None:
+        """After :meth:`release`, when the last copy has arrived."""
+        global _pending
+        if _pending is self:
+            _pending = None
+        self._owners, self._names, self._copy, self._device_copy = (), (), None, None
+
+    def hold(self) -> None:
+        begin = time.perf_counter()
+        self._begun.wait()
+        if (copy := self._copy) is not None:
+            copy.run()
+        self._released.wait()
+        if (device_copy := self._device_copy) is not None:
+            device_copy.join_streams()
+        self.passed = True
+        self.step_wait += time.perf_counter() - begin
+
+
+_CHANGED = (
+    "it was changed while it was being saved, by something other than a step of its optimizer; this save fails rather than "
+    'mix two states. Wait for staging_completion before such a change, or pass snapshot="copy"'
+)
+
+
+class DeviceCopy:
+    """Copies from CUDA devices into pinned memory, on side streams; made where and when the state is to be copied."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._ready = {}
+        for device in devices:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            self._ready[device] = event
+        self._done: list[torch.cuda.Event] = []
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def start(self, sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+        """Queues the copies; the sources, of any of the devices, are what they were when this object was made."""
+        self._pairs = list(zip(sources, targets, strict=True))
+        for device, ready in self._ready.items():
+            pairs = [pair for pair in self._pairs if pair[0].device == device]
+            stream = _side_stream(device)
+            with torch.cuda.stream(stream), torch.no_grad():
+                stream.wait_event(ready)
+                torch._foreach_copy_([target for _, target in pairs], [source for source, _ in pairs], non_blocking=True)
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record(stream)
+            self._done.append(done)
+
+    def join_streams(self) -> None:
+        """What is queued on the devices from here on runs after the copies; the host does not wait."""
+        for device, done in zip(self._ready, self._done, strict=False):
+            torch.cuda.current_stream(device).wait_event(done)
+
+    def synchronize(self) -> None:
+        for done in self._done:
+            done.synchronize()
+
+    def unchanged(self) -> bool:
+        self.synchronize()
+        return all(bool(torch.equal(source, target.to(source.device))) for source, target in self._pairs)
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+    return _streams[device]
