@@ -391,12 +391,9 @@ def _construction(rank: int) -> None:
     tied = nn.Sequential(Block(6, 6), nn.Linear(6, 6))
     tied[1].weight = tied[0].up.weight
     cube = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "c"))
-    scalar = nn.Linear(2, 2)
-    scalar.scale = nn.Parameter(torch.tensor(1.0))
     wrong = [
         (lambda: wrap(tied), "shared with another wrapped module"),
         (lambda: wrap(ours.module), "already is a DTensor"),
-        (lambda: wrap(scalar), "no dimension"),
         (lambda: wrap(net(), sharding_strategy=FULL), "does not fit a 2-D"),
         (lambda: wrap(net(), (4,), sharding_strategy=HYBRID), "does not fit a 1-D"),
         (lambda: wrap(net(), sharding_strategy=ShardingStrategy.NO_SHARD), "NO_SHARD"),

@@ -139,7 +139,7 @@ class Peers:
 class Unit:
     name: str
     sync: bool
-    reshard_after_forward: bool
+    reshard_after_forward: bool | None
     reshard_after_backward: bool
     @property
     def frozen(self) -> bool: ...
@@ -150,7 +150,7 @@ class Unit:
         dtypes: Sequence[torch.dtype],
         device: torch.device,
         collectives: Collectives,
-        reshard_after_forward: bool,
+        reshard_after_forward: bool | None,
         on_backward: Callable[[], None],
         on_reduced: Callable[[], None],
         param_dtype: torch.dtype | None = None,
@@ -171,6 +171,8 @@ class Unit:
 
 class Schedule:
     def __init__(self, backward_prefetch: int, rank: int, peers: Peers | None, on_backward_end: Callable[[], None]) -> None: ...
+    def set_last_backward(self, last: bool) -> None: ...
+    def finish_reductions(self) -> None: ...
     def add(self, unit: Unit, full: Sequence[torch.Tensor], trainable: Sequence[int]) -> None: ...
     def enter_forward(self, unit: Unit, grad_enabled: bool, inputs: Sequence[torch.Tensor]) -> None: ...
     def leave_forward(self, unit: Unit, outputs: Sequence[torch.Tensor]) -> None: ...

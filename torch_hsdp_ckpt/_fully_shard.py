@@ -79,7 +79,7 @@ class FSDPModule:
             unit.core.set_all_reduce(requires_all_reduce)
 
     def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
-        """Whether the full parameters are freed after forward and gathered again in backward."""
+        """Whether the full parameters are freed after forward and gathered again in backward, the outermost module's too."""
         for unit in self._units(recurse):
             unit.core.reshard_after_forward = reshard_after_forward
 
@@ -89,7 +89,15 @@ class FSDPModule:
             unit.core.reshard_after_backward = reshard_after_backward
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
-        """Taken for torch's sake: every backward here ends with its reductions, whether others follow or not."""
+        """Whether the next backward is the last one before the gradients are used. If not, it does not wait for its last
+        reductions: their gradients are there after the last one, or when the module next needs its sharded parameters.
+
+        Of the outermost module and all inside; the same on all ranks.
+        """
+        runner = _runner(self)
+        runner.last_backward = is_last_backward
+        if runner.root is not None:
+            runner.root.schedule.set_last_backward(is_last_backward)
 
     def set_modules_to_forward_prefetch(self, modules: "list[FSDPModule]") -> None:
         """Whose gathers this module's forward starts ahead, instead of the one that came next in the last forward."""
@@ -181,7 +189,8 @@ def fully_shard(
     """Shards ``module``'s parameters in place, those of ``fully_shard`` modules inside excepted. torch FSDP2's function.
 
     ``module``: or a list of modules, which become one unit. ``mesh``: 1-D (shards) or 2-D (replicas, shards); None: all ranks.
-    ``reshard_after_forward``: None frees after forward except for the outermost module. ``mp_policy``, ``offload_policy``
+    ``reshard_after_forward``: None frees after forward except for what backward needs first: the outermost module and the
+    last one to run. ``mp_policy``, ``offload_policy``
     (served on a CPU mesh, where it changes nothing), ``ignored_params``: as torch's. ``shard_placement_fn``: may only name
     dimension 0.
 
@@ -217,7 +226,7 @@ def fully_shard(
         if device.type != "cpu":
             move(each, device)
     precision = Precision.of(mp_policy)
-    unit = ShardedUnit(slots, mesh, device, reshard_after_forward is not False, *precision.of_unit())
+    unit = ShardedUnit(slots, mesh, device, reshard_after_forward, *precision.of_unit())
     label = ", ".join(type(each).__name__ for each in modules)
     runner = Runner(modules[0], unit, 1, precision, label)
     for each in modules[1:]:

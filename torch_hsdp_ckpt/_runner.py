@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._eager import keep_dynamo_out
 from ._precision import Precision
 from ._root import Root, flat_tensors
 from ._snapshot import hold
@@ -38,10 +39,12 @@ class Runner:
         self.label = label
         self.ignored = ignored
         self.root: Root | None = None
+        self.last_backward = True
         self.modules: list[weakref.ref[nn.Module]] = []  # several: one unit for modules that were given together
         self._cast_inputs: torch.dtype | None = None
         self.add(module)
         unit.core.name = label
+        keep_dynamo_out()
 
     def add(self, module: nn.Module) -> None:
         module.__dict__[_ATTRIBUTE] = self
@@ -94,6 +97,7 @@ class Runner:
             runner._cast_inputs = runner.precision.input_dtype(outermost=runner is self)
             runner.cast_buffers()
         root = Root([runner.unit for _, runner in inside], self.prefetch)
+        root.schedule.set_last_backward(self.last_backward)
         for _, runner in inside:
             runner.root = root
         return root
@@ -115,10 +119,6 @@ class Runner:
         self.unit.release()
         apply()
         self.unit.rebind()
-
-
-# Dynamo leaves this frame alone; what the module's forward does is compiled by whoever asked for it.
-Runner.run._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def runner_of(module: nn.Module) -> Runner | None:

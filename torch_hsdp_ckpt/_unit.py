@@ -63,7 +63,8 @@ class ShardedUnit:
     """The parameters of one wrapped module. ``slots``: for each distinct parameter (name from the wrapped module, slots).
 
     Shards them in place: afterwards every slot holds an ``nn.Parameter`` around a DTensor, placed ``(Replicate(), Shard(0))``
-    on a 2-D mesh and ``(Shard(0),)`` on a 1-D one, whose local tensor lies in the unit's flat buffer.
+    on a 2-D mesh and ``(Shard(0),)`` on a 1-D one, whose local tensor lies in the unit's flat buffer. A parameter without
+    dimensions is replicated on every dimension of the mesh instead.
 
     ``param_dtype``: of the full parameters that compute, floating point ones only; ``reduce_dtype``: of the sums of their
     gradients over the ranks (None: as computed). Gradients have the shards' dtype, with ``keep_low_precision_grads``
@@ -75,7 +76,7 @@ class ShardedUnit:
         slots: list[tuple[str, list[Slot]]],
         mesh: DeviceMesh,
         device: torch.device,
-        reshard_after_forward: bool,
+        reshard_after_forward: bool | None,
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         keep_low_precision_grads: bool = False,
@@ -133,8 +134,6 @@ class ShardedUnit:
                 )
             if p.is_meta:
                 raise ValueError(f"{where} is on the meta device: materialise the module (to_empty and its own init) first")
-            if p.ndim == 0:
-                raise ValueError(f"{where} has no dimension to shard: give it shape (1,), or name it in ignored_states")
             if p.requires_grad and p.dtype not in _REDUCED:
                 raise ValueError(
                     f"{where} is {p.dtype}, whose gradients are not reduced here (float64, float32, bfloat16, float16 are): "
@@ -145,7 +144,8 @@ class ShardedUnit:
 
     def _spec(self, shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
         stride = torch.empty(shape, device="meta").stride()
-        return DTensorSpec(self.mesh, self._placements, tensor_meta=TensorMeta(shape, stride, dtype))
+        placements = self._placements if shape else (Replicate(),) * self.mesh.ndim
+        return DTensorSpec(self.mesh, placements, tensor_meta=TensorMeta(shape, stride, dtype))
 
     def _grad_spec(self, i: int) -> DTensorSpec:
         spec = self._specs[i]
@@ -179,6 +179,8 @@ class ShardedUnit:
 
     def bind(self, schedule: _C.Schedule) -> None:
         """Makes the full parameters and hands them to ``schedule``. Again whenever shards, dtypes or requires_grad change."""
+        if self.schedule is not None:
+            schedule.finish_reductions()  # of the parameters as they have been so far
         self.schedule = schedule
         self._flags = [p.requires_grad for p in self.sharded]
         self._trainable = [i for i, flag in enumerate(self._flags) if flag]
@@ -251,6 +253,9 @@ class ShardedUnit:
     def write_rows(self, whole: torch.Tensor, sharded: torch.Tensor) -> None:
         """Copies this rank's rows of ``whole`` (the parameter's shape) into ``sharded``."""
         local, shards = local_of(sharded), self.mesh.size(self.mesh.ndim - 1)
+        if whole.ndim == 0:
+            local.copy_(whole)
+            return
         first = min(-(-whole.shape[0] // shards) * self.mesh.get_local_rank(self.mesh.ndim - 1), whole.shape[0])
         local.copy_(whole.narrow(0, first, local.shape[0]))
 

@@ -105,7 +105,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         self.device_mesh = mesh
         self.sharding_strategy = strategy
         precision = Precision.of(mixed_precision)
-        reshard = strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
+        reshard = None if strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD) else False
         self._unit = ShardedUnit(own_slots([module], ignored), mesh, device, reshard, *precision.of_unit())
         self._checkpoint_wrapped_module = module
         prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[backward_prefetch]

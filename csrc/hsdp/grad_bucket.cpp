@@ -10,15 +10,10 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes
 
-ParamShape Shape(const std::vector<int64_t>& sizes) {
-  int64_t row = 1;
-  for (size_t d = 1; d < sizes.size(); ++d) row *= sizes[d];
-  return {sizes.at(0), row};
-}
-
-std::vector<ParamShape> Shapes(const std::vector<size_t>& params, const std::vector<std::vector<int64_t>>& sizes) {
+std::vector<ParamShape> Shapes(const std::vector<size_t>& params, const std::vector<std::vector<int64_t>>& sizes,
+                               int64_t shards) {
   std::vector<ParamShape> shapes;
-  for (const size_t i : params) shapes.push_back(Shape(sizes[i]));
+  for (const size_t i : params) shapes.push_back(ParamShape::Of(sizes[i], shards));
   return shapes;
 }
 
@@ -46,7 +41,7 @@ GradReducer::Bucket::Bucket(at::ScalarType computed_dtype, at::ScalarType reduce
       wire(exchanges && shards > 1 ? Wire(computed, reduced) : reduced),
       params(Joined(in_place_params, packed)),
       in_place(in_place_params.size()),
-      layout(Shapes(params, sizes), shards, AlignmentOf(computed, reduced)),
+      layout(Shapes(params, sizes, shards), shards, AlignmentOf(computed, reduced)),
       ones(at::ones({static_cast<int64_t>(params.size())}, at::TensorOptions(computed).device(device))) {
   const int64_t align = AlignmentOf(computed, reduced), flags = static_cast<int64_t>(params.size());
   packed_begin = in_place < params.size() ? layout.offset(in_place) : layout.flat_numel();

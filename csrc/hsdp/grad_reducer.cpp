@@ -15,12 +15,6 @@ char* At(const at::Tensor& tensor, int64_t element) {
   return static_cast<char*>(tensor.mutable_data_ptr()) + element * static_cast<int64_t>(tensor.element_size());
 }
 
-int64_t RowSize(const std::vector<int64_t>& sizes) {
-  int64_t row = 1;
-  for (size_t d = 1; d < sizes.size(); ++d) row *= sizes[d];
-  return row;
-}
-
 }  // namespace
 
 GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> sizes, std::vector<GradDtypes> dtypes,
@@ -44,7 +38,8 @@ GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> siz
     std::vector<size_t> in_place, packed;
     for (size_t i = 0; i < sizes_.size(); ++i) {
       if (dtypes_[i].computed != computed || dtypes_[i].reduced != reduced) continue;
-      const int64_t rows = sizes_[i].at(0), chunk = (rows + shards - 1) / shards * RowSize(sizes_[i]);
+      const auto [rows, row_size] = ParamShape::Of(sizes_[i], shards);
+      const int64_t chunk = (rows + shards - 1) / shards * row_size;
       // What is cast or scaled on the way is packed in any case; a sum of exchanged pieces casts and scales by itself.
       const bool as_it_is = exchanges_ ? Bucket::Wire(computed, reduced) == computed
                                        : computed == reduced && collectives_->pre_scale(reduced) == 1.0 &&
@@ -75,7 +70,8 @@ void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) con
       const int64_t numel = grad.defined() ? layout.shard_numel(p, rank) : 0;
       const int64_t end = p + 1 < bucket.params.size() ? layout.offset(p + 1) : layout.flat_numel();
       if (numel > 0) {
-        const char* from = At(grad, layout.first_row(p, rank) * layout.param(p).row_size);
+        // Every rank gets the whole gradient of a parameter without dimensions.
+        const char* from = At(grad, grad.dim() == 0 ? 0 : layout.first_row(p, rank) * layout.param(p).row_size);
         segments.push_back({from, At(bucket.input, base + layout.offset(p)), numel});
       }
       // Padding and missing gradients: zeros, since the sum over ranks reads them.
@@ -265,6 +261,7 @@ bool GradReducer::Keep() {
 }
 
 bool GradReducer::has_partial() const {
+  if (stage_ != Stage::kIdle && !options_.all_reduce && collectives_->replicas() > 1) return true;
   return std::any_of(buckets_.begin(), buckets_.end(), [](const auto& bucket) { return bucket->partial.defined(); });
 }
 
@@ -292,7 +289,7 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
     for (size_t i = first; i < sizes_.size(); ++i) {
       if (dtypes_[i].sharded != dtypes_[first].sharded) continue;
       params.push_back(i);
-      shapes.push_back({sizes_[i][0], RowSize(sizes_[i])});
+      shapes.push_back(ParamShape::Of(sizes_[i], collectives_->shards()));
     }
     const auto item = static_cast<int64_t>(c10::elementSize(dtypes_[first].sharded));
     const ShardLayout layout(std::move(shapes), collectives_->shards(), std::max<int64_t>(1, 16 / item));
@@ -300,9 +297,8 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
     const at::Tensor buffer = at::empty({layout.flat_numel()}, options);
     for (size_t p = 0; p < params.size(); ++p) {
       const int64_t rank = collectives_->shard_rank();
-      std::vector<int64_t> sizes = sizes_[params[p]];
-      sizes[0] = layout.shard_rows(p, rank);
-      shards[params[p]] = buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank)).view(sizes);
+      shards[params[p]] = buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank))
+                              .view(ShardSizes(sizes_[params[p]], layout.shard_rows(p, rank)));
     }
   }
   return shards;

@@ -56,6 +56,7 @@ class GradReducer {
 
   /// After a reduction without an all-reduce: keeps the sums for the next one and returns true; there is nothing to write.
   bool Keep();
+  /// Whether sums over the shards wait for an all-reduce, or will when the reduction under way is over.
   bool has_partial() const;
   /// Indices of parameters that no rank had a gradient for. Empty without looking if this rank had them all.
   std::vector<size_t> Unused() const;

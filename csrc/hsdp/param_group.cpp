@@ -13,12 +13,6 @@ namespace {
 constexpr int64_t kShardAlignment = 16;  // bytes: what vector loads and the record format ask for
 constexpr int64_t kFullAlignment = 256;  // bytes: what matrix kernels ask for to use their widest loads
 
-ParamShape ByteShape(const std::vector<int64_t>& sizes, at::ScalarType dtype) {
-  int64_t row = static_cast<int64_t>(c10::elementSize(dtype));
-  for (size_t d = 1; d < sizes.size(); ++d) row *= sizes[d];
-  return {sizes.at(0), row};
-}
-
 uint8_t* Bytes(const at::Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
 
 void SetMemory(const at::Tensor& tensor, void* data, int64_t nbytes) {
@@ -39,7 +33,6 @@ ParamGroup::ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::
       collectives_(std::move(collectives)),
       streams_(DeviceStreams::Of(device)) {
   TORCH_CHECK(sizes_.size() == dtypes_.size(), "ParamGroup: ", sizes_.size(), " sizes and ", dtypes_.size(), " dtypes");
-  for (const auto& s : sizes_) TORCH_CHECK(!s.empty(), "ParamGroup: a parameter of no dimension can't be sharded");
   for (const auto& dtype : {precision_.param_dtype, precision_.reduce_dtype}) {
     TORCH_CHECK_VALUE(!dtype || kernels::Computes(*dtype), "mixed precision in ", *dtype,
                       " is not served: pass float32, float64, bfloat16 or float16");
@@ -52,6 +45,10 @@ ParamGroup::~ParamGroup() {
   for (const at::Tensor& full : full_) SetMemory(full, nullptr, 0);
 }
 
+ParamShape ParamGroup::ByteShape(size_t i, at::ScalarType dtype) const {
+  return ParamShape::Of(sizes_[i], collectives_->shards(), static_cast<int64_t>(c10::elementSize(dtype)));
+}
+
 at::ScalarType ParamGroup::FullDtype(size_t i) const {
   return precision_.param_dtype && kernels::Computes(dtypes_[i]) ? *precision_.param_dtype : dtypes_[i];
 }
@@ -62,8 +59,8 @@ void ParamGroup::MakeLayout() {
   full_offsets_.assign(1, 0);
   is_whole_ = shards == 1;
   for (size_t i = 0; i < sizes_.size(); ++i) {
-    shapes.push_back(ByteShape(sizes_[i], dtypes_[i]));
-    const int64_t bytes = ByteShape(sizes_[i], FullDtype(i)).numel();
+    shapes.push_back(ByteShape(i, dtypes_[i]));
+    const int64_t bytes = ByteShape(i, FullDtype(i)).numel();
     full_offsets_.push_back((full_offsets_[i] + bytes + kFullAlignment - 1) / kFullAlignment * kFullAlignment);
     is_whole_ = is_whole_ && FullDtype(i) == dtypes_[i];
   }
@@ -80,7 +77,7 @@ void ParamGroup::MakeLayout() {
   std::vector<int64_t> packed_offsets;
   const bool exchanges = collectives_->exchanges(device_.type());
   for (size_t i = 0; i < sizes_.size(); ++i) {
-    const int64_t row = ByteShape(sizes_[i], FullDtype(i)).row_size;
+    const int64_t row = ByteShape(i, FullDtype(i)).row_size;
     const auto item = static_cast<int64_t>(c10::elementSize(FullDtype(i)));
     const int64_t own_rows = layout_->shard_rows(i, rank);
     Move own{shard_offsets_[i], full_offsets_[i] + layout_->first_row(i, rank) * row, own_rows * row / item, dtypes_[i],
@@ -105,7 +102,7 @@ void ParamGroup::MakeLayout() {
   for (Move& move : own_packed_) move.to += rank * packed_stride_;
   for (size_t p = 0; p < packed.size(); ++p) {
     const size_t i = packed[p];
-    const int64_t row = ByteShape(sizes_[i], FullDtype(i)).row_size;
+    const int64_t row = ByteShape(i, FullDtype(i)).row_size;
     for (int64_t r = 0; r < shards; ++r) {
       const int64_t bytes = layout_->shard_rows(i, r) * row;
       const int64_t from = r * packed_stride_ + packed_offsets[p], to = full_offsets_[i] + layout_->first_row(i, r) * row;
@@ -133,8 +130,7 @@ void ParamGroup::Run(const std::vector<Move>& moves, const at::Tensor& from, con
 std::vector<at::Tensor> ParamGroup::ShardTensors() const {
   std::vector<at::Tensor> shards;
   for (size_t i = 0; i < sizes_.size(); ++i) {
-    std::vector<int64_t> sizes = sizes_[i];
-    sizes[0] = layout_->shard_rows(i, collectives_->shard_rank());
+    const std::vector<int64_t> sizes = ShardSizes(sizes_[i], layout_->shard_rows(i, collectives_->shard_rank()));
     // A storage of its own that keeps the flat buffer: saving or copying the tensor takes its own bytes only.
     shards.push_back(at::from_blob(
         Bytes(flat_) + layout_->offset(i), sizes, [flat = flat_](void*) {}, at::TensorOptions(dtypes_[i]).device(device_)));
@@ -149,7 +145,8 @@ std::vector<at::Tensor> ParamGroup::ShardFull(const std::vector<at::Tensor>& ful
     TORCH_CHECK(full[i].sizes() == at::IntArrayRef(sizes_[i]) && full[i].scalar_type() == dtypes_[i],
                 "ParamGroup: parameter ", i, " is ", full[i].sizes(), ", expected ", at::IntArrayRef(sizes_[i]));
     const int64_t rank = collectives_->shard_rank();
-    own.push_back(full[i].detach().narrow(0, layout_->first_row(i, rank), layout_->shard_rows(i, rank)));
+    own.push_back(full[i].detach());
+    if (!sizes_[i].empty()) own[i] = own[i].narrow(0, layout_->first_row(i, rank), layout_->shard_rows(i, rank));
   }
   return Rebind(own, device_);
 }
@@ -159,8 +156,7 @@ std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards
   Reshard();
   const int64_t rank = collectives_->shard_rank();
   for (size_t i = 0; i < shards.size(); ++i) {
-    std::vector<int64_t> expected = sizes_[i];
-    expected[0] = layout_->shard_rows(i, rank);
+    const std::vector<int64_t> expected = ShardSizes(sizes_[i], layout_->shard_rows(i, rank));
     TORCH_CHECK(shards[i].sizes() == at::IntArrayRef(expected), "ParamGroup: the shard of parameter ", i, " is ",
                 shards[i].sizes(), ", expected ", at::IntArrayRef(expected));
   }
@@ -261,8 +257,9 @@ void ParamGroup::Unshard() {
 }
 
 void ParamGroup::Lend(uint8_t* base, const std::vector<int64_t>& offsets) {
-  for (size_t i = 0; i < full_.size(); ++i)
-    SetMemory(full_[i], base + offsets[i], ByteShape(sizes_[i], FullDtype(i)).numel());
+  for (size_t i = 0; i < full_.size(); ++i) {
+    SetMemory(full_[i], base + offsets[i], static_cast<int64_t>(full_[i].nbytes()));
+  }
 }
 
 void ParamGroup::Reshard() {

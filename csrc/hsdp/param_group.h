@@ -32,6 +32,8 @@ struct Precision {
 /// tensor with a storage of its own over a piece of it. The full parameters are tensors whose storages have no memory while
 /// the unit is sharded; unsharding lends them pieces of one buffer. Their bytes are written past autograd, so version
 /// counters stand still and tensors saved for backward stay valid across a reshard.
+/// A parameter without dimensions is whole on every rank; all compute with the first one's value, so that copies whose
+/// gradients a backend has summed in another order can't tell the ranks apart.
 /// A gather begins with this rank's own rows, cast on the way. Large parameters are gathered in place; small ones, and
 /// those that the backend can't take where they are, go through one packed buffer, whatever their dtypes. Ownership:
 /// buffers and the full parameters; never the module's own sharded Parameters, whose references torch's `swap_tensors`
@@ -88,6 +90,7 @@ class ParamGroup {
   void MakeLayout();
   std::vector<at::Tensor> ShardTensors() const;
   at::ScalarType FullDtype(size_t i) const;
+  ParamShape ByteShape(size_t i, at::ScalarType dtype) const;
   void Run(const std::vector<Move>& moves, const at::Tensor& from, const at::Tensor& to) const;
   void AwaitGather();
   void Lend(uint8_t* base, const std::vector<int64_t>& offsets);

@@ -80,8 +80,9 @@ void Schedule::EnterForward(const std::shared_ptr<Unit>& unit, bool grad_enabled
   if (active_.empty()) BeginForward(unit);
   active_.push_back({unit, grad_enabled});
   Follow(unit);
-  Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
+  Naming(*unit, "all-gather", [&] { unit->group->StartGather(); });
   PrefetchForward(*unit);
+  Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
   if (!grad_enabled) return;
   if (!Contains(participants_, unit)) participants_.push_back(unit);
   WatchInputs(unit, inputs);
@@ -149,7 +150,7 @@ void Schedule::LeaveForward(const std::shared_ptr<Unit>& unit, const std::vector
   // The outermost unit is needed first in backward, and so is the one that ran last: freeing them would only mean another
   // gather.
   const bool last = on_track_ && position_ == sequences_[outermost_].size() && recorded_.back() == unit;
-  const bool keep = grad_enabled && (active_.empty() || !unit->reshard_after_forward || last);
+  const bool keep = grad_enabled && !unit->reshard_after_forward.value_or(!active_.empty() && !last);
   if (!keep) Release(unit);
   if (active_.empty()) EndForward();
 }
@@ -252,14 +253,14 @@ void Schedule::BeginBackward() {
 // The order in which units are gathered is settled here; how early depends on what this rank's backward reaches.
 void Schedule::OrderGathers() {
   const auto asked = [](const auto& unit) { return !unit->backward_prefetch.empty(); };
-  if (std::none_of(gather_queue_.begin(), gather_queue_.end(), asked)) return;
+  if (std::none_of(participants_.begin(), participants_.end(), asked)) return;
   std::deque<std::shared_ptr<Unit>> ordered;
-  for (const auto& unit : gather_queue_) {
-    if (!Contains(ordered, unit)) ordered.push_back(unit);
-    for (const auto& weak : unit->backward_prefetch) {
-      const auto next = weak.lock();
-      if (next && Contains(gather_queue_, next) && !Contains(ordered, next)) ordered.push_back(next);
-    }
+  const auto append = [&](const std::shared_ptr<Unit>& unit) {
+    if (unit && Contains(gather_queue_, unit) && !Contains(ordered, unit)) ordered.push_back(unit);
+  };
+  for (auto unit = participants_.rbegin(); unit != participants_.rend(); ++unit) {
+    append(*unit);
+    for (const auto& weak : (*unit)->backward_prefetch) append(weak.lock());
   }
   gather_queue_ = std::move(ordered);
 }
@@ -281,16 +282,18 @@ void Schedule::StartGathersUntil(const std::shared_ptr<Unit>& unit) {
 void Schedule::UnshardForBackward(const std::shared_ptr<Unit>& unit) {
   BeginBackward();
   StartGathersUntil(unit);
-  Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
+  Naming(*unit, "all-gather", [&] { unit->group->StartGather(); });
   for (const auto& weak : unit->backward_prefetch) {
-    if (const auto next = weak.lock()) StartGathersUntil(next);
+    if (const auto next = weak.lock()) StartGathersUntil(ahead_ = next);
   }
-  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPre) PrefetchBackward();
+  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPre) PrefetchBackward(*unit);
+  Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
 }
 
-// One gather ahead, never two: each holds a whole unit.
-void Schedule::PrefetchBackward() {
-  if (gather_queue_.empty() || (ahead_ && ahead_->group->state() == ParamGroup::State::kGathering)) return;
+// One gather ahead of `current`, never two: each holds a whole unit.
+void Schedule::PrefetchBackward(const Unit& current) {
+  const bool is_ahead = ahead_ && ahead_.get() != &current && ahead_->group->state() == ParamGroup::State::kGathering;
+  if (gather_queue_.empty() || is_ahead) return;
   ahead_ = gather_queue_.front();
   gather_queue_.pop_front();
   Naming(*ahead_, "all-gather", [&] { ahead_->group->StartGather(); });
@@ -334,7 +337,7 @@ void Schedule::GradArrived(const std::shared_ptr<Unit>& unit, size_t slot) {
   unit->arrivals = 0;
   unit->complete = true;
   FreeIfOver(*unit);
-  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPost) PrefetchBackward();
+  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPost) PrefetchBackward(*unit);
   if (!unit->sync) return;
   unit->ready = true;
   if (Contains(reduce_queue_, unit)) {
@@ -420,10 +423,10 @@ void Schedule::EndBackward() {
   if (!gather_queue_.empty()) StartGathersUntil(gather_queue_.back());
   for (auto& unit : reduce_queue_) unit->ready = true;
   LaunchReady();
-  AdvanceReductions(0);
+  AdvanceReductions(last_backward_ ? 0 : kReductionsInFlight);
   for (const auto& unit : units_) {
     if (unit->reshard_after_backward) Release(unit);
-    if (!unit->group->trainable().empty()) unit->group->reducer().Join();
+    if (last_backward_ && !unit->group->trainable().empty()) unit->group->reducer().Join();
   }
   // What was not reduced has to be, by a later backward and perhaps of units that it does not run.
   for (const auto& unit : participants_) {
@@ -439,7 +442,21 @@ void Schedule::EndBackward() {
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
+void Schedule::FinishReductions() {
+  AdvanceReductions(0);
+  for (const auto& unit : units_) {
+    if (!unit->group->trainable().empty()) unit->group->reducer().Join();
+  }
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
 void Schedule::Reset() {
+  std::exception_ptr late;
+  try {
+    if (!in_backward_) FinishReductions();
+  } catch (...) {
+    late = std::current_exception();
+  }
   for (const auto& unit : units_) {
     // All units: one whose result could not be taken has left reducing_ already.
     if (!unit->group->trainable().empty()) unit->group->reducer().Drop();
@@ -455,6 +472,7 @@ void Schedule::Reset() {
   backward_done_ = backward_done_ || in_backward_;
   in_backward_ = false;
   error_ = nullptr;
+  if (late) std::rethrow_exception(late);
 }
 
 }  // namespace hsdp_ckpt

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,9 @@ namespace hsdp_ckpt {
 struct Unit {
   std::shared_ptr<ParamGroup> group;
   std::string name;  // the module's, for errors
-  bool reshard_after_forward = true;
+  /// Whether forward frees the full parameters. Absent: unless backward needs them first (the outermost unit, the last one
+  /// to run).
+  std::optional<bool> reshard_after_forward;
   bool reshard_after_backward = true;
   bool sync = true;  // reduce gradients; else they stay with the full parameters and are added to
   /// Whose gathers start with this unit's, instead of those that the last pass suggests. Empty: what the last pass
@@ -77,8 +80,14 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void Hold(const std::shared_ptr<Unit>& unit, bool wait);
   /// Frees the full parameters of one unit now.
   void Release(const std::shared_ptr<Unit>& unit);
-  /// Frees all full parameters and drops what is in flight: before anybody looks at or replaces the shards.
+  /// Frees all full parameters and ends what is in flight: before anybody looks at or replaces the shards. Gradients of a
+  /// backward that raised are dropped; those that a backward which was not the last has left on their way are taken.
   void Reset();
+  /// Whether the next backward ends with all of its gradients taken. If not, the last ones may be taken by the next
+  /// backward, and the computation goes on meanwhile.
+  void SetLastBackward(bool last) { last_backward_ = last; }
+  /// Takes the gradients that are on their way.
+  void FinishReductions();
 
  private:
   struct Call {
@@ -100,7 +109,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void BeforeBackward(const std::shared_ptr<Unit>& unit);
   void UnshardForBackward(const std::shared_ptr<Unit>& unit);
   void StartGathersUntil(const std::shared_ptr<Unit>& unit);
-  void PrefetchBackward();
+  void PrefetchBackward(const Unit& current);
   void OrderGathers();
   void LaunchReady();
   void Launch(const std::shared_ptr<Unit>& unit);
@@ -129,6 +138,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   Sequence owing_;                             // units that keep gradients which have not been reduced
   bool in_backward_ = false;
   bool backward_done_ = false;
+  bool last_backward_ = true;
   std::deque<std::shared_ptr<Unit>> gather_queue_, reduce_queue_, reducing_;
   std::shared_ptr<Unit> ahead_;  // whose gather backward has started ahead of its use
   std::exception_ptr error_;     // this rank's first one in this backward

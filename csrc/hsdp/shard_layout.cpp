@@ -6,6 +6,17 @@
 
 namespace hsdp_ckpt {
 
+ParamShape ParamShape::Of(const std::vector<int64_t>& sizes, int64_t shards, int64_t item) {
+  if (sizes.empty()) return {shards, item};
+  for (size_t d = 1; d < sizes.size(); ++d) item *= sizes[d];
+  return {sizes[0], item};
+}
+
+std::vector<int64_t> ShardSizes(std::vector<int64_t> sizes, int64_t rows) {
+  if (!sizes.empty()) sizes[0] = rows;
+  return sizes;
+}
+
 ShardLayout::ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment)
     : params_(std::move(params)), shards_(shards) {
   if (shards < 1) throw std::invalid_argument("ShardLayout: a shard group has at least one rank");

@@ -9,13 +9,20 @@ namespace hsdp_ckpt {
 /// Where one parameter's dim-0 shards lie. Pure arithmetic, no tensors.
 ///
 /// Chunks are what torch.chunk and DTensor's Shard(0) make: ceil(rows / shards) rows each, the last one that has any may
-/// have fewer, trailing ranks may have none. A parameter of no dimension counts as one row.
+/// have fewer, trailing ranks may have none.
 struct ParamShape {
+  /// `item`: elements, or bytes, that one element of the parameter counts as. A parameter of no dimension can't be cut:
+  /// it counts as one row a rank, each of them the whole value.
+  static ParamShape Of(const std::vector<int64_t>& sizes, int64_t shards, int64_t item = 1);
+
   int64_t rows = 0;      ///< size of dimension 0
   int64_t row_size = 0;  ///< elements in one row
 
   int64_t numel() const { return rows * row_size; }
 };
+
+/// The sizes of a shard of `rows` rows; a parameter of no dimension is its own shard.
+std::vector<int64_t> ShardSizes(std::vector<int64_t> sizes, int64_t rows);
 
 /// The layout of a unit's parameters over the ranks of a shard group, in elements of one dtype.
 ///

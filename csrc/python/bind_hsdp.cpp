@@ -29,7 +29,7 @@ void BindHsdp(py::module_& module) {
 
   py::class_<Unit, std::shared_ptr<Unit>>(module, "Unit")
       .def(py::init([](std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes, at::Device device,
-                       std::shared_ptr<Collectives> collectives, bool reshard_after_forward,
+                       std::shared_ptr<Collectives> collectives, std::optional<bool> reshard_after_forward,
                        std::function<void()> on_backward, std::function<void()> on_reduced,
                        std::optional<at::ScalarType> param_dtype, std::optional<at::ScalarType> reduce_dtype,
                        bool keep_low_precision_grads) {
@@ -105,6 +105,8 @@ void BindHsdp(py::module_& module) {
       .def("abort_forward", &Schedule::AbortForward, py::arg("unit"), NoGil())
       .def("hold", &Schedule::Hold, py::arg("unit"), py::arg("wait"), NoGil())
       .def("release", &Schedule::Release, py::arg("unit"), NoGil())
+      .def("set_last_backward", &Schedule::SetLastBackward, py::arg("last"))
+      .def("finish_reductions", &Schedule::FinishReductions, NoGil())
       .def("reset", &Schedule::Reset, NoGil());
 }
 

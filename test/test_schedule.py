@@ -1,0 +1,194 @@
+"""When wrapped modules gather, free and reduce: the order of the collectives, what stays in memory, what backward waits for."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from models import Net, batch
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.profiler import ProfilerActivity, profile, record_function
+from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap
+
+from torch_hsdp_ckpt import BackwardPrefetch, fully_shard
+
+ROWS = 64  # of piece 0; piece i has i + 1 times as many, which tells the gathers apart
+
+
+def _mark(name: str) -> None:
+    with record_function(f"mark {name}"):
+        pass
+
+
+class Piece(nn.Module):
+    """Marks its forward (f), the moment when backward reaches it (o), and the one when its gradient is computed (v)."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.weight = nn.Parameter(torch.ones(ROWS * (index + 1), 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _mark(f"f{self.index}")
+        value = self.weight * 1.0
+        value.register_hook(lambda _: _mark(f"v{self.index}"))
+        out = x + value.sum(0)
+        out.register_hook(lambda _: _mark(f"o{self.index}"))
+        return out
+
+
+def _pieces() -> nn.Sequential:
+    return nn.Sequential(*[Piece(i) for i in range(4)])
+
+
+def _order(model: nn.Module, passes: int = 2) -> str:
+    """Marks and gathers (g) of the last of so many passes, in the order in which they are issued."""
+    for last in range(1, passes + 1):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            model(torch.ones(2, 4)).sum().backward()
+        if last == passes:
+            break
+    found = []
+    for event in sorted(profiler.events(), key=lambda e: e.time_range.start):
+        if event.name.startswith("mark "):
+            found.append(event.name.removeprefix("mark "))
+        elif event.name == "gloo:recv":
+            index, rest = divmod(event.input_shapes[0][0], ROWS // 2 * 4 * 4)  # bytes; reductions have other sizes
+            if rest == 0:
+                found.append(f"g{index - 1}")
+    return " ".join(found)
+
+
+def _assert_order(model: nn.Module, expected: str, passes: int = 2) -> None:
+    found = _order(model, passes)
+    assert found == expected, found
+
+
+def _gathers_are_started_ahead(rank: int) -> None:
+    forward = "g0 g1 f0 g2 f1 g3 f2 f3 "
+    backwards = {
+        BackwardPrefetch.BACKWARD_PRE: "o3 g2 v3 o2 g1 v2 o1 g0 v1 o0 v0",
+        BackwardPrefetch.BACKWARD_POST: "o3 v3 g2 o2 v2 g1 o1 v1 g0 o0 v0",
+        None: "o3 v3 o2 g2 v2 o1 g1 v1 o0 g0 v0",
+    }
+    for prefetch, backward in backwards.items():
+        for ahead in (False, True):  # forward_prefetch asks for what is done anyway
+            ours = wrap(_pieces(), (2,), policy=ModuleWrapPolicy({Piece}), backward_prefetch=prefetch, forward_prefetch=ahead)
+            _assert_order(ours, forward + backward)
+    ours = wrap(_pieces(), (2,), policy=ModuleWrapPolicy({Piece}))
+    _assert_order(ours, "g0 f0 g1 f1 g2 f2 g3 f3 o3 g3 g2 v3 o2 g1 v2 o1 g0 v1 o0 v0", passes=1)  # no pass to go by yet
+
+
+def _pieces_sharded(**options) -> nn.Sequential:
+    model = _pieces()
+    for piece in model:
+        fully_shard(piece, mesh=mesh_of((2,)), **options)
+    return fully_shard(model, mesh=mesh_of((2,)), **options)
+
+
+def _gathers_are_started_as_told(rank: int) -> None:
+    ours = _pieces_sharded()
+    ours[0].set_modules_to_forward_prefetch([ours[2], ours[1]])
+    ours[3].set_modules_to_backward_prefetch([ours[1]])
+    ours[2].set_modules_to_backward_prefetch([ours[1], ours[0]])
+    expected = "g0 g2 g1 f0 f1 g3 f2 f3 o3 g1 v3 o2 g2 g0 v2 o1 v1 o0 v0"
+    _assert_order(ours, expected)
+    ours.set_reshard_after_forward(False)
+    _assert_order(ours, "g0 g2 g1 f0 f1 g3 f2 f3 o3 v3 o2 v2 o1 v1 o0 v0")
+
+
+def _in_memory(units: Iterable) -> str:
+    return "".join("x" if unit.full[0].untyped_storage().nbytes() > 0 else "." for unit in units)
+
+
+def _what_forward_frees(rank: int) -> None:
+    """Outermost unit first. Absent: all but what backward needs first, as with torch, which keeps the outermost one."""
+    for given, expected in ((None, "x.x"), (True, "..."), (False, "xxx")):
+        torch.manual_seed(0)
+        net = Net(6, 10, 3)
+        ours = copy.deepcopy(net)
+        for block in ours.blocks:
+            fully_shard(block, mesh=mesh_of((2,)), reshard_after_forward=given)
+        fully_shard(ours, mesh=mesh_of((2,)), reshard_after_forward=given)
+        units = [module._unit for module in (ours, *ours.blocks)]
+        for _ in range(2):  # the first pass does not know which module will be the last one
+            ours.zero_grad()
+            loss = loss_of(ours, batch(net, 0, rank))
+            held = _in_memory(units)
+            loss.backward()
+            assert _in_memory(units) == "..."
+            assert_close(grads(ours), mean_grads(net, lambda n, r: loss_of(n, batch(n, 0, r))))
+        assert held == expected, (given, held)
+        with torch.no_grad():
+            ours(batch(net, 0, rank))
+        assert _in_memory(units) == "..."
+        ours.set_reshard_after_forward(True)
+        loss = loss_of(ours, batch(net, 0, rank))
+        assert _in_memory(units) == "..."
+
+
+def _not_the_last_backward(rank: int) -> None:
+    torch.manual_seed(0)
+    net = Net(6, 10, 3, blocks=1)
+    store = dist.distributed_c10d._get_default_store()
+
+    def micro(steps: int):
+        return mean_grads(net, lambda n, r: sum(loss_of(n, batch(n, step, r)) for step in range(steps)))
+
+    ours = copy.deepcopy(net)
+    for module in (ours.blocks[0], ours):
+        fully_shard(module, mesh=mesh_of((2,)), reshard_after_forward=False)
+    ours.set_is_last_backward(False)  # before the first forward and after it
+    for step in range(2):
+        loss = loss_of(ours, batch(net, step, rank))
+        if rank == 0:
+            loss.backward()
+            store.set(f"back {step}", "")
+        else:  # would never get there if rank 0 waited for its reductions
+            store.wait([f"back {step}"])
+            loss.backward()
+    ours.set_is_last_backward(True)
+    loss_of(ours, batch(net, 2, rank)).backward()
+    assert_close(grads(ours), micro(3))
+
+    # Whoever looks at the sharded parameters before the last backward finds all gradients there.
+    norm = nn.utils.get_total_norm([g for g in micro(2).values() if g is not None])
+    for look in ("norm", "state_dict", "frozen", "zero_grad"):
+        ours.zero_grad()
+        ours.set_is_last_backward(False)
+        for step in range(2):
+            loss_of(ours, batch(net, step, rank)).backward()
+        if look == "frozen":  # the parameters are bound anew
+            ours.head.bias.requires_grad_(False)
+            loss_of(ours, batch(net, 0, rank))
+            ours.head.bias.requires_grad_(True)
+        elif look == "norm":
+            wrapped = nn.utils.clip_grad_norm_  # torch's own, which knows nothing of this: after a look
+            ours.state_dict()
+            torch.testing.assert_close(full(wrapped(ours.parameters(), 1e9)), norm)
+        elif look == "state_dict":
+            ours.state_dict()
+        else:
+            ours.zero_grad()
+            assert all(p.grad is None for p in ours.parameters())
+            continue
+        assert_close(grads(ours), micro(2))
+
+
+def _all(rank: int) -> None:
+    for check in (
+        _gathers_are_started_ahead,
+        _gathers_are_started_as_told,
+        _what_forward_frees,
+        _not_the_last_backward,
+    ):
+        try:
+            check(rank)
+        except BaseException as error:
+            raise AssertionError(f"in {check.__name__}") from error
+
+
+def test_when_units_gather_free_and_reduce() -> None:
+    run_ranks(_all, 2)
