@@ -1,4 +1,4 @@
-"""Keeps ``torch.compile`` out of the wrapper's own frames: what wrapped modules compute is compiled, gathers and hooks are not."""
+"""Keeps ``torch.compile`` out of the wrapper's own frames: only what the wrapped modules compute is compiled."""
 
 import functools
 import importlib

@@ -175,9 +175,17 @@ void Schedule::AbortForward(const std::shared_ptr<Unit>& unit) {
     }
   }
   on_track_ = false;
-  Release(unit);
+  const auto release = [&](const std::shared_ptr<Unit>& freed) {
+    try {
+      Release(freed);
+    } catch (const std::exception&) {
+      // The error that ended the forward is the one to hear of. With a gather's failed works forgotten this one frees.
+      Release(freed);
+    }
+  };
+  release(unit);
   if (!active_.empty()) return;
-  for (const auto& other : units_) Release(other);
+  for (const auto& other : units_) release(other);
 }
 
 // A rank that is alone in leaving the last pass's order waits here, while its peers wait in a gather that it never joins:
