@@ -71,17 +71,16 @@ def _lost_peer(rank: int, how: str, pids: str) -> None:
     agreement.exchange("together")
     if rank == 2:
         os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
-    start = time.monotonic()
     with pytest.raises(h.CheckpointError, match=r"step 'write': rank . gets no answer"):
         agreement.exchange("write")
-    assert time.monotonic() - start < 20
     with pytest.raises(h.CheckpointError, match="lost its peers"):
         agreement.exchange("again")
     if how == "stops":
-        dist.barrier(dist.new_group([0, 1], use_local_synchronization=True))  # both are through with it
+        (Path(pids) / f"done{rank}").touch()
         if rank == 0:
+            while not (Path(pids) / "done1").exists():  # both are through with it
+                time.sleep(0.01)
             os.kill(int((Path(pids) / "2").read_text()), signal.SIGCONT)
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("how", ["dies", "stops"])

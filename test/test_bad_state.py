@@ -27,6 +27,7 @@ def _model(rank: int) -> None:
         ({**ones, "calls": torch.ones(2)}, 'size mismatch for "calls"'),
         ({**ones, key: torch.ones(3, 7)}, "plain tensor"),
         ({**ones, key: "text"}, "not a tensor"),
+        (None, "not a NoneType"),
         ({**ones, key: line.state_dict()[key]}, "torch.distributed.checkpoint"),
         (dict(other.state_dict()), 'size mismatch for "blocks.1.down.weight"'),
     ]
@@ -40,6 +41,17 @@ def _model(rank: int) -> None:
     assert (partial.missing_keys, partial.unexpected_keys) == ([key], ["head.strange"])
     assert torch.equal(model.state_dict()["head.bias"]._local_tensor, ones["head.bias"]._local_tensor)
     assert torch.equal(model.state_dict()[key]._local_tensor, before[key])
+
+
+class _Raises(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(1))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if state_dict[prefix + "count"] < 0:
+            raise ArithmeticError("a count below 0")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _batch_norm(rank: int) -> None:
@@ -59,6 +71,15 @@ def _batch_norm(rank: int) -> None:
         assert_same(model.state_dict(), before, message)
     model.load_state_dict(ones)
     assert_same(model.state_dict(), ones)
+    reads = FSDP(nn.Sequential(nn.Linear(4, 4), _Raises()))
+    state = copy.deepcopy(reads.state_dict())
+    before = bits(state)
+    state["0.weight"] = torch.full_like(state["0.weight"], 9)
+    if rank == 1:
+        state["1.count"] = torch.tensor(-1)
+    with pytest.raises(RuntimeError, match="ArithmeticError: a count below 0"):
+        reads.load_state_dict(state)
+    assert_same(reads.state_dict(), before)
 
 
 def _optimizer(rank: int) -> None:
@@ -87,6 +108,8 @@ def _optimizer(rank: int) -> None:
         (changed(exp_avg=state["state"][key]["exp_avg"].double()), f"{key}: exp_avg is torch.float64"),
         (FSDP.optim_state_dict(other, other_optim), "size mismatch for blocks.1.down.weight: exp_avg"),
         ({}, 'a dict with "state"'),
+        ({"state": {}, "param_groups": [{}]}, "a list of dicts"),
+        ({"state": {}, "param_groups": 3}, "a list of dicts"),
     ]
     for bad, message in wrong:
         for alone in (False, True):
@@ -98,6 +121,8 @@ def _optimizer(rank: int) -> None:
     stranger = optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(ValueError, match="not the model's"):
         FSDP.optim_state_dict(model, stranger)
+    with pytest.raises(ValueError, match="not the model's"):  # the peers hear of it
+        FSDP.optim_state_dict_to_load(model, stranger if rank == 1 else optimizer, state)
 
 
 @pytest.mark.parametrize("part", [_model, _batch_norm, _optimizer], ids=lambda part: part.__name__[1:])

@@ -8,6 +8,7 @@ import logging
 import pickle
 import struct
 import threading
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
@@ -217,8 +218,9 @@ def _text(failure: _Failure) -> str:
 
 
 _lock = threading.Lock()
-_made: dict[tuple[str, str], tuple[Any, Agreement]] = {}
-_generations: dict[tuple[str, str], int] = {}
+# By process group and purpose, with how many were made before it. They go with their process group: after
+# destroy_process_group its name may come again, with another store behind it.
+_made: "weakref.WeakKeyDictionary[Any, dict[str, tuple[Agreement, int]]]" = weakref.WeakKeyDictionary()
 
 
 def agreement_of(process_group: Any, purpose: str, no_dist: bool = False) -> Agreement:
@@ -236,14 +238,11 @@ def agreement_of(process_group: Any, purpose: str, no_dist: bool = False) -> Agr
         raise CheckpointError(f"{purpose}: global rank {dist.get_rank()} is not in the process group it was called with")
     if size == 1:
         return Agreement(None, 0, 1, purpose)
-    key = (parent.group_name, purpose)
     with _lock:
-        kept = _made.get(key)
-        if kept is not None and kept[0] is parent and not kept[1].broken:
-            return kept[1]
-        # After destroy_process_group names come again, with another store behind them; so the count starts anew.
-        generation = _generations.get(key, 0) + 1 if kept is not None and kept[0] is parent else 0
-        _generations[key] = generation
+        kept, generation = _made.setdefault(parent, {}).get(purpose, (None, -1))
+        if kept is not None and not kept.broken:
+            return kept
+        generation += 1
     # Not dist.new_group: it counts its calls to name the groups, and ranks outside a sub-group would count otherwise.
     store = dist.PrefixStore(
         f"torch_hsdp_ckpt/{parent.group_name}/{purpose}/{generation}", dist.distributed_c10d._get_default_store()
@@ -254,7 +253,7 @@ def agreement_of(process_group: Any, purpose: str, no_dist: bool = False) -> Agr
         raise CheckpointError(f"{purpose}: rank {rank} of {size} waits in vain for its peers: {error}") from error
     agreement = Agreement(group, rank, size, purpose)
     with _lock:
-        _made[key] = (parent, agreement)
+        _made[parent][purpose] = (agreement, generation)
     _logger.debug("%s: a Gloo group of its own for the %d ranks of group %s", purpose, size, parent.group_name)
     return agreement
 

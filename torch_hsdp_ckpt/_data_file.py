@@ -57,7 +57,7 @@ class DataFile:
         self, directory: str, name: str, threads: int = 2, sync: bool = True, reserve: int = 0, block: int = 0
     ) -> None:
         self._writer = _C.ShardFileWriter(directory, name, max(2, threads), sync, reserve)
-        self._block = block or COPY_BLOCK
+        self._block = -(-(block or COPY_BLOCK) // _ALIGNMENT) * _ALIGNMENT
         self._batch = _Batch()
         self._started: _Batch | None = None  # the CUDA batch before: its copies run, nothing of it is written yet
         self._stream: torch.cuda.Stream | None = None
@@ -106,6 +106,7 @@ class DataFile:
             batch.copies_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             batch.copies_done.record(self._stream)
             batch, self._started = self._started or _Batch(), batch  # the new one's copies run while the older is written
+            self._pinned.reverse()  # the next batch's go to the older one's block, which the write below is done with
         self._write(batch)
 
     def _write_all(self) -> None:
@@ -126,8 +127,6 @@ class DataFile:
             self._stream = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
             size = self._block + _ALIGNMENT
             self._pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        if not self._batch.copied:
-            self._pinned.reverse()  # the other one's batch may not be written yet
         self._stream.wait_stream(torch.cuda.current_stream(part.device))  # what computes the tensor
         with torch.cuda.stream(self._stream):
             source = part.resolve_conj().resolve_neg()

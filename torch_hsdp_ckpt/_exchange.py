@@ -37,9 +37,10 @@ def host_identity() -> bytes:
     return "/".join(parts).encode()[-100:]
 
 
-_subgroups: "weakref.WeakKeyDictionary[Agreement, dict[tuple[int, ...], Agreement]]" = weakref.WeakKeyDictionary()
+_Key = tuple[str | int, ...]  # a purpose and the members
+_subgroups: "weakref.WeakKeyDictionary[Agreement, dict[_Key, Agreement]]" = weakref.WeakKeyDictionary()
 _tokens: "weakref.WeakKeyDictionary[Agreement, bytes]" = weakref.WeakKeyDictionary()
-_counts: "collections.Counter[tuple[bytes, tuple[int, ...]]]" = collections.Counter()
+_counts: "collections.Counter[tuple[bytes, _Key]]" = collections.Counter()
 
 
 def name_load(agreement: Agreement) -> None:
@@ -48,12 +49,15 @@ def name_load(agreement: Agreement) -> None:
         _tokens[agreement] = agreement.verdict("name", lambda: os.urandom(8))
 
 
-def subgroup(agreement: Agreement, members: Sequence[int], timeout_of: Any) -> Agreement:
-    """An agreement of some of the ranks, made by these alone at its first use and kept. ``timeout_of``: the process group."""
-    key = tuple(members)
-    if len(key) == agreement.size:
+def subgroup(agreement: Agreement, members: Sequence[int], timeout_of: Any, purpose: str = "") -> Agreement:
+    """An agreement of some of the ranks, made by these alone at its first use and kept. ``timeout_of``: the process group.
+
+    Without a ``purpose`` all ranks together have the agreement itself; with one they have a group of their own.
+    """
+    key: _Key = (purpose, *members)
+    if len(members) == agreement.size and not purpose:
         return agreement
-    if len(key) == 1:
+    if len(members) == 1:
         return Agreement(None, 0, 1, agreement.purpose)
     kept = _subgroups.setdefault(agreement, {})
     if key in kept and not kept[key].broken:
@@ -62,12 +66,12 @@ def subgroup(agreement: Agreement, members: Sequence[int], timeout_of: Any) -> A
     _counts[token, key] += 1
     prefix = f"torch_hsdp_ckpt/{token.hex()}/{'-'.join(map(str, key))}/{_counts[token, key]}"
     store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-    me = key.index(agreement.rank)
+    me = members.index(agreement.rank)
     try:
-        group = dist.ProcessGroupGloo(store, me, len(key), _timeout(timeout_of or dist.group.WORLD))
+        group = dist.ProcessGroupGloo(store, me, len(members), _timeout(timeout_of or dist.group.WORLD))
     except RuntimeError as error:
-        raise CheckpointError(f"load: rank {agreement.rank} waits in vain for ranks {list(key)}: {error}") from error
-    kept[key] = Agreement(group, me, len(key), agreement.purpose)
+        raise CheckpointError(f"load: rank {agreement.rank} waits in vain for ranks {list(members)}: {error}") from error
+    kept[key] = Agreement(group, me, len(members), agreement.purpose)
     return kept[key]
 
 
@@ -85,12 +89,12 @@ class Exchange:
 
 
 class _Shared(Exchange):
-    def __init__(self, exchange: _C.SharedExchange) -> None:
-        self._exchange = exchange
+    def __init__(self, exchange: _C.SharedExchange, timeout: float) -> None:
+        self._exchange, self._timeout = exchange, timeout
 
     def run(self, plan: _C.ReadPlan) -> None:
         try:
-            self._exchange.run(plan, read_threads())
+            self._exchange.run(plan, read_threads(), self._timeout)
         finally:
             self.peer_failed = self._exchange.peer_failed
 
@@ -189,33 +193,17 @@ def make_exchange(
         return Exchange()
     group = subgroup(agreement, members, process_group)
     if mode != "network" and len({hosts[rank] for rank in members}) == 1:
-        shared = _join(group)
+        shared = _join(group, _timeout(process_group or dist.group.WORLD).total_seconds())
         if shared is not None:
             return shared
         if mode == "shared":
             raise CheckpointError("exchange='shared': the ranks of this host can't share memory; use 'network' or 'off'")
         _logger.warning("ranks %s can't share memory; they exchange over Gloo", members)
     # Not the group that votes and hands out metadata: after an error it is closed.
-    return _Network(_own_group(agreement, members, process_group))
+    return _Network(subgroup(agreement, members, process_group, "data"))
 
 
-def _own_group(agreement: Agreement, members: Sequence[int], process_group: Any) -> Agreement:
-    kept = _data_groups.setdefault(agreement, {})
-    key = tuple(members)
-    if key not in kept or kept[key].broken:
-        token = _tokens[agreement]
-        _counts[token, (-1, *key)] += 1
-        prefix = f"torch_hsdp_ckpt/{token.hex()}/data/{'-'.join(map(str, key))}/{_counts[token, (-1, *key)]}"
-        store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-        group = dist.ProcessGroupGloo(store, key.index(agreement.rank), len(key), _timeout(process_group or dist.group.WORLD))
-        kept[key] = Agreement(group, key.index(agreement.rank), len(key), agreement.purpose)
-    return kept[key]
-
-
-_data_groups: "weakref.WeakKeyDictionary[Agreement, dict[tuple[int, ...], Agreement]]" = weakref.WeakKeyDictionary()
-
-
-def _join(group: Agreement) -> Exchange | None:
+def _join(group: Agreement, timeout: float) -> Exchange | None:
     """Shared memory of the group's ranks; None, in all of them, where one can't have it."""
     exchange: _C.SharedExchange | None = None
 
@@ -235,4 +223,4 @@ def _join(group: Agreement) -> Exchange | None:
     if path and not group.is_coordinator:
         exchange = attempt(lambda: _C.SharedExchange.join(path, group.rank, group.size))
     joined = group.exchange("share memory", b"" if exchange is None else b"joined")
-    return _Shared(exchange) if exchange is not None and all(joined) else None
+    return _Shared(exchange, timeout) if exchange is not None and all(joined) else None

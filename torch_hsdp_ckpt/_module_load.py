@@ -135,11 +135,12 @@ def load(
     where this one does not do.
     """
     survey = Survey(root)
-    given: OrderedDict[str, Any] = OrderedDict(state_dict)
+    known_form = isinstance(state_dict, Mapping)
+    given: OrderedDict[str, Any] = OrderedDict(state_dict if known_form else {})
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
         given._metadata = metadata  # type: ignore[attr-defined]
-    problems: list[str] = []
+    problems = [] if known_form else [f"a state dict is a mapping of names to values, not a {type(state_dict).__name__}"]
     same_dtype = strict and not assign
     for entry in survey.entries:
         if entry.key in given:
@@ -150,7 +151,7 @@ def load(
                 problems.append(problem)
     missing: list[str] = []
     unexpected: list[str] = []
-    if not survey.hooked:
+    if not survey.hooked and known_form:
         known = set(survey.keys)
         inside = tuple(prefix for prefix, _ in survey.leaves)
         leaf_keys = {entry.key for prefix, leaf in survey.leaves for entry in _entries(leaf, prefix)}
@@ -227,7 +228,10 @@ def _try_leaf(
             if problem is not None:
                 problems.append(problem)
                 values[entry.key] = entry.tensor.detach()  # one complaint is enough
-    shadow._load_from_state_dict(values, prefix, version, True, missing, unexpected, problems)  # type: ignore[no-untyped-call]
+    try:
+        shadow._load_from_state_dict(values, prefix, version, True, missing, unexpected, problems)  # type: ignore[no-untyped-call]
+    except Exception as error:  # the module's own code: its peers have to hear of it
+        problems.append(f"{prefix[:-1]}: {type(error).__name__}: {error}")
     return problems
 
 

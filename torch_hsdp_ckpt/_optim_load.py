@@ -1,5 +1,6 @@
 """From a state by names to what ``Optimizer.load_state_dict`` takes: checked against the model, and cut where it is whole."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +48,18 @@ class Source:
 
 
 def import_state(
-    source: Source, names: Names, mesh: DeviceMesh, optim: torch.optim.Optimizer | None, by_name: bool = False
+    source: Source,
+    find_names: Callable[[], Names],
+    mesh: DeviceMesh,
+    optim: torch.optim.Optimizer | None,
+    by_name: bool = False,
 ) -> dict[str, Any]:
     """Keys are the optimizer's numbers, or names. Collective over ``mesh``: ValueError on all ranks or on none."""
+    try:
+        names = find_names()
+    except ValueError as error:
+        _refuse(mesh, [str(error)])
+        raise
     saved = source.state
     problems: list[str] = []
     order: list[int] = []
@@ -57,7 +67,13 @@ def import_state(
         problems.append(f'an optimizer state is a dict with "state" and "param_groups", not {_shown(saved)}')
         saved = {"state": {}}
     elif "param_groups" in saved:
-        order = match_groups(names, saved["param_groups"], problems)
+        if _are_groups(saved["param_groups"]):
+            order = match_groups(names, saved["param_groups"], problems)
+        else:
+            problems.append(
+                '"param_groups" of an optimizer state is a list of dicts, each with its parameters\' names under "params"'
+            )
+            saved = {**saved, "param_groups": []}
     listed_names = {name for group in saved.get("param_groups", ()) for name in group["params"]}
     values: dict[Any, tuple[Any, torch.Tensor | None, dict[str, Any]]] = {}
     for name, value in saved["state"].items():
@@ -78,9 +94,7 @@ def import_state(
             if problem is not None:
                 problems.append(problem)
         values[name if by_name else index] = value, parameter, current
-    everybody = agree(mesh, problems)
-    if everybody:
-        raise ValueError(f"the optimizer state does not fit; nothing was loaded:\n\t{listed(everybody)}")
+    _refuse(mesh, problems)
     state = {key: _placed(*entry, source) for key, entry in values.items()}
     loadable: dict[str, Any] = {"state": state}
     if "param_groups" in saved:
@@ -89,6 +103,21 @@ def import_state(
             for i, group in zip(order, names.groups, strict=True)
         ]
     return loadable
+
+
+def _refuse(mesh: DeviceMesh, problems: list[str]) -> None:
+    everybody = agree(mesh, problems)
+    if everybody:
+        raise ValueError(f"the optimizer state does not fit; nothing was loaded:\n\t{listed(everybody)}")
+
+
+def _are_groups(groups: Any) -> bool:
+    return isinstance(groups, (list, tuple)) and all(
+        isinstance(group, dict)
+        and isinstance(group.get("params"), (list, tuple))
+        and all(isinstance(name, (str, int)) for name in group["params"])
+        for group in groups
+    )
 
 
 def _shown(value: Any) -> str:

@@ -103,7 +103,7 @@ class OptimStateMixin:
         settings = _settings(model)
         first_only = bool(getattr(settings.optim_state_dict_config, "rank0_only", False))
         source = Source(optim_state_dict, mesh if first_only else None)
-        loadable = import_state(source, names_of(model, optim), mesh, optim, by_name=is_named_optimizer)
+        loadable = import_state(source, lambda: names_of(model, optim), mesh, optim, by_name=is_named_optimizer)
         if load_directly:
             optim.load_state_dict(loadable)
         return loadable
@@ -135,14 +135,14 @@ class OptimStateMixin:
     ) -> dict[str, Any]:
         """What ``optim.load_state_dict`` takes, from a whole state that every rank has. See ``optim_state_dict_to_load``."""
         mesh = _mesh(model)
-        return import_state(Source(full_optim_state_dict, None), names_of(model, optim, optim_input), mesh, optim)
+        return import_state(Source(full_optim_state_dict, None), lambda: names_of(model, optim, optim_input), mesh, optim)
 
     @staticmethod
     def flatten_sharded_optim_state_dict(
         sharded_optim_state_dict: dict[str, Any], model: nn.Module, optim: torch.optim.Optimizer
     ) -> dict[str, Any]:
         """What ``optim.load_state_dict`` takes, from ``sharded_optim_state_dict``. (Nothing is flat here but the name.)"""
-        return import_state(Source(sharded_optim_state_dict, None), names_of(model, optim), _mesh(model), optim)
+        return import_state(Source(sharded_optim_state_dict, None), lambda: names_of(model, optim), _mesh(model), optim)
 
     @staticmethod
     def scatter_full_optim_state_dict(
@@ -157,7 +157,7 @@ class OptimStateMixin:
         Each rank of the first rank's shard group is sent its rows, a tensor at a time, and passes them on to its replicas.
         """
         mesh = _mesh(model)
-        return import_state(Source(full_optim_state_dict, mesh), names_of(model, optim, optim_input), mesh, optim)
+        return import_state(Source(full_optim_state_dict, mesh), lambda: names_of(model, optim, optim_input), mesh, optim)
 
     @staticmethod
     def rekey_optim_state_dict(

@@ -34,9 +34,9 @@ Piece = tuple[int, list[int], list[int]]  # tensor, offsets in the whole tensor,
 class LocalState:
     """A rank's flattened state dict, sorted by who can plan it.
 
-    ``dtensors`` and ``tensors``: what the static plan takes, as (name, local CPU or CUDA tensor); a plain tensor counts as
-    replicated over all ranks. ``objects``: everything that is pickled. ``rest``: what only DCP's planning knows how to
-    divide: ShardedTensors, tensor subclasses, placements other than Shard and Replicate, a dimension cut twice.
+    ``dtensors`` and ``tensors``: what the static plan takes, as (name, local CPU or CUDA tensor); each plain
+    tensor is written by one rank, whole. ``objects``: everything that is pickled. ``rest``: what only DCP's planning knows
+    how to divide: ShardedTensors, tensor subclasses, placements other than Shard and Replicate, a dimension cut twice.
     """
 
     def __init__(self, planner: DefaultSavePlanner, sort: bool = True) -> None:
@@ -166,7 +166,7 @@ def make_static_plan(
     that no rank of the group holds and for a local shard of another shape than mesh and placements give it.
     """
     rank_in_group = {global_rank: i for i, global_rank in enumerate(group_ranks)}
-    shardings: list[tuple[Sequence[int], Sequence[int], Sequence[int]]] = []
+    shardings: list[tuple[Sequence[int], Sequence[int], Sequence[int], bool]] = []
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     names: list[str] = []
     local: list[Tensor] = []
@@ -186,12 +186,13 @@ def make_static_plan(
         if (number := numbers.get((id(mesh), dims))) is None:
             number = numbers[id(mesh), dims] = len(shardings)
             ranks = [rank_in_group.get(r, -1) for r in mesh.mesh.flatten().tolist()]
-            shardings.append((list(mesh.mesh.shape), ranks, dims))
+            shardings.append((list(mesh.mesh.shape), ranks, dims, False))
         tensor = value._local_tensor.detach()
         check_storage(tensor, name)
         add(name, tensor, value.shape, number)
     if others and state.tensors:
-        shardings.append(([len(group_ranks)], range(len(group_ranks)), (-1,)))
+        # Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is one rank's, as in DCP.
+        shardings.append(([len(group_ranks)], range(len(group_ranks)), (-1,), True))
         for name, tensor in state.tensors:
             add(name, tensor, tensor.shape, len(shardings) - 1)
     objects = list(state.objects) if others else []

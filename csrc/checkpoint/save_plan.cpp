@@ -156,7 +156,7 @@ std::vector<std::vector<Piece>> SavePlan::Split(size_t sharding, const Coordinat
       continue;
     }
     const int64_t element = tensors_[box.tensor].dtype->size;
-    const int64_t grain = Grain(box.sizes, element) * element;
+    const int64_t grain = shardings_[sharding].whole ? bytes[i] : Grain(box.sizes, element) * element;
     int64_t from = 0;
     while (holder + 1 < holders && bound(holder) < begin + bytes[i]) {
       int64_t cut = std::max<int64_t>(bound(holder) - begin, 0);

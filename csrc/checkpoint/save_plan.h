@@ -17,6 +17,7 @@ struct Sharding {
   std::vector<int64_t> mesh_shape;
   std::vector<int64_t> ranks;       ///< of the mesh, row-major: the rank in the saving process group, -1 if it is not there
   std::vector<int64_t> shard_dims;  ///< one a mesh dimension: the tensor dimension it cuts, -1 where it replicates
+  bool whole = false;  ///< nothing says that replicas hold equal values: no tensor is put together from two of them
 };
 
 struct PlannedTensor {
@@ -49,7 +50,8 @@ struct PlannedFile {
 ///
 /// The tensors that one set of ranks holds alike (a shard and its replicas in the saving group) are laid end to end in the
 /// order given, and each of the R holders takes a contiguous 1/R of the bytes. Only tensors that straddle are cut, at a row
-/// of the first dimension longer than 1, or further inside where one row is more than kCutGrain. Immutable; thread-safe.
+/// of the first dimension longer than 1, or further inside where one row is more than kCutGrain; those of a `whole`
+/// sharding go to the holder that would have had the larger part. Immutable; thread-safe.
 class SavePlan {
  public:
   /// A cut may be off the exact 1/R by half of this, and tensors are never cut closer to their ends than kCutMargin.

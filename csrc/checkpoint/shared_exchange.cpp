@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <ctime>
 #include <limits>
@@ -89,6 +90,7 @@ SharedExchange::SharedExchange(SharedExchange&& other) noexcept
       slots_(other.slots_),
       rounds_(other.rounds_),
       header_(std::exchange(other.header_, nullptr)),
+      timeout_(other.timeout_),
       peer_failed_(other.peer_failed_) {}
 
 SharedExchange::~SharedExchange() {
@@ -116,6 +118,7 @@ void SharedExchange::Abort() {
 // Until `reached` says so of the word's value. Looks up ten times a second for what no wake tells of.
 template <typename Reached>
 void SharedExchange::Wait(uint32_t* word, int peer, const Reached& reached) {
+  const auto start = std::chrono::steady_clock::now();
   for (;;) {
     const uint32_t value = Atomic(*word).load(std::memory_order_acquire);
     if (reached(value)) return;
@@ -130,6 +133,11 @@ void SharedExchange::Wait(uint32_t* word, int peer, const Reached& reached) {
         throw Error("process " + std::to_string(header_->pids[m]) +
                     ", a rank that reads the same files on this host, has died");
       }
+    }
+    if (std::chrono::steady_clock::now() - start > std::chrono::duration<double>(timeout_)) {
+      const std::string who = peer < 0 ? "another process" : "process " + std::to_string(header_->pids[peer]);
+      throw Error(who + ", a rank that reads the same files on this host, has not gone on for " +
+                  std::to_string(static_cast<int64_t>(timeout_)) + " s: it was stopped, or its storage does not answer");
     }
   }
 }
@@ -169,7 +177,8 @@ void SharedExchange::Consume(ReadPlan& plan, uint32_t round, uint32_t base) {
   }
 }
 
-void SharedExchange::Run(ReadPlan& plan, int threads) {
+void SharedExchange::Run(ReadPlan& plan, int threads, double timeout) {
+  timeout_ = timeout;
   size_t rounds = 0;
   for (int m = 0; m < members_; ++m) {
     const auto [first, last] = Share(plan.pieces().size(), m, members_);

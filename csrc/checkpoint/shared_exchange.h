@@ -26,8 +26,8 @@ class SharedExchange {
 
   std::string path() const;
   /// Reads and delivers all of `plan`, which has the same pieces in every member. All members call it, with the same plans
-  /// in one order.
-  void Run(ReadPlan& plan, int threads);
+  /// in one order. Throws Error where one member does not go on for `timeout` seconds.
+  void Run(ReadPlan& plan, int threads, double timeout);
   /// Tells the others that this member will not come (any more).
   void Abort();
   /// Whether Run failed because of another member, whose own error says why.
@@ -49,6 +49,7 @@ class SharedExchange {
   uint32_t slots_ = 1;
   uint32_t rounds_ = 0;  // of all plans so far
   Header* header_ = nullptr;
+  double timeout_ = 0;  // seconds
   bool peer_failed_ = false;
 };
 

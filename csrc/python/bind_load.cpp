@@ -91,7 +91,7 @@ void BindLoad(py::module_& module) {
       .def_static("join", &SharedExchange::Join, py::arg("path"), py::arg("member"), py::arg("members"), released)
       .def_property_readonly("path", &SharedExchange::path)
       .def_property_readonly("peer_failed", &SharedExchange::peer_failed)
-      .def("run", &SharedExchange::Run, py::arg("plan"), py::arg("threads"), released)
+      .def("run", &SharedExchange::Run, py::arg("plan"), py::arg("threads"), py::arg("timeout"), released)
       .def("abort", &SharedExchange::Abort);
 }
 

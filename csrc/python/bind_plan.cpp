@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace hsdp_ckpt {
 namespace {
 
-using ShardingArgument = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>>;
+using ShardingArgument = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, bool>;
 using TensorArgument = std::tuple<std::string, std::string, Shape, size_t>;
 using PieceResult = std::tuple<size_t, Shape, Shape>;
 using FileResult = std::pair<std::vector<std::pair<int64_t, int64_t>>, int64_t>;
@@ -22,7 +22,7 @@ using WriterArgument = std::pair<IdentityArgument, std::vector<std::pair<std::st
 std::unique_ptr<SavePlan> MakePlan(const std::vector<ShardingArgument>& shardings,
                                    const std::vector<TensorArgument>& tensors) {
   std::vector<Sharding> plan_shardings;
-  for (const auto& [mesh_shape, ranks, dims] : shardings) plan_shardings.push_back({mesh_shape, ranks, dims});
+  for (const auto& [mesh_shape, ranks, dims, whole] : shardings) plan_shardings.push_back({mesh_shape, ranks, dims, whole});
   std::vector<PlannedTensor> plan_tensors;
   for (const auto& [fqn, dtype_name, size, sharding] : tensors) {
     const DType* dtype = FindDType(std::string_view(dtype_name));

@@ -91,6 +91,21 @@ TEST(SavePlanTest, RowsLargerThanAGrainAreCutInside) {
   }
 }
 
+TEST(SavePlanTest, TensorsWhoseReplicasMayDifferAreNotCut) {
+  const std::vector<PlannedTensor> tensors{
+      {"a", kFloat, {1 << 17}, 0}, {"b", kFloat, {3, 1 << 16}, 0}, {"c", kFloat, {}, 0}, {"d", kFloat, {5 << 16}, 0}};
+  for (const int64_t ranks : {1, 2, 3, 8}) {
+    const SavePlan plan({{{ranks}, Ranks(ranks), {-1}, true}}, tensors);
+    ExpectCovered(plan, ranks);
+    if (ranks <= 3) {
+      EXPECT_FALSE(plan.PiecesOf(ranks - 1).empty()) << "nothing is left for the last rank";
+    }
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      for (const Piece& piece : plan.PiecesOf(rank)) EXPECT_EQ(piece.sizes, tensors[piece.tensor].size);
+    }
+  }
+}
+
 TEST(SavePlanTest, RanksAreBalancedAndTheMetadataHardlyGrows) {
   // A few large tensors; many of all sizes; many small ones; large rows.
   std::mt19937 random(1);
