@@ -225,7 +225,8 @@ def test_what_dcp_has_to_plan_goes_to_dcp(tmp_path: Path) -> None:
         assert why in lines
 
 
-def test_alone_and_of_every_form(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_alone_and_of_every_form(tmp_path: Path, device: str) -> None:
     class Counter:
         def state_dict(self) -> dict[str, int]:
             return {"count": 3}
@@ -233,16 +234,18 @@ def test_alone_and_of_every_form(tmp_path: Path) -> None:
         def load_state_dict(self, state: dict[str, int]) -> None:
             self.loaded = state
 
-    big = torch.randn(3000, 1500).t()  # more than a copy block, and not contiguous
-    half = torch.nn.Parameter(torch.randn(5).half())
-    state = {"counter": Counter(), "big": big, "half": half, "view": torch.ones(1 << 20)[:9]}
+    # More than a copy block, and not contiguous; on a device several blocks, copied while others are written.
+    big = torch.randn(3000, 1500, device=device).t()
+    whole = torch.randn((6 if device == "cuda" else 1) << 20, dtype=torch.complex64, device=device).conj()
+    half = torch.nn.Parameter(torch.randn(5, device=device).half())
+    state = {"counter": Counter(), "big": big, "whole": whole, "half": half, "view": torch.ones(1 << 20, device=device)[:9]}
     metadata = h.save(state, checkpoint_id=tmp_path, no_dist=True)
-    assert metadata.result.total_bytes < big.nbytes * 1.005
-    like = {"counter": Counter(), "big": torch.zeros(1500, 3000), "half": torch.zeros(5).half(), "view": torch.zeros(9)}
+    assert metadata.result.total_bytes < (big.nbytes + whole.nbytes) * 1.005
+    like = {k: torch.zeros(v.shape, dtype=v.dtype, device=device) for k, v in state.items() if isinstance(v, torch.Tensor)}
+    like |= {"counter": Counter()}
     dcp.load(like, storage_reader=dcp.FileSystemReader(tmp_path), no_dist=True)
-    assert torch.equal(like["big"], big)
-    assert torch.equal(like["half"], half)
-    assert torch.equal(like["view"], torch.ones(9))
+    for key in ("big", "whole", "half", "view"):
+        assert torch.equal(like[key], state[key]), key
     assert like["counter"].loaded == {"count": 3}
     json.dumps(metadata.result.seconds)
     freed = torch.ones(1000)

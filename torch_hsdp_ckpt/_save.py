@@ -318,6 +318,7 @@ class Save:
         """Writes this rank's files and makes them durable. What to vote with."""
         if self._prepared is None:
             self._prepared = self._prepare()
+            self._seconds["plan"] = time.perf_counter() - self._start
         begin = time.perf_counter()
         static, objects = self._prepared
         results, size = self._write_files(static, objects)

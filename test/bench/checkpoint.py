@@ -1,9 +1,11 @@
-"""Durable saves and cold loads: the storage's own limit, DCP with one and two threads, ours under stock dcp.save and dcp.load.
+"""Durable saves and cold loads: the storage's own limit, DCP with one and two threads, ours, ours under stock DCP.
 
 4 Gloo ranks, 2 replicas x 2 shards. A save's clock stops when its bytes are durable (all systems fsync), a load starts from
 a cold page cache and every tensor is compared afterwards, off the clock. Rounds are interleaved. The limit writes and
 reads each byte once: O_DIRECT in 8 MiB requests and one fsync, plain requests where the file system has no O_DIRECT; the
-row "pread" reads all that a rank needs into targets of its own, which no load without an exchange can beat.
+row "pread" reads all that a rank needs into targets of its own, which no load without an exchange can beat. "ours" is
+``save`` and ``load``, "ours under dcp" the writer and the reader in stock ``dcp.save`` and ``dcp.load``. A second table saves
+many small tensors.
 """
 
 import mmap
@@ -44,14 +46,17 @@ def shapes(total: int) -> Iterator[tuple[int, ...]]:
             total -= 4 * torch.Size(shape).numel()
 
 
-def make_state(mesh: DeviceMesh, total: int, seed: int) -> dict[str, Any]:
+def make_state(mesh: DeviceMesh, total: int, seed: int | None) -> dict[str, Any]:
+    """Of random numbers, or of ones: a target to load into."""
     shard = mesh.get_local_rank(1)
-    generator = torch.Generator().manual_seed(seed + shard)
+    generator = torch.Generator().manual_seed((seed or 0) + shard)
     state: dict[str, Any] = {"step": torch.tensor(7), "lr": 0.1}
     for i, shape in enumerate(shapes(total)):
         rows = -(-shape[0] // SHARDS)
         mine = max(0, min(rows, shape[0] - shard * rows))
-        local = torch.empty(mine, *shape[1:]).uniform_(generator=generator)
+        local = torch.ones(mine, *shape[1:])
+        if seed is not None:
+            local.uniform_(generator=generator)
         stride = torch.empty(shape, device="meta").stride()
         placements = [Replicate(), Shard(0)]
         whole = torch.Size(shape)
@@ -102,6 +107,9 @@ def save(system: str, state: dict[str, Any], path: Path) -> None:
     if system.startswith("ours"):
         import torch_hsdp_ckpt
 
+        if system == "ours":
+            torch_hsdp_ckpt.save(state, checkpoint_id=str(path))
+            return
         dcp.save(state, storage_writer=torch_hsdp_ckpt.FileSystemWriter(str(path)))
     else:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(path, thread_count=2 if "2" in system else 1))
@@ -132,6 +140,10 @@ def cool(path: Path) -> None:
     dist.barrier()
 
 
+def on_disk(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
 def _measure(rank: int, directory: str, total: int, rounds: int, systems: tuple[str, ...]) -> tuple[int, Readings]:
     mesh = init_device_mesh("cpu", (REPLICAS, SHARDS), mesh_dim_names=("replicate", "shard"))
     state = make_state(mesh, total, seed=1)
@@ -150,9 +162,10 @@ def _measure(rank: int, directory: str, total: int, rounds: int, systems: tuple[
             with Meter() as meter:
                 raw_save(path, share) if raw else save(system, state, path)
             if system != "pread":
-                readings[system, "save"].append(meter.reading())
+                written = on_disk(path) / (held * SHARDS)
+                readings[system, "save"].append(meter.reading() | {"bytes": 1.0 if raw else written})
             cool(path)
-            target = {} if raw else make_state(mesh, total, seed=99)
+            target = {} if raw else make_state(mesh, total, seed=None)
             targets = [memoryview(bytearray(share)) for _ in range(REPLICAS if system == "pread" else 0)]
             with Meter() as meter:
                 if system == "limit":
@@ -161,7 +174,7 @@ def _measure(rank: int, directory: str, total: int, rounds: int, systems: tuple[
                     pread_load(path, share, targets)
                 else:
                     load(system, target, path)
-            readings[system, "load"].append(meter.reading())
+            readings[system, "load"].append(meter.reading() | {"bytes": 0.0})
             for name, tensor in tensors(target).items():
                 assert torch.equal(tensor, tensors(state)[name]), f"{system} loaded {name} wrong"
             del target, targets
@@ -187,9 +200,47 @@ def measure(directory: Path, total: int, rounds: int, systems: tuple[str, ...]) 
             mib = max(r["mib"] for one in mine for r in one)
             relative = f"{medians['limit'] / median:.2f}" if "limit" in medians else "-"
             times = milliseconds([r["seconds"] for r in mine[0]])
-            rows.append([kind, system, times, f"{gib / median:.2f}", relative, f"{cpu:.2f}", f"{mib:.0f}"])
+            size = f"{mine[0][0]['bytes']:.4f}" if kind == "save" else ""
+            rows.append([kind, system, times, f"{gib / median:.2f}", relative, f"{cpu:.2f}", f"{mib:.0f}", size])
     header = ["", "system", "ms, median [range]", "GiB/s", "of the limit's speed", "CPU s/GiB, all", "extra MiB, worst rank"]
+    header.append("on disk / state")
     cold = "all caches dropped" if os.geteuid() == 0 else "the files' pages dropped"
     mesh = f"{RANKS} ranks = {REPLICAS} replicas x {SHARDS} shards"
     title = f"## {gib:.2f} GiB, {mesh}, {file_system(directory)}, {rounds} rounds, {cold}"
     return f"{title}\n{table(header, rows)}\n"
+
+
+def _small(rank: int, directory: str, count: int, rounds: int, systems: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    mesh = init_device_mesh("cpu", (REPLICAS, SHARDS), mesh_dim_names=("replicate", "shard"))
+    whole, placements = torch.Size((1024,)), [Replicate(), Shard(0)]
+    state: dict[str, Any] = {}
+    for i in range(count):
+        local = torch.rand(1024 // SHARDS)
+        state[f"layers.{i}"] = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole, stride=(1,))
+    readings: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for _ in range(rounds):
+        for system in systems:
+            path = Path(directory) / "small"
+            if rank == 0:
+                path.mkdir(parents=True)
+            dist.barrier()
+            with Meter() as meter:
+                save(system, state, path)
+            readings[system].append(meter.reading() | {"bytes": on_disk(path)})
+            dist.barrier()
+            if rank == 0:
+                shutil.rmtree(path)
+            dist.barrier()
+    return dict(readings)
+
+
+def measure_small(directory: Path, count: int, rounds: int, systems: tuple[str, ...]) -> str:
+    """A Markdown section: saves of ``count`` tensors of 4 KiB, each in shards of 2 KiB."""
+    systems = tuple(system for system in systems if system not in ("limit", "pread"))
+    readings = run_ranks(_small, RANKS, str(directory), count, rounds, systems, timeout=1800.0)[0]
+    rows = []
+    for system, mine in readings.items():
+        size = mine[0]["bytes"]
+        rows.append([system, milliseconds([r["seconds"] for r in mine]), f"{size / 2**20:.1f}", f"{size / (count * 4096):.2f}"])
+    header = ["system", "ms, median [range]", "MiB on disk", "on disk / state"]
+    return f"## Saves of {count} tensors of 4 KiB, {file_system(directory)}, {rounds} rounds\n{table(header, rows)}\n"

@@ -1,6 +1,6 @@
 """Runs the benchmarks: torch's ways and ours in one run; medians and ranges; ``results/<name>.md`` with the machine named.
 
-usage: python test/bench/run.py [--quick] [--gpu] [--systems dcp,ours] [--dir DIR] [checkpoint|load_planning|step|... ...]
+usage: python test/bench/run.py [--quick] [--gpu] [--systems dcp,ours] [--dir DIR] [checkpoint|save_scale|step|... ...]
 
 Times move with the machine, ratios within one run count. ``--quick`` is small: it shows that everything runs.
 """
@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
 import checkpoint  # noqa: E402
 import load_planning  # noqa: E402
+import save_scale  # noqa: E402
 import state_dict  # noqa: E402
 import step  # noqa: E402
 import systems  # noqa: E402
@@ -29,7 +30,7 @@ def chosen(args: argparse.Namespace, all_systems: tuple[str, ...]) -> tuple[str,
     if args.systems is None:
         return all_systems
     wanted = [name.strip() for name in args.systems.split(",")]
-    return tuple(s for s in all_systems if s.replace(", 2 threads", "2") in wanted)
+    return tuple(s for s in all_systems if s.replace(", 2 threads", "2").replace(" under dcp", "-dcp") in wanted)
 
 
 def run_checkpoint(args: argparse.Namespace) -> str:
@@ -40,7 +41,9 @@ def run_checkpoint(args: argparse.Namespace) -> str:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as scratch:
             sections.append(checkpoint.measure(Path(scratch), total, 2 if args.quick else args.rounds, names))
-    return "\n".join(sections)
+            if parent == args.dir:
+                small = checkpoint.measure_small(Path(scratch), 1000 if args.quick else 10000, 2 if args.quick else 3, names)
+    return "\n".join([*sections, small])
 
 
 def run_step(args: argparse.Namespace) -> str:
@@ -66,9 +69,14 @@ def run_load_planning(args: argparse.Namespace) -> str:
     return load_planning.measure(args.quick)
 
 
+def run_save_scale(args: argparse.Namespace) -> str:
+    return save_scale.measure(args.quick)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "checkpoint": run_checkpoint,
     "load_planning": run_load_planning,
+    "save_scale": run_save_scale,
     "step": run_step,
     "state_dict": run_state_dict,
     "kernels": run_kernels,
@@ -80,7 +88,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"which: {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--gpu", action="store_true", help="only what runs on the GPU; an error without one")
-    parser.add_argument("--systems", help="some of: limit,pread,dcp,dcp2,fsdp1,fsdp2,ours")
+    parser.add_argument("--systems", help="some of: limit,pread,dcp,dcp2,ours-dcp,ours,fsdp1,fsdp2")
     parser.add_argument("--dir", type=Path, default=ROOT / "build" / "bench", help="a directory on the disk to measure")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of saves and loads")
     args = parser.parse_args()

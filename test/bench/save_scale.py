@@ -1,31 +1,30 @@
 """What planning a save costs as the job grows: this rank's part before its first byte, and the coordinator's whole metadata.
 
-usage: python test/bench/save_scale.py [--replicas 8] [--tensors 1000] [--shards 128 2048]
-
 One process stands for one rank of ``replicas * shards`` (torch's fake process group); the state is DTensors of 8 x 64 elements
 a shard. All that a rank does between the call and its first byte is timed, the one small all-gather excepted.
 """
 
-import argparse
 import os
-import statistics
 import tempfile
 import time
 
 import torch
 import torch.distributed as dist
+from report import milliseconds, table
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt._agreement import _SLOT
 from torch_hsdp_ckpt._plan import LocalState, make_static_plan
 
-ROUNDS = 5
+REPLICAS, TENSORS = 8, 1000
 
 
-def measure(replicas: int, shards: int, tensors: int) -> str:
+def _row(shards: int, rounds: int) -> list[str]:
+    replicas, tensors = REPLICAS, TENSORS
     world = replicas * shards
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
@@ -37,7 +36,7 @@ def measure(replicas: int, shards: int, tensors: int) -> str:
         for i in range(tensors)
     }
     before, whole, writing = [], [], []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         planner = DefaultSavePlanner()
         planner.set_up_planner({"model": state}, is_coordinator=True)
@@ -60,24 +59,17 @@ def measure(replicas: int, shards: int, tensors: int) -> str:
             os.fsync(file.fileno())
             writing.append(time.perf_counter() - start)
     dist.destroy_process_group()
-    return (
-        f"| {world} ({replicas} x {shards}) | {tensors} | {statistics.median(before):.3f} | {statistics.median(whole):.2f} | "
-        f"{statistics.median(writing):.2f} | {len(built[0]) / 2**20:.0f} |"
+    times = [milliseconds(each) for each in (before, whole, writing)]
+    return [f"{world} ({replicas} x {shards})", *times, f"{len(built[0]) / 2**20:.0f}"]
+
+
+def measure(quick: bool) -> str:
+    """A Markdown section: 1,024 and 16,384 ranks."""
+    rounds = 3 if quick else 5
+    rows = [_row(shards, rounds) for shards in ((16,) if quick else (128, 2048))]
+    header = ["ranks", "a rank, before its first byte", "the coordinator's metadata", "written and synced", "MiB"]
+    title = (
+        f"## {TENSORS} tensors, {REPLICAS} replicas, {rounds} rounds; ms, median [range]; CRC-32 by {_C._build_info()['crc32']}"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--replicas", type=int, default=8)
-    parser.add_argument("--tensors", type=int, default=1000)
-    parser.add_argument("--shards", type=int, nargs="+", default=[128, 2048])
-    args = parser.parse_args()
-    print(f"crc32 by {_C._build_info()['crc32']}; medians of {ROUNDS}, seconds")
-    print("| ranks | tensors | a rank, before the first byte | the coordinator's metadata | written, synced | MiB |")
-    print("|---|---|---|---|---|---|")
-    for shards in args.shards:
-        print(measure(args.replicas, shards, args.tensors), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    told = f"What a rank tells the others before its first byte, in one all-gather: {_SLOT.size} bytes."
+    return f"{title}\n{table(header, rows)}\n\n{told}\n"

@@ -95,7 +95,8 @@ class Meter:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts again from here
         dist.barrier()
-        self._resting, self._cpu, self._start = _memory("VmRSS"), self._used(), time.perf_counter()
+        self._resting, self._mapped = _memory("VmRSS"), _memory("RssFile")
+        self._cpu, self._start = self._used(), time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -103,7 +104,9 @@ class Meter:
             dist.barrier()
             self.seconds = time.perf_counter() - self._start
             self.cpu = self._used() - self._cpu
-            self.mib = max(0.0, _memory("VmHWM") - self._resting)
+            # Pages of libraries that were touched for the first time are no memory that the block took.
+            mapped = max(0.0, _memory("RssFile") - self._mapped)
+            self.mib = max(0.0, _memory("VmHWM") - self._resting - mapped)
 
     def reading(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "cpu": self.cpu, "mib": self.mib}

@@ -1,0 +1,79 @@
+"""How many bytes a save writes, and how evenly: large tensors, small ones, the metadata, each rank's share."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _C
+
+
+def _size(path: str | Path) -> int:
+    return sum(file.stat().st_size for file in Path(path).iterdir())
+
+
+def _few_large_tensors(rank: int, path: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    shard = mesh.get_local_rank("shard")
+    for name, shapes in {
+        "one": [(5000, 1024)],
+        "three": [(3001, 1024), (500, 700), (2000, 1024)],
+        "one row": [(2, 3 << 20)],  # of 12 MiB a shard: cut inside
+    }.items():
+        state = {}
+        for i, shape in enumerate(shapes):
+            rows = -(-shape[0] // 2)
+            local = torch.ones(min(rows, shape[0] - shard * rows), shape[1])
+            whole = {"shape": torch.Size(shape), "stride": (shape[1], 1)}
+            state[f"w{i}"] = DTensor.from_local(local, mesh, (Replicate(), Shard(0)), run_check=False, **whole)
+        result = h.save(state, checkpoint_id=f"{path}/{name}").result
+        held = 4 * sum(rows * columns for rows, columns in shapes)
+        assert _size(f"{path}/{name}") <= 1.005 * held, name
+        assert max(result.bytes_written) <= 1.02 * held / 4, (name, result.bytes_written)
+        assert min(result.bytes_written) >= 0.98 * held / 4, (name, result.bytes_written)
+        # One shard group saves all of it; so it does under stock dcp.save.
+        if rank < 2:
+            group = mesh.get_group("shard")
+            assert max(h.save(state, checkpoint_id=f"{path}/group", process_group=group).result.bytes_written) < 0.51 * held
+            dcp.save(state, storage_writer=h.FileSystemWriter(f"{path}/dcp"), process_group=group)
+            for each in ("group", "dcp"):
+                assert len(list(Path(f"{path}/{each}").glob("*.distcp"))) == 2
+                assert held < _size(f"{path}/{each}") <= 1.005 * held
+
+
+def test_large_tensors_take_their_own_bytes_and_ranks_the_same_share(tmp_path: Path) -> None:
+    run_ranks(_few_large_tensors, 4, str(tmp_path))
+
+
+def test_many_tensors_of_4_kib_take_no_more_than_dcps(tmp_path: Path) -> None:
+    state = {f"layers.{i}.weight": torch.ones(1024) for i in range(2000)}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "dcp"), no_dist=True)
+    h.save(state, checkpoint_id=tmp_path / "ours", no_dist=True)
+    assert _size(tmp_path / "ours") <= _size(tmp_path / "dcp")
+
+
+def test_the_metadata_hardly_grows_with_the_replicas(tmp_path: Path) -> None:
+    """Against whole chunks, which one replica alone would write: chunks that are cut, and every replica's file names."""
+    shapes = [(4096, 1024), (1024, 4096), (3072, 1024), (1024, 1024), (1024,), (1024,), (5003, 1024), (7,)] * 25
+    names = [f"model.layers.{i}.weight" for i in range(len(shapes))]
+    sizes = {}
+    for replicas in (1, 2, 8):
+        ranks = range(replicas * 8)
+        plan = _C.SavePlan(
+            [([replicas, 8], ranks, (-1, 0))],
+            [(name, "float32", shape, 0) for name, shape in zip(names, shapes, strict=True)],
+        )
+        entries = {
+            name: TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), [])
+            for name, shape in zip(names, shapes, strict=True)
+        }
+        built = plan.complete_metadata(Metadata(entries), [((1, 2, rank, 4), []) for rank in ranks], 1, True, True)
+        assert built is not None
+        assert len(built[1]) == len(ranks)
+        sizes[replicas] = len(built[0])
+    assert sizes[1] < sizes[2] <= sizes[8] <= 1.1 * sizes[1], sizes
