@@ -102,11 +102,14 @@ def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
 
 
 def _peers(mesh: DeviceMesh) -> _C.Peers | None:
-    """Over all ranks of ``mesh``, on a Gloo group of its own that is made once; None for one rank."""
+    """Over all ranks of ``mesh``, on a Gloo group of its own that is made once; None for one rank, and under torch's "fake"
+    backend, where the other ranks do not exist."""
     ranks = sorted(int(rank) for rank in mesh.mesh.flatten())
     if len(ranks) == 1:
         return None
     group = mesh.get_group(mesh.ndim - 1)
+    if dist.get_backend(group) == "fake":
+        return None
     names = _peer_group_names.setdefault(group, {})
     if tuple(ranks) not in names:
         new: Any = dist.new_group(

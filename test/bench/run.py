@@ -48,8 +48,11 @@ def run_checkpoint(args: argparse.Namespace) -> str:
 
 def run_step(args: argparse.Namespace) -> str:
     names = chosen(args, systems.WRAPPERS)
-    own = step.own_time(names, 5 if args.quick else 40)
-    return own + "\n" + step.communication(names, 3 if args.quick else 15, args.quick)
+    steps = 3 if args.quick else 10
+    sections = [step.own_time(names, 5 if args.quick else 30)]
+    sections += [step.communication(names, kind, steps, args.quick) for kind in ("blocks", "small", "uneven")]
+    sections += [step.memory(names, kind, 3, args.quick) for kind in ("blocks", "uneven")]
+    return "\n".join(sections)
 
 
 def run_state_dict(args: argparse.Namespace) -> str:

@@ -1,5 +1,6 @@
-"""A training step under FSDP1, FSDP2 and ours: what the wrapper itself costs, and a step that is all communication."""
+"""A training step under FSDP1, FSDP2 and ours: what the wrapper itself costs, a step that is all communication, its memory."""
 
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -10,30 +11,33 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from report import milliseconds, table
-from systems import Net, mebibytes, wrap
+from systems import Meter, mebibytes, model, wrap
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 WARMUP = 3
 Times = dict[str, list[float]]
 
 
-def _steps(mesh: DeviceMesh, systems: tuple[str, ...], width: int, layers: int, steps: int, real: bool) -> tuple[Times, Times]:
+def _steps(
+    mesh: DeviceMesh, systems: tuple[str, ...], kind: str, width: int, layers: int, steps: int, real: bool
+) -> tuple[Times, Times]:
     """Seconds of forward and backward, and losses, step by step; systems take turns within a step."""
     models = {}
     for system in systems:
         torch.manual_seed(0)
-        model = wrap(system, Net(width, layers), mesh)
-        models[system] = model, torch.optim.SGD(model.parameters(), lr=0.01)
+        wrapped = wrap(system, model(kind, width, layers), mesh)
+        models[system] = wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.01)
+    inputs = next(iter(models.values()))[0].head.in_features
     times: Times = defaultdict(list)
     losses: Times = defaultdict(list)
     for step in range(WARMUP + steps):
         torch.manual_seed(1000 * step + dist.get_rank())
-        x = torch.randn(1, 1, width)
-        for system, (model, optimizer) in models.items():
+        x = torch.randn(1, 1, inputs)
+        for system, (wrapped, optimizer) in models.items():
             if real:
                 dist.barrier()
             start = time.perf_counter()
-            loss = model(x).square().mean()
+            loss = wrapped(x).square().mean()
             loss.backward()
             seconds = time.perf_counter() - start
             optimizer.step()
@@ -50,7 +54,7 @@ def _fake(systems: tuple[str, ...], width: int, layers: int, steps: int) -> Time
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
-    return _steps(mesh, ("bare", *systems), width, layers, steps, real=False)[0]
+    return _steps(mesh, ("bare", *systems), "blocks", width, layers, steps, real=False)[0]
 
 
 def own_time(systems: tuple[str, ...], steps: int) -> str:
@@ -68,41 +72,103 @@ def own_time(systems: tuple[str, ...], steps: int) -> str:
     return f"## Own time: no data moves, 2 replicas x 4 shards, {units} units, {steps} steps\n{table(header, rows)}\n"
 
 
-def _collectives(mesh: DeviceMesh, mib: float, units: int) -> float:
-    """Seconds of one step's four collectives alone: two all-gathers, a reduce-scatter and an all-reduce a unit."""
+def _collectives(mesh: DeviceMesh, mib: float, units: int, swap: bool) -> float:
+    """Seconds of one step's four collectives alone: two all-gathers, a reduce-scatter and an all-reduce a unit. ``swap``: an
+    all-to-all and a sum for the reduce-scatter (Gloo's is an all-reduce inside)."""
     replicate, shard = mesh.get_group(0), mesh.get_group(1)
     full = torch.zeros(int(mib * 2**20) // 4 // units // dist.get_world_size(shard) * dist.get_world_size(shard))
     part = torch.zeros(full.numel() // dist.get_world_size(shard))
+    swapped = torch.zeros_like(full)
     dist.barrier()
     start = time.perf_counter()
     for _ in range(units):
         dist.all_gather_into_tensor(full, part, group=shard)
     for _ in range(units):
         dist.all_gather_into_tensor(full, part, group=shard)
-        dist.reduce_scatter_tensor(part, full, group=shard)
+        if swap:
+            dist.all_to_all_single(swapped, full, group=shard)
+            torch.sum(swapped.view(-1, part.numel()), 0, out=part)
+        else:
+            dist.reduce_scatter_tensor(part, full, group=shard)
         dist.all_reduce(part, group=replicate)
     return time.perf_counter() - start
 
 
-def _real(rank: int, systems: tuple[str, ...], width: int, layers: int, steps: int) -> tuple[Times, Times, float]:
+COLLECTIVES = {"collectives": False, "collectives, all-to-all and sum": True}
+
+
+def _real(rank: int, systems: tuple[str, ...], kind: str, width: int, layers: int, steps: int) -> tuple[Times, Times, float]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    mib = mebibytes(Net(width, layers))
-    before = [_collectives(mesh, mib, layers) for _ in range(WARMUP + steps // 2)][WARMUP:]
-    times, losses = _steps(mesh, systems, width, layers, steps, real=True)
-    times["collectives"] = before + [_collectives(mesh, mib, layers) for _ in range(steps - len(before))]
+    mib = mebibytes(model(kind, width, layers))
+    units = 1 if kind == "small" else layers
+
+    def alone(times: int) -> Times:
+        return {name: [_collectives(mesh, mib, units, swap) for _ in range(times)] for name, swap in COLLECTIVES.items()}
+
+    before = alone(WARMUP + steps // 2)
+    times, losses = _steps(mesh, systems, kind, width, layers, steps, real=True)
+    after = alone(steps - steps // 2)
+    times.update({name: before[name][WARMUP:] + after[name] for name in COLLECTIVES})
     return times, losses, mib
 
 
-def communication(systems: tuple[str, ...], steps: int, quick: bool) -> str:
+def communication(systems: tuple[str, ...], kind: str, steps: int, quick: bool) -> str:
     """A step of one token: nearly all of it is communication. 4 Gloo ranks, 2 replicas x 2 shards."""
     width, layers = (128, 4) if quick else (512, 8)
-    outcomes = run_ranks(_real, 4, systems, width, layers, steps, timeout=1200.0)
+    outcomes = run_ranks(_real, 4, systems, kind, width, layers, steps, timeout=1200.0)
     times, losses, mib = outcomes[0]
     for system in systems:  # a fast step that computes something else would be no result
         torch.testing.assert_close(losses[system], losses[systems[0]], rtol=1e-4, atol=1e-6)
     medians = {s: statistics.median(t) for s, t in times.items()}
     best = min((medians[s] for s in systems if s != "ours"), default=float("nan"))
-    rows = [[s, milliseconds(times[s]), f"{medians[s] / best:.2f}"] for s in ("collectives", *systems)]
-    header = ["system", "forward + backward ms, median [range]", "of torch's better one"]
-    title = f"## Communication: {mib:.0f} MiB, 4 Gloo ranks, 2 replicas x 2 shards, {layers + 1} units, {steps} steps"
+    limit = min(medians[name] for name in COLLECTIVES)
+    rows = [
+        [s, milliseconds(times[s]), f"{medians[s] / best:.2f}", f"{medians[s] / limit:.2f}"] for s in (*COLLECTIVES, *systems)
+    ]
+    header = ["system", "forward + backward ms, median [range]", "of torch's better one", "of the better collectives alone"]
+    title = f"## Communication, {kind}: {mib:.0f} MiB, 4 Gloo ranks, 2 replicas x 2 shards, {steps} steps"
+    return f"{title}\n{table(header, rows)}\n"
+
+
+def _peak(rank: int, system: str, kind: str, width: int, layers: int, steps: int) -> tuple[list[float], float, float]:
+    """MiB that a step takes on top of what lies still between steps; MiB of parameters; bytes that ours copies an element."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    net = model(kind, width, layers)
+    mib = mebibytes(net)
+    wrapped = wrap(system, net, mesh)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+    peaks: list[float] = []
+    copied = 0.0
+    for step in range(WARMUP + steps):
+        x = torch.randn(1, 1, wrapped.head.in_features)
+        optimizer.zero_grad()
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for the next step is no resting state
+        before = copied_bytes()
+        with Meter() as meter:
+            wrapped(x).square().mean().backward()
+        copied = (copied_bytes() - before) / (mib * 2**20 / 4)
+        optimizer.step()
+        if step >= WARMUP:
+            peaks.append(meter.mib)
+    return peaks, mib, copied
+
+
+def copied_bytes() -> int:
+    from torch_hsdp_ckpt import _C
+
+    return _C.copied_bytes()
+
+
+def memory(systems: tuple[str, ...], kind: str, steps: int, quick: bool) -> str:
+    """Peak of forward and backward above the resting state, gradients included; every system in processes of its own."""
+    width, layers = (128, 4) if quick else (512, 8)
+    rows, mib = [], 0.0
+    for system in systems:
+        outcomes = run_ranks(_peak, 4, system, kind, width, layers, steps, timeout=600.0)
+        worst = [max(peaks) for peaks in zip(*(peaks for peaks, _, _ in outcomes), strict=True)]
+        mib = outcomes[0][1]
+        copied = f"{outcomes[0][2]:.1f}, counted" if system == "ours" else ""
+        rows.append([system, f"{statistics.median(worst):.1f} [{min(worst):.1f}..{max(worst):.1f}]", copied])
+    header = ["system", "MiB above the resting state, worst rank, median [range]", "bytes copied an element and step"]
+    title = f"## Memory, {kind}: {mib:.0f} MiB of float32, 4 Gloo ranks, 2 replicas x 2 shards, {steps} steps"
     return f"{title}\n{table(header, rows)}\n"

@@ -47,13 +47,45 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Pile(nn.Module):
+    """1,000 parameters of a few KiB, in one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.full((24 + i % 9, 32), 0.01)) for i in range(1000))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.cat([weight.view(-1) for weight in self.weights]).square().mean()
+
+
+class Odd(nn.Module):
+    """Rows that no group divides."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width - 1), nn.Linear(2 * width - 1, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def model(kind: str, width: int, layers: int) -> Net:
+    """ "blocks", "small" (one unit of 1,000 small parameters) or "uneven" (odd widths, odd rows)."""
+    net = Net(width - 1 if kind == "uneven" else width, layers if kind == "blocks" else 0)
+    if kind == "small":
+        net.blocks.append(Pile())
+    elif kind == "uneven":
+        net.blocks.extend(Odd(width - 1) for _ in range(layers))
+    return net
+
+
 def mebibytes(module: nn.Module) -> float:
     return sum(p.numel() * p.element_size() for p in module.parameters()) / 2**20
 
 
 def wrap(system: str, net: Net, mesh: DeviceMesh) -> nn.Module:
     """``net`` under hybrid sharding by one of WRAPPERS, a unit per Block; "bare" leaves it as it is."""
-    policy = ModuleWrapPolicy({Block})
+    policy = ModuleWrapPolicy({type(block) for block in net.blocks})
     if system == "bare":
         return net
     if system == "fsdp1":
