@@ -234,6 +234,51 @@ def _half(rank: int) -> None:
         assert ours(torch.ones(2, 6)).dtype == torch.float16 and ours.module.seen == dtype
 
 
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Seeing()
+        self.register_buffer("table", torch.full((4,), 1.0 + 2.0**-9))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.table
+
+
+def _dtypes_of_buffers_inputs_and_scaled_gradients(rank: int) -> None:
+    bf16 = torch.bfloat16
+    for cast, seen in ((True, bf16), (False, torch.float32)):
+        precision = MixedPrecision(
+            param_dtype=bf16, buffer_dtype=bf16, cast_forward_inputs=cast, cast_root_forward_inputs=False
+        )
+        ours = FullyShardedDataParallel(
+            Buffered(),
+            device_mesh=mesh_of((2, 2)),
+            auto_wrap_policy=ModuleWrapPolicy({Seeing}),
+            mixed_precision=precision,
+            device_id=torch.device("cpu"),
+        )
+        out = ours(torch.ones(2, 6))
+        assert ours.module.inner.module.seen == seen and out.dtype == bf16
+        assert ours.table.dtype == bf16 and (ours.table == 1).all() and ours.count.dtype == torch.int64
+    with pytest.raises(ValueError, match="device_id is cuda"):
+        FullyShardedDataParallel(Seeing(), device_mesh=mesh_of((2, 2)), device_id=torch.device("cuda", 0))
+    items = FullyShardedDataParallel(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), device_mesh=mesh_of((2, 2)))
+    assert items[1] is items.module[1] and items.module[0].weight.shape == (2, 2)
+
+    net = NETS["even"]()
+    ours = wrap(copy.deepcopy(net), mixed_precision=MixedPrecision(param_dtype=torch.float16))
+    expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)
+    before = {name: full(p).clone() for name, p in ours.named_parameters()}
+    scaler.scale(ours(batch(net, 0, rank)).float().square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(before[name] - full(p), expected[name], rtol=2e-2, atol=2e-3)
+
+
 def _given_initialisation(rank: int) -> None:
     def fill(module: nn.Module) -> None:
         module.to_empty(device="cpu", recurse=False)
@@ -347,7 +392,7 @@ def _run(rank: int, checks: list[Callable[[int], None]]) -> None:
 
 
 def test_around_a_step() -> None:
-    run_ranks(_run, 4, [_retain_graph, _autocast_and_scaler, _half])
+    run_ranks(_run, 4, [_retain_graph, _autocast_and_scaler, _half, _dtypes_of_buffers_inputs_and_scaled_gradients])
 
 
 def test_settings_and_construction() -> None:

@@ -14,7 +14,8 @@ namespace hsdp_ckpt {
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
 /// Bytes of one rank that travel alone, from where they are to where they belong. Fewer are packed with others: a message
-/// or a collective of their own costs more than the copies.
+/// or a collective of their own costs more than the copies. Between Gloo ranks the two take the same time at 128 KiB a
+/// piece (test/bench/results/step.md); half of that, since what is packed takes memory and copies besides.
 inline constexpr int64_t kInPlaceBytes = 64 << 10;
 
 /// One contiguous run of elements cut among the ranks of the shard group: rank r's piece is [bounds[r], bounds[r + 1]).

@@ -51,6 +51,7 @@ def run_step(args: argparse.Namespace) -> str:
     steps = 3 if args.quick else 10
     sections = [step.own_time(names, 5 if args.quick else 30)]
     sections += [step.communication(names, kind, steps, args.quick) for kind in ("blocks", "small", "uneven")]
+    sections.append(step.in_place(3 if args.quick else 15))
     sections += [step.memory(names, kind, 3, args.quick) for kind in ("blocks", "uneven")]
     return "\n".join(sections)
 

@@ -172,3 +172,46 @@ def memory(systems: tuple[str, ...], kind: str, steps: int, quick: bool) -> str:
     header = ["system", "MiB above the resting state, worst rank, median [range]", "bytes copied an element and step"]
     title = f"## Memory, {kind}: {mib:.0f} MiB of float32, 4 Gloo ranks, 2 replicas x 2 shards, {steps} steps"
     return f"{title}\n{table(header, rows)}\n"
+
+
+SIZES = [1 << k for k in range(12, 21)]  # bytes of one message
+
+
+def _swap(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    peer, group = 1 - dist.get_rank(), dist.group.WORLD  # its own methods: dist.isend's checks would count for the pieces
+    works = [group.recv([t], peer, 0) for t in theirs] + [group.send([t], peer, 0) for t in mine]
+    for work in works:
+        work.wait()
+
+
+def _ways(rank: int, rounds: int) -> dict[tuple[int, str], list[float]]:
+    times: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for size in SIZES:
+        mine = [torch.ones(size // 4) for _ in range(max(4, (4 << 20) // size))]
+        theirs = [torch.zeros_like(t) for t in mine]
+        packed = [torch.zeros(size // 4 * len(mine)) for _ in range(2)]
+        for step in range(WARMUP + rounds):
+            for way in ("in place", "packed"):
+                dist.barrier()
+                start = time.perf_counter()
+                if way == "in place":
+                    _swap(mine, theirs)
+                else:
+                    torch.cat(mine, out=packed[0])
+                    _swap(packed[:1], packed[1:])
+                    torch._foreach_copy_(theirs, packed[1].split(size // 4))
+                if step >= WARMUP:
+                    times[size, way].append(time.perf_counter() - start)
+    return dict(times)
+
+
+def in_place(rounds: int) -> str:
+    """From which size on a parameter's rows travel alone: what two ranks exchange, piece by piece or packed and unpacked."""
+    times = run_ranks(_ways, 2, rounds)[0]
+    rows = []
+    for size in SIZES:
+        alone, packed = (statistics.median(times[size, way]) for way in ("in place", "packed"))
+        both = [milliseconds(times[size, way]) for way in ("in place", "packed")]
+        rows.append([f"{size >> 10}", *both, f"{alone / packed:.2f}"])
+    header = ["KiB a piece", "in place ms, median [range]", "packed ms, median [range]", "in place / packed"]
+    return f"## In place or packed: 4 MiB between 2 Gloo ranks, {rounds} rounds\n{table(header, rows)}\n"
