@@ -6,7 +6,7 @@ steps give the losses of the run that never stopped.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
 from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_hsdp_ckpt as hsdp
@@ -97,18 +98,41 @@ def _train(model: nn.Module, net: Net, optimizer: torch.optim.Optimizer, first: 
     return losses
 
 
-def _full(state: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a nested state dict, gathered, by its path."""
+class _Part(NamedTuple):
+    """What one rank holds of a tensor, and where in the whole it lies."""
+
+    shape: tuple[int, ...]
+    place: tuple[slice, ...]
+    values: torch.Tensor
+
+
+def _parts(state: dict[str, Any], prefix: str = "") -> dict[str, _Part]:
+    """This rank's part of every tensor of a nested state dict, by its path; nothing is sent."""
     out = {}
     for key, value in state.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            out.update(_full(value, f"{name}/"))
+            out.update(_parts(value, f"{name}/"))
         elif isinstance(value, DTensor):
-            out[name] = value.full_tensor().clone()
+            extent, start = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+            place = tuple(slice(first, first + rows) for first, rows in zip(start, extent, strict=True))
+            out[name] = _Part(tuple(value.shape), place, value.to_local().detach().clone())
         elif isinstance(value, torch.Tensor):
             # FSDP1 hands out ShardedTensors on one-dimensional process groups, DTensors with a mesh; here only the latter.
-            out[name] = value.detach().clone()
+            out[name] = _Part(tuple(value.shape), (), value.detach().clone())
+    return out
+
+
+def _whole(ranks: list[dict[str, _Part]]) -> dict[str, torch.Tensor]:
+    """The tensors whose parts the ranks hold; nothing of any of them is lacking."""
+    out = {}
+    for name, first in ranks[0].items():
+        out[name] = torch.full(first.shape, -1, dtype=first.values.dtype)
+        held = torch.zeros(first.shape, dtype=torch.bool)
+        for part in (rank[name] for rank in ranks):
+            out[name][part.place] = part.values
+            held[part.place] = True
+        assert held.all(), name
     return out
 
 
@@ -118,20 +142,22 @@ def _build(name: str, kind: str, seed: int) -> tuple[Net, nn.Module, torch.optim
     return net, model, torch.optim.Adam(model.parameters(), lr=0.05)
 
 
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+
+
 def _save(rank: int, root: str, names: list[str]) -> dict[str, Any]:
-    """Trains and saves every system of this world size; what was saved (in full) and the losses of going on."""
+    """Trains and saves every system of this world size; what was saved (this rank's part) and the losses of going on."""
     out = {}
     for name in names:
         for kind in NETS:
             net, model, optimizer = _build(name, kind, seed=0)
             _train(model, net, optimizer, 0)
-            state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+            state = _state(model, optimizer)
             for storage, (writer, _) in STORAGE.items():
                 dcp.save(state, storage_writer=writer(f"{root}/{name}-{kind}-{storage}"))
-            full = _full(state)
-            losses = _train(model, net, optimizer, STEPS)
-            if rank == 0:
-                out[f"{name}-{kind}"] = (full, losses)
+            parts = _parts(state)
+            out[f"{name}-{kind}"] = (parts, _train(model, net, optimizer, STEPS))
     return out
 
 
@@ -140,11 +166,11 @@ def _load(rank: int, root: str, name: str, saved: dict[str, Any]) -> list[str]:
     wrong = []
     for kind in NETS:
         net, model, optimizer = _build(name, kind, seed=1)
+        state = _state(model, optimizer)
         for saver in SYSTEMS:
-            full, losses = saved[f"{saver}-{kind}"]
+            whole, losses = saved[f"{saver}-{kind}"]
             for storage, (_, reader) in STORAGE.items():
                 where = f"{saver} -> {name}, {kind}, {storage} storage"
-                state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
                 dcp.load(state, storage_reader=reader(f"{root}/{saver}-{kind}-{storage}"))
                 set_state_dict(
                     model,
@@ -153,10 +179,13 @@ def _load(rank: int, root: str, name: str, saved: dict[str, Any]) -> list[str]:
                     optim_state_dict=state["optim"],
                     options=StateDictOptions(strict=True),
                 )
-                again = _full(dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)))
-                if again.keys() != full.keys():
-                    wrong.append(f"{where}: keys {sorted(again.keys() ^ full.keys())}")
-                wrong += [f"{where}: {key}" for key, value in again.items() if not torch.equal(value, full.get(key, value))]
+                state = _state(model, optimizer)  # as the next one's targets it has the values of after the steps below
+                parts = _parts(state)
+                if parts.keys() != whole.keys():
+                    wrong.append(f"{where}: keys {sorted(parts.keys() ^ whole.keys())}")
+                for key, part in parts.items():
+                    if key in whole and not torch.equal(part.values, whole[key][part.place]):
+                        wrong.append(f"{where}: {key}")
                 went_on = _train(model, net, optimizer, STEPS)
                 if not torch.allclose(torch.tensor(went_on), torch.tensor(losses), rtol=1e-5, atol=1e-6):
                     wrong.append(f"{where}: losses {went_on}, the run that never stopped has {losses}")
@@ -168,7 +197,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str
     root = str(tmp_path_factory.mktemp("matrix"))
     saved: dict[str, Any] = {}
     for ranks in (4, 2, 1):
-        saved.update(run_ranks(_save, ranks, root, [n for n, (size, _) in SYSTEMS.items() if size == ranks], timeout=300)[0])
+        names = [name for name, (size, _) in SYSTEMS.items() if size == ranks]
+        outcomes = run_ranks(_save, ranks, root, names, timeout=300)
+        for key, (_, losses) in outcomes[0].items():
+            saved[key] = (_whole([outcome[key][0] for outcome in outcomes]), losses)
     return root, saved
 
 
