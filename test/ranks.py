@@ -1,6 +1,7 @@
 """Real ranks for the tests: processes, Gloo, a file rendezvous, a time limit.
 
-A fork server imports torch and the package once (2 s); each rank is a fork of it and starts in milliseconds.
+A fork server imports torch and the package once (2 s); each rank is a fork of it and starts in milliseconds. What torch imports
+late is imported there too: its optimizers bring in torch._dynamo, which costs each rank a second.
 """
 
 import multiprocessing
@@ -15,7 +16,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch_hsdp_ckpt"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo", "torch_hsdp_ckpt", "pytest"]
+)
 
 
 class RankError(AssertionError):

@@ -85,17 +85,17 @@ STORAGE = {
 
 def _train(model: nn.Module, net: Net, optimizer: torch.optim.Optimizer, first: int) -> list[float]:
     """``STEPS`` steps from step ``first`` on the same global batches; the global losses."""
-    ranks, losses = dist.get_world_size(), []
+    ranks, losses = dist.get_world_size(), list[torch.Tensor]()
     for step in range(first, first + STEPS):
         rows = batch(net, step, 0, GLOBAL_ROWS).chunk(ranks)[dist.get_rank()]
         optimizer.zero_grad()
         loss = model(rows).square().mean()
         loss.backward()
         optimizer.step()
-        value = loss.detach().clone()
-        dist.all_reduce(value)
-        losses.append(value.item() / ranks)
-    return losses
+        losses.append(loss.detach())
+    summed = torch.stack(losses)
+    dist.all_reduce(summed)
+    return (summed / ranks).tolist()
 
 
 class _Part(NamedTuple):

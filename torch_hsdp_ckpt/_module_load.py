@@ -101,7 +101,7 @@ def misfit(entry: Entry, value: Any, same_dtype: bool) -> str | None:
         return f'"{key}" is a {type(value).__name__}, not a tensor'
     if value.shape != target.shape and not (target.ndim == 0 and value.shape == (1,)):
         return f'size mismatch for "{key}": {tuple(value.shape)} given, the module has {tuple(target.shape)}'
-    if same_dtype and value.dtype not in (target.dtype, saved_dtype(entry.module, entry.name, target)):
+    if same_dtype and value.dtype != target.dtype and value.dtype != saved_dtype(entry.module, entry.name, target):
         return f'"{key}" is {value.dtype}, the module has {target.dtype}: convert it, or pass strict=False, which does'
     if value.is_meta:
         return f'"{key}" is on the meta device and has no values'
