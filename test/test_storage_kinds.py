@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -203,16 +204,16 @@ def _as_nobody(rank: int, path: str) -> list[int]:
     return sorted(refused)
 
 
-def test_a_directory_that_is_not_ours_to_write(tmp_path: Path) -> None:
-    target = tmp_path / "checkpoint"
-    dcp.save({"w": torch.arange(6.0)}, storage_writer=h.FileSystemWriter(target), no_dist=True)
-    for parent in [tmp_path, *list(tmp_path.parents)[:2]]:  # pytest makes them for the owner alone
-        parent.chmod(0o755)
-    target.chmod(0o555)
-    before = sorted(os.listdir(target))
-    # The coordinator claims the directory before anybody writes: its error is the one there is, and both ranks raise it.
-    assert run_ranks(_as_nobody, 2, str(target)) == [[0], [0]]
-    assert sorted(os.listdir(target)) == before
+def test_a_directory_that_is_not_ours_to_write() -> None:
+    with tempfile.TemporaryDirectory() as scratch:  # pytest keeps its own for the owner alone
+        os.chmod(scratch, 0o755)
+        target = Path(scratch) / "checkpoint"
+        dcp.save({"w": torch.arange(6.0)}, storage_writer=h.FileSystemWriter(target), no_dist=True)
+        target.chmod(0o555)
+        before = sorted(os.listdir(target))
+        # The coordinator claims the directory before anybody writes: its error is the one there is, and both ranks raise it.
+        assert run_ranks(_as_nobody, 2, str(target)) == [[0], [0]]
+        assert sorted(os.listdir(target)) == before
 
 
 def test_a_record_beyond_4_gib(tmp_path: Path) -> None:
