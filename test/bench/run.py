@@ -18,7 +18,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
 import checkpoint  # noqa: E402
 import load_planning  # noqa: E402
+import reshard  # noqa: E402
 import save_scale  # noqa: E402
+import shared_store  # noqa: E402
 import state_dict  # noqa: E402
 import step  # noqa: E402
 import systems  # noqa: E402
@@ -77,10 +79,22 @@ def run_save_scale(args: argparse.Namespace) -> str:
     return save_scale.measure(args.quick)
 
 
+def run_reshard(args: argparse.Namespace) -> str:
+    args.dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
+        return reshard.measure(Path(scratch), (1 << 26) if args.quick else (1 << 29), 2 if args.quick else args.rounds)
+
+
+def run_shared_store(args: argparse.Namespace) -> str:
+    return shared_store.measure(args.quick)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "checkpoint": run_checkpoint,
     "load_planning": run_load_planning,
     "save_scale": run_save_scale,
+    "reshard": run_reshard,
+    "shared_store": run_shared_store,
     "step": run_step,
     "state_dict": run_state_dict,
     "kernels": run_kernels,
