@@ -146,6 +146,18 @@ def test_an_exchange_reads_every_byte_once(tmp_path: Path, replicas: int) -> Non
     assert all(1 <= times < 1.1 for times in read.values()), read
 
 
+class _Raises:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.rank == 1:
+            raise ArithmeticError("no state")
+        return {"x": torch.ones(2)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
 def _rank_fails(rank: int, path: str) -> None:
     """Damage that only one rank meets, or that only one replica reads, is every rank's error, in every mode."""
     mesh = init_device_mesh("cpu", (2, 2))
@@ -170,6 +182,10 @@ def _rank_fails(rank: int, path: str) -> None:
         h.load(state, checkpoint_id=path)
     with pytest.raises(FileNotFoundError):
         h.load(state, checkpoint_id=f"{path}/none")
+    raising = {"it": _Raises(rank)}
+    for call in (h.load, h.save):
+        with pytest.raises(h.CheckpointError, match="rank 1: ArithmeticError: no state"):
+            call(raising, checkpoint_id=path)
 
 
 def test_a_ranks_failure_is_every_ranks(tmp_path: Path) -> None:

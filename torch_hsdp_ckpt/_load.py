@@ -79,16 +79,23 @@ def load(
         raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
     reader = _reader(checkpoint_id, storage_reader)
     keys = sorted(state_dict)
-    values = {k: v.state_dict() if isinstance(v := state_dict[k], Stateful) else v for k in keys}
-    if isinstance(reader, FileSystemReader):
+    values: dict[str, Any] = {}
+    failure: Exception | None = None
+    try:
+        values = {k: v.state_dict() if isinstance(v := state_dict[k], Stateful) else v for k in keys}
+    except Exception as error:  # the user's code, perhaps on one rank alone
+        failure = error
+    if type(reader) is FileSystemReader:
         # The reader's own word holds too.
         trust = trust_objects or reader.trust_objects
         before, reader.trust_objects = reader.trust_objects, trust
         try:
-            _load(values, reader, planner or DefaultLoadPlanner(), process_group, no_dist, exchange)
+            _load(values, reader, planner or DefaultLoadPlanner(), process_group, no_dist, exchange, failure)
         finally:
             reader.trust_objects = before
     else:
+        if failure is not None:
+            raise failure
         checked = CheckedPlanner(planner or DefaultLoadPlanner(), lambda item: item.storage_index.fqn, trust_objects)
         _dcp_load_state_dict(values, reader, process_group, no_dist=_alone(no_dist), planner=cast(LoadPlanner, checked))
     for key, loaded in values.items():  # more keys than before, with a planner that adds them
@@ -120,9 +127,10 @@ def _load(
     process_group: Any,
     no_dist: bool,
     mode: Mode,
+    failed_before: Exception | None,
 ) -> None:
     agreement = agreement_of(process_group, "load", no_dist)
-    hosts = agreement.exchange("hosts", host_identity())
+    hosts = agreement.exchange("hosts", host_identity(), failed_before)
     name_load(agreement)
     given = dict(state_dict)
     direct = mode != "off" or agreement.size == 1
@@ -313,20 +321,20 @@ def _read(
                 exchanges.append(one)
                 run_items(prepared, one.run)
             work.rest()
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too: the peers wait for what this rank reads
             for one in exchanges:
                 one.abort()
-            if any(one.peer_failed for one in exchanges):
+            if isinstance(error, Exception) and any(one.peer_failed for one in exchanges):
                 raise _PeerFailed from error
             if isinstance(error, CorruptCheckpointError):
                 raise CorruptCheckpointError(f"{error}; tensors of the state dict may have been written in part") from error
             raise
         return b""
 
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         read()
-    except Exception as caught:
+    except BaseException as caught:
         error = caught
     # Whose error is only that a peer failed leaves the word to the peer, unless nobody takes it.
     by_peer = isinstance(error, _PeerFailed)

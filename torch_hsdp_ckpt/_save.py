@@ -99,10 +99,16 @@ def save(
         return metadata
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
-    state_dict = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
+    failure: Exception | None = None
+    try:
+        state_dict = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
+    except Exception as error:  # the user's code, perhaps on one rank alone
+        failure = error
     agreement = agreement_of(process_group, "save", no_dist)
     planner = planner if isinstance(planner, DefaultSavePlanner) else DefaultSavePlanner()
-    return Save(state_dict, writer, planner, agreement, _global_ranks(process_group, no_dist)).run()
+    save = Save(state_dict, writer, planner, agreement, _global_ranks(process_group, no_dist))
+    save.failed_before = failure
+    return save.run()
 
 
 def _who_plans(
