@@ -222,6 +222,21 @@ class _Counter:
         self.value = state["value"]
 
 
+class _Decrypting(h.FileSystemReader):
+    asked = 0
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        type(self).asked += 1
+        return super().read_data(plan, planner)
+
+
+def test_a_reader_of_ones_own_is_asked(tmp_path: Path) -> None:
+    h.save({"w": torch.arange(5.0)}, checkpoint_id=tmp_path)
+    state = {"w": torch.zeros(5)}
+    h.load(state, storage_reader=_Decrypting(tmp_path))
+    assert _Decrypting.asked == 1 and torch.equal(state["w"], torch.arange(5.0))
+
+
 def test_planners_stateful_objects_and_readers(tmp_path: Path) -> None:
     counter = _Counter()
     counter.value = 5

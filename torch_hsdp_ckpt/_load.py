@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -55,8 +55,8 @@ def load(
     Args:
         state_dict: the tensors to fill, nested in dicts and lists as it was when it was saved. The same keys on every rank.
         checkpoint_id: the directory. Needed without ``storage_reader``.
-        storage_reader: by default :class:`FileSystemReader`. Another class than that is used through torch's own code,
-            with DCP's exceptions.
+        storage_reader: by default :class:`FileSystemReader`. Another class, and a subclass that overrides how it
+            plans or reads, is used through torch's own code, with DCP's exceptions.
         planner: by default ``DefaultLoadPlanner()``, which is planned for natively with all of its options. Any other planner
             plans as under DCP, on its own and on the coordinator; what it reads is shared among replicas too, unless it
             overrides ``resolve_tensor``, ``lookup_tensor`` or ``transform_tensor``, and so may make targets of its own: those
@@ -85,7 +85,7 @@ def load(
         values = {k: v.state_dict() if isinstance(v := state_dict[k], Stateful) else v for k in keys}
     except Exception as error:  # the user's code, perhaps on one rank alone
         failure = error
-    if type(reader) is FileSystemReader:
+    if _reads_natively(reader):
         # The reader's own word holds too.
         trust = trust_objects or reader.trust_objects
         before, reader.trust_objects = reader.trust_objects, trust
@@ -104,6 +104,13 @@ def load(
             value.load_state_dict(loaded)
         else:
             state_dict[key] = loaded
+
+
+def _reads_natively(reader: StorageReader) -> TypeGuard[FileSystemReader]:
+    """A subclass that plans or reads in a way of its own is asked for it, by DCP's code."""
+    own = FileSystemReader
+    names = ("read_metadata", "set_up_storage_reader", "prepare_local_plan", "prepare_global_plan", "read_data")
+    return isinstance(reader, own) and all(getattr(type(reader), name) is getattr(own, name) for name in names)
 
 
 def _alone(no_dist: bool) -> bool:
