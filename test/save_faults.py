@@ -57,10 +57,10 @@ def sharded(tensor: torch.Tensor, mesh: DeviceMesh) -> dict[str, Any]:
     return {"w": distribute_tensor(tensor, mesh, [Replicate(), Shard(0)])}
 
 
-def loaded(path: str | Path, size: int = 50000) -> torch.Tensor:
-    like = {"w": torch.zeros(size)}
+def loaded(path: str | Path, size: int = 50000, name: str = "w") -> torch.Tensor:
+    like = {name: torch.zeros(size)}
     h.load(like, checkpoint_id=path, no_dist=True)
-    return like["w"]
+    return like[name]
 
 
 def process_is_as_it_was(path: str) -> Callable[[], bool]:

@@ -65,7 +65,7 @@ def test_the_metadata_hardly_grows_with_the_replicas(tmp_path: Path) -> None:
     for replicas in (1, 2, 8):
         ranks = range(replicas * 8)
         plan = _C.SavePlan(
-            [([replicas, 8], ranks, (-1, 0))],
+            [([replicas, 8], ranks, (-1, 0), False)],
             [(name, "float32", shape, 0) for name, shape in zip(names, shapes, strict=True)],
         )
         entries = {

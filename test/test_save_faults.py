@@ -34,6 +34,7 @@ def _refused(rank: int, path: str) -> int:
     dist.all_gather_object(calls, calls_of(lambda: h.save(old, checkpoint_id=path)))
     calls[0] = calls[0][: calls[0].index(("rename", "claim")) + 1]
     unchanged = process_is_as_it_was(path)
+    dist.barrier()  # the next save's claim is one more file
     count = 0
     for failing in (0, 1):
         for number, call in enumerate(calls[failing]):
@@ -86,6 +87,7 @@ def _cut_short(rank: int, path: str) -> None:
     assert torch.equal(loaded(path), OLD + 1)
     h.save(old, checkpoint_id=path)
     unchanged = process_is_as_it_was(path)
+    dist.barrier()
     for failing in (0, 1):
         written: list[str] = []
 
@@ -219,6 +221,7 @@ def _raising(rank: int, path: str) -> None:
     old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
     h.save(old, checkpoint_id=path)
     unchanged = process_is_as_it_was(path)
+    dist.barrier()
     write, commit = _save.Save.write, _C.commit_checkpoint
 
     def raising(*arguments: Any) -> Any:
@@ -252,7 +255,7 @@ def test_a_rank_that_raises_fails_the_save_everywhere(tmp_path: Path) -> None:
 
 def _dying(rank: int, path: str) -> None:
     group = dist.new_group(timeout=datetime.timedelta(seconds=10))
-    h.save({"w": OLD}, checkpoint_id=path, process_group=group)
+    h.save({"w": OLD, "v": OLD}, checkpoint_id=path, process_group=group)  # a tensor a rank
     write = _save.Save.write
 
     def written(self: Any) -> bytes:
@@ -264,7 +267,7 @@ def _dying(rank: int, path: str) -> None:
         _save.Save.write = written  # type: ignore[method-assign]
     start = time.monotonic()
     with pytest.raises(h.CheckpointError, match="gets no answer"):
-        h.save({"w": OLD + 1}, checkpoint_id=path, process_group=group)
+        h.save({"w": OLD + 1, "v": OLD + 1}, checkpoint_id=path, process_group=group)
     assert time.monotonic() - start < 30
 
 

@@ -15,15 +15,15 @@ from save_faults import OLD, Call, at_call, calls_of, loaded
 import torch_hsdp_ckpt as h
 
 # More than one block a rank, so that there are calls in the middle of the data.
-NEW = torch.arange(5_000_000.0) + 1
+NEW = torch.arange(2_500_000.0) + 1
 PAIRS = 8  # saves at a time: each is two ranks of its own
 
 
 def _watched(rank: int, path: str) -> list[Call]:
     """What a save calls; the older checkpoint that the others go over is in ``path``/old."""
     for name in ("old", "watched"):
-        h.save({"w": OLD}, checkpoint_id=f"{path}/{name}")
-    return calls_of(lambda: h.save({"w": NEW}, checkpoint_id=f"{path}/watched"))
+        h.save({"w": OLD, "v": OLD}, checkpoint_id=f"{path}/{name}")  # a tensor a rank
+    return calls_of(lambda: h.save({"w": NEW, "v": NEW}, checkpoint_id=f"{path}/watched"))
 
 
 def _killed(rank: int, root: str, scenarios: list[tuple[int, int]]) -> None:
@@ -35,7 +35,7 @@ def _killed(rank: int, root: str, scenarios: list[tuple[int, int]]) -> None:
         at_call(call, lambda path: os.kill(os.getpid(), signal.SIGKILL) or 0)  # type: ignore[func-returns-value]
     start = time.monotonic()
     with pytest.raises(h.CheckpointError, match="gets no answer"):
-        h.save({"w": NEW}, checkpoint_id=f"{root}/{who}-{call}", process_group=group)
+        h.save({"w": NEW, "v": NEW}, checkpoint_id=f"{root}/{who}-{call}", process_group=group)
     assert time.monotonic() - start < 30
 
 
@@ -59,7 +59,8 @@ def test_at_every_call_of_either_rank(tmp_path: Path) -> None:
         where, path = (who, call, calls[who][call]), tmp_path / f"{who}-{call}"
         committed = who == 0 and call > rename
         expected = NEW if committed else OLD
-        assert torch.equal(loaded(path, len(expected)), expected), where
+        for name in ("w", "v"):
+            assert torch.equal(loaded(path, len(expected), name), expected), where
         h.save({"w": OLD + 2}, checkpoint_id=path, no_dist=True)
         assert torch.equal(loaded(path), OLD + 2), where
         assert len(os.listdir(path)) == 2, f"what the dead save left is gone: {where}"
