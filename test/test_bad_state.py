@@ -54,6 +54,19 @@ class _Raises(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _architecture(rank: int) -> None:
+    """Another architecture's checkpoint: what is missing is named whole, what is there beside it up to fifty names in all."""
+    model, _ = trained("uneven", rank)
+    before = bits(model.state_dict())
+    with pytest.raises(RuntimeError) as error:
+        model.load_state_dict({f"layers.{i}.weight": torch.ones(1) for i in range(60)})
+    text, keys = str(error.value), list(model.state_dict())
+    assert all(f'Missing key: "{key}"' in text for key in keys)
+    shown = text.count("Unexpected key: ")
+    assert len(keys) + shown == 50 and f"... and {60 - shown} more" in text
+    assert_same(model.state_dict(), before)
+
+
 def _batch_norm(rank: int) -> None:
     """Modules that load in a way of their own are asked before anything is copied."""
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
@@ -125,6 +138,6 @@ def _optimizer(rank: int) -> None:
         FSDP.optim_state_dict_to_load(model, stranger if rank == 1 else optimizer, state)
 
 
-@pytest.mark.parametrize("part", [_model, _batch_norm, _optimizer], ids=lambda part: part.__name__[1:])
+@pytest.mark.parametrize("part", [_model, _architecture, _batch_norm, _optimizer], ids=lambda part: part.__name__[1:])
 def test_what_does_not_fit_changes_nothing(part) -> None:
     run_ranks(part, 4)
