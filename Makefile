@@ -5,6 +5,7 @@
 #   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV), else the newest)
 #   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch, GPU tests, GPU benchmarks
 #   make sanitize        the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make race            what threads share under ThreadSanitizer
 #   make fuzz            the parsers of untrusted bytes under libFuzzer (needs clang)
 #   make bench           the benchmarks against torch
 #   make format          clang-format and ruff, in place
@@ -20,7 +21,7 @@ export HSDP_CKPT_BUILD_DIR = $(BUILD)
 IN = . $(VENV)/bin/activate &&
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: demo test gpu bench fuzz sanitize format lint build build-tests ctest pytest clean
+.PHONY: demo test gpu bench fuzz sanitize race format lint build build-tests ctest pytest clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -28,6 +29,7 @@ demo: build
 
 test: lint build-tests
 	$(MAKE) sanitize
+	$(MAKE) race
 	$(MAKE) fuzz FUZZ_SECONDS=16
 	$(MAKE) ctest
 	$(MAKE) pytest
@@ -83,6 +85,12 @@ sanitize: $(STAMP)
 	$(IN) cmake -S . -B build/sanitize -G Ninja -DHSDP_CKPT_TORCH=OFF -DHSDP_CKPT_TESTS=ON -DHSDP_CKPT_WERROR=ON \
 	  -DHSDP_CKPT_SANITIZE=address,undefined >/dev/null && cmake --build build/sanitize -j 2 && \
 	  ctest --test-dir build/sanitize --no-tests=error --output-on-failure -j 2
+
+# What background threads share with training, under ThreadSanitizer.
+race: $(STAMP)
+	$(IN) cmake -S . -B build/race -G Ninja -DHSDP_CKPT_TORCH=OFF -DHSDP_CKPT_TESTS=ON -DHSDP_CKPT_WERROR=ON \
+	  -DHSDP_CKPT_SANITIZE=thread >/dev/null && cmake --build build/race -j 2 --target thread_tests && \
+	  build/race/test/thread_tests --gtest_brief=1
 
 # libFuzzer over the parsers of untrusted bytes, with ASan and UBSan; needs clang. FUZZ_SECONDS in all;
 # new inputs stay in build/fuzz/corpus, from which the next run goes on.

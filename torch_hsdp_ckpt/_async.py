@@ -51,6 +51,14 @@ class _InFlight:
 _in_flight = _InFlight()
 
 
+def collect(future: AsyncSave) -> None:
+    """Waits for a save and raises its exception, which the next call then does not raise again."""
+    if _in_flight.job is not None and _in_flight.job.future is future:
+        _in_flight.finish()
+    else:
+        future.result()
+
+
 def _forget_in_child() -> None:
     # A forked data loader has no thread of ours: what the parent waits for would never be done here.
     global _in_flight

@@ -43,6 +43,9 @@ class AsyncSave(Future[Any]):
         self.staged_bytes = 0
         self.step_wait_seconds = 0.0
 
+    def add_step_wait(self, seconds: float) -> None:
+        self.step_wait_seconds += seconds
+
     @property
     def upload_completion(self) -> "AsyncSave":
         return self
@@ -119,7 +122,8 @@ class Job:
         self._eager = [i for i, owner in enumerate(owners) if owner < 0]
         late = [i for i, owner in enumerate(owners) if owner >= 0]
         if late:
-            self._snapshot = Snapshot([guarded[owners[i]] for i in late], [captured.name(i) for i in late])
+            watched, names = [guarded[owners[i]] for i in late], [captured.name(i) for i in late]
+            self._snapshot = Snapshot(watched, names, self.future.add_step_wait)
 
     def _open(self) -> None:
         self._save.open()
@@ -257,7 +261,6 @@ class Job:
         if self._snapshot is not None:
             self._snapshot.release()
             self._snapshot.close()
-            self.future.step_wait_seconds = self._snapshot.step_wait
         if self._captured is not None:
             self._captured.drop()
         self._copy = self._snapshot = self._captured = self._device_copy = None

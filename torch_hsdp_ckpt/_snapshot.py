@@ -7,7 +7,7 @@ global hook announces, and by this package. Both wait at the gate. Version count
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,14 +63,14 @@ class Snapshot:
     :meth:`finish`; training meets :meth:`hold`.
     """
 
-    def __init__(self, owners: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+    def __init__(self, owners: Sequence[torch.Tensor], names: Sequence[str], on_wait: Callable[[float], None]) -> None:
         global _pending
         self._owners, self._names = owners, names
         self._versions = _C.tensor_versions(owners)
         self._begun, self._released = threading.Event(), threading.Event()
         self._copy: _C.StagingCopy | None = None
         self._device_copy: DeviceCopy | None = None
-        self.step_wait = 0.0  # seconds that training has waited
+        self._on_wait = on_wait  # is told the seconds that training has waited
         self.passed = False  # whether training has been at the gate, and may change things now
         _pending = self
 
@@ -114,7 +114,7 @@ class Snapshot:
         if (device_copy := self._device_copy) is not None:
             device_copy.join_streams()
         self.passed = True
-        self.step_wait += time.perf_counter() - begin
+        self._on_wait(time.perf_counter() - begin)
 
 
 _CHANGED = (

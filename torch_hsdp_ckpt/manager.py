@@ -10,14 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-
 from . import _checkpoints as checkpoints
 from ._agreement import agreement_of
+from ._async import AsyncSave, async_save, collect
+from ._load import load
 from ._preemption import Preemption
-from ._reader import FileSystemReader
-from ._writer import FileSystemWriter
+from ._save import save
 from .errors import CheckpointError, CorruptCheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -36,6 +34,8 @@ class CheckpointManager:
             then saves whatever the step number, and :attr:`preempted` becomes true; the training loop should end. None: SIGTERM
             is not looked at. Set on the main thread.
         process_group: the ranks that save together; None: all.
+        asynchronous: save by ``async_save``, in the background. An older checkpoint is deleted when the new one has committed;
+            what fails is raised by the next :meth:`save` that is due, or by :meth:`close`.
 
     Without torch.distributed it serves one process.
     """
@@ -49,6 +49,7 @@ class CheckpointManager:
         keep_every: int | None = None,
         sigterm_deadline: float | None = None,
         process_group: Any = None,
+        asynchronous: bool = False,
     ) -> None:
         for name, value in (("save_every", save_every), ("keep_last", keep_last), ("keep_every", keep_every)):
             if value is not None and value < 1:
@@ -56,10 +57,12 @@ class CheckpointManager:
         self.root = Path(root)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
         self.preempted = False
+        self.asynchronous = asynchronous
         self._process_group = process_group
         self._agreement = agreement_of(process_group, "manager")
         self._damaged: set[int] = set()
         self._saved: int | None = None
+        self._in_flight: AsyncSave | None = None
         self._preemption: Preemption | None = None
         if sigterm_deadline is not None:
             self._preemption = Preemption(agreement_of(process_group, "preemption"), sigterm_deadline)
@@ -70,7 +73,8 @@ class CheckpointManager:
         ``state``: what ``dcp.save`` takes, its ``Stateful`` objects included, or a function that makes it, called only if there
         is something to save. After a SIGTERM that all ranks have agreed on, saves once more if the deadline has not passed.
 
-        Raises what the save raises, on every rank; the checkpoints that are there stay.
+        Raises what the save raises, with ``asynchronous`` what the save before has raised, on every rank; the checkpoints that
+        are there stay.
         """
         remaining = None if self._preemption is None or self.preempted else self._preemption.remaining()
         last = remaining is not None
@@ -84,13 +88,34 @@ class CheckpointManager:
             return False
         if callable(state):
             state = state()
+        self._wait()
         path = checkpoints.path_of(self.root, step)
-        dcp.save(state, storage_writer=FileSystemWriter(path), process_group=self._process_group, no_dist=self._alone)
+        if not self.asynchronous:
+            save(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
+            self._committed(step)
+        else:
+            future: AsyncSave = async_save(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
+            self._in_flight, self._saved = future, step
+            future.add_done_callback(lambda done: None if done.exception() else self._committed(step))
+            if last:
+                self._wait()  # the process is to end; the deadline is for the whole save
+        return True
+
+    def _committed(self, step: int) -> None:
         self._saved = step
         self._damaged.discard(step)
         if self._agreement.is_coordinator:
             self._prune(step)
-        return True
+
+    def _wait(self) -> None:
+        """For the save in flight; raises, once and on every rank, what it raises."""
+        before, self._in_flight = self._in_flight, None
+        if before is not None:
+            try:
+                collect(before)
+            except BaseException:
+                self._saved = None
+                raise
 
     @property
     def _alone(self) -> bool:
@@ -98,7 +123,7 @@ class CheckpointManager:
 
     def _prune(self, step: int) -> None:
         try:
-            gone = checkpoints.prune(self.root, self.keep_last, self.keep_every, {step}, self._damaged)
+            gone = checkpoints.prune(self.root, self.keep_last, self.keep_every, {step}, set(self._damaged))
         except OSError as error:
             # The save is good; what could not be deleted now is tried again after the next one.
             _logger.warning("step %d is saved; an older checkpoint could not be deleted: %s", step, error)
@@ -115,9 +140,10 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: there are committed checkpoints and none of them is good: starting anew would be a loss unnoticed.
-            CheckpointException: ``state`` does not fit the checkpoint (a key or a shape differs), or reading failed for a
+            CheckpointError, OSError: ``state`` does not fit the checkpoint (a key or a shape differs), or reading failed for a
                 reason that is not damage. Older checkpoints are not tried then.
         """
+        self._wait()
         committed, incomplete = json.loads(self._agreement.verdict("list", self._listing))
         for step in incomplete:
             _logger.warning("%s: its save did not come to an end, skipped", checkpoints.path_of(self.root, step))
@@ -141,12 +167,13 @@ class CheckpointManager:
     def _load(self, path: Path, state: State) -> str:
         """Loads a checkpoint, or says which damage was found in it. Everything else that goes wrong is raised."""
         try:
-            reader = FileSystemReader(path)
-            dcp.load(state, storage_reader=reader, process_group=self._process_group, no_dist=self._alone)
-        except CheckpointException as error:
-            if not _is_damage(error):
+            load(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
+        except CorruptCheckpointError as error:
+            return str(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EIO):
                 raise
-            return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+            return str(error)
         return ""
 
     def _listing(self) -> bytes:
@@ -157,28 +184,23 @@ class CheckpointManager:
         return checkpoints.steps_in(self.root)[0]
 
     def close(self) -> None:
-        """Gives SIGTERM back. Local to this rank."""
+        """Waits for a save in flight, whose exception it raises, and gives SIGTERM back."""
         if self._preemption is not None:
             self._preemption.close()
             self._preemption = None
+        self._wait()
 
     def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            _logger.error("%s: the save in flight failed too: %s", self.root, failure)
 
 
 def _seen_damage(path: Path) -> bytes:
     return (checkpoints.damage(path) or "").encode()
-
-
-def _is_damage(error: CheckpointException) -> bool:
-    """Whether every rank that failed found the checkpoint bad: not a state that doesn't fit, nor an exhausted machine."""
-
-    def damaged(cause: BaseException) -> bool:
-        if isinstance(cause, OSError):
-            return cause.errno in (errno.ENOENT, errno.EIO)
-        return isinstance(cause, CorruptCheckpointError)
-
-    return bool(error.failures) and all(damaged(failure[0]) for failure in error.failures.values())

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
+import async_  # noqa: E402
 import checkpoint  # noqa: E402
 import load_planning  # noqa: E402
 import reshard  # noqa: E402
@@ -89,7 +90,14 @@ def run_shared_store(args: argparse.Namespace) -> str:
     return shared_store.measure(args.quick)
 
 
+def run_async(args: argparse.Namespace) -> str:
+    args.dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
+        return async_.measure(scratch, chosen(args, async_.SYSTEMS), args.quick)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "async": run_async,
     "checkpoint": run_checkpoint,
     "load_planning": run_load_planning,
     "save_scale": run_save_scale,

@@ -1,0 +1,106 @@
+#include "snapshot/staging_copy.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <random>
+#include <thread>
+
+namespace hsdp_ckpt {
+namespace {
+
+/// Sources of odd sizes in one block of memory, and an image with a gap behind each target.
+struct Memory {
+  explicit Memory(const std::vector<int64_t>& sizes) {
+    int64_t total = 0, image = 0;
+    for (const int64_t size : sizes) total += size, image += size + 3;
+    source.resize(static_cast<size_t>(total));
+    target.assign(static_cast<size_t>(image), std::byte{0xee});
+    std::mt19937 random(7);
+    for (auto& byte : source) byte = static_cast<std::byte>(random());
+    int64_t from = 0, to = 0;
+    for (const int64_t size : sizes) {
+      pieces.push_back({source.data() + from, target.data() + to, size});
+      from += size;
+      to += size + 3;
+    }
+  }
+  bool Copied() const {
+    for (const CopyPiece& piece : pieces) {
+      if (std::memcmp(piece.source, piece.target, static_cast<size_t>(piece.size)) != 0) return false;
+      for (int i = 0; i < 3; ++i) {
+        if (piece.target[piece.size + i] != std::byte{0xee}) return false;
+      }
+    }
+    return true;
+  }
+  std::vector<std::byte> source, target;
+  std::vector<CopyPiece> pieces;
+};
+
+const std::vector<int64_t> kSizes = {0, 1, 4, 70'001, 3 * StagingCopy::kChunk + 5, 0, StagingCopy::kChunk, 12, 999'999, 8};
+
+TEST(StagingCopy, OneThreadCopiesAllAndNothingElse) {
+  Memory memory(kSizes);
+  StagingCopy copy(memory.pieces);
+  EXPECT_FALSE(copy.done());
+  EXPECT_EQ(copy.bytes(), static_cast<int64_t>(memory.source.size()));
+  copy.Finish();
+  EXPECT_TRUE(copy.done());
+  EXPECT_TRUE(memory.Copied());
+}
+
+TEST(StagingCopy, NothingToCopyIsDone) {
+  StagingCopy none(std::vector<CopyPiece>{});
+  EXPECT_TRUE(none.done());
+  none.Finish();
+  EXPECT_EQ(none.FirstChange(2), -1);
+}
+
+TEST(StagingCopy, WhoFinishesHelpsAndSeesEverything) {
+  for (int round = 0; round < 20; ++round) {
+    Memory memory(kSizes);
+    StagingCopy copy(memory.pieces);
+    std::vector<std::thread> background;
+    for (int i = 0; i < 2; ++i) background.emplace_back([&] { copy.Run(); });
+    std::thread second([&] {
+      copy.Finish();
+      EXPECT_TRUE(copy.done());
+    });
+    copy.Finish();
+    EXPECT_TRUE(memory.Copied());  // before the other threads are joined: their chunks have come as well
+    std::memset(memory.source.data(), 0, memory.source.size());  // what a step does: a race if anybody still read
+    second.join();
+    for (auto& thread : background) thread.join();
+  }
+}
+
+TEST(StagingCopy, AfterACancelNobodyReadsAnyMore) {
+  for (int round = 0; round < 20; ++round) {
+    Memory memory(kSizes);
+    StagingCopy copy(memory.pieces);
+    std::thread background([&] { copy.Run(); });
+    if (round % 2 == 1) std::this_thread::yield();
+    copy.Cancel();
+    copy.Cancel();
+    copy.Finish();
+    EXPECT_TRUE(copy.done());
+    std::memset(memory.source.data(), 0, memory.source.size());
+    memory.target.assign(memory.target.size(), std::byte{1});
+    background.join();
+  }
+}
+
+TEST(StagingCopy, FindsTheFirstPieceThatHasChanged) {
+  Memory memory(kSizes);
+  StagingCopy copy(memory.pieces);
+  copy.Finish();
+  EXPECT_EQ(copy.FirstChange(2), -1);
+  memory.source.back() ^= std::byte{1};
+  EXPECT_EQ(copy.FirstChange(2), static_cast<int64_t>(kSizes.size()) - 1);
+  memory.source[1 + 4 + 70'001 + 2 * StagingCopy::kChunk] ^= std::byte{1};
+  EXPECT_EQ(copy.FirstChange(2), 4);
+}
+
+}  // namespace
+}  // namespace hsdp_ckpt

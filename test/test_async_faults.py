@@ -1,0 +1,155 @@
+"""Asynchronous saves that fail: every call refused, SIGKILL at every call, exceptions, forks and spawns, hundreds in a row."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from save_faults import OLD, at_call, calls_of, loaded, no_fault, pair_mesh, sharded
+
+import torch_hsdp_ckpt as h
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
+NEW = torch.arange(100_000.0) + 1
+PAIRS = 8  # saves at a time: each is two ranks of its own
+
+
+def _refused(rank: int, path: str) -> None:
+    """Every call of either rank up to the rename is refused in turn: on the future, and at the next call, of both ranks."""
+    mesh = pair_mesh()
+    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
+    h.save(old, checkpoint_id=path)
+    calls: list[Any] = [None, None]
+    dist.all_gather_object(calls, calls_of(lambda: h.async_save(old, checkpoint_id=path).result()))
+    calls[0] = calls[0][: calls[0].index(("rename", "claim"))]
+    files = sorted(os.listdir(path))
+    count = 0
+    for failing in (0, 1):
+        for number, call in enumerate(calls[failing]):
+            error = ERRORS[(count := count + 1) % len(ERRORS)]
+            if rank == failing:
+                at_call(number, lambda path, error=error: -error)  # type: ignore[misc]
+            future = h.async_save(new, checkpoint_id=path)
+            failure = future.exception(60)
+            no_fault()
+            where = (failing, call, errno.errorcode[error])
+            assert isinstance(failure, OSError), where
+            assert failure.errno == error, where
+            with pytest.raises(OSError, match=f"rank {failing}"):
+                h.async_save(old, checkpoint_id=path)
+            dist.barrier()
+            assert sorted(os.listdir(path)) == files, where
+            assert torch.equal(loaded(path), OLD), where
+            dist.barrier()
+    h.async_save(new, checkpoint_id=path).result(60)
+    dist.barrier()
+    assert torch.equal(loaded(path), OLD + 1)
+
+
+def test_every_call_refused(tmp_path: Path) -> None:
+    run_ranks(_refused, 2, str(tmp_path / "c"))
+
+
+def _watched(rank: int, path: str) -> list[Any]:
+    for name in ("old", "watched"):
+        h.save({"w": OLD}, checkpoint_id=f"{path}/{name}")
+    return calls_of(lambda: h.async_save({"w": NEW}, checkpoint_id=f"{path}/watched").result())
+
+
+def _killed(rank: int, root: str, scenarios: list[tuple[int, int]]) -> None:
+    pair, role = divmod(rank, 2)
+    group = dist.new_group([2 * pair, 2 * pair + 1], use_local_synchronization=True)
+    who, call = scenarios[pair]
+    dist.barrier()  # no rank of another pair waits for one that dies
+    if role == who:
+        at_call(call, lambda path: os.kill(os.getpid(), signal.SIGKILL) or 0)  # type: ignore[func-returns-value]
+    start = time.monotonic()
+    future = h.async_save({"w": NEW}, checkpoint_id=f"{root}/{who}-{call}", process_group=group)
+    with pytest.raises(h.CheckpointError, match="gets no answer"):
+        future.result(60)
+    assert time.monotonic() - start < 30
+
+
+def test_killed_at_every_call_of_either_rank(tmp_path: Path) -> None:
+    calls = run_ranks(_watched, 2, str(tmp_path))
+    rename = calls[0].index(("rename", "claim"))
+    scenarios = [(who, call) for who in (0, 1) for call in range(len(calls[who]))]
+    for who, call in scenarios:
+        shutil.copytree(tmp_path / "old", tmp_path / f"{who}-{call}")
+    for first in range(0, len(scenarios), PAIRS):
+        some = scenarios[first : first + PAIRS]
+        died = tuple(2 * pair + who for pair, (who, _) in enumerate(some))
+        run_ranks(_killed, 2 * len(some), str(tmp_path), some, allow_death=died)
+    for who, call in scenarios:
+        path = tmp_path / f"{who}-{call}"
+        expected = NEW if who == 0 and call > rename else OLD
+        assert torch.equal(loaded(path, len(expected)), expected), (who, call, calls[who][call])
+
+
+def _resident() -> float:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) / 1024
+
+
+class _Numbers(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def _in_a_row(rank: int, path: str) -> None:
+    """200 saves back to back with changing shapes, while forked and spawned workers live: no memory, no thread is left."""
+    resting = 0.0
+    forked = torch.utils.data.DataLoader(_Numbers(), num_workers=1, multiprocessing_context="fork", persistent_workers=True)
+    spawned = torch.utils.data.DataLoader(_Numbers(), num_workers=1, multiprocessing_context="spawn", persistent_workers=True)
+    future = h.async_save({"w": torch.ones(500_000)}, checkpoint_id=path)
+    loaders = [iter(forked), iter(spawned)]  # begun while a save is in flight
+    for i in range(200):
+        size = 300_000 + 1000 * (i * 37 % 200)
+        h.async_save({"w": torch.full((size,), float(i)), "n": i}, checkpoint_id=path)
+        if i % 10 == 0:
+            assert [int(next(loader)) for loader in loaders] == [i // 10] * 2
+        if i == 60:
+            resting = _resident()
+    assert _resident() < resting + 32
+    # The forked child of a rank with a save in flight has none, and steps freely.
+    future = h.async_save({"w": torch.ones(500_000)}, checkpoint_id=path)
+    child = os.fork()
+    if child == 0:
+        p = torch.nn.Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+        torch.optim.SGD([p], lr=0.1).step()
+        os._exit(0 if h._async._in_flight.job is None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    future.result(60)
+
+
+def test_hundreds_in_a_row_with_workers_alive(tmp_path: Path) -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_async_faults as t; t._in_a_row(0, sys.argv[2])"
+    here = Path(__file__).parent
+    main = tmp_path / "main.py"
+    main.write_text(f"if __name__ == '__main__':\n    {code}\n")
+    subprocess.run([sys.executable, str(main), str(here), str(tmp_path / "c")], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("end", ["raise ValueError('the end')", "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"])
+def test_a_save_is_finished_when_the_program_fails(tmp_path: Path, end: str) -> None:
+    code = (
+        "import os, signal, time, torch, torch_hsdp_ckpt as h\n"
+        f"h.async_save({{'w': torch.arange(1e7)}}, checkpoint_id={str(tmp_path / 'c')!r})\n{end}"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], timeout=120, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode != 0
+    assert ("the end" if "raise" in end else "KeyboardInterrupt") in ended.stderr
+    assert torch.equal(loaded(tmp_path / "c", 10**7), torch.arange(1e7))

@@ -1,0 +1,233 @@
+"""What holds training back while a state is being copied, what notices a write past that, and what a further call does."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import batch, even_net
+from ranks import run_ranks
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.tensor import DTensor
+from training import loss_of, mesh_of, wrap
+
+import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt._async_job import Job
+from torch_hsdp_ckpt._snapshot import Snapshot
+
+_LATE = 0.3  # seconds before anything is copied behind the gate: whoever does not wait changes what is not copied yet
+
+
+class _Late:
+    """Copying begins late, in this process."""
+
+    def __enter__(self) -> None:
+        self._begin = Job._begin_copy
+
+        def late(job: Job) -> None:
+            time.sleep(_LATE)
+            self._begin(job)
+
+        Job._begin_copy = late  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        Job._begin_copy = self._begin  # type: ignore[method-assign]
+
+
+def _local(value: Any) -> Any:
+    return value._local_tensor if isinstance(value, DTensor) else value
+
+
+class _Run:
+    """A wrapped model in training, and its state."""
+
+    def __init__(self, rank: int, device: str = "cpu") -> None:
+        self.rank, self.device, self.net = rank, device, even_net()
+        self.model = wrap(even_net(), (2, 2) if dist.get_world_size() == 4 else (1, 1), device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.gradients(0)
+        self.optimizer.step()
+
+    def gradients(self, step: int) -> None:
+        self.optimizer.zero_grad()
+        loss_of(self.model, batch(self.net, step, self.rank).to(self.device)).backward()
+
+    def state(self) -> dict[str, Any]:
+        weights, moments = get_state_dict(self.model, self.optimizer)
+        return {"model": weights, "optim": moments}
+
+    def leaves(self, state: dict[str, Any]) -> list[torch.Tensor]:
+        return [_local(v).clone() for v in torch.utils._pytree.tree_leaves(state) if isinstance(v, torch.Tensor)]
+
+    def saved_is(self, path: str, expected: list[torch.Tensor]) -> None:
+        target = torch.utils._pytree.tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v, self.state())
+        h.load(target, checkpoint_id=path)
+        for a, b in zip(self.leaves(target), expected, strict=True):
+            assert torch.equal(a, b), path
+
+
+def _gates(rank: int, path: str) -> None:
+    run = _Run(rank)
+    elsewhere = run.state()
+    elsewhere = torch.utils._pytree.tree_map(lambda v: v.clone() + 1 if isinstance(v, torch.Tensor) else v, elsewhere)
+    h.save(elsewhere, checkpoint_id=f"{path}/elsewhere")
+
+    def summon() -> None:
+        with h.FullyShardedDataParallel.summon_full_params(run.model), torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.add_(1)
+
+    changes: dict[str, Callable[[], Any]] = {
+        "step": run.optimizer.step,
+        "load_state_dict": lambda: run.model.load_state_dict(elsewhere["model"]),
+        "summon_full_params": summon,
+        "load": lambda: h.load(run.state(), checkpoint_id=f"{path}/elsewhere"),
+    }
+    staged = 0
+    for name, change in changes.items():
+        run.gradients(1)
+        state = run.state()
+        expected = run.leaves(state)
+        with _Late():
+            future = h.async_save(state, checkpoint_id=f"{path}/{name}")
+            assert not future.staging_completion.done()
+            change()
+        future.result(60)
+        assert future.step_wait_seconds > _LATE / 2, name
+        run.saved_is(f"{path}/{name}", expected)
+        assert not all(torch.equal(a, b) for a, b in zip(run.leaves(run.state()), expected, strict=True)), name
+        staged = future.staged_bytes
+    # Each replica copies 1/R of its shard: together the ranks copy every byte of the state once.
+    leaves = [v for v in torch.utils._pytree.tree_leaves(run.state()) if isinstance(v, torch.Tensor)]
+    whole = sum(v.numel() * v.element_size() for v in leaves)
+    total = torch.tensor(staged)
+    dist.all_reduce(total)
+    assert int(total) == whole
+
+    # What nothing holds back is copied before the call returns, however much it is: 1/R of it, once the ranks have agreed.
+    placements = next(run.model.parameters()).placements
+    ema = DTensor.from_local(torch.full((500_000,), float(rank % 2)), mesh_of((2, 2)), placements)
+    plain, expected = torch.arange(400_000.0), run.leaves(run.state())
+    with _Late():
+        future = h.async_save({**run.state(), "ema": ema, "plain": plain}, checkpoint_id=f"{path}/large")
+        ema._local_tensor.fill_(7)
+        plain.fill_(7)
+        assert not future.staging_completion.done()
+    future.result(60)
+    assert future.staged_bytes < 0.6 * (ema._local_tensor.nbytes + plain.nbytes)
+    run.saved_is(f"{path}/large", expected)
+    target = {"ema": torch.zeros_like(ema), "plain": torch.zeros_like(plain)}
+    h.load(target, checkpoint_id=f"{path}/large")
+    assert torch.equal(_local(target["ema"]), torch.full((500_000,), float(rank % 2)))
+    assert torch.equal(target["plain"], torch.arange(400_000.0))
+
+    # Writes past the gate: seen by version counters, or by reading again; the save fails on all ranks and the older one stays.
+    weight = next(p for n, p in run.model.named_parameters() if n.endswith("up.weight"))
+    for mode, change in (("lazy", lambda: _local(weight).add_(1)), ("lazy", lambda: weight.mul_(2))):
+        with _Late(), torch.no_grad():
+            future = h.async_save(run.state(), checkpoint_id=f"{path}/step", snapshot=mode)
+            if rank == 1:
+                change()
+            with pytest.raises(h.CheckpointError, match=r"rank 1: .*up.weight: it was changed while it was being saved"):
+                future.result(60)
+        with pytest.raises(h.CheckpointError, match="it was changed"):
+            h.async_save(run.state(), checkpoint_id=f"{path}/step")
+    check = Snapshot.check
+
+    def write_unseen(snapshot: Snapshot, verify: bool) -> None:
+        if rank == 1:  # of the first replica, whose half of the state has all parameters
+            for parameter in run.model.parameters():
+                _local(parameter.detach()).numpy()[...] = 3
+        check(snapshot, verify)
+
+    Snapshot.check = write_unseen  # type: ignore[method-assign]
+    future = h.async_save(run.state(), checkpoint_id=f"{path}/step", snapshot="verify")
+    with pytest.raises(h.CheckpointError, match=r"rank 1: .*it was changed"):
+        future.result(60)
+    Snapshot.check = check  # type: ignore[method-assign]
+    with pytest.raises(h.CheckpointError, match="it was changed"):
+        h.async_save(run.state(), checkpoint_id=f"{path}/step")
+    run.model.load_state_dict(elsewhere["model"])  # replicas are equal again
+    future = h.async_save(run.state(), checkpoint_id=f"{path}/verified", snapshot="verify")
+    expected = run.leaves(run.state())
+    run.optimizer.step()
+    future.result(60)
+    run.saved_is(f"{path}/verified", expected)
+
+    # in_flight: the same outcome on all ranks, though the save is in flight on some longer than on others.
+    state = run.state()
+    expected = run.leaves(state)
+    with _Late() if rank == 3 else torch.no_grad():
+        first = h.async_save(state, checkpoint_id=f"{path}/first")
+        with pytest.raises(h.CheckpointError, match="still in flight"):
+            h.async_save(state, checkpoint_id=f"{path}/second", in_flight="raise")
+        first.result(60)
+        dist.barrier()
+        h.async_save(state, checkpoint_id=f"{path}/second", in_flight="raise").result(60)
+        first = h.async_save(state, checkpoint_id=f"{path}/replaced")
+        run.optimizer.step()
+        second = h.async_save(run.state(), checkpoint_id=f"{path}/second", in_flight="replace")
+    with pytest.raises(h.CheckpointError, match="given up for a later one"):
+        first.result(60)
+    second.result(60)
+    run.saved_is(f"{path}/second", run.leaves(run.state()))
+    for arguments in ({"snapshot": "eager"}, {"in_flight": "queue"}):
+        with pytest.raises(ValueError, match=next(iter(arguments.values()))):
+            h.async_save(state, checkpoint_id=path, **arguments)
+
+
+def test_the_gate_and_what_passes_it(tmp_path: Path) -> None:
+    run_ranks(_gates, 4, str(tmp_path))
+
+
+def _another_thread(rank: int, path: str) -> None:
+    run = _Run(rank)
+    between = threading.Lock()  # async_save is called between two steps, as its caller has to see to
+    stop = threading.Event()
+
+    def train() -> None:
+        step = 0
+        while not stop.is_set():
+            step += 1
+            with between:
+                run.gradients(step)
+                run.optimizer.step()
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    for i in range(5):
+        with between:
+            state = run.state()
+            expected = run.leaves(state)
+            future = h.async_save(state, checkpoint_id=f"{path}/{i}")
+        future.result(60)
+        target = torch.utils._pytree.tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v, state)
+        h.load(target, checkpoint_id=f"{path}/{i}")
+        assert all(torch.equal(a, b) for a, b in zip(run.leaves(target), expected, strict=True)), i
+    stop.set()
+    trainer.join()
+
+
+def test_another_thread_trains(tmp_path: Path) -> None:
+    run_ranks(_another_thread, 1, str(tmp_path))
+
+
+def _on_gpu(rank: int, path: str) -> None:
+    run = _Run(rank, "cuda")
+    for step in range(4):
+        run.gradients(step)
+        state = run.state()
+        expected = run.leaves(state)
+        future = h.async_save(state, checkpoint_id=f"{path}/{step}", snapshot="verify" if step == 3 else "lazy")
+        run.optimizer.step()  # its kernels are queued behind the copies
+        future.result(60)
+        run.saved_is(f"{path}/{step}", expected)
+
+
+@pytest.mark.gpu
+def test_the_gate_on_a_gpu(tmp_path: Path) -> None:
+    run_ranks(_on_gpu, 1, str(tmp_path), backend="cpu:gloo,cuda:nccl")
