@@ -91,6 +91,22 @@ void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) con
   BatchedCopy(device_, segments, bucket.computed, bucket.wire, scale);
 }
 
+// Makes the memory that other ranks' gradients come to.
+void GradReducer::Receive(Bucket& bucket) const {
+  const int64_t shards = collectives_->shards();
+  if (shards == 1) return;
+  if (!exchanges_) {
+    const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
+    bucket.output = at::empty({bucket.stride}, bucket.input.options());
+    return;
+  }
+  bucket.inbox.assign(static_cast<size_t>(shards), at::Tensor());
+  for (int64_t r = 0; r < shards; ++r) {
+    if (r == collectives_->shard_rank()) continue;
+    bucket.inbox[static_cast<size_t>(r)] = at::empty({bucket.stride}, bucket.ones.options().dtype(bucket.wire));
+  }
+}
+
 void GradReducer::Start(std::vector<at::Tensor> grads, const ReduceOptions& options) {
   TORCH_CHECK(stage_ == Stage::kIdle, "GradReducer: the last reduction of unit '", unit_, "' has not been taken");
   TORCH_CHECK(grads.size() == sizes_.size(), "GradReducer: ", grads.size(), " gradients for ", sizes_.size(),
@@ -115,12 +131,16 @@ void GradReducer::Start(std::vector<at::Tensor> grads, const ReduceOptions& opti
                                                  : at::zeros({bucket->layout.param(p).numel()}, bucket->ones.options()));
     }
     Pack(*bucket, grads);
+    Receive(*bucket);
   }
   grads.clear();  // the packed ones: allocated and last used on the compute stream
-  if (exchanges_) {
-    StartExchange();
-  } else {
-    StartScatter();
+  // What may run out of memory is over before the first message goes out: peers would pair up the second try's with it.
+  try {
+    exchanges_ ? StartExchange() : StartScatter();
+  } catch (const c10::DistBackendError&) {
+    throw;
+  } catch (const c10::Error& error) {
+    C10_THROW_ERROR(DistBackendError, c10::str("a reduction that has begun failed: ", error.what_without_backtrace()));
   }
 }
 
@@ -130,12 +150,8 @@ void GradReducer::StartExchange() {
   for (const auto& bucket : buckets_) {
     if (shards == 1) continue;
     std::vector<std::vector<at::Tensor>> pieces(static_cast<size_t>(shards));
-    bucket->inbox.assign(static_cast<size_t>(shards), at::Tensor());
     for (int64_t r = 0; r < shards; ++r) {
-      if (r == rank) continue;
-      at::Tensor& from = bucket->inbox[static_cast<size_t>(r)];
-      from = at::empty({bucket->stride}, bucket->ones.options().dtype(bucket->wire));
-      pieces[static_cast<size_t>(r)] = bucket->Pieces(from, rank);
+      if (r != rank) pieces[static_cast<size_t>(r)] = bucket->Pieces(bucket->inbox[static_cast<size_t>(r)], rank);
     }
     bucket->works = collectives_->ExchangePieces(bucket->Runs(), pieces);
   }
@@ -188,7 +204,6 @@ void GradReducer::StartScatter() {
       bucket->output = bucket->input;
       continue;
     }
-    bucket->output = at::empty({bucket->stride}, bucket->input.options());
     bucket->works =
         collectives_->ReduceScatter(bucket->Pieces(bucket->output, collectives_->shard_rank()), bucket->Runs(),
                                     !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));

@@ -75,6 +75,7 @@ class GradReducer {
   struct Bucket;
 
   void Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) const;
+  void Receive(Bucket& bucket) const;
   void StartExchange();
   void StartScatter();
   void StartAllReduce();
