@@ -51,10 +51,10 @@ def run_checkpoint(args: argparse.Namespace) -> str:
 
 def run_step(args: argparse.Namespace) -> str:
     names = chosen(args, systems.WRAPPERS)
-    steps = 3 if args.quick else 10
-    sections = [step.own_time(names, 5 if args.quick else 30)]
+    steps = 3 if args.quick else 6
+    sections = [step.own_time(names, 5 if args.quick else 20)]
     sections += [step.communication(names, kind, steps, args.quick) for kind in ("blocks", "small", "uneven")]
-    sections.append(step.in_place(3 if args.quick else 15))
+    sections.append(step.in_place(3 if args.quick else 9))
     sections += [step.memory(names, kind, 3, args.quick) for kind in ("blocks", "uneven")]
     return "\n".join(sections)
 
