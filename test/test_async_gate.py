@@ -118,7 +118,8 @@ def _gates(rank: int, path: str) -> None:
         plain.fill_(7)
         assert not future.staging_completion.done()
     future.result(60)
-    assert future.staged_bytes < 0.6 * (ema._local_tensor.nbytes + plain.nbytes)
+    # Plain tensors are written whole, by one rank.
+    assert future.staged_bytes < 0.6 * ema._local_tensor.nbytes + plain.nbytes
     run.saved_is(f"{path}/large", expected)
     target = {"ema": torch.zeros_like(ema), "plain": torch.zeros_like(plain)}
     h.load(target, checkpoint_id=f"{path}/large")
