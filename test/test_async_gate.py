@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from training import loss_of, mesh_of, wrap
 
 import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _C
 from torch_hsdp_ckpt._async_job import Job
 from torch_hsdp_ckpt._snapshot import Snapshot
 
@@ -125,6 +126,14 @@ def _gates(rank: int, path: str) -> None:
     h.load(target, checkpoint_id=f"{path}/large")
     assert torch.equal(_local(target["ema"]), torch.full((500_000,), float(rank % 2)))
     assert torch.equal(target["plain"], torch.arange(400_000.0))
+
+    # A call that fails while it plans with the peers leaves no gate shut behind it.
+    if rank == 0:
+        _C._inject_fault(lambda op, path: -28)
+    with pytest.raises(OSError, match="rank 0"):
+        h.async_save({**run.state(), "ema": ema}, checkpoint_id=f"{path}/refused")
+    _C._inject_fault(None)
+    run.optimizer.step()
 
     # Writes past the gate: seen by version counters, or by reading again; the save fails on all ranks and the older one stays.
     weight = next(p for n, p in run.model.named_parameters() if n.endswith("up.weight"))

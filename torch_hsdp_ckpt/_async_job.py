@@ -99,6 +99,7 @@ class Job:
                 try:
                     self._open()
                 except BaseException:
+                    self._open_gate()
                     self._save.abandon()
                     raise
             try:
