@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from save_faults import OLD, at_call, calls_of, loaded, no_fault, pair_mesh, sharded
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt._async_job import Job
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 NEW = torch.arange(100_000.0) + 1
@@ -153,3 +158,65 @@ def test_a_save_is_finished_when_the_program_fails(tmp_path: Path, end: str) -> 
     assert ended.returncode != 0
     assert ("the end" if "raise" in end else "KeyboardInterrupt") in ended.stderr
     assert torch.equal(loaded(tmp_path / "c", 10**7), torch.arange(1e7))
+
+
+def test_a_call_interrupted_while_it_waits_leaves_the_save_before_alone(tmp_path: Path) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slow(op: str, path: str) -> int:
+        if op == "pwrite" and path.startswith(str(tmp_path / "one")) and not writing.is_set():
+            writing.set()
+            go_on.wait(60)
+        return 0
+
+    _C._inject_fault(slow)
+    try:
+        first = h.async_save({"w": torch.full((3 << 20,), 1.0)}, checkpoint_id=tmp_path / "one", snapshot="copy")
+        assert writing.wait(60)
+        threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            h.async_save({"w": torch.full((3 << 20,), 2.0)}, checkpoint_id=tmp_path / "two", snapshot="copy")
+        threading.Timer(0.3, go_on.set).start()
+        second = h.async_save({"w": torch.full((3 << 20,), 3.0)}, checkpoint_id=tmp_path / "two", snapshot="copy")
+        assert first.done(), "the memory that the first one writes from was the second one's too early"
+        second.result()
+    finally:
+        _C._inject_fault(None)
+    for name, value in (("one", 1.0), ("two", 3.0)):
+        assert torch.equal(loaded(tmp_path / name, 3 << 20), torch.full((3 << 20,), value))
+
+
+class _Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.scale = nn.Parameter(torch.full((4,), 5.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.scale.clamp_(max=1.0)
+        return self.linear(x).sum() * self.scale.sum()
+
+
+def _in_place_in_forward(rank: int, path: str) -> None:
+    """With one shard the full parameter is the shard's own memory, so that a forward may change it."""
+    model = h.FullyShardedDataParallel(
+        _Clamped(), device_mesh=init_device_mesh("cpu", (1, 1)), sharding_strategy=h.ShardingStrategy.NO_SHARD
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(torch.ones(2, 64)).backward()
+    optimizer.step()
+    scale = model.state_dict()["scale"]
+    scale._local_tensor.fill_(7.0)
+    begin, passed = Job._begin_copy, threading.Event()
+    Job._begin_copy = lambda job: (passed.wait(60), begin(job))[1]  # type: ignore[method-assign]
+    saving = h.async_save({"scale": scale}, checkpoint_id=path)
+    model(torch.ones(2, 64))
+    assert (scale._local_tensor == 1.0).all()
+    passed.set()
+    saving.result()
+    assert torch.equal(loaded(Path(path), 4, "scale"), torch.full((4,), 7.0))
+
+
+def test_a_forward_that_changes_a_whole_shard_in_place(tmp_path: Path) -> None:
+    run_ranks(_in_place_in_forward, 1, str(tmp_path / "c"))

@@ -34,15 +34,24 @@ class _InFlight:
 
     def finish(self) -> None:
         """Waits for the save before, if there is one, and raises its exception, once."""
-        before, self.job = self.job, None
-        if before is not None:
-            before.future.result()
+        if (before := self.job) is not None:
+            try:
+                before.future.result()
+            finally:
+                self._forget(before)
+
+    def _forget(self, job: Job) -> None:
+        # Not after Ctrl-C in the wait: the job goes on, and the memory that it writes from is its own until it is done.
+        if job.future.done():
+            self.job = None
 
     def replace(self) -> None:
         """Ends the save before, unless it is committed already; raises its exception if it failed for another reason."""
-        before, self.job = self.job, None
-        if before is not None:
-            before.give_up()
+        if (before := self.job) is not None:
+            try:
+                before.give_up()
+            finally:
+                self._forget(before)
             error = before.future.exception()
             if error is not None and not before.was_given_up(error):
                 raise error

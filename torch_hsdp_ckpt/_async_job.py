@@ -95,7 +95,7 @@ class Job:
         self._save = Save(state_dict, self._writer, self._planner, agreement, self._global_ranks, self._captured)
         if self._error is None:
             # Much to copy: agreed with the ranks first, so that it is 1/R of it.
-            if self._captured is None or sum(self._captured.sizes[i] for i in self._eager) > _COPIED_WHOLE:
+            if self._captured is None or sum(local_of(self._captured.tensors[i]).nbytes for i in self._eager) > _COPIED_WHOLE:
                 try:
                     self._open()
                 except BaseException:
@@ -108,8 +108,11 @@ class Job:
                 self._error = error
                 self._open_gate()
         # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is finished.
-        threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
         self.started = True
+        try:
+            threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
+        except RuntimeError:  # no thread is to be had: then here and now, since the peers wait for this rank
+            self._run()
         if self._error is not None and not isinstance(self._error, Exception):
             raise self._error  # Ctrl-C; the thread tells the peers
 
@@ -138,14 +141,14 @@ class Job:
             self._staged = True
             self._open_gate()
             return
+        # Before the device's copies are made, which read what is frozen too.
+        captured.freeze_tensors([i for i in self._eager if not (self._opened and captured.addresses[i])])
+        if not self._opened:
+            self._eager.clear()
         devices = {tensor.device for tensor in captured.tensors if tensor.is_cuda}
         if devices:
             self._device_copy = DeviceCopy(devices)
-        if not self._opened:
-            captured.freeze_tensors(self._eager)
-            self._eager.clear()
-        elif self._eager:
-            captured.freeze_tensors([i for i in self._eager if not captured.addresses[i]])
+        if self._eager:
             self._make_image(captured)
             copy, sources, targets = self._copies(captured, now=True)
             copy.finish()
@@ -213,9 +216,11 @@ class Job:
             metadata = self._save.commit(vote, self._error)
         except BaseException as failure:
             self._open_gate()
-            self._save.abandon()
-            _logger.warning("an asynchronous save failed; older checkpoints are as they were: %s", failure)
-            self.future.set_exception(failure)
+            try:
+                self._save.abandon()
+                _logger.warning("an asynchronous save failed; older checkpoints are as they were: %s", failure)
+            finally:
+                self.future.set_exception(failure)
         else:
             self.future.set_result(metadata)
 
@@ -250,8 +255,8 @@ class Job:
             self._snapshot.release()
         if self._device_copy is not None:
             self._device_copy.synchronize()
-            if self._snapshot is not None and not self._snapshot.passed:
-                self._snapshot.check(verify=False)
+            if self._snapshot is not None:
+                self._snapshot.check_unless_passed()
         self._open_gate()
 
     def _open_gate(self) -> None:
@@ -259,6 +264,8 @@ class Job:
         if self._copy is not None:
             self._copy.cancel()
             self._copy.finish()
+        if self._device_copy is not None:
+            self._device_copy.synchronize()  # the next save uses the same memory
         if self._snapshot is not None:
             self._snapshot.release()
             self._snapshot.close()
@@ -276,7 +283,8 @@ class Job:
         self.future.exception()
 
     def was_given_up(self, error: BaseException) -> bool:
-        return _GIVEN_UP in str(error)
+        # Not where a rank failed for another reason besides.
+        return type(error) is CheckpointError and str(error).count(_GIVEN_UP) >= str(error).count("rank ")
 
     def _check_given_up(self) -> None:
         if self._given_up is not None:

@@ -18,6 +18,7 @@ from ._arguments import check_mesh, check_module, check_offload
 from ._materialize import move
 from ._precision import Precision
 from ._runner import Runner, named_runners, runner_of
+from ._snapshot import hold
 from ._unit import ShardedUnit, device_of, own_slots
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -246,11 +247,15 @@ def _become(module: nn.Module, runner: Runner) -> None:
     def before(*_: Any) -> None:
         runner.reset()
 
+    def before_load(*_: Any) -> None:
+        hold()
+        runner.reset()
+
     def after(*_: Any) -> None:
         runner.unit.rebind()
 
     module.register_state_dict_pre_hook(before)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(before)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(after)  # type: ignore[no-untyped-call]
 
 

@@ -408,8 +408,9 @@ class Save:
                 metadata.set_exception(error)
 
         # Not an executor: these take nothing on once the interpreter has begun to end, which waits for asynchronous saves.
-        self._thread = threading.Thread(target=run, name="torch_hsdp_ckpt_metadata")
-        self._thread.start()
+        thread = threading.Thread(target=run, name="torch_hsdp_ckpt_metadata")
+        thread.start()
+        self._thread = thread
 
     def commit(self, vote: bytes, error: BaseException | None = None) -> SavedMetadata:
         """One vote of all ranks, the coordinator's commit, its verdict to all ranks."""
@@ -461,6 +462,10 @@ class Save:
         if not self._agreement.broken or self._agreement.is_coordinator:
             remove_quietly(self._writer.path, self._names)
         self._claim, self._names = None, []
+        # The caller may keep what this save belongs to, and has dropped the model.
+        self._state_dict, self._staged, self._prepared, self._planner.state_dict = {}, None, None, {}
+        if hasattr(self, "_local"):
+            self._local.drop_values()
 
     def _end_thread(self) -> None:
         if self._thread is not None:

@@ -24,8 +24,8 @@ _pending: "Snapshot | None" = None  # what training has to wait for; one at a ti
 
 def hold() -> None:
     """Returns when nothing that is being saved has still to be copied. Before anything that writes shards in place."""
-    if _pending is not None:
-        _pending.hold()
+    if (pending := _pending) is not None:
+        pending.hold()
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -38,8 +38,12 @@ register_optimizer_step_pre_hook(_before_step)
 
 def guarded_tensors() -> list[torch.Tensor]:
     """The tensors that nobody changes without passing the gate: parameters of our units that an announced optimizer updates,
-    and the tensors of these optimizers' states."""
-    ours = {id(parameter) for unit in units for parameter in unit.sharded}
+    and the tensors of these optimizers' states.
+
+    Not the parameters of a unit with one shard: there the whole parameter is the shard's own memory, and a forward that
+    changes it in place (``clamp_`` of a logit scale) passes no gate and moves no counter of the shard.
+    """
+    ours = {id(parameter) for unit in units if unit.mesh.size(unit.mesh.ndim - 1) > 1 for parameter in unit.sharded}
     found: list[torch.Tensor] = []
     for optimizer in list(_optimizers):
         for group in optimizer.param_groups:
@@ -59,8 +63,8 @@ def forget_in_child() -> None:
 class Snapshot:
     """The part of one save that is copied after the call has returned.
 
-    ``owners``: the guarded tensors that it reads, and ``names`` what they are called. A thread calls :meth:`begin` and
-    :meth:`finish`; training meets :meth:`hold`.
+    ``owners``: the guarded tensors that it reads, and ``names`` what they are called. A thread calls :meth:`begin`,
+    :meth:`check`, :meth:`release` and :meth:`close`, in this order; training meets :meth:`hold`.
     """
 
     def __init__(self, owners: Sequence[torch.Tensor], names: Sequence[str], on_wait: Callable[[float], None]) -> None:
@@ -81,16 +85,24 @@ class Snapshot:
 
     def check(self, verify: bool) -> None:
         """After copying: CheckpointError if a tensor has changed since the call, as far as that can be seen."""
-        versions = _C.tensor_versions(self._owners)
-        for i, name in enumerate(self._names):
-            if versions[2 * i : 2 * i + 2] != self._versions[2 * i : 2 * i + 2]:
-                raise CheckpointError(f"{name}: {_CHANGED}")
+        self._compare(_C.tensor_versions(self._owners))
         if verify and self._copy is not None:
             changed = self._copy.first_change(2)
             if changed >= 0:
                 raise CheckpointError(f"copied piece {changed}: {_CHANGED}")
         if verify and self._device_copy is not None and not self._device_copy.unchanged():
             raise CheckpointError(f"a tensor on a device: {_CHANGED}")
+
+    def check_unless_passed(self) -> None:
+        """After :meth:`release`: the same again, of the counters alone, if training has changed nothing by right."""
+        versions = _C.tensor_versions(self._owners)
+        if not self.passed:
+            self._compare(versions)
+
+    def _compare(self, versions: list[int]) -> None:
+        for i, name in enumerate(self._names):
+            if versions[2 * i : 2 * i + 2] != self._versions[2 * i : 2 * i + 2]:
+                raise CheckpointError(f"{name}: {_CHANGED}")
 
     def release(self) -> None:
         """Opens the gate: everything is copied, on its way from a device before anything that is queued there from now on, or
@@ -140,6 +152,9 @@ class DeviceCopy:
         self._pairs = list(zip(sources, targets, strict=True))
         for device, ready in self._ready.items():
             pairs = [pair for pair in self._pairs if pair[0].device == device]
+            if not pairs:
+                self._done.append(ready)  # one for each device
+                continue
             stream = _side_stream(device)
             with torch.cuda.stream(stream), torch.no_grad():
                 stream.wait_event(ready)

@@ -50,6 +50,7 @@ def _one(unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, 
     finally:
         current = unit.dismiss()
         if writeback:
+            hold()
             with torch.no_grad():
                 for held, sharded in zip(current, unit.sharded, strict=True):
                     unit.write_rows(held, sharded)
