@@ -17,8 +17,8 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
+from ._build import build_info  # isort: skip  (first: it says what is wrong if the extension does not load)
 from ._async import AsyncSave, async_save
-from ._build import build_info
 from ._fully_shard import FSDPModule, fully_shard, register_fsdp_forward_method
 from ._load import load
 from ._result import SaveResult

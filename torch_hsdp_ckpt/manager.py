@@ -5,7 +5,9 @@ import functools
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,17 +94,25 @@ class CheckpointManager:
         path = checkpoints.path_of(self.root, step)
         if not self.asynchronous:
             save(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
+            self._saved = step
             self._committed(step)
         else:
             future: AsyncSave = async_save(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
             self._in_flight, self._saved = future, step
-            future.add_done_callback(lambda done: None if done.exception() else self._committed(step))
+            self._settled = threading.Event()
+            future.add_done_callback(functools.partial(self._done, step, self._settled))
             if last:
                 self._wait()  # the process is to end; the deadline is for the whole save
         return True
 
+    def _done(self, step: int, settled: threading.Event, future: "Future[Any]") -> None:
+        try:
+            if future.exception() is None:
+                self._committed(step)
+        finally:
+            settled.set()
+
     def _committed(self, step: int) -> None:
-        self._saved = step
         self._damaged.discard(step)
         if self._agreement.is_coordinator:
             self._prune(step)
@@ -113,6 +123,7 @@ class CheckpointManager:
         if before is not None:
             try:
                 collect(before)
+                self._settled.wait()  # what it makes superfluous is deleted
             except BaseException:
                 self._saved = None
                 raise
