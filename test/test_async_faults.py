@@ -152,6 +152,7 @@ def test_hundreds_in_a_row_with_workers_alive(tmp_path: Path) -> None:
 def test_a_save_is_finished_when_the_program_fails(tmp_path: Path, end: str) -> None:
     code = (
         "import os, signal, time, torch, torch_hsdp_ckpt as h\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever the tests were started by
         f"h.async_save({{'w': torch.arange(1e7)}}, checkpoint_id={str(tmp_path / 'c')!r})\n{end}"
     )
     ended = subprocess.run([sys.executable, "-c", code], timeout=120, stderr=subprocess.PIPE, text=True, check=False)
@@ -170,6 +171,7 @@ def test_a_call_interrupted_while_it_waits_leaves_the_save_before_alone(tmp_path
         return 0
 
     _C._inject_fault(slow)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are started without
     try:
         first = h.async_save({"w": torch.full((3 << 20,), 1.0)}, checkpoint_id=tmp_path / "one", snapshot="copy")
         assert writing.wait(60)
@@ -182,6 +184,7 @@ def test_a_call_interrupted_while_it_waits_leaves_the_save_before_alone(tmp_path
         second.result()
     finally:
         _C._inject_fault(None)
+        signal.signal(signal.SIGINT, handler)
     for name, value in (("one", 1.0), ("two", 3.0)):
         assert torch.equal(loaded(tmp_path / name, 3 << 20), torch.full((3 << 20,), value))
 
