@@ -13,8 +13,6 @@ namespace {
 
 // Unwanted bytes between two wanted ranges that are read rather than skipped.
 constexpr int64_t kGap = 16 << 10;
-// What one direct read of ReadAll takes, in neighbouring pieces: disks give their full speed to large requests only.
-constexpr int64_t kRunBytes = int64_t{8} << 20;
 // Bytes that one call puts into a target: they are still in the cache when they are summed.
 constexpr int64_t kStep = 256 << 10;
 
@@ -50,7 +48,7 @@ class ReadPlan::Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   std::byte* data() {
-    if (!buffer_) buffer_ = AlignedBuffer(std::max(kBufferBytes, kRunBytes + 2 * kPage));
+    if (!buffer_) buffer_ = AlignedBuffer(kBufferBytes);
     return buffer_.data();
   }
 
@@ -124,8 +122,9 @@ void ReadPlan::Fail(uint32_t file, const Segment& segment, const std::string& ex
   throw CorruptionError(files_[file]->file().path(), read.name + place, expected, got);
 }
 
-bool ReadPlan::GoesDirect(const ShardFileReader& file, int64_t begin, int64_t end) const {
-  return file.direct() != nullptr && !file.file().IsCached(begin, end - begin);
+bool ReadPlan::GoesDirect(const Piece& piece) const {
+  const ShardFileReader& file = *files_[piece.file];
+  return file.direct() != nullptr && !file.file().IsCached(piece.begin, piece.end - piece.begin);
 }
 
 // Reads [begin, end) of a file to `at`; for a direct read all three are page-aligned, but for an end at the file's own.
@@ -148,7 +147,7 @@ void ReadPlan::Fill(size_t i, std::byte* buffer) {
   const Piece& piece = pieces_[i];
   const ShardFileReader& file = *files_[piece.file];
   const int64_t begin = PageBefore(piece.begin);
-  const bool direct = GoesDirect(file, piece.begin, piece.end);
+  const bool direct = GoesDirect(piece);
   // Through the page cache no more is read than is needed, to the place it has in a direct read.
   const int64_t from = direct ? begin : piece.begin, to = direct ? std::min(PageAfter(piece.end), file.size()) : piece.end;
   ReadRange(file, direct, from, std::max(to, piece.end), buffer + (from - begin), segments_[piece.first]);
@@ -175,7 +174,7 @@ void ReadPlan::Read(size_t i) {
   const Piece& piece = pieces_[i];
   const ShardFileReader& file = *files_[piece.file];
   Scratch scratch(*this);
-  if (GoesDirect(file, piece.begin, piece.end)) return Fill(i, scratch.data());
+  if (GoesDirect(piece)) return Fill(i, scratch.data());
   for (uint32_t s = piece.first; s < piece.last;) {
     const Segment& head = segments_[s];
     // What lands whole and one behind the other in memory as in the file needs no buffer; the rest, up to the next of
@@ -261,33 +260,8 @@ void ReadPlan::Finish() const {
   }
 }
 
-// Pieces [first, last) of one file, side by side.
-void ReadPlan::ReadRun(size_t first, size_t last) {
-  const ShardFileReader& file = *files_[pieces_[first].file];
-  const int64_t begin = PageBefore(pieces_[first].begin), end = pieces_[last - 1].end;
-  if (last - first == 1 || !GoesDirect(file, begin, end)) {
-    for (size_t i = first; i < last; ++i) Read(i);
-    return;
-  }
-  Scratch scratch(*this);
-  ReadRange(file, true, begin, std::max(std::min(PageAfter(end), file.size()), end), scratch.data(),
-            segments_[pieces_[first].first]);
-  for (size_t i = first; i < last; ++i) {
-    Process(pieces_[i], pieces_[i].first, pieces_[i].last, scratch.data() + (PageBefore(pieces_[i].begin) - begin),
-            PageBefore(pieces_[i].begin));
-  }
-}
-
 void ReadPlan::ReadAll(int threads) {
-  std::vector<std::pair<size_t, size_t>> runs;
-  for (size_t i = 0; i < pieces_.size(); ++i) {
-    const Piece& piece = pieces_[i];
-    const bool goes_on = !runs.empty() && piece.file == pieces_[i - 1].file && piece.begin - pieces_[i - 1].end <= kGap &&
-                         piece.end - pieces_[runs.back().first].begin <= kRunBytes;
-    if (!goes_on) runs.emplace_back(i, i);
-    runs.back().second = i + 1;
-  }
-  ParallelFor(runs.size(), threads, [&](size_t r) { ReadRun(runs[r].first, runs[r].second); });
+  ParallelFor(pieces_.size(), threads, [&](size_t i) { Read(i); });
   Finish();
 }
 

@@ -66,8 +66,7 @@ class ReadPlan {
 
  private:
   class Scratch;
-  bool GoesDirect(const ShardFileReader& file, int64_t begin, int64_t end) const;
-  void ReadRun(size_t first, size_t last);
+  bool GoesDirect(const Piece& piece) const;
   void ReadRange(const ShardFileReader& file, bool direct, int64_t begin, int64_t end, std::byte* at,
                  const Segment& for_whom);
   void Process(const Piece& piece, uint32_t first, uint32_t last, const std::byte* bytes, int64_t begin);
