@@ -174,7 +174,6 @@ void ReadPlan::Read(size_t i) {
   const Piece& piece = pieces_[i];
   const ShardFileReader& file = *files_[piece.file];
   Scratch scratch(*this);
-  if (GoesDirect(piece)) return Fill(i, scratch.data());
   for (uint32_t s = piece.first; s < piece.last;) {
     const Segment& head = segments_[s];
     // What lands whole and one behind the other in memory as in the file needs no buffer; the rest, up to the next of

@@ -31,10 +31,12 @@ struct PlannedRead {
 /// Reads from many files at once: all that is asked for, sorted by file and offset, neighbours together, in pieces of a few
 /// MiB that threads and processes can share out among themselves. Every byte is checked once, while it is in the cache.
 ///
-/// A piece goes past the page cache where the file system allows that and the cache has not got it; otherwise blocks that
-/// are wanted whole are read straight into their targets. The plan follows from the files and the reads' ranges alone, so
-/// that ranks which ask for the same have the same pieces, whatever their targets. Read, Fill and Deliver may run
-/// concurrently, for different pieces. After an exception the targets hold nothing to be trusted.
+/// What is read for several processes (Fill) goes past the page cache where the file system allows that and the cache has
+/// not got it. What one reads for itself goes through it, since the kernel's readahead beats direct requests of a piece at
+/// a time (2 cores, a virtual disk: 0.27 against 0.42 s for 0.5 GiB); blocks that are wanted whole come straight to their
+/// targets. The plan follows from the files and the reads' ranges alone, so that ranks which ask for the same have the same
+/// pieces, whatever their targets. Read, Fill and Deliver may run concurrently, for different pieces. After an exception
+/// the targets hold nothing to be trusted.
 class ReadPlan {
  public:
   static constexpr int64_t kPage = 4096;
