@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
@@ -40,6 +41,12 @@ def _rank(call: bytes, rank: int, world_size: int, store: str, backend: str, sen
     sender.send_bytes(pickle.dumps(outcome))
     sender.close()
     os._exit(0)  # a peer that failed may never come to a collective that tearing down would wait for
+
+
+def process_memory(key: str) -> int:
+    """Bytes of one line of ``/proc/self/status``, such as VmRSS, VmHWM or RssFile."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) << 10
 
 
 def run_ranks(

@@ -1,11 +1,15 @@
 """What the tests of failing saves share: faults at one call of the file system, and what a save must leave as it was."""
 
 import os
-from collections.abc import Callable
+import shutil
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -13,7 +17,9 @@ import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
 
 Call = tuple[str, str]  # the operating system's call, and what it is about: "claim", "data", "metadata" or "directory"
+Scenario = tuple[int, int]  # the rank of a pair that is killed, and the number of the call
 OLD = torch.arange(50000.0)
+_PAIRS = 8  # scenarios at a time: each is two ranks of its own
 
 
 def about(path: str) -> str:
@@ -47,6 +53,40 @@ def calls_of(work: Callable[[], Any]) -> list[Call]:
     work()
     no_fault()
     return calls
+
+
+def over_an_older_one(path: str, save: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[str, Any], list[list[Call]]]:
+    """Two ranks: an older checkpoint in ``path``, what is saved over it, and the calls that either rank's ``save`` makes."""
+    mesh = pair_mesh()
+    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
+    h.save(old, checkpoint_id=path)
+    calls: list[Any] = [None, None]
+    dist.all_gather_object(calls, calls_of(lambda: save(old)))
+    return old, new, calls
+
+
+def about_to_be_killed(rank: int, scenarios: Sequence[Scenario]) -> tuple[str, Any]:
+    """For pairs of ranks, a scenario each: the name of its directory and the pair's process group. From now on the call of the
+    rank that the scenario names kills it."""
+    pair, role = divmod(rank, 2)
+    group = dist.new_group([2 * pair, 2 * pair + 1], use_local_synchronization=True)
+    who, call = scenarios[pair]
+    dist.barrier()  # no rank of another pair waits for one that dies
+    if role == who:
+        at_call(call, lambda path: os.kill(os.getpid(), signal.SIGKILL) or 0)  # type: ignore[func-returns-value]
+    return f"{who}-{call}", group
+
+
+def kill_at_every_call(root: Path, calls: Sequence[Sequence[Call]], save: Callable[[int, str, Any], None]) -> list[Scenario]:
+    """Runs ``save(rank, root, scenarios)`` over a copy of ``root``/old for each call of either rank. Returns all scenarios."""
+    scenarios = [(who, call) for who in (0, 1) for call in range(len(calls[who]))]
+    for who, call in scenarios:
+        shutil.copytree(root / "old", root / f"{who}-{call}")
+    for first in range(0, len(scenarios), _PAIRS):
+        batch = scenarios[first : first + _PAIRS]
+        died = tuple(2 * pair + who for pair, (who, _) in enumerate(batch))
+        run_ranks(save, 2 * len(batch), str(root), batch, allow_death=died)
+    return scenarios
 
 
 def pair_mesh() -> DeviceMesh:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +13,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from save_faults import OLD, at_call, calls_of, loaded, no_fault, pair_mesh, sharded
+from ranks import process_memory, run_ranks
+from save_faults import (
+    OLD,
+    Scenario,
+    about_to_be_killed,
+    at_call,
+    calls_of,
+    kill_at_every_call,
+    loaded,
+    no_fault,
+    over_an_older_one,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -25,16 +34,11 @@ from torch_hsdp_ckpt._async_job import Job
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 NEW = torch.arange(100_000.0) + 1
-PAIRS = 8  # saves at a time: each is two ranks of its own
 
 
 def _refused(rank: int, path: str) -> None:
     """Every call of either rank up to the rename is refused in turn: on the future, and at the next call, of both ranks."""
-    mesh = pair_mesh()
-    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
-    h.save(old, checkpoint_id=path)
-    calls: list[Any] = [None, None]
-    dist.all_gather_object(calls, calls_of(lambda: h.async_save(old, checkpoint_id=path).result()))
+    old, new, calls = over_an_older_one(path, lambda state: h.async_save(state, checkpoint_id=path).result())
     calls[0] = calls[0][: calls[0].index(("rename", "claim"))]
     files = sorted(os.listdir(path))
     count = 0
@@ -70,15 +74,10 @@ def _watched(rank: int, path: str) -> list[Any]:
     return calls_of(lambda: h.async_save({"w": NEW}, checkpoint_id=f"{path}/watched").result())
 
 
-def _killed(rank: int, root: str, scenarios: list[tuple[int, int]]) -> None:
-    pair, role = divmod(rank, 2)
-    group = dist.new_group([2 * pair, 2 * pair + 1], use_local_synchronization=True)
-    who, call = scenarios[pair]
-    dist.barrier()  # no rank of another pair waits for one that dies
-    if role == who:
-        at_call(call, lambda path: os.kill(os.getpid(), signal.SIGKILL) or 0)  # type: ignore[func-returns-value]
+def _killed(rank: int, root: str, scenarios: list[Scenario]) -> None:
+    name, group = about_to_be_killed(rank, scenarios)
     start = time.monotonic()
-    future = h.async_save({"w": NEW}, checkpoint_id=f"{root}/{who}-{call}", process_group=group)
+    future = h.async_save({"w": NEW}, checkpoint_id=f"{root}/{name}", process_group=group)
     with pytest.raises(h.CheckpointError, match="gets no answer"):
         future.result(60)
     assert time.monotonic() - start < 30
@@ -87,22 +86,10 @@ def _killed(rank: int, root: str, scenarios: list[tuple[int, int]]) -> None:
 def test_killed_at_every_call_of_either_rank(tmp_path: Path) -> None:
     calls = run_ranks(_watched, 2, str(tmp_path))
     rename = calls[0].index(("rename", "claim"))
-    scenarios = [(who, call) for who in (0, 1) for call in range(len(calls[who]))]
-    for who, call in scenarios:
-        shutil.copytree(tmp_path / "old", tmp_path / f"{who}-{call}")
-    for first in range(0, len(scenarios), PAIRS):
-        some = scenarios[first : first + PAIRS]
-        died = tuple(2 * pair + who for pair, (who, _) in enumerate(some))
-        run_ranks(_killed, 2 * len(some), str(tmp_path), some, allow_death=died)
-    for who, call in scenarios:
+    for who, call in kill_at_every_call(tmp_path, calls, _killed):
         path = tmp_path / f"{who}-{call}"
         expected = NEW if who == 0 and call > rename else OLD
         assert torch.equal(loaded(path, len(expected)), expected), (who, call, calls[who][call])
-
-
-def _resident() -> float:
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("VmRSS:")[1].split()[0]) / 1024
 
 
 class _Numbers(torch.utils.data.Dataset[int]):
@@ -115,7 +102,7 @@ class _Numbers(torch.utils.data.Dataset[int]):
 
 def _in_a_row(rank: int, path: str) -> None:
     """200 saves back to back with changing shapes, while forked and spawned workers live: no memory, no thread is left."""
-    resting = 0.0
+    resting = 0
     forked = torch.utils.data.DataLoader(_Numbers(), num_workers=1, multiprocessing_context="fork", persistent_workers=True)
     spawned = torch.utils.data.DataLoader(_Numbers(), num_workers=1, multiprocessing_context="spawn", persistent_workers=True)
     future = h.async_save({"w": torch.ones(500_000)}, checkpoint_id=path)
@@ -126,8 +113,8 @@ def _in_a_row(rank: int, path: str) -> None:
         if i % 10 == 0:
             assert [int(next(loader)) for loader in loaders] == [i // 10] * 2
         if i == 60:
-            resting = _resident()
-    assert _resident() < resting + 32
+            resting = process_memory("VmRSS")
+    assert process_memory("VmRSS") < resting + (32 << 20)
     # The forked child of a rank with a save in flight has none, and steps freely.
     future = h.async_save({"w": torch.ones(500_000)}, checkpoint_id=path)
     child = os.fork()

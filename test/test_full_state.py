@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import NETS, Block, Net
-from ranks import run_ranks
+from ranks import process_memory, run_ranks
 from states import assert_same, bits, mesh_of, step, tensors, trained, wrapped
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
@@ -124,11 +124,6 @@ def _settings(rank: int) -> None:
     assert 'Missing key: "head.weight"' in str(error.value)
 
 
-def _memory(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) << 10
-
-
 def _bounded(rank: int) -> None:
     """What a rank holds on top of its shards and the result: one tensor, whatever the model's size."""
     largest = 512 * 2048 * 4
@@ -144,9 +139,9 @@ def _bounded(rank: int) -> None:
         for call in (model.state_dict, lambda: FSDP.optim_state_dict(model, optimizer)):
             dist.barrier()
             Path("/proc/self/clear_refs").write_text("5")
-            resting = _memory("VmRSS")
+            resting = process_memory("VmRSS")
             state = call()
-            extra = _memory("VmHWM") - resting
+            extra = process_memory("VmHWM") - resting
             held = sum(t.nbytes for t in tensors(state).values())
             assert held == (0 if rank else held) and extra < held + 2 * largest, (rank, extra / 2**20, held / 2**20)
             del state

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import run_ranks
+from ranks import process_memory, run_ranks
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -356,11 +356,6 @@ def test_loads_while_others_save_over_the_directory(tmp_path: Path) -> None:
     assert seen == sorted(seen) and len(set(seen)) > 2
 
 
-def _memory(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) << 10
-
-
 def _extra_memory(rank: int, path: str) -> dict[str, int]:
     """Memory that a load takes at its height, on top of what is resting, shared memory included; the state exists before."""
     mesh = init_device_mesh("cpu", (4, 1))
@@ -374,10 +369,10 @@ def _extra_memory(rank: int, path: str) -> dict[str, int]:
         for mode in ("off", "shared", "network"):
             dist.barrier()
             Path("/proc/self/clear_refs").write_text("5")
-            resting, mapped = _memory("VmRSS"), _memory("RssFile")
+            resting, mapped = process_memory("VmRSS"), process_memory("RssFile")
             h.load(targets, checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
             # Pages of libraries that are touched for the first time are no memory that the load takes.
-            extra[f"{dtype} {mode}"] = _memory("VmHWM") - resting - max(0, _memory("RssFile") - mapped)
+            extra[f"{dtype} {mode}"] = process_memory("VmHWM") - resting - max(0, process_memory("RssFile") - mapped)
             assert all((t.to_local() == 1).all() and not t.to_local().zero_().any() for t in targets.values())
     return extra
 

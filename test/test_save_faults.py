@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
-from save_faults import OLD, at_call, calls_of, loaded, no_fault, pair_mesh, process_is_as_it_was, sharded
+from save_faults import OLD, at_call, calls_of, loaded, no_fault, over_an_older_one, pair_mesh, process_is_as_it_was, sharded
 from torch.distributed.checkpoint.api import CheckpointException
 
 import torch_hsdp_ckpt as h
@@ -27,11 +27,7 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 def _refused(rank: int, path: str) -> int:
     """Every call of either rank up to the rename is refused in turn: an error on both ranks that names file and cause."""
-    mesh = pair_mesh()
-    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
-    h.save(old, checkpoint_id=path)
-    calls: list[Any] = [None, None]
-    dist.all_gather_object(calls, calls_of(lambda: h.save(old, checkpoint_id=path)))
+    old, new, calls = over_an_older_one(path, lambda state: h.save(state, checkpoint_id=path))
     calls[0] = calls[0][: calls[0].index(("rename", "claim")) + 1]
     unchanged = process_is_as_it_was(path)
     dist.barrier()  # the next save's claim is one more file
@@ -112,11 +108,7 @@ def _cut_short(rank: int, path: str) -> None:
 
 def _vanishing(rank: int, path: str) -> None:
     """The directory goes, with the older checkpoint in it, under a save: before a call of each kind, on either rank."""
-    mesh = pair_mesh()
-    old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
-    h.save(old, checkpoint_id=path)
-    calls: list[Any] = [None, None]
-    dist.all_gather_object(calls, calls_of(lambda: h.save(old, checkpoint_id=path)))
+    old, new, calls = over_an_older_one(path, lambda state: h.save(state, checkpoint_id=path))
     rename = calls[0].index(("rename", "claim"))
     for failing, number in [(0, 1), (0, 2), (0, rename - 6), (0, rename - 2), (0, rename), (1, 3), (1, len(calls[1]) - 1)]:
         away = f"{path}-{failing}-{number}"

@@ -1,22 +1,19 @@
 """SIGKILL at every call that a save over an older checkpoint makes, and a coordinator stopped there that wakes too late."""
 
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
-from save_faults import OLD, Call, at_call, calls_of, loaded
+from save_faults import OLD, Call, Scenario, about_to_be_killed, at_call, calls_of, kill_at_every_call, loaded
 
 import torch_hsdp_ckpt as h
 
 # More than one block a rank, so that there are calls in the middle of the data.
 NEW = torch.arange(2_500_000.0) + 1
-PAIRS = 8  # saves at a time: each is two ranks of its own
 
 
 def _watched(rank: int, path: str) -> list[Call]:
@@ -26,16 +23,11 @@ def _watched(rank: int, path: str) -> list[Call]:
     return calls_of(lambda: h.save({"w": NEW, "v": NEW}, checkpoint_id=f"{path}/watched"))
 
 
-def _killed(rank: int, root: str, scenarios: list[tuple[int, int]]) -> None:
-    pair, role = divmod(rank, 2)
-    group = dist.new_group([2 * pair, 2 * pair + 1], use_local_synchronization=True)
-    who, call = scenarios[pair]
-    dist.barrier()  # no rank of another pair waits for one that dies
-    if role == who:
-        at_call(call, lambda path: os.kill(os.getpid(), signal.SIGKILL) or 0)  # type: ignore[func-returns-value]
+def _killed(rank: int, root: str, scenarios: list[Scenario]) -> None:
+    name, group = about_to_be_killed(rank, scenarios)
     start = time.monotonic()
     with pytest.raises(h.CheckpointError, match="gets no answer"):
-        h.save({"w": NEW, "v": NEW}, checkpoint_id=f"{root}/{who}-{call}", process_group=group)
+        h.save({"w": NEW, "v": NEW}, checkpoint_id=f"{root}/{name}", process_group=group)
     assert time.monotonic() - start < 30
 
 
@@ -48,14 +40,7 @@ def test_at_every_call_of_either_rank(tmp_path: Path) -> None:
     assert {("open", "claim"), ("fsync", "claim")} <= set(calls[0][:rename])
     assert calls[0][rename + 1] == ("fsync", "directory")
     assert ("unlink", "data") in calls[0][rename:]
-    scenarios = [(who, call) for who in (0, 1) for call in range(len(calls[who]))]
-    for who, call in scenarios:
-        shutil.copytree(tmp_path / "old", tmp_path / f"{who}-{call}")
-    for first in range(0, len(scenarios), PAIRS):
-        batch = scenarios[first : first + PAIRS]
-        died = tuple(2 * pair + who for pair, (who, _) in enumerate(batch))
-        run_ranks(_killed, 2 * len(batch), str(tmp_path), batch, allow_death=died)
-    for who, call in scenarios:
+    for who, call in kill_at_every_call(tmp_path, calls, _killed):
         where, path = (who, call, calls[who][call]), tmp_path / f"{who}-{call}"
         committed = who == 0 and call > rename
         expected = NEW if committed else OLD
