@@ -8,15 +8,16 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.stateful import Stateful
 
 from . import _C
 from ._agreement import Agreement
-from ._capture import Captured, local_of
+from ._capture import Captured
 from ._data_file import StagedRecord
 from ._save import Save
 from ._snapshot import DeviceCopy, Snapshot, guarded_tensors
 from ._staging import ALIGNMENT, StagingPool
+from ._stateful import values_of
+from ._unit import local_of
 from ._writer import FileSystemWriter
 from .errors import CheckpointError
 
@@ -84,7 +85,9 @@ class Job:
         """Raises only what every rank raises, and Ctrl-C."""
         agreement = self._agreement
         try:
-            state_dict = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
+            state_dict, failure = values_of(state_dict)
+            if failure is not None:
+                raise failure
             if self._mode != "copy":
                 captured = Captured(state_dict, self._planner, agreement.rank, self._global_ranks, agreement.is_coordinator)
                 if captured.structure is not None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from . import _C
 from ._plan import LocalState, StaticPlan, make_static_plan
 from ._tensors import RECORD_DTYPES
+from ._unit import local_of
 
 _KEPT = 4  # structures; a job has one or two
 _PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.Size, torch.device))
@@ -150,10 +151,6 @@ class Captured:
     def drop(self) -> None:
         """Lets go of the state; what is planned stays."""
         self.tensors = []
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _walk(value: Any, values: list[Any], shape: list[Any]) -> None:

@@ -27,6 +27,7 @@ from ._objects import load_object
 from ._planner_load import plan_with_planner
 from ._reader import CheckedPlanner, FileSystemReader
 from ._snapshot import hold
+from ._stateful import values_of
 from .errors import CheckpointError, CorruptCheckpointError
 
 # A directory that is saved over faster than that is nothing that can be loaded.
@@ -78,13 +79,7 @@ def load(
     if exchange not in MODES:
         raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
     reader = _reader(checkpoint_id, storage_reader)
-    keys = sorted(state_dict)
-    values: dict[str, Any] = {}
-    failure: Exception | None = None
-    try:
-        values = {k: v.state_dict() if isinstance(v := state_dict[k], Stateful) else v for k in keys}
-    except Exception as error:  # the user's code, perhaps on one rank alone
-        failure = error
+    values, failure = values_of({key: state_dict[key] for key in sorted(state_dict)})
     if _reads_natively(reader):
         # The reader's own word holds too.
         trust = trust_objects or reader.trust_objects
@@ -140,7 +135,7 @@ def _load(
     hosts = agreement.exchange("hosts", host_identity(), failed_before)
     name_load(agreement)
     given = dict(state_dict)
-    direct = mode != "off" or agreement.size == 1
+    direct = mode != "off" and agreement.size > 1
     for _ in range(_ATTEMPTS):
         file = _read_metadata(reader, agreement, hosts, process_group)
         if file is None:  # saved without collectives: each rank has metadata of its own

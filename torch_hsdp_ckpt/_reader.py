@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
-import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as _stock
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -93,9 +92,7 @@ class FileSystemReader(_stock.FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
         hold()
-        # Replicas of one host each read the same here: past the page cache that would cost the disk's time again each.
-        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-        work = self.prepare_data(plan, planner, alone)
+        work = self.prepare_data(plan, planner, direct=False)
         run_items(work.sharded)
         run_items(work.others)
         work.rest()

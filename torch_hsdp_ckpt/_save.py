@@ -20,7 +20,6 @@ import torch.distributed.checkpoint.filesystem as _stock
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from . import _C
@@ -31,6 +30,7 @@ from ._metadata import decode_metadata, encode_metadata
 from ._plan import DIGEST_BYTES, LocalState, StaticPlan, make_static_plan, plan_rest
 from ._result import SavedMetadata, SaveResult
 from ._staging import StagingPool
+from ._stateful import values_of
 from ._writer import FileSystemWriter, add_items, remove_quietly, write_result
 from .errors import CheckpointError
 
@@ -99,11 +99,7 @@ def save(
         return metadata
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
-    failure: Exception | None = None
-    try:
-        state_dict = {k: v.state_dict() if isinstance(v, Stateful) else v for k, v in state_dict.items()}
-    except Exception as error:  # the user's code, perhaps on one rank alone
-        failure = error
+    state_dict, failure = values_of(state_dict)
     agreement = agreement_of(process_group, "save", no_dist)
     planner = planner if isinstance(planner, DefaultSavePlanner) else DefaultSavePlanner()
     save = Save(state_dict, writer, planner, agreement, _global_ranks(process_group, no_dist))

@@ -23,9 +23,8 @@ _OWNER = "_hsdp_ckpt_owner"  # on an original parameter: the unit that has shard
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor's local tensor itself; ``to_local`` would return a view of it."""
-    local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
-    return local
+    """A DTensor's local tensor itself, of which ``to_local`` would return a view; a plain tensor is its own."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 class Slot(NamedTuple):

@@ -41,7 +41,7 @@ struct ItemAnswer {
 /// Open files stay readable when a save removes them. Not thread-safe; plans made of `files` are.
 class CheckpointReader {
  public:
-  /// `direct`: past the page cache where a file is not in it; not for processes of one host that read the same bytes.
+  /// `direct`: what ReadPlan::Fill reads goes past the page cache where a file is not in it.
   CheckpointReader(FileSystem& fs, std::string directory, bool direct)
       : fs_(fs), directory_(std::move(directory)), direct_(direct) {}
 

@@ -133,7 +133,7 @@ class Verifier {
   void CheckFile(const std::string& name, const std::vector<Expected>& records, int threads) {
     std::vector<std::unique_ptr<ShardFileReader>> file;
     try {
-      file.push_back(std::make_unique<ShardFileReader>(fs_, directory_, name));
+      file.push_back(std::make_unique<ShardFileReader>(fs_, directory_, name, /*direct=*/false));
     } catch (const Error& error) {
       return Report(name, "", error);
     }
