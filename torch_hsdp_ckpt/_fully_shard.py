@@ -126,8 +126,8 @@ class FSDPModule:
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copies ``state_dict``, DTensors placed as the parameters are, into the shards (``assign``: takes them instead).
 
-        Collective over the mesh, as FSDP2's is not: what does not fit on one rank is a RuntimeError on all of them that lists it,
-        and the module is as it was. The rest is as in ``FullyShardedDataParallel.load_state_dict``. Whole tensors:
+        Collective over the mesh, as FSDP2's is not: what does not fit on one rank is a RuntimeError on all of them that lists
+        it, and the module is as it was. The rest is as in ``FullyShardedDataParallel.load_state_dict``. Whole tensors:
         ``set_model_state_dict`` with ``full_state_dict=True``.
         """
         hold()
