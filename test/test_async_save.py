@@ -109,7 +109,7 @@ def _failing(rank: int, path: str) -> None:
     write = h._save.Save.write
     if rank == 2:
 
-        def no_space(self: Any) -> bytes:
+        def no_space(self: Any, on_read: Any) -> bytes:
             raise OSError(28, "No space left on device", path)
 
         h._save.Save.write = no_space  # type: ignore[method-assign]

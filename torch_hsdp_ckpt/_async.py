@@ -91,8 +91,9 @@ def async_save(
     use_collectives: bool = True,
     snapshot: SnapshotMode = "lazy",
     in_flight: InFlight = "wait",
+    max_staging_bytes: int | None = None,
 ) -> Any:
-    """Saves the state at the call while training goes on; ``torch.distributed.checkpoint.async_save``'s arguments and two more.
+    """Saves the state at the call while training goes on; ``torch.distributed.checkpoint.async_save``'s arguments and more.
 
     Called by all ranks of ``process_group``, whose backend may be any. The checkpoint is the state at the call, bit for bit.
     Each rank copies what it will write, 1/R of its shard, into host memory that is kept for the next save. The parameters of
@@ -108,22 +109,31 @@ def async_save(
             opens everything is read again, and a difference fails the save.
         in_flight: what to do if the save before is still in flight, the same on all ranks. "wait" for it; "raise"
             CheckpointError on all ranks if it is so on any; "replace" it: it is given up, unless all have voted for it by then.
+        max_staging_bytes: host memory (pinned for tensors on CUDA devices) that the copies may take on this rank. Not counted
+            are up to 64 MiB of the writer's own, and copies of tensors that do not lie contiguous. Tensors that do not fit are
+            written first, from where they are: the next step waits for that, or this call where nothing guards them. None:
+            all of 1/R of the shard is copied.
 
     Raises:
         CheckpointError, OSError: on every rank: the save before has failed (once; the next call saves again); there is too much
             to copy before the call returns for planning alone, and planning with the ranks failed. What fails later is on the
             future.
-        ValueError: ``snapshot`` or ``in_flight`` is none of the above.
+        ValueError: ``snapshot`` or ``in_flight`` is none of the above; ``max_staging_bytes`` is negative, or set where torch's
+            own code saves, which has no such bound.
     """
     if snapshot not in ("lazy", "copy", "verify"):
         raise ValueError(f'snapshot={snapshot!r}: one of "lazy", "copy", "verify"')
     if in_flight not in ("wait", "raise", "replace"):
         raise ValueError(f'in_flight={in_flight!r}: one of "wait", "raise", "replace"')
+    if max_staging_bytes is not None and max_staging_bytes < 0:
+        raise ValueError(f"max_staging_bytes={max_staging_bytes}: bytes, 0 or more")
     reason, writer = _who_plans(storage_writer, checkpoint_id, planner, use_collectives)
     if async_stager is not None:
         reason = "an async_stager was passed"
     elif async_checkpointer_type != AsyncCheckpointerType.THREAD:
         reason = f"async_checkpointer_type is {async_checkpointer_type}"
+    if max_staging_bytes is not None and (writer is None or reason):
+        raise ValueError(f"max_staging_bytes is set, and torch's own code makes this save, without such a bound: {reason}")
     if in_flight == "raise":
         asked = agreement_of(process_group, "async_save in flight", no_dist)
         if b"y" in asked.exchange("in flight", b"y" if _in_flight.running else b"n"):
@@ -149,7 +159,7 @@ def async_save(
         writer.reset(checkpoint_id)
     agreement = agreement_of(process_group, "async_save", no_dist)
     planner = planner if isinstance(planner, DefaultSavePlanner) else DefaultSavePlanner()
-    job = Job(writer, planner, agreement, _global_ranks(process_group, no_dist), snapshot, _in_flight.pool)
+    job = Job(writer, planner, agreement, _global_ranks(process_group, no_dist), snapshot, _in_flight.pool, max_staging_bytes)
     try:
         job.start(state_dict)
     finally:

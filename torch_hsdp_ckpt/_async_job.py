@@ -11,11 +11,12 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from . import _C
 from ._agreement import Agreement
-from ._capture import Captured
+from ._capture import Captured, Part
 from ._data_file import StagedRecord
-from ._save import Save
+from ._save import Save, pickled
 from ._snapshot import DeviceCopy, Snapshot, guarded_tensors
-from ._staging import ALIGNMENT, StagingPool
+from ._staged import Objects, Staged
+from ._staging import Image, Layout, StagingPool
 from ._stateful import values_of
 from ._unit import local_of
 from ._writer import FileSystemWriter
@@ -63,21 +64,26 @@ class Job:
         global_ranks: Sequence[int],
         mode: SnapshotMode,
         pool: StagingPool,
+        limit: int | None = None,
     ) -> None:
         self.future = AsyncSave()
         self.future.set_running_or_notify_cancel()
         self.started = False  # whether the future will be done
         self._writer, self._planner, self._agreement, self._global_ranks = writer, planner, agreement, global_ranks
-        self._mode, self._pool = mode, pool
+        self._mode, self._pool, self._limit = mode, pool, limit
         self._error: BaseException | None = None  # of this rank; travels with the next thing that the ranks tell each other
         self._given_up: CheckpointError | None = None
         self._opened = self._staged = False
+        self._call_waits = False  # for the gate: what must be copied before the call returns has no place in memory
         self._captured: Captured | None = None  # where nothing but the ranks' agreement is needed to plan
         self._snapshot: Snapshot | None = None
         self._device_copy: DeviceCopy | None = None
         self._copy: _C.StagingCopy | None = None
         self._eager: list[int] = []  # tensors that have to be copied before the call returns
-        self._records: list[StagedRecord] = []
+        self._records: list[StagedRecord | torch.Tensor] = []
+        self._objects: Objects = []
+        self._image: Image | None = None
+        self._in_place = 0  # records, the first ones, that have no place in it: they are written from the tensors themselves
 
     # -- the call
 
@@ -116,6 +122,12 @@ class Job:
             threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
         except RuntimeError:  # no thread is to be had: then here and now, since the peers wait for this rank
             self._run()
+        if self._call_waits:
+            try:
+                self.future.staging_completion.result()
+            except BaseException:
+                self._given_up = CheckpointError(f"{self._writer.path}: interrupted while its state was being copied")
+                raise
         if self._error is not None and not isinstance(self._error, Exception):
             raise self._error  # Ctrl-C; the thread tells the peers
 
@@ -140,9 +152,11 @@ class Job:
     def _copy_now(self) -> None:
         captured = self._captured
         if captured is None or (self._opened and not self._save.agreed):
-            self.future.staged_bytes = self._save.stage(self._pool)
-            self._staged = True
-            self._open_gate()
+            staged = self._save.stage(self._pool, self._limit)
+            self.future.staged_bytes, self._staged = staged.copied_bytes, True
+            self._call_waits = staged.reads_state
+            if not self._call_waits:
+                self._open_gate()
             return
         # Before the device's copies are made, which read what is frozen too.
         captured.freeze_tensors([i for i in self._eager if not (self._opened and captured.addresses[i])])
@@ -153,6 +167,8 @@ class Job:
             self._device_copy = DeviceCopy(devices)
         if self._eager:
             self._make_image(captured)
+            assert captured.structure is not None
+            self._call_waits = any(part.tensor in self._eager for part in captured.structure.parts[: self._in_place])
             copy, sources, targets = self._copies(captured, now=True)
             copy.finish()
             if sources:
@@ -162,16 +178,26 @@ class Job:
                 self._device_copy = DeviceCopy(devices)
 
     def _make_image(self, captured: Captured) -> None:
-        """Places for all that this rank will write, in the memory that is kept for it."""
+        """Places for what this rank will write, in the memory that is kept for it; from the end, if it may not hold all."""
         assert captured.structure is not None
-        starts, size = [], 0
-        for part in captured.structure.parts:
-            starts.append(size)
-            size += -(-part.size // ALIGNMENT) * ALIGNMENT
-        base = self._pool.reserve(size, self._device_copy is not None).data_ptr()
-        parts = zip(captured.structure.parts, starts, strict=True)
-        self._records = [StagedRecord(part.kind, part.shape, base + start, part.size) for part, start in parts]
-        self.future.staged_bytes = sum(part.size for part in captured.structure.parts)
+        parts, static = captured.structure.parts, captured.structure.static
+        if self._agreement.is_coordinator:
+            self._objects = pickled(static.objects, captured.planner.state_dict)
+        lengths = [len(data) for _, data in self._objects]
+        files = static.plan.layout(static.pieces, lengths, self._writer.single_file_per_rank)
+        layout = Layout(files, len(lengths), self._limit)
+        self._image = self._pool.image(layout, self._device_copy is not None, self._limit)
+        self._in_place = layout.first - len(lengths)
+        for i, part in enumerate(parts):
+            if i >= self._in_place:
+                address = self._image.base + layout.payloads[len(lengths) + i]
+            elif (local := local_of(captured.tensors[part.tensor])).is_cuda:
+                self._records.append(_slice(local, part).view(part.shape))
+                continue
+            else:
+                address = captured.addresses[part.tensor] + part.first
+            self._records.append(StagedRecord(part.kind, part.shape, address, part.size))
+        self.future.staged_bytes = sum(part.size for part in parts[self._in_place :])
 
     def _copies(self, captured: Captured, now: bool) -> tuple[_C.StagingCopy, list[torch.Tensor], list[torch.Tensor]]:
         """The copying of what the call copies, or of the rest: what the CPU does, and what devices do, from where to where."""
@@ -179,19 +205,19 @@ class Job:
         pieces: list[tuple[int, int, int]] = []
         sources: list[torch.Tensor] = []
         targets: list[torch.Tensor] = []
-        block = self._pool.reserve(0, False)
+        assert self._image is not None
         eager = set(self._eager)
-        for part, record in zip(captured.structure.parts, self._records, strict=True):
-            if (part.tensor in eager) != now or not part.size:
+        for i, part in enumerate(captured.structure.parts):
+            if i < self._in_place or (part.tensor in eager) != now or not part.size:
                 continue
             local = local_of(captured.tensors[part.tensor])
+            place = len(self._objects) + i
             if local.is_cuda:
-                first = part.first // local.itemsize
-                sources.append(local.detach().view(-1)[first : first + part.size // local.itemsize])
-                start = record.address - block.data_ptr()
-                targets.append(block[start : start + part.size].view(local.dtype))
+                sources.append(_slice(local, part))
+                targets.append(self._image.view(place, sources[-1]))
             else:
-                pieces.append((captured.addresses[part.tensor] + part.first, record.address, part.size))
+                target = self._image.base + self._image.layout.payloads[place]
+                pieces.append((captured.addresses[part.tensor] + part.first, target, part.size))
         return _C.StagingCopy(pieces), sources, targets
 
     # -- the threads
@@ -209,9 +235,9 @@ class Job:
                 self._open()
             try:
                 if self._error is None:
-                    self._finish_copy()
-                    self._check_given_up()
-                    vote = self._save.write()
+                    if not self._staged:
+                        self._stage()
+                    vote = self._save.write(self._finish_copy)
                     self._check_given_up()
             except BaseException as caught:
                 self._error = caught
@@ -230,7 +256,7 @@ class Job:
     def _begin_copy(self) -> None:
         captured = self._captured
         assert captured is not None
-        if not self._records:
+        if self._image is None:
             self._make_image(captured)
         self._copy, sources, targets = self._copies(captured, now=False)
         if self._device_copy is not None:
@@ -240,27 +266,37 @@ class Job:
         # Beside the agreement, which waits for peers.
         threading.Thread(target=self._copy.run, name="torch_hsdp_ckpt_copy").start()
 
-    def _finish_copy(self) -> None:
-        if self._staged:
-            return
-        assert self._copy is not None
+    def _stage(self) -> None:
+        verify = self._mode == "verify"
         if self._save.agreed:
-            self._save.stage_captured(self._records)
-            self._copy.finish()
+            assert self._image is not None
+            if self._in_place and self._device_copy is not None:
+                self._device_copy.wait_ready()
+            self._save.stage_captured(Staged(self._records, self._image, self._in_place), self._objects, verify)
         else:  # planned otherwise than this rank has assumed; the gate is still shut
+            assert self._copy is not None
             self._copy.cancel()
             self._copy.finish()
             if self._device_copy is not None:
                 self._device_copy.synchronize()
-            self.future.staged_bytes = self._save.stage(self._pool)
-        if self._snapshot is not None:
-            self._snapshot.check(self._mode == "verify")
-            self._snapshot.release()
-        if self._device_copy is not None:
-            self._device_copy.synchronize()
+            self._copy, self._device_copy = None, None
+            self.future.staged_bytes = self._save.stage(self._pool, self._limit, verify).copied_bytes
+
+    def _finish_copy(self) -> None:
+        """What was to be read in its place has been; waits for the copies, and opens the gate."""
+        if not self.future.staging_completion.done():
+            if self._copy is not None:
+                self._copy.finish()
             if self._snapshot is not None:
-                self._snapshot.check_unless_passed()
-        self._open_gate()
+                self._snapshot.check(self._mode == "verify" and self._copy is not None)
+                self._save.check_sources()
+                self._snapshot.release()
+            if self._device_copy is not None:
+                self._device_copy.synchronize()
+                if self._snapshot is not None:
+                    self._snapshot.check_unless_passed()
+            self._open_gate()
+        self._check_given_up()
 
     def _open_gate(self) -> None:
         """Everything is copied, or will not be."""
@@ -274,7 +310,8 @@ class Job:
             self._snapshot.close()
         if self._captured is not None:
             self._captured.drop()
-        self._copy = self._snapshot = self._captured = self._device_copy = None
+        self._copy = self._snapshot = self._captured = self._device_copy = self._image = None
+        self._records, self._objects = [], []
         if not self.future.staging_completion.done():
             self.future.staging_completion.set_result(None)
 
@@ -292,3 +329,9 @@ class Job:
     def _check_given_up(self) -> None:
         if self._given_up is not None:
             raise self._given_up
+
+
+def _slice(local: torch.Tensor, part: Part) -> torch.Tensor:
+    """A record's elements, on the device."""
+    first = part.first // local.itemsize
+    return local.detach().view(-1)[first : first + part.size // local.itemsize]

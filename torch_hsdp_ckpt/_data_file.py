@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._staging import FileImage
 from ._tensors import RECORD_DTYPES, is_staged, staged
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors take two such blocks, the
@@ -49,14 +50,23 @@ class DataFile:
         sync: the bytes are durable when :meth:`finish` returns.
         reserve: bytes to reserve at the start; 0 for none.
         block: bytes that are copied at a time; 0 for ``COPY_BLOCK``.
+        image: memory laid out as the file. What is added from its place there is written from there, with the rest of the file
+            put around it.
 
     Raises OSError (errno, filename) from any method; after that only :meth:`discard` is left.
     """
 
     def __init__(
-        self, directory: str, name: str, threads: int = 2, sync: bool = True, reserve: int = 0, block: int = 0
+        self,
+        directory: str,
+        name: str,
+        threads: int = 2,
+        sync: bool = True,
+        reserve: int = 0,
+        block: int = 0,
+        image: FileImage = FileImage(),  # noqa: B008 (immutable)
     ) -> None:
-        self._writer = _C.ShardFileWriter(directory, name, max(2, threads), sync, reserve)
+        self._writer = _C.ShardFileWriter(directory, name, max(2, threads), sync, reserve, image)
         self._block = -(-(block or COPY_BLOCK) // _ALIGNMENT) * _ALIGNMENT
         self._batch = _Batch()
         self._started: _Batch | None = None  # the CUDA batch before: its copies run, nothing of it is written yet
@@ -89,6 +99,10 @@ class DataFile:
     def add_staged(self, name: str, record: "StagedRecord") -> None:
         """A tensor whose bytes are in host memory already, and stay there."""
         self._batch.parts.append((name, record.kind, record.shape, record.address, 0, record.size))
+
+    def flush(self) -> None:
+        """Nothing that was added is read any more when it returns."""
+        self._write_all()
 
     def finish(self) -> int:
         """Writes what is left and the index, makes the file durable, closes it. Its length in bytes."""
@@ -134,6 +148,17 @@ class DataFile:
             copy = raw.view(part.dtype).view(part.shape)
             copy.copy_(source, non_blocking=True)
         return copy
+
+
+def checksum(source: Tensor | StagedRecord) -> int:
+    """The CRC-32 of a record's payload."""
+    if isinstance(source, StagedRecord):
+        return _C.crc32(source.address, source.size, 0)
+    crc = 0
+    for part in _parts(source, COPY_BLOCK):
+        copy = staged(part)
+        crc = _C.crc32(copy.data_ptr(), copy.nbytes, crc)
+    return crc
 
 
 def _parts(tensor: Tensor, limit: int) -> Iterator[Tensor]:

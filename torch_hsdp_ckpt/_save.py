@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -9,7 +10,7 @@ import pickle
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,18 +21,18 @@ import torch.distributed.checkpoint.filesystem as _stock
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageWriter
 
 from . import _C
 from ._agreement import Agreement, agreement_of
 from ._capture import Captured, Pickled
-from ._data_file import StagedRecord
 from ._metadata import decode_metadata, encode_metadata
 from ._plan import DIGEST_BYTES, LocalState, StaticPlan, make_static_plan, plan_rest
 from ._result import SavedMetadata, SaveResult
-from ._staging import StagingPool
+from ._staged import Objects, Staged, held_by, stage_tensors, write_files
+from ._staging import PlannedFile, StagingPool
 from ._stateful import values_of
-from ._writer import FileSystemWriter, add_items, remove_quietly, write_result
+from ._writer import FileSystemWriter, remove_quietly
 from .errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -177,8 +178,8 @@ class Save:
         self._metadata: Future[tuple[Any, list[tuple[str, int]]]] | None = None
         self._thread: threading.Thread | None = None
         self._rest, self._rest_metadata = SavePlan([]), Metadata({})
-        self._prepared: tuple[StaticPlan, list[tuple[str, memoryview]]] | None = None
-        self._staged: Sequence[torch.Tensor | StagedRecord] | None = None  # copies of this rank's pieces, in their order
+        self._prepared: tuple[StaticPlan, Objects] | None = None
+        self._staged: Staged | None = None  # what is written, if not the state itself
         self._start = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
@@ -278,7 +279,7 @@ class Save:
         agreement.verdict(step, plan_all)
         self._rest = pickle.loads(agreement.scatter(step, final))
 
-    def _prepare(self) -> tuple[StaticPlan, list[tuple[str, memoryview]]]:
+    def _prepare(self, objects: Objects | None = None) -> tuple[StaticPlan, Objects]:
         opening, rank = self._opening, self._agreement.rank
         coordinator = self._agreement.is_coordinator
         if self.agreed and self._captured is not None and self._captured.structure is not None:
@@ -288,90 +289,85 @@ class Save:
             static = make_static_plan(
                 self._local, rank, self._global_ranks, opening.dtensors_agree, opening.others_agree, coordinator
             )
-        objects = [(name, _pickled(self._local.state[name])) for name in static.objects] if coordinator else []
+        if objects is None:
+            objects = pickled(static.objects, self._local.state) if coordinator else []
         if coordinator:
             self._start_metadata(static, [(name, len(data)) for name, data in objects])
         return static, objects
 
-    def stage(self, pool: StagingPool) -> int:
-        """After :meth:`plan`: copies all that this rank will write, so that the state dict may change before :meth:`write`.
+    def stage(self, pool: StagingPool, limit: int | None = None, verify: bool = False) -> Staged:
+        """After :meth:`plan`: copies what this rank will write, so that the state dict may change before :meth:`write`.
 
-        Returns the bytes copied of tensors that DCP did not plan.
+        With ``limit`` what takes no more bytes than that; the others :meth:`write` reads. ``verify``: see ``Staged.watch``.
         """
-        static, objects = self._prepared = self._prepare()
-        self._staged = copies = pool.copy([static.tensor_of(piece) for piece in static.pieces])
-        if self._rest.items:
-            rest = {item.index.fqn for item in self._rest.items}
-            kept = {name: _copied(value) if name in rest else None for name, value in self._planner.state_dict.items()}
-            self._planner.state_dict = kept
+        static, objects = self._prepare()
+        rest = {name: self._planner.state_dict[name] for name in {item.index.fqn for item in self._rest.items}}
+        held = 0.0 if limit is None else sum(held_by(value) for value in rest.values())
+        rest_in_place = limit is not None and held > limit
+        if limit is not None:
+            limit = 0 if rest_in_place else limit - int(held)
+        tensors = [static.tensor_of(piece) for piece in static.pieces]
+        self._staged = stage_tensors(tensors, self._files(static, objects), len(objects), pool, limit)
+        self._staged.rest_in_place = rest_in_place
+        if verify:
+            self._staged.watch((static.names[piece[0]] for piece in static.pieces), tensors)
+        self._planner.state_dict = rest if rest_in_place else {name: _copied(value) for name, value in rest.items()}
         # The rest of the live state is of no use any more; it goes when the caller lets it go, not when the save is done.
         self._state_dict = {}
         self._local.drop_values()
         self._prepared = dataclasses.replace(static, locals=[]), objects
-        return sum(tensor.nbytes for tensor in copies)
+        return self._staged
 
-    def stage_captured(self, records: Sequence[StagedRecord]) -> None:
-        """After :meth:`plan`, with ``agreed``: what this rank will write is there, or will be before :meth:`write`."""
-        self._prepared, self._staged = self._prepare(), records
+    def stage_captured(self, staged: Staged, objects: Objects, verify: bool) -> None:
+        """After :meth:`plan`, with ``agreed``: what this rank will write; what is copied may still be on its way."""
+        static, _ = self._prepared = self._prepare(objects)
+        self._staged = staged
+        if verify:
+            self._staged.watch((static.names[piece[0]] for piece in static.pieces), staged.records[: staged.in_place])
         self._state_dict = self._planner.state_dict = {}
         self._local.drop_values()
 
-    def write(self) -> bytes:
-        """Writes this rank's files and makes them durable. What to vote with."""
+    def check_sources(self) -> None:
+        """See ``Staged.check_sources``."""
+        if self._staged is not None:
+            self._staged.check_sources()
+
+    def write(self, on_read: Callable[[], None] = lambda: None) -> bytes:
+        """Writes this rank's files and makes them durable. What to vote with.
+
+        ``on_read`` is called once, when nothing more is read from the state.
+        """
         if self._prepared is None:
             self._prepared = self._prepare()
             self._seconds["plan"] = time.perf_counter() - self._start
         begin = time.perf_counter()
         static, objects = self._prepared
-        results, size = self._write_files(static, objects)
+        sources: Sequence[Any] = (
+            [functools.partial(static.tensor_of, piece) for piece in static.pieces]
+            if self._staged is None
+            else self._staged.records
+        )
+        names = (static.names[piece[0]] for piece in static.pieces)
+        results, size = write_files(
+            self._writer,
+            lambda number: _C.data_file_name(self._agreement.rank, self._opening.save_id, number),
+            self._files(static, objects),
+            [*objects, *zip(names, sources, strict=True)],
+            self._staged,
+            self._rest.items,
+            self._planner,
+            self._names,
+            on_read,
+        )
+        self._staged = None  # the next save has the memory
         if self._writer.sync_files and self._names:
             _C.sync_directory(str(self._writer.path))
         self._seconds["write"] = time.perf_counter() - begin
         vote = _VOTE.pack(size, self._seconds["plan"], self._seconds["write"])
         return vote + (pickle.dumps(results) if results else b"")
 
-    def _write_files(self, static: StaticPlan, objects: list[tuple[str, memoryview]]) -> tuple[list[WriteResult], int]:
-        """The static part, in the planned places, then what DCP planned. Results of the latter, and all files' bytes."""
-        single = self._writer.single_file_per_rank
-        pieces = static.pieces
-        sources: Sequence[Any] = pieces if self._staged is None else self._staged
-        names = (static.names[piece[0]] for piece in pieces)
-        records: list[tuple[str, Any]] = [*objects, *zip(names, sources, strict=True)]
-        files = static.plan.layout(static.pieces, [len(data) for _, data in objects], single)
-        rest = self._rest.items
-        groups: list[list[Any]] = ([rest] if rest else []) if single else [[item] for item in rest]
-        if single and rest and not files:
-            files = [([], 0)]
-        results: list[WriteResult] = []
-        total = done = 0
-        for number in range(len(files) + (0 if single else len(groups))):
-            places, planned = files[number] if number < len(files) else ([], 0)
-            items = groups[0 if single else number - len(files)] if rest and (single or number >= len(files)) else []
-            name = _C.data_file_name(self._agreement.rank, self._opening.save_id, number)
-            file = self._writer._data_file(name, planned)
-            try:
-                for record, value in records[done : done + len(places)]:
-                    if isinstance(value, tuple):
-                        file.add_tensor(record, static.tensor_of(value))
-                    elif isinstance(value, torch.Tensor):
-                        file.add_tensor(record, value)
-                    elif isinstance(value, StagedRecord):
-                        file.add_staged(record, value)
-                    else:
-                        file.add_objects([(record, value)])
-                written = add_items(file, items, self._planner)
-                size = file.finish()
-            except BaseException:
-                file.discard()
-                raise
-            self._names.append(name)
-            if file.places[: len(places)] != places or (not items and size != planned):
-                raise CheckpointError(f"{self._writer.path}/{name}: its records are not where the plan has them")
-            done += len(places)
-            total += size
-            extra = zip(written, file.places[len(places) :], strict=True)
-            results += [write_result(item, name, place, size) for item, place in extra]
-        return results, total
+    def _files(self, static: StaticPlan, objects: Objects) -> list[PlannedFile]:
+        return static.plan.layout(static.pieces, [len(data) for _, data in objects], self._writer.single_file_per_rank)
 
     def _start_metadata(self, static: StaticPlan, objects: list[tuple[str, int]]) -> None:
         """Begins to build the whole metadata on a thread, off the path of the bytes."""
@@ -470,6 +466,10 @@ class Save:
 
 def _copied(value: Any) -> Any:
     return copy.deepcopy(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+def pickled(names: Sequence[str], state: Mapping[str, Any]) -> Objects:
+    return [(name, _pickled(state[name])) for name in names]
 
 
 def _pickled(value: Any) -> memoryview:

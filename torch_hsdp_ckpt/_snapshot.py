@@ -89,9 +89,9 @@ class Snapshot:
         if verify and self._copy is not None:
             changed = self._copy.first_change(2)
             if changed >= 0:
-                raise CheckpointError(f"copied piece {changed}: {_CHANGED}")
+                raise CheckpointError(f"copied piece {changed}: {CHANGED}")
         if verify and self._device_copy is not None and not self._device_copy.unchanged():
-            raise CheckpointError(f"a tensor on a device: {_CHANGED}")
+            raise CheckpointError(f"a tensor on a device: {CHANGED}")
 
     def check_unless_passed(self) -> None:
         """After :meth:`release`: the same again, of the counters alone, if training has changed nothing by right."""
@@ -102,7 +102,7 @@ class Snapshot:
     def _compare(self, versions: list[int]) -> None:
         for i, name in enumerate(self._names):
             if versions[2 * i : 2 * i + 2] != self._versions[2 * i : 2 * i + 2]:
-                raise CheckpointError(f"{name}: {_CHANGED}")
+                raise CheckpointError(f"{name}: {CHANGED}")
 
     def release(self) -> None:
         """Opens the gate: everything is copied, on its way from a device before anything that is queued there from now on, or
@@ -129,7 +129,7 @@ class Snapshot:
         self._on_wait(time.perf_counter() - begin)
 
 
-_CHANGED = (
+CHANGED = (
     "it was changed while it was being saved, by something other than a step of its optimizer; this save fails rather than "
     'mix two states. Wait for staging_completion before such a change, or pass snapshot="copy"'
 )
@@ -148,7 +148,8 @@ class DeviceCopy:
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def start(self, sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-        """Queues the copies; the sources, of any of the devices, are what they were when this object was made."""
+        """Queues the copies, of tensors of one dimension; the sources, of any of the devices, are what they were when this
+        object was made."""
         self._pairs = list(zip(sources, targets, strict=True))
         for device, ready in self._ready.items():
             pairs = [pair for pair in self._pairs if pair[0].device == device]
@@ -156,12 +157,21 @@ class DeviceCopy:
                 self._done.append(ready)  # one for each device
                 continue
             stream = _side_stream(device)
+            pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for source, target in pairs:
+                limit = _PIECE // source.itemsize
+                pieces += zip(torch.split(source, limit), torch.split(target, limit), strict=True)
             with torch.cuda.stream(stream), torch.no_grad():
                 stream.wait_event(ready)
-                torch._foreach_copy_([target for _, target in pairs], [source for source, _ in pairs], non_blocking=True)
+                torch._foreach_copy_([to for _, to in pieces], [source for source, _ in pieces], non_blocking=True)
                 done = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 done.record(stream)
             self._done.append(done)
+
+    def wait_ready(self) -> None:
+        """Returns when the sources are what they were when this object was made."""
+        for ready in self._ready.values():
+            ready.synchronize()
 
     def join_streams(self) -> None:
         """What is queued on the devices from here on runs after the copies; the host does not wait."""
@@ -177,6 +187,8 @@ class DeviceCopy:
         return all(bool(torch.equal(source, target.to(source.device))) for source, target in self._pairs)
 
 
+# Bytes of one copy: on the way to the host a collective's own transfer waits for no more than this.
+_PIECE = 16 << 20
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 

@@ -1,39 +1,101 @@
-"""Host memory that a snapshot is copied to, kept from one save to the next."""
+"""Host memory that a snapshot is copied to: laid out as the files that will be written from it, kept from save to save."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ALIGNMENT = 64  # every dtype's, and a cache line
+PAGE = 4096  # direct I/O's: of addresses, offsets and sizes
+# A file's objects lie in its image only if they are few: they are in memory already.
+_FEW = 1 << 20
+
+PlannedFile = tuple[list[tuple[int, int]], list[int], int]  # as _C.SavePlan.layout has it
+
+
+class FileImage(NamedTuple):
+    """Memory of ``size`` bytes at ``address`` that is laid out as a data file is from ``offset`` on; multiples of a page."""
+
+    offset: int = 0
+    address: int = 0
+    size: int = 0
+
+
+class Layout:
+    """Where the records of a rank's files lie in memory that is laid out as the files are, each from a page on.
+
+    Args:
+        files: as planned.
+        objects: how many of the first records are objects.
+        limit: bytes that the memory may take. If it is too small, the first tensors have no place in it. None: no limit.
+
+    ``images``: for each file the memory, by addresses from 0 on. ``payloads``: of each record, objects among them.
+    ``first``: the first record of a tensor that has a place. ``size``: of the memory, bytes.
+    """
+
+    def __init__(self, files: Sequence[PlannedFile], objects: int, limit: int | None = None) -> None:
+        self.files = files
+        # From the end: what comes last in the files is written last.
+        self.first = records = sum(len(places) for places, _, _ in files)
+        offsets = [-(-length // PAGE) * PAGE for _, _, length in files]
+        room: float = float("inf") if limit is None else limit - PAGE
+        full = False
+        for number in reversed(range(len(files))):
+            places, _, length = files[number]
+            end = offsets[number]
+            for offset, _ in reversed(places):
+                records -= 1
+                full = full or records < objects or end - offset // PAGE * PAGE > room
+                if full:
+                    break
+                self.first, offsets[number] = records, offset // PAGE * PAGE
+            room -= end - offsets[number]
+            if full:
+                break
+        self.first = max(self.first, objects)
+        self.images: list[FileImage] = []
+        self.payloads: list[int] = []
+        self.size = 0
+        for offset, (_, payloads, length) in zip(offsets, files, strict=True):
+            if offset < _FEW and limit is None:
+                offset = 0
+            self.images.append(FileImage(offset, self.size, -(-length // PAGE) * PAGE - offset))
+            self.payloads += [self.size + payload - offset for payload in payloads]
+            self.size += self.images[-1].size
+
+
+class Image:
+    """A layout in memory, with real addresses."""
+
+    def __init__(self, block: Tensor, layout: Layout) -> None:
+        self.layout, self._block = layout, block
+        self._start = -block.data_ptr() % PAGE
+        self.base = block.data_ptr() + self._start
+        self.files = [FileImage(image.offset, self.base + image.address, image.size) for image in layout.images]
+
+    def view(self, record: int, like: Tensor) -> Tensor:
+        """A record's place, as a contiguous tensor of the dtype and the shape of ``like``."""
+        start = self._start + self.layout.payloads[record]
+        return self._block[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 class StagingPool:
-    """One block of host memory, as large as the largest snapshot so far; pinned if one came from a CUDA device.
+    """One block of host memory, as large as the largest image so far; pinned if one was for a CUDA device's tensors.
 
-    One snapshot at a time: :meth:`copy` overwrites what the call before has returned.
+    One image at a time: :meth:`image` hands out the memory of the one before again.
     """
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, size: int, pinned: bool) -> Tensor:
-        """The block, of at least ``size`` bytes. Raises RuntimeError without memory."""
-        if self._block.numel() < size or (pinned and not self._block.is_pinned()):
-            self._block = torch.empty(0, dtype=torch.uint8)  # the old one goes first: never two at a time
-            self._block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        return self._block
+    def image(self, layout: Layout, pinned: bool, limit: int | None = None) -> Image:
+        """Memory for a layout, contents undefined. Raises RuntimeError without memory.
 
-    def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Contiguous copies of plain tensors, in host memory, complete on return. Raises RuntimeError without memory."""
-        starts, size = [], 0
-        for tensor in tensors:
-            starts.append(size)
-            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self.reserve(size, any(tensor.is_cuda for tensor in tensors))
-        copies = []
-        with torch.no_grad():
-            for tensor, start in zip(tensors, starts, strict=True):
-                raw = self._block[start : start + tensor.nbytes]
-                copies.append(raw.view(tensor.dtype).view(tensor.shape).copy_(tensor))
-        return copies
+        ``limit``: bytes; an older block that is larger is given back.
+        """
+        size = layout.size + PAGE if layout.size else 0
+        small = self._block.numel() < size or (pinned and size > 0 and not self._block.is_pinned())
+        if small or (limit is not None and self._block.numel() > limit):
+            self._block = torch.empty(0, dtype=torch.uint8)  # the old one goes first: never two at a time
+            self._block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and size > 0)
+        return Image(self._block, layout)

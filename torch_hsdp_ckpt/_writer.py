@@ -19,6 +19,7 @@ from torch.futures import Future
 from . import _C
 from ._data_file import COPY_BLOCK, DataFile
 from ._metadata import encode_metadata, read_metadata
+from ._staging import FileImage
 from ._tensors import RECORD_DTYPES, check_storage, is_plain
 from .errors import CheckpointError
 
@@ -135,9 +136,9 @@ class FileSystemWriter(_stock.FileSystemWriter):
         future.set_result(results)
         return future
 
-    def _data_file(self, name: str, reserve: int) -> DataFile:
+    def _data_file(self, name: str, reserve: int, image: FileImage = FileImage()) -> DataFile:  # noqa: B008 (immutable)
         block = min(self.per_thread_copy_ahead, COPY_BLOCK)
-        return DataFile(str(self.path), name, self.thread_count, self.sync_files, reserve, block)
+        return DataFile(str(self.path), name, self.thread_count, self.sync_files, reserve, block, image)
 
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]

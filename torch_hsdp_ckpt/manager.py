@@ -38,6 +38,7 @@ class CheckpointManager:
         process_group: the ranks that save together; None: all.
         asynchronous: save by ``async_save``, in the background. An older checkpoint is deleted when the new one has committed;
             what fails is raised by the next :meth:`save` that is due, or by :meth:`close`.
+        max_staging_bytes: what ``async_save`` takes under that name. None: no bound.
 
     Without torch.distributed it serves one process.
     """
@@ -52,6 +53,7 @@ class CheckpointManager:
         sigterm_deadline: float | None = None,
         process_group: Any = None,
         asynchronous: bool = False,
+        max_staging_bytes: int | None = None,
     ) -> None:
         for name, value in (("save_every", save_every), ("keep_last", keep_last), ("keep_every", keep_every)):
             if value is not None and value < 1:
@@ -59,7 +61,7 @@ class CheckpointManager:
         self.root = Path(root)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
         self.preempted = False
-        self.asynchronous = asynchronous
+        self.asynchronous, self.max_staging_bytes = asynchronous, max_staging_bytes
         self._process_group = process_group
         self._agreement = agreement_of(process_group, "manager")
         self._damaged: set[int] = set()
@@ -97,7 +99,13 @@ class CheckpointManager:
             self._saved = step
             self._committed(step)
         else:
-            future: AsyncSave = async_save(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
+            future: AsyncSave = async_save(
+                state,
+                checkpoint_id=path,
+                process_group=self._process_group,
+                no_dist=self._alone,
+                max_staging_bytes=self.max_staging_bytes,
+            )
             self._in_flight, self._saved = future, step
             self._settled = threading.Event()
             future.add_done_callback(functools.partial(self._done, step, self._settled))

@@ -242,8 +242,8 @@ std::vector<PlannedFile> LayoutFiles(const std::vector<PlannedTensor>& tensors, 
   const auto close = [&] {
     if (!files.empty()) files.back().size = IndexStart(position) + index + kIndexTail;
   };
-  const auto add = [&](int64_t offset, int64_t length, int64_t payload, size_t dimensions) {
-    files.back().records.push_back({offset, length});
+  const auto add = [&](int64_t offset, int64_t length, int64_t head, int64_t payload, size_t dimensions) {
+    files.back().records.push_back({offset, length, offset + head});
     position = offset + length;
     index += IndexEntrySize(payload, dimensions);
   };
@@ -255,12 +255,12 @@ std::vector<PlannedFile> LayoutFiles(const std::vector<PlannedTensor>& tensors, 
   };
   for (const int64_t size : objects) {
     next();
-    add(position, size, size, 0);
+    add(position, size, 0, size, 0);
   }
   for (const Piece& piece : pieces) {
     next();
     const RecordSize& size = sizes.Of(*tensors[piece.tensor].dtype, piece.sizes);
-    add(RecordStart(position, size), size.total(), size.payload, piece.sizes.size());
+    add(RecordStart(position, size), size.total(), size.head, size.payload, piece.sizes.size());
   }
   close();
   return files;

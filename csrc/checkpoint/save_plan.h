@@ -38,6 +38,7 @@ struct Piece {
 struct PlannedRecord {
   int64_t offset = 0;
   int64_t length = 0;
+  int64_t payload = 0;  ///< where its payload begins in the file
 };
 
 struct PlannedFile {

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <cstring>
+#include <functional>
 
 #include "base/crc32.h"
 #include "base/error.h"
@@ -139,6 +140,7 @@ std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const Recor
       throw Error(source.name + ": " + std::to_string(size) + " bytes at " + std::to_string(source.first) +
                   " for a payload of " + std::to_string(entry.payload));
     }
+    CheckPlace(source, batch.end);
     batch.Add(size, Kind::kPayload, record, source.data, source.first);
     record->given += size;
     if (record->given < entry.payload) continue;
@@ -177,14 +179,13 @@ void ShardFileWriter::Flush(Batch& batch, bool last) {
   const int64_t first = begin / block;
   const auto count = static_cast<size_t>(end > begin ? (end - 1) / block - first + 1 : 0);
   AlignedBuffer prefix = std::move(carry_);  // begins where the first block does
-  const bool blocks = carry || prefix;
+  const bool blocks = carry || prefix || begin < position_;
   const auto work = [&](size_t i) {
     const int64_t from = std::max(begin, (first + static_cast<int64_t>(i)) * block);
     const int64_t to = std::min(end, (first + static_cast<int64_t>(i) + 1) * block);
     try {
       if (blocks) {
-        AlignedBuffer buffer = i == 0 && prefix ? std::move(prefix) : TakeBuffer();
-        WriteBlock(batch, from, to, std::move(buffer), !last && carry && to % block != 0);
+        WriteBlock(batch, from, to, i == 0 ? std::move(prefix) : AlignedBuffer(), !last && carry && to % block != 0);
       } else {
         WriteBlockBuffered(batch, from, to);
       }
@@ -201,14 +202,22 @@ void ShardFileWriter::Flush(Batch& batch, bool last) {
   flushed_ = carry && !last ? end / block * block : end;
 }
 
-void ShardFileWriter::WriteBlock(Batch& batch, int64_t begin, int64_t end, AlignedBuffer buffer, bool keep) {
-  int64_t have = std::max(begin, position_);  // what earlier calls left over is in the first block's buffer already
+void ShardFileWriter::WriteBlock(Batch& batch, int64_t begin, int64_t end, AlignedBuffer prefix, bool keep) {
+  constexpr auto kPage = static_cast<int64_t>(AlignedBuffer::kAlignment);
+  int64_t have = std::max(begin, position_);  // what earlier calls left over is in the first block already
+  AlignedBuffer buffer = std::move(prefix);
+  std::span<std::byte> block = buffer ? buffer.span() : InImage(begin, (end + kPage - 1) / kPage * kPage);
+  if (block.empty()) {
+    buffer = TakeBuffer();
+    block = buffer.span();
+    // Left over in the image, whose end is in the midst of this block.
+    if (have > begin) std::memcpy(block.data(), InImage(begin, have).data(), static_cast<size_t>(have - begin));
+  }
   auto extent = std::upper_bound(batch.extents.begin(), batch.extents.end(), have,
                                  [](int64_t at, const Extent& e) { return at < e.offset + e.size; });
   while (have < end) {
     const int64_t to = std::min(end, extent->offset + extent->size);
-    Assemble(batch, *extent, have,
-             buffer.span().subspan(static_cast<size_t>(have - begin), static_cast<size_t>(to - have)));
+    Assemble(batch, *extent, have, block.subspan(static_cast<size_t>(have - begin), static_cast<size_t>(to - have)));
     have = to;
     ++extent;
   }
@@ -216,19 +225,28 @@ void ShardFileWriter::WriteBlock(Batch& batch, int64_t begin, int64_t end, Align
     carry_ = std::move(buffer);
     return;
   }
-  const size_t used = static_cast<size_t>(end - begin);
-  const size_t size = (used + AlignedBuffer::kAlignment - 1) / AlignedBuffer::kAlignment * AlignedBuffer::kAlignment;
-  std::memset(buffer.data() + used, 0, size - used);
-  file_->WriteAt(buffer.span().first(size), begin);
-  GiveBuffer(std::move(buffer));
+  auto size = static_cast<size_t>(end - begin);
+  if (file_->direct() && size % AlignedBuffer::kAlignment != 0) {  // the file's last block: nothing is behind it
+    const size_t whole = (size + AlignedBuffer::kAlignment - 1) / AlignedBuffer::kAlignment * AlignedBuffer::kAlignment;
+    std::memset(block.data() + size, 0, whole - size);
+    size = whole;
+  }
+  file_->WriteAt(block.first(size), begin);
+  if (buffer) GiveBuffer(std::move(buffer));
 }
 
 void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end) {
-  AlignedBuffer buffer = TakeBuffer();
-  int64_t gathered = begin;  // the buffer holds the file's bytes from here ...
+  const std::span<std::byte> image = InImage(begin, end);
+  AlignedBuffer buffer = image.empty() ? TakeBuffer() : AlignedBuffer();
+  int64_t gathered = begin;  // the buffer, or the image, holds the file's bytes from here ...
   int64_t have = begin;      // ... to here
+  // A block of the buffer's size always fits: it starts where the buffer's bytes start or later.
+  const auto memory = [&](int64_t from, int64_t to) {
+    const int64_t at = image.empty() ? from - gathered : from - begin;
+    return (image.empty() ? buffer.span() : image).subspan(static_cast<size_t>(at), static_cast<size_t>(to - from));
+  };
   const auto write_gathered = [&] {
-    if (have > gathered) file_->WriteAt(buffer.span().first(static_cast<size_t>(have - gathered)), gathered);
+    if (have > gathered) file_->WriteAt(memory(gathered, have), gathered);
     gathered = have;
   };
   auto extent = std::upper_bound(batch.extents.begin(), batch.extents.end(), have,
@@ -249,15 +267,13 @@ void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t en
       }
       gathered = to;
     } else {
-      // A block of the buffer's size always fits: it starts where the buffer's bytes start or later.
-      Assemble(batch, *extent, have,
-               buffer.span().subspan(static_cast<size_t>(have - gathered), static_cast<size_t>(to - have)));
+      Assemble(batch, *extent, have, memory(have, to));
     }
     have = to;
     ++extent;
   }
   write_gathered();
-  GiveBuffer(std::move(buffer));
+  if (buffer) GiveBuffer(std::move(buffer));
 }
 
 // Puts `target.size()` bytes of an extent, from file position `from` on, where they will be written from.
@@ -284,8 +300,9 @@ void ShardFileWriter::Assemble(Batch& batch, const Extent& extent, int64_t from,
       std::vector<int64_t> sizes;
       for (int64_t done = 0; done < size;) {
         const int64_t step = std::min(size - done, kChecksumBlock - (extent.first + at + done) % kChecksumBlock);
-        crcs.push_back(CopyAndCrc32(target.subspan(static_cast<size_t>(done), static_cast<size_t>(step)),
-                                    extent.bytes.subspan(static_cast<size_t>(at + done), static_cast<size_t>(step))));
+        const auto source = extent.bytes.subspan(static_cast<size_t>(at + done), static_cast<size_t>(step));
+        const auto there = target.subspan(static_cast<size_t>(done), static_cast<size_t>(step));
+        crcs.push_back(there.data() == source.data() ? Crc32(source) : CopyAndCrc32(there, source));  // an image's is there
         sizes.push_back(step);
         done += step;
       }
@@ -324,6 +341,25 @@ void ShardFileWriter::PayloadDone(Batch& batch, Record& record, int64_t from, st
     record.tail = EncodeRecordTail(*entry.dtype, entry.shape, entry.payload_crc);
     entry.framing_crc = Crc32(record.tail, entry.framing_crc);
     batch.tail_ready.notify_all();
+  }
+}
+
+std::span<std::byte> ShardFileWriter::InImage(int64_t begin, int64_t end) const {
+  const auto size = static_cast<int64_t>(options_.image.memory.size());
+  const int64_t from = begin - options_.image.offset, to = end - options_.image.offset;
+  if (from < 0 || to > size) return {};
+  return options_.image.memory.subspan(static_cast<size_t>(from), static_cast<size_t>(to - from));
+}
+
+// Data that lies in the image must lie where the file has it: anywhere else it would be overwritten before it is read.
+void ShardFileWriter::CheckPlace(const RecordSource& source, int64_t offset) const {
+  const std::span<std::byte> image = options_.image.memory;
+  const std::less<const std::byte*> before;
+  const std::byte* begin = source.data.data();
+  const std::byte* end = begin + source.data.size();
+  if (source.data.empty() || !before(begin, image.data() + image.size()) || !before(image.data(), end)) return;
+  if (before(begin, image.data()) || begin - image.data() != offset - options_.image.offset) {
+    throw Error(path_ + ": " + source.name + " does not lie where the file's image has it");
   }
 }
 

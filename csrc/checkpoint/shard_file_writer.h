@@ -26,12 +26,21 @@ struct RecordSource {
   int64_t first = 0;                ///< bytes of the payload before `data`
 };
 
+/// Memory laid out as a stretch of a file: what stands at `offset` in the file lies at its beginning. Both are multiples of
+/// 4096, as is its size. Payloads in it are in their places before they are given to the writer, which puts the rest around
+/// them, and are written from there: what is not a payload there is the writer's to change until the file is finished.
+struct FileImage {
+  int64_t offset = 0;
+  std::span<std::byte> memory;
+};
+
 struct WriterOptions {
   int threads = 2;          ///< that assemble and write blocks
   bool direct = true;       ///< past the page cache where the file system allows it
   bool sync = true;         ///< the file's bytes are durable when Finish returns
   int64_t reserve = 0;      ///< bytes to reserve at the start, 0: none; a full disk then says so before a byte is written
   size_t block = 8u << 20;  ///< bytes of a write; a multiple of 4096
+  FileImage image{};        ///< blocks that lie in it as a whole are assembled and written there, without a second copy
 };
 
 struct WrittenFile {
@@ -44,7 +53,8 @@ struct WrittenFile {
 /// Works in blocks. A worker assembles a block (copy and checksum in one pass over the memory) and writes it while others
 /// assemble theirs, so memory is bounded by (threads + 1) blocks whatever the file's size. Only a record's tail depends on
 /// earlier bytes, through the payload's CRC: a worker that comes to a tail waits for the workers of earlier blocks, which
-/// never wait for a later one. Buffered files get large payloads straight from where they are.
+/// never wait for a later one. Buffered files get large payloads straight from where they are; so do direct ones from an
+/// image, where a worker only sums them.
 ///
 /// The file must not exist: data files are never overwritten. One that was not finished is removed by the destructor.
 /// Not thread-safe. After an exception only destruction is left.
@@ -61,7 +71,7 @@ class ShardFileWriter {
     int64_t length = 0;
   };
   /// The places of the records that begin in this call; a record's later parts have none. Throws Error for parts that leave
-  /// a gap, and for data that is longer than the payload.
+  /// a gap, for data that is longer than the payload, and for data in the image at another place than its own.
   std::vector<Place> Write(std::span<const RecordSource> records);
   /// Writes the index, gives the file its exact length, syncs and closes it. The directory is the caller's to sync.
   WrittenFile Finish();
@@ -72,12 +82,15 @@ class ShardFileWriter {
   struct Batch;
 
   void Flush(Batch& batch, bool last);
-  void WriteBlock(Batch& batch, int64_t begin, int64_t end, AlignedBuffer buffer, bool keep);
+  void WriteBlock(Batch& batch, int64_t begin, int64_t end, AlignedBuffer prefix, bool keep);
   void WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end);
   void Assemble(Batch& batch, const Extent& extent, int64_t from, std::span<std::byte> target);
   Record* Begin(Batch& batch, const RecordSource& source, std::vector<Place>& places);
   void PayloadDone(Batch& batch, Record& record, int64_t from, std::span<const uint32_t> crcs,
                    std::span<const int64_t> sizes);
+  /// The image's memory for bytes [begin, end) of the file; empty if it has not all of them.
+  std::span<std::byte> InImage(int64_t begin, int64_t end) const;
+  void CheckPlace(const RecordSource& source, int64_t offset) const;
   AlignedBuffer TakeBuffer();
   void GiveBuffer(AlignedBuffer buffer);
 
@@ -89,7 +102,7 @@ class ShardFileWriter {
   std::unique_ptr<Record> open_;  // its payload is not complete yet
   bool finished_ = false;
   int64_t position_ = 0;  // where the next record may begin
-  int64_t flushed_ = 0;   // everything before it is in the file; behind it, up to position_, in carry_
+  int64_t flushed_ = 0;   // everything before it is in the file; behind it, up to position_, in carry_ or in the image
   AlignedBuffer carry_;
   std::mutex buffers_mutex_;
   std::vector<AlignedBuffer> buffers_;

@@ -1,8 +1,9 @@
 // The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape, address, first byte,
-// bytes): the caller keeps them alive and contiguous during the call. The GIL is released for all that reads, writes or
-// waits.
+// bytes): the caller keeps them alive and contiguous during the call. An image crosses as (offset in the file, address,
+// bytes). The GIL is released for all that reads, writes or waits.
 #include <pybind11/functional.h>
 
+#include "base/crc32.h"
 #include "base/error.h"
 #include "checkpoint/claim.h"
 #include "checkpoint/commit.h"
@@ -22,6 +23,7 @@ namespace {
 using Shape = std::vector<int64_t>;
 using TensorArgument = std::tuple<std::string, std::string, Shape, uintptr_t, int64_t, int64_t>;
 using PlaceResult = std::pair<int64_t, int64_t>;
+using ImageArgument = std::tuple<int64_t, uintptr_t, int64_t>;
 
 const DType& KnownDType(const std::string& name) {
   const DType* dtype = FindDType(std::string_view(name));
@@ -68,12 +70,17 @@ std::string MakeTorchPrefix(int64_t rank, uint64_t save_id) {
 }
 
 std::unique_ptr<ShardFileWriter> MakeWriter(const std::string& directory, const std::string& name, int threads, bool sync,
-                                            int64_t reserve) {
+                                            int64_t reserve, const ImageArgument& image) {
   const auto parsed = DataFileName::Parse(name);
   if (!parsed) throw py::value_error("not a data file's name: " + name);
   const py::gil_scoped_release release;
-  return std::make_unique<ShardFileWriter>(PosixFileSystem(), directory, *parsed,
-                                           WriterOptions{.threads = threads, .sync = sync, .reserve = reserve});
+  const auto& [offset, address, size] = image;
+  return std::make_unique<ShardFileWriter>(
+      PosixFileSystem(), directory, *parsed,
+      WriterOptions{.threads = threads,
+                    .sync = sync,
+                    .reserve = reserve,
+                    .image = {offset, {reinterpret_cast<std::byte*>(address), static_cast<size_t>(size)}}});
 }
 
 std::pair<int64_t, bool> Finish(ShardFileWriter& writer) {
@@ -108,7 +115,7 @@ void BindCheckpoint(py::module_& module) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   py::class_<ShardFileWriter>(module, "ShardFileWriter")
       .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"), py::arg("sync"),
-           py::arg("reserve"))
+           py::arg("reserve"), py::arg("image"))
       .def("write_tensors", &WriteTensors, py::arg("tensors"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
       .def("finish", &Finish);
@@ -136,6 +143,12 @@ void BindCheckpoint(py::module_& module) {
       },
       py::arg("fault"));
   module.def("new_save_id", &NewSaveId);
+  module.def(
+      "crc32",
+      [](uintptr_t address, size_t size, uint32_t seed) {
+        return Crc32({reinterpret_cast<const std::byte*>(address), size}, seed);
+      },
+      py::arg("address"), py::arg("size"), py::arg("seed"), released);
   module.def("data_file_name", &MakeFileName, py::arg("rank"), py::arg("save_id"), py::arg("number"));
   module.def("torch_file_prefix", &MakeTorchPrefix, py::arg("rank"), py::arg("save_id"));
   module.def("record_bytes", &RecordBytes, py::arg("dtype"), py::arg("shape"));

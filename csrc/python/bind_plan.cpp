@@ -15,7 +15,7 @@ namespace {
 using ShardingArgument = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, bool>;
 using TensorArgument = std::tuple<std::string, std::string, Shape, size_t>;
 using PieceResult = std::tuple<size_t, Shape, Shape>;
-using FileResult = std::pair<std::vector<std::pair<int64_t, int64_t>>, int64_t>;
+using FileResult = std::tuple<std::vector<std::pair<int64_t, int64_t>>, std::vector<int64_t>, int64_t>;
 using IdentityArgument = std::tuple<uint32_t, uint32_t, int64_t, uint64_t>;
 using WriterArgument = std::pair<IdentityArgument, std::vector<std::pair<std::string, int64_t>>>;
 
@@ -45,8 +45,11 @@ std::vector<FileResult> LayoutFiles(const SavePlan& plan, const std::vector<Piec
   for (const auto& [tensor, offsets, sizes] : pieces) given.push_back({tensor, offsets, sizes});
   std::vector<FileResult> out;
   for (const PlannedFile& file : plan.Layout(given, objects, single_file)) {
-    auto& [places, size] = out.emplace_back();
-    for (const PlannedRecord& record : file.records) places.emplace_back(record.offset, record.length);
+    auto& [places, payloads, size] = out.emplace_back();
+    for (const PlannedRecord& record : file.records) {
+      places.emplace_back(record.offset, record.length);
+      payloads.push_back(record.payload);
+    }
     size = file.size;
   }
   return out;

@@ -185,6 +185,103 @@ TEST_F(ShardFileTest, EveryModeWritesTheSameBytes) {
   for (const auto& file : files) EXPECT_EQ(file, files[0]);
 }
 
+/// Counts the bytes that are written from one stretch of memory.
+class WatchedFile : public RawFile {
+ public:
+  WatchedFile(std::unique_ptr<RawFile> file, std::span<const std::byte> memory, std::atomic<int64_t>& bytes)
+      : file_(std::move(file)), memory_(memory), bytes_(bytes) {}
+  ssize_t PRead(void* data, size_t size, int64_t offset) override { return file_->PRead(data, size, offset); }
+  ssize_t PWrite(const void* data, size_t size, int64_t offset) override {
+    const auto* at = static_cast<const std::byte*>(data);
+    if (at >= memory_.data() && at < memory_.data() + memory_.size()) bytes_ += static_cast<int64_t>(size);
+    return file_->PWrite(data, size, offset);
+  }
+  int64_t Size() override { return file_->Size(); }
+  int Truncate(int64_t size) override { return file_->Truncate(size); }
+  int Allocate(int64_t size) override { return file_->Allocate(size); }
+  int Sync() override { return file_->Sync(); }
+  int DisableDirect() override { return file_->DisableDirect(); }
+  int Close() override { return file_->Close(); }
+
+ private:
+  std::unique_ptr<RawFile> file_;
+  std::span<const std::byte> memory_;
+  std::atomic<int64_t>& bytes_;
+};
+
+class WatchedFileSystem : public FaultFileSystem {
+ public:
+  int Open(const std::string& path, OpenMode mode, std::unique_ptr<RawFile>* file) override {
+    const int rc = FaultFileSystem::Open(path, mode, file);
+    if (rc == 0) *file = std::make_unique<WatchedFile>(std::move(*file), memory, bytes);
+    return rc;
+  }
+  std::span<const std::byte> memory;
+  std::atomic<int64_t> bytes{0};
+};
+
+// Payloads in an image of the file, of all of it or of its middle, mixed with others that are not in it; in calls that end
+// inside blocks. The rest of the image is filled with junk.
+TEST_F(ShardFileTest, AnImageMakesTheSameFileAndIsWrittenFromWhereItIs) {
+  auto records = Various();
+  WriteFile(fs_, records, {.block = 64 << 10});
+  const auto whole = *fs_.Bytes("/d/" + kName.ToString());
+  const auto length = static_cast<int64_t>(whole.size());
+  const int64_t pages = (length + 4095) / 4096 * 4096;
+  const AlignedBuffer memory(whole.size());
+  for (const auto& [offset, end] : std::vector<std::pair<int64_t, int64_t>>{
+           {0, pages}, {4096, pages}, {128 << 10, pages - (192 << 10)}, {3 << 20, pages}, {0, 0}}) {
+    for (const auto& [direct, writes, block, batch] :
+         std::vector<std::tuple<bool, bool, size_t, size_t>>{{true, true, 64 << 10, 1},
+                                                             {true, true, 64 << 10, 7},
+                                                             {true, true, 8 << 20, 1000},
+                                                             {true, false, 64 << 10, 3},
+                                                             {true, false, 1 << 20, 1},
+                                                             {false, true, 64 << 10, 5}}) {
+      WatchedFileSystem fs;
+      fs.MakeDirectory("/d");
+      fs.direct_write_supported = writes;
+      const FileImage image{offset, memory.span().subspan(0, static_cast<size_t>(end - offset))};
+      fs.memory = image.memory;
+      std::fill(memory.span().begin(), memory.span().end(), std::byte{0xab});
+      ShardFileWriter writer(fs, "/d", kName, {.threads = 3, .direct = direct, .block = block, .image = image});
+      std::vector<RecordSource> sources;
+      for (size_t i = 0; i < records.size(); ++i) {
+        const Saved& saved = records[i];
+        sources.push_back({saved.name, saved.dtype, saved.shape, saved.data});
+        if (saved.dtype == nullptr || i % 5 == 0) continue;
+        const int64_t at = saved.place.offset + SizeOfRecord(*saved.dtype, saved.shape).head;
+        if (at < offset || at + static_cast<int64_t>(saved.data.size()) > end) continue;
+        const auto there = image.memory.subspan(static_cast<size_t>(at - offset), saved.data.size());
+        std::copy(saved.data.begin(), saved.data.end(), there.begin());
+        sources.back().data = there;
+      }
+      for (size_t i = 0; i < sources.size(); i += batch) {
+        writer.Write(std::span(sources).subspan(i, std::min(batch, sources.size() - i)));
+      }
+      EXPECT_EQ(writer.Finish().size, length);
+      EXPECT_EQ(*fs.Bytes("/d/" + kName.ToString()), whole) << offset << " " << direct << writes << block << " " << batch;
+      // All of it, but for blocks that only a part of lies in the image.
+      const auto blocks = static_cast<int64_t>(block);
+      if (direct && writes && block < 1 << 20) {
+        EXPECT_GE(fs.bytes, end - offset - (offset % blocks == 0 ? 0 : blocks) - blocks) << offset;
+      }
+    }
+  }
+}
+
+TEST_F(ShardFileTest, DataAtAnotherPlaceInTheImageIsRefused) {
+  const AlignedBuffer memory(64 << 10);
+  const auto record = Random("w", "uint8", {100}, 100);
+  const auto head = static_cast<size_t>(SizeOfRecord(*record.dtype, record.shape).head);
+  for (const size_t at : {size_t{0}, head - 1, head + 64}) {
+    ShardFileWriter writer(fs_, "/d", kName, {.image = {0, memory.span()}});
+    EXPECT_THROW(writer.Write(std::vector{RecordSource{"w", record.dtype, {100}, memory.span().subspan(at, 100)}}), Error);
+  }
+  ShardFileWriter writer(fs_, "/d", kName, {.image = {0, memory.span()}});
+  EXPECT_NO_THROW(writer.Write(std::vector{RecordSource{"w", record.dtype, {100}, memory.span().subspan(head, 100)}}));
+}
+
 // Reads everything; the first damage throws.
 void ReadAll(FileSystem& fs, const std::vector<Saved>& records) {
   const Files reader = Open(fs);

@@ -1,0 +1,143 @@
+"""What a rank's files are written from, once training may go on: copies, and what had no place among them."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from ._data_file import StagedRecord, checksum
+from ._snapshot import CHANGED
+from ._staging import FileImage, Image, Layout, PlannedFile, StagingPool
+from ._unit import local_of
+from ._writer import FileSystemWriter, add_items, write_result
+from .errors import CheckpointError
+
+Objects = list[tuple[str, memoryview]]  # names and records
+
+
+@dataclasses.dataclass
+class Staged:
+    """A rank's records but for its objects, in the order of its files.
+
+    ``in_place``: how many of them, the first ones, are the live tensors themselves; the others are in the image, or will be.
+    ``rest_in_place``: so are the tensors that DCP planned. ``sources``: what can be read again, each with its checksum.
+    """
+
+    records: Sequence[Tensor | StagedRecord]
+    image: Image
+    in_place: int = 0
+    rest_in_place: bool = False
+    sources: list[tuple[str, Tensor | StagedRecord, int]] = dataclasses.field(default_factory=list)
+
+    @property
+    def reads_state(self) -> bool:
+        return self.in_place > 0 or self.rest_in_place
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(it.size if isinstance(it, StagedRecord) else it.nbytes for it in self.records[self.in_place :])
+
+    def watch(self, names: Iterable[str], sources: Iterable[Tensor | StagedRecord]) -> None:
+        """:meth:`check_sources` will compare these, the first records' tensors, with what is written of them."""
+        watched = zip(names, sources, self.records, strict=False)
+        self.sources = [(name, source, checksum(record)) for name, source, record in watched]
+
+    def check_sources(self) -> None:
+        """CheckpointError if one of them has changed. Before anybody may change it by right; once."""
+        sources, self.sources = self.sources, []
+        for name, source, expected in sources:
+            if checksum(source) != expected:
+                raise CheckpointError(f"{name}: {CHANGED}")
+
+
+def stage_tensors(
+    tensors: Sequence[Tensor], files: Sequence[PlannedFile], objects: int, pool: StagingPool, limit: int | None
+) -> Staged:
+    """Copies plain tensors of any layout and device, those that find room. Complete on return; on CUDA devices the others
+    are then what they are to be."""
+    layout = Layout(files, objects, limit)
+    image = pool.image(layout, any(tensor.is_cuda for tensor in tensors), limit)
+    in_place = layout.first - objects
+    copies = [image.view(objects + i, tensor) for i, tensor in enumerate(tensors) if i >= in_place]
+    with torch.no_grad():
+        for copied, tensor in zip(copies, tensors[in_place:], strict=True):
+            copied.copy_(tensor)
+    for device in {tensor.device for tensor in tensors[:in_place] if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()  # another thread will read them, on a stream of its own
+    return Staged([*tensors[:in_place], *copies], image, in_place)
+
+
+def held_by(value: Any) -> float:
+    """Bytes that a copy of a tensor holds; infinitely many where only its class knows. Objects are not counted."""
+    if not isinstance(value, Tensor):
+        return float("inf") if hasattr(value, "__create_write_items__") else 0
+    local = local_of(value)
+    plain = type(local) in (Tensor, torch.nn.Parameter) and local.layout == torch.strided
+    return local.untyped_storage().nbytes() if plain else float("inf")
+
+
+def write_files(
+    writer: FileSystemWriter,
+    name: Callable[[int], str],
+    files: Sequence[PlannedFile],
+    records: Sequence[tuple[str, Any]],
+    staged: Staged | None,
+    rest: list[WriteItem],
+    planner: SavePlanner,
+    written_names: list[str],
+    on_read: Callable[[], None],
+) -> tuple[list[WriteResult], int]:
+    """Writes a rank's files: records in the planned places, then what DCP planned. Results of the latter, and all files' bytes.
+
+    Args:
+        name: of the file of a number. ``written_names`` is told the names of those that are finished.
+        records: names, each with an object's bytes, a tensor, a StagedRecord, or a function that makes a tensor.
+        on_read: called once, when nothing more is read of the live tensors: at the start if there are none.
+    """
+    single = writer.single_file_per_rank
+    groups = ([rest] if rest else []) if single else [[item] for item in rest]
+    if single and rest and not files:
+        files = [([], [], 0)]
+    images = [] if staged is None else staged.image.files
+    first_staged = len(records) - (0 if staged is None else len(staged.records) - staged.in_place)
+    pending = [on_read]
+    if staged is None or not staged.reads_state:
+        pending.pop()()
+    results: list[WriteResult] = []
+    total = done = 0
+    count = len(files) + (0 if single else len(groups))
+    for number in range(count):
+        places, _, planned = files[number] if number < len(files) else ([], [], 0)
+        items = groups[0 if single else number - len(files)] if rest and (single or number >= len(files)) else []
+        file = writer._data_file(name(number), planned, images[number] if number < len(images) else FileImage())
+        try:
+            for i, (record, value) in enumerate(records[done : done + len(places)], done):
+                if pending and i == first_staged and staged is not None and not staged.rest_in_place:
+                    file.flush()
+                    pending.pop()()
+                if isinstance(value, StagedRecord):
+                    file.add_staged(record, value)
+                elif isinstance(value, memoryview):
+                    file.add_objects([(record, value)])
+                else:
+                    file.add_tensor(record, value if isinstance(value, Tensor) else value())
+            written = add_items(file, items, planner)
+            if pending and number + 1 == count:
+                file.flush()
+                pending.pop()()
+            size = file.finish()
+        except BaseException:
+            file.discard()
+            raise
+        written_names.append(name(number))
+        if file.places[: len(places)] != places or (not items and size != planned):
+            raise CheckpointError(f"{writer.path}/{name(number)}: its records are not where the plan has them")
+        done += len(places)
+        total += size
+        extra = zip(written, file.places[len(places) :], strict=True)
+        results += [write_result(item, name(number), place, size) for item, place in extra]
+    return results, total
