@@ -121,9 +121,6 @@ class FSDPModule:
             raise ValueError("set_all_reduce_hook: a stream of one's own is not served; the hook runs on the reductions'")
         _runner(self).unit.core.set_all_reduce_hook(hook)
 
-    def _reset(self) -> None:
-        _runner(self).reset()
-
     def _units(self, recurse: bool) -> Iterator[ShardedUnit]:
         own = _runner(self)
         for _, runner in named_runners(cast(nn.Module, self)) if recurse else [("", own)]:
@@ -133,6 +130,12 @@ class FSDPModule:
         """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left the full ones in place."""
         _runner(self).reset()
         super().zero_grad(set_to_none)  # type: ignore[misc]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module``'s, of the sharded parameters: no communication, no copy. From any thread: it waits for the others'
+        forward or backward to end, and theirs for it."""
+        with _runner(self).reading():
+            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         _runner(self).apply_to_shards(lambda: super(FSDPModule, self)._apply(fn, recurse))  # type: ignore[misc]
@@ -244,9 +247,6 @@ def _become(module: nn.Module, runner: Runner) -> None:
     module.__class__ = _classes[original]
     module.__dict__["_unit"] = runner.unit  # where the optimizer's state looks for meshes
 
-    def before(*_: Any) -> None:
-        runner.reset()
-
     def before_load(*_: Any) -> None:
         hold()
         runner.reset()
@@ -254,7 +254,6 @@ def _become(module: nn.Module, runner: Runner) -> None:
     def after(*_: Any) -> None:
         runner.unit.rebind()
 
-    module.register_state_dict_pre_hook(before)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(after)  # type: ignore[no-untyped-call]
 

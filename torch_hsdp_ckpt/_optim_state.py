@@ -7,6 +7,7 @@ under a key that ``optim.state`` has too) is passed on.
 
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ._full_state import gather, is_first
 from ._misfits import groups_of
 from ._optim_load import Source, import_state
 from ._optim_names import PREFIX, Names, OptimInput, names_of
+from ._runner import Runner, named_runners
 from ._unit import ShardedUnit
 
 __all__ = ["PREFIX", "OptimStateMixin", "offload", "unit_holders"]
@@ -47,14 +49,32 @@ def _settings(model: nn.Module) -> StateDictSettings:
     return next((m._settings for m in unit_holders(model) if hasattr(m, "_settings")), default)
 
 
-def _mesh(model: nn.Module) -> DeviceMesh:
-    holders = unit_holders(model)
-    if not holders:
+def _runners(model: nn.Module) -> list[Runner]:
+    runners = [runner for _, runner in named_runners(model)]
+    if not runners:
         raise ValueError(f"{type(model).__name__} holds no module that was sharded here")
-    for holder in holders:
-        holder._reset()
-    mesh: DeviceMesh = holders[0]._unit.mesh
-    return mesh
+    return runners
+
+
+def _mesh(model: nn.Module) -> DeviceMesh:
+    """The model's, whose parameters are about to be loaded."""
+    runners = _runners(model)
+    for runner in runners:
+        runner.reset()
+    return runners[0].unit.mesh
+
+
+def _names(
+    model: nn.Module, optim: torch.optim.Optimizer, optim_input: OptimInput = None, whole: bool = False
+) -> tuple[Names, DeviceMesh]:
+    """The names and the model's mesh, from any thread. ``whole``: for states that are going to be gathered."""
+    runners = _runners(model)
+    with ExitStack() as stack:
+        for runner in runners:
+            if whole and runner.root is not None:
+                runner.root.check_quiet("whole optimizer state")
+            stack.enter_context(runner.reading())
+        return names_of(model, optim, optim_input), runners[0].unit.mesh
 
 
 class OptimStateMixin:
@@ -70,12 +90,12 @@ class OptimStateMixin:
         whole tensors, copies; collective; with ``rank0_only`` other ranks than the mesh's first get ``{}``.
         ``optim_state_dict``: what ``optim.state_dict()`` has returned, if it was called already.
         """
-        mesh = _mesh(model)
         source = optim.state_dict() if optim_state_dict is None else optim_state_dict
         settings = _settings(model)
         config: Any = settings.optim_state_dict_config
-        names = names_of(model, optim)
-        if settings.state_dict_type is StateDictType.FULL_STATE_DICT:
+        whole = settings.state_dict_type is StateDictType.FULL_STATE_DICT
+        names, mesh = _names(model, optim, whole=whole)
+        if whole:
             return _whole(source, names, mesh, config.rank0_only, offload if config.offload_to_cpu else lambda tensor: tensor)
         named = _by_names(source, names)
         if config.offload_to_cpu:
@@ -117,14 +137,13 @@ class OptimStateMixin:
         group: Any = None,
     ) -> dict[str, Any]:
         """``optim_state_dict`` with whole tensors on the CPU, whatever type is set; ``{}`` on other ranks if ``rank0_only``."""
-        mesh = _mesh(model)
-        return _whole(optim.state_dict(), names_of(model, optim, optim_input), mesh, rank0_only, offload)
+        names, mesh = _names(model, optim, optim_input, whole=True)
+        return _whole(optim.state_dict(), names, mesh, rank0_only, offload)
 
     @staticmethod
     def sharded_optim_state_dict(model: nn.Module, optim: torch.optim.Optimizer, group: Any = None) -> dict[str, Any]:
         """``optim_state_dict`` with DTensors, whatever type is set: no communication, no copy."""
-        _mesh(model)
-        return _by_names(optim.state_dict(), names_of(model, optim))
+        return _by_names(optim.state_dict(), _names(model, optim)[0])
 
     @staticmethod
     def shard_full_optim_state_dict(

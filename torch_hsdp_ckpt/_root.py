@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +33,6 @@ class Root:
 
     def __init__(self, units: list[ShardedUnit], prefetch: int) -> None:
         self.units = units
-        self.reading = False  # an outer wrapper's state_dict() is under way: the parameters are in their slots
         try:
             peers = _peers(units[0].mesh)
             if peers is not None:
@@ -62,9 +63,45 @@ class Root:
         for unit in self.units:
             unit.show_sharded()
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within the block the sharded parameters are in their slots, and forwards and backwards of other threads wait.
+
+        What is in flight goes on: nothing is freed here that this rank's peers still have, nor anything that another thread
+        computes with. Waits for such a forward or backward to end; inside this thread's own one it puts back what it finds.
+        """
+        first = self.schedule.begin_read()
+        inside = not first and self.schedule.running_here()  # else not first: in a wrapper's state_dict(), for one within
+        shown = [unit for unit in self.units if unit.showing_full] if inside else []
+        try:
+            if first or inside:
+                self._end_backward()
+            yield
+        finally:
+            for unit in shown:
+                unit.show_full()
+            if first:
+                self.schedule.end_read()
+
+    def check_quiet(self, what: str) -> None:
+        """RuntimeError while a forward or backward is under way: ``what`` would gather, on the groups that those use."""
+        if self.schedule.running():
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: the {what} of module {self.units[0].core.name} was asked for while a forward or "
+                "backward of it is under way. It is collective: ask on every rank between the same steps, in the thread that "
+                "trains, or take the sharded one, which sends nothing"
+            )
+
     def reset(self) -> None:
-        self.schedule.reset()
-        self._end_backward()
+        """The sharded parameters are in their slots and nothing derived from them is in flight. Waits for other threads; raises
+        RuntimeError inside of this thread's own forward or backward."""
+        if self.schedule.running_here():
+            raise RuntimeError(
+                f"module {self.units[0].core.name} is in a forward or backward of this thread: what frees or changes its "
+                "parameters (load_state_dict, zero_grad, clip_grad_norm_, to, summon_full_params) has to come after it"
+            )
+        with self.reading():
+            self.schedule.reset()
 
 
 def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:

@@ -1,7 +1,9 @@
 """Running a wrapped module: gather before its forward, free after, whichever face it was wrapped with."""
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from ._snapshot import hold
 from ._unit import ShardedUnit
 
 _ATTRIBUTE = "_hsdp_runner"
+_making_root = threading.RLock()  # or reading what has no root yet
 
 
 class Runner:
@@ -72,17 +75,33 @@ class Runner:
             outputs = call(*args, **kwargs)
             if self.precision.output_dtype is not None:
                 outputs = self.precision.cast_outputs(outputs)
+            if not root.in_backward():
+                unit.show_sharded()  # first: when the outermost forward is left, another thread may read
             root.schedule.leave_forward(unit.core, flat_tensors(outputs))
         except BaseException:
-            unit.show_sharded()
-            root.schedule.abort_forward(unit.core)
+            if root.schedule.running_here():  # if not, it has not begun
+                unit.show_sharded()
+                root.schedule.abort_forward(unit.core)
             raise
-        if not root.in_backward():
-            unit.show_sharded()
         return outputs
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """``Root.reading``, also before there is a root, which then is not made meanwhile."""
+        if self.root is None:
+            with _making_root:
+                if self.root is None:
+                    yield
+                    return
+        with self.root.reading():
+            yield
 
     def make_root(self) -> Root:
         """At the first use of an outermost module: one schedule for all that are wrapped inside. Collective over the mesh."""
+        with _making_root:
+            return self._make_root()
+
+    def _make_root(self) -> Root:
         module = self.modules[0]()
         assert module is not None
         inside = list(named_runners(module))
@@ -92,7 +111,6 @@ class Runner:
             )
         for name, runner in inside:
             runner.unit.core.name = f"{name or '(outermost)'} ({runner.label})"
-            runner.unit.core.set_name(runner.unit.core.name)
         for runner in (r for _, r in inside):
             runner._cast_inputs = runner.precision.input_dtype(outermost=runner is self)
             runner.cast_buffers()

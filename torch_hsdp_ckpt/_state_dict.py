@@ -75,24 +75,24 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         Buffers that ``MixedPrecision(buffer_dtype)`` has converted come as copies in the dtype that they had before.
 
         Hooks that were registered on the wrapper or inside are called; they see the shards, as values become whole after them.
+
+        From any thread: it waits for the others' forward or backward to end, and theirs for it. A FULL_STATE_DICT does not,
+        as ranks would gather in different orders: RuntimeError while a forward or backward is under way.
         """
         if args:
             raise TypeError("state_dict takes keyword arguments only: destination, prefix, keep_vars")
-        outermost = self._root is None or not self._root.reading
-        if outermost:
-            self._reset()  # once for all wrappers of this root
+        if self._full and self._root is not None:
+            self._root.check_quiet("whole state dict")
+        with self._runner.reading():
+            return self._read_state(destination, prefix, keep_vars)
+
+    def _read_state(self, destination: Any, prefix: str, keep_vars: bool) -> Any:
         if destination is None:
             destination = OrderedDict()
             destination._metadata = OrderedDict()
         for pre_hook in self._state_dict_pre_hooks.values():
             pre_hook(self, prefix, keep_vars)
-        if outermost and self._root is not None:
-            self._root.reading = True
-        try:
-            _collect(self._checkpoint_wrapped_module, destination, prefix, keep_vars)
-        finally:
-            if outermost and self._root is not None:
-                self._root.reading = False
+        _collect(self._checkpoint_wrapped_module, destination, prefix, keep_vars)
         if self._runner.precision.buffer_dtype is not None and not keep_vars:
             restore_buffers(self._checkpoint_wrapped_module, destination, prefix)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1], {})

@@ -117,7 +117,7 @@ class ShardedUnit:
         self._flags: list[bool] = []
         self._trainable: list[int] = []
         self._forget_gradients()
-        self._showing_full = True
+        self.showing_full = True
         self.show_sharded()
         _snapshot.units.add(self)
 
@@ -159,16 +159,16 @@ class ShardedUnit:
 
     def show_sharded(self) -> None:
         """Puts the sharded parameters into the module, where users, optimizers and state dicts look."""
-        if self._showing_full:
-            self._showing_full = False
+        if self.showing_full:
             for places, parameter in zip(self.slots, self.sharded, strict=True):
                 for slot in places:
                     slot.put(parameter)
+            self.showing_full = False  # last: another thread may ask
 
     def show_full(self) -> None:
         """Puts the full parameters into the module, for its computation only."""
-        if not self._showing_full:
-            self._showing_full = True
+        if not self.showing_full:
+            self.showing_full = True
             for table, name, parameter in self._fast:
                 table[name] = parameter
             for slot, parameter in self._slow:
@@ -218,7 +218,7 @@ class ShardedUnit:
             raise RuntimeError(
                 f"module {self.core.name} can't run while its full parameters are summoned: leave summon_full_params first"
             )
-        if not self._showing_full and not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
+        if not self.showing_full and not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
             self._raise_replaced()
         if self._flags != [p.requires_grad for p in self.sharded] and self.schedule is not None:
             self.bind(self.schedule)
@@ -245,7 +245,7 @@ class ShardedUnit:
         """Ends ``summon``; returns what the slots held in the meantime."""
         held = [cast(torch.Tensor, places[0].module._parameters[places[0].name]) for places in self.slots]
         self.summoned = False
-        self._showing_full = True
+        self.showing_full = True
         self.show_sharded()
         return held
 
@@ -295,7 +295,7 @@ class ShardedUnit:
         self._bound = bound
         self.device = shards[0].device if shards else self.device
         self.sharded = current
-        self._showing_full = True  # every alias of a slot has to show the replacement
+        self.showing_full = True  # every alias of a slot has to show the replacement
         self.show_sharded()
         if self.schedule is not None:
             self.bind(self.schedule)

@@ -1,5 +1,6 @@
 #include "hsdp/schedule.h"
 
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
 
@@ -37,7 +38,7 @@ Schedule::Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared
 template <typename Step>
 auto Schedule::Naming(const Unit& unit, const char* what, Step step) const {
   const auto message = [&](const char* cause) {
-    std::string text = "rank " + std::to_string(rank_) + ": the " + what + " of module " + unit.name + " failed: ";
+    std::string text = "rank " + std::to_string(rank_) + ": the " + what + " of module " + unit.group->name() + " failed: ";
     if (std::strstr(cause, "Could not resolve the process group") != nullptr) {
       return text +
              "its process group is gone. torch.distributed.destroy_process_group ends what a wrapped module can do; " +
@@ -77,6 +78,7 @@ void Schedule::EnterForward(const std::shared_ptr<Unit>& unit, bool grad_enabled
     if (unit->inputs == 0) WatchInputs(unit, inputs);  // a reentrant one: nothing required gradients the first time
     return;
   }
+  turn_->BeginForward();
   if (active_.empty()) BeginForward(unit);
   active_.push_back({unit, grad_enabled});
   Follow(unit);
@@ -152,7 +154,9 @@ void Schedule::LeaveForward(const std::shared_ptr<Unit>& unit, const std::vector
   const bool last = on_track_ && position_ == sequences_[outermost_].size() && recorded_.back() == unit;
   const bool keep = grad_enabled && !unit->reshard_after_forward.value_or(!active_.empty() && !last);
   if (!keep) Release(unit);
-  if (active_.empty()) EndForward();
+  if (!active_.empty()) return;
+  EndForward();
+  turn_->EndForward();
 }
 
 void Schedule::EndForward() {
@@ -183,6 +187,9 @@ void Schedule::AbortForward(const std::shared_ptr<Unit>& unit) {
       Release(freed);
     }
   };
+  const auto end = c10::make_scope_exit([this] {
+    if (active_.empty()) turn_->EndForward();
+  });
   release(unit);
   if (!active_.empty()) return;
   for (const auto& other : units_) release(other);
@@ -195,7 +202,7 @@ void Schedule::Agree(const Unit* unit) {
   constexpr const char* kRule = "All ranks must run the same wrapped modules in the same order";
   const auto call = static_cast<int64_t>(recorded_.size());
   const auto naming = [&](int64_t index) {
-    return index < 0 ? std::string("the end of forward") : "module " + units_[static_cast<size_t>(index)]->name;
+    return index < 0 ? std::string("the end of forward") : "module " + units_[static_cast<size_t>(index)]->group->name();
   };
   const int64_t own = unit == nullptr ? -1 : IndexOf(unit);
   std::vector<std::vector<int64_t>> all;
@@ -203,9 +210,10 @@ void Schedule::Agree(const Unit* unit) {
     all = peers_->Exchange({own, call});
   } catch (const std::exception& error) {
     const Sequence& sequence = sequences_[outermost_];
-    TORCH_CHECK(false, "rank ", rank_, " has reached ", naming(own), " (wrapped call ", call, " of this forward)",
-                position_ < sequence.size() ? ", its last forward ran module " + sequence[position_]->name + " here" : "",
-                ", and no other rank has come along within the group's timeout. ", kRule, ". ", error.what());
+    TORCH_CHECK(
+        false, "rank ", rank_, " has reached ", naming(own), " (wrapped call ", call, " of this forward)",
+        position_ < sequence.size() ? ", its last forward ran module " + sequence[position_]->group->name() + " here" : "",
+        ", and no other rank has come along within the group's timeout. ", kRule, ". ", error.what());
   }
   if (std::all_of(all.begin(), all.end(), [&](const auto& words) { return words == all[0]; })) return;
   std::string found;
@@ -235,6 +243,7 @@ void Schedule::Release(const std::shared_ptr<Unit>& unit) {
 
 void Schedule::BeginBackward() {
   if (in_backward_) return;
+  const std::shared_ptr<void> until_over = turn_->BeginBackward();
   in_backward_ = true;
   error_ = nullptr;
   gather_queue_.clear();
@@ -253,7 +262,7 @@ void Schedule::BeginBackward() {
     if (reduces(*unit) && !Contains(participants_, unit)) reduce_queue_.push_back(unit);
   }
   OrderGathers();
-  torch::autograd::Engine::get_default_engine().queue_callback([weak = weak_from_this()] {
+  torch::autograd::Engine::get_default_engine().queue_callback([weak = weak_from_this(), until_over] {
     if (const auto self = weak.lock()) self->EndBackward();
   });
 }
@@ -447,6 +456,7 @@ void Schedule::EndBackward() {
   in_backward_ = false;
   backward_done_ = true;
   on_backward_end_();
+  turn_->EndBackward();
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 

@@ -14,13 +14,13 @@
 
 #include "hsdp/param_group.h"
 #include "hsdp/peers.h"
+#include "hsdp/turn.h"
 
 namespace hsdp_ckpt {
 
 /// One unit as its root's Schedule sees it: parameters, and what Python wants to hear.
 struct Unit {
   std::shared_ptr<ParamGroup> group;
-  std::string name;  // the module's, for errors
   /// Whether forward frees the full parameters. Absent: unless backward needs them first (the outermost unit, the last one
   /// to run).
   std::optional<bool> reshard_after_forward;
@@ -56,7 +56,8 @@ struct Unit {
 /// What a rank frees after forward therefore depends on the calls alone, never on what its outputs look like.
 /// Errors of one rank (gradients that can't be taken, hooks that raise) are kept until its peers have what they wait for,
 /// and raised at the end of backward. Errors of collectives name this rank and the unit.
-/// Thread safety: one thread at a time. GIL: never needed here; callbacks take it.
+/// Thread safety: one thread at a time, except for the calls on `turn()`: forwards and backwards wait there for whoever
+/// reads the sharded parameters. GIL: never needed here; callbacks take it.
 class Schedule : public std::enable_shared_from_this<Schedule> {
  public:
   enum class BackwardPrefetch { kNone, kPre, kPost };
@@ -88,6 +89,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void SetLastBackward(bool last) { last_backward_ = last; }
   /// Takes the gradients that are on their way.
   void FinishReductions();
+  Turn& turn() { return *turn_; }
 
  private:
   struct Call {
@@ -126,6 +128,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   const int64_t rank_;
   const std::shared_ptr<Peers> peers_;
   const std::function<void()> on_backward_end_;
+  const std::shared_ptr<Turn> turn_ = std::make_shared<Turn>();
 
   Sequence units_;
   std::map<const Unit*, Sequence> sequences_;  // by outermost unit: the forward calls of its last pass, repeats included

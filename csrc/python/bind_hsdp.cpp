@@ -46,8 +46,6 @@ void BindHsdp(py::module_& module) {
            py::arg("on_backward"), py::arg("on_reduced"), py::arg("param_dtype") = py::none(),
            py::arg("reduce_dtype") = py::none(), py::arg("keep_low_precision_grads") = false)
       .def(
-          "set_name", [](Unit& unit, std::string name) { unit.group->set_name(std::move(name)); }, py::arg("name"))
-      .def(
           "set_all_reduce", [](Unit& unit, bool all_reduce) { unit.group->reduce_options().all_reduce = all_reduce; },
           py::arg("all_reduce"))
       .def(
@@ -60,7 +58,9 @@ void BindHsdp(py::module_& module) {
             unit.group->reduce_options().all_reduce_hook = std::move(hook);
           },
           py::arg("hook"))
-      .def_readwrite("name", &Unit::name)
+      .def_property(
+          "name", [](const Unit& unit) { return unit.group->name(); },
+          [](Unit& unit, std::string name) { unit.group->set_name(std::move(name)); })
       .def_readwrite("sync", &Unit::sync)
       .def_readwrite("reshard_after_forward", &Unit::reshard_after_forward)
       .def_readwrite("reshard_after_backward", &Unit::reshard_after_backward)
@@ -107,6 +107,11 @@ void BindHsdp(py::module_& module) {
       .def("release", &Schedule::Release, py::arg("unit"), NoGil())
       .def("set_last_backward", &Schedule::SetLastBackward, py::arg("last"))
       .def("finish_reductions", &Schedule::FinishReductions, NoGil())
+      .def(
+          "begin_read", [](Schedule& schedule) { return schedule.turn().BeginRead(); }, NoGil())
+      .def("end_read", [](Schedule& schedule) { schedule.turn().EndRead(); })
+      .def("running", [](Schedule& schedule) { return schedule.turn().running(); })
+      .def("running_here", [](Schedule& schedule) { return schedule.turn().running_here(); })
       .def("reset", &Schedule::Reset, NoGil());
 }
 

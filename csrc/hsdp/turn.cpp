@@ -1,0 +1,75 @@
+#include "hsdp/turn.h"
+
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+namespace hsdp_ckpt {
+
+bool Turn::HasBackward() const {
+  return holder_ == Holder::kBackward && torch::autograd::get_current_graph_task_id() != -1;
+}
+
+void Turn::Take(std::unique_lock<std::mutex>& lock, Holder holder) {
+  TORCH_CHECK(holder_ != Holder::kReader || thread_ != std::this_thread::get_id(),
+              "a wrapped module can't run inside of its own state_dict()");
+  const bool reads = holder == Holder::kReader;
+  readers_waiting_ += reads ? 1 : 0;
+  given_.wait(lock, [&] { return holder_ == Holder::kNobody && (reads || readers_waiting_ == 0); });
+  readers_waiting_ -= reads ? 1 : 0;
+  holder_ = holder;
+  thread_ = std::this_thread::get_id();
+}
+
+void Turn::Give(Holder holder, std::optional<int64_t> backward) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (holder_ != holder || backward.value_or(backwards_) != backwards_) return;
+    holder_ = Holder::kNobody;
+  }
+  given_.notify_all();
+}
+
+void Turn::BeginForward() {
+  std::unique_lock lock(mutex_);
+  if (HasForward()) return;
+  TORCH_CHECK(
+      holder_ != Holder::kForward,
+      "another thread of this process is in a forward of the same wrapped module. Run them one after the other: all "
+      "ranks have to run the same forwards in the same order");
+  Take(lock, Holder::kForward);
+}
+
+void Turn::EndForward() { Give(Holder::kForward); }
+
+std::shared_ptr<void> Turn::BeginBackward() {
+  std::unique_lock lock(mutex_);
+  // By its kind alone: on CUDA the backward within a forward runs in autograd's thread.
+  if (holder_ == Holder::kForward) return nullptr;
+  Take(lock, Holder::kBackward);
+  const int64_t number = ++backwards_;
+  return {nullptr, [self = shared_from_this(), number](void*) { self->Give(Holder::kBackward, number); }};
+}
+
+void Turn::EndBackward() { Give(Holder::kBackward); }
+
+bool Turn::BeginRead() {
+  std::unique_lock lock(mutex_);
+  const bool reads = holder_ == Holder::kReader && thread_ == std::this_thread::get_id();
+  if (reads || HasForward() || HasBackward()) return false;
+  Take(lock, Holder::kReader);
+  return true;
+}
+
+void Turn::EndRead() { Give(Holder::kReader); }
+
+bool Turn::running() const {
+  const std::lock_guard lock(mutex_);
+  return holder_ == Holder::kForward || holder_ == Holder::kBackward;
+}
+
+bool Turn::running_here() const {
+  const std::lock_guard lock(mutex_);
+  return HasForward() || HasBackward();
+}
+
+}  // namespace hsdp_ckpt

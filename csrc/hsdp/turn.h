@@ -1,0 +1,53 @@
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+namespace hsdp_ckpt {
+
+/// Whose turn it is with the modules of one root: a forward's, a backward's, or somebody's who reads the sharded parameters
+/// (`state_dict()`, perhaps in another thread than the one that trains). One at a time, the others wait; readers are not
+/// overtaken. All of it thread safe. GIL: must not be held where it may wait.
+class Turn : public std::enable_shared_from_this<Turn> {
+ public:
+  /// No effect inside of this thread's own forward. Throws c10::Error while another thread's forward is under way: ranks
+  /// could not agree on the order of the two.
+  void BeginForward();
+  void EndForward();
+
+  /// Until EndBackward, or until what is returned is destroyed: a backward that raises is over then too. Null where a
+  /// forward is under way, which calls autograd itself.
+  std::shared_ptr<void> BeginBackward();
+  void EndBackward();
+
+  /// Waits for another thread's forward or backward to end. False, without effect, where this thread has the turn already;
+  /// true calls for EndRead.
+  bool BeginRead();
+  void EndRead();
+
+  /// Whether a forward or a backward is under way, in any thread.
+  bool running() const;
+  /// In this thread. Autograd's threads are their backward's.
+  bool running_here() const;
+
+ private:
+  enum class Holder { kNobody, kForward, kBackward, kReader };
+
+  bool HasForward() const { return holder_ == Holder::kForward && thread_ == std::this_thread::get_id(); }
+  bool HasBackward() const;
+  void Take(std::unique_lock<std::mutex>& lock, Holder holder);
+  void Give(Holder holder, std::optional<int64_t> backward = std::nullopt);
+
+  mutable std::mutex mutex_;
+  std::condition_variable given_;
+  Holder holder_ = Holder::kNobody;
+  std::thread::id thread_;  // of a forward or a reader
+  int64_t backwards_ = 0;
+  int64_t readers_waiting_ = 0;
+};
+
+}  // namespace hsdp_ckpt
