@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
+from torch_hsdp_ckpt import fully_shard
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Wrap = Callable[[Any, DeviceMesh], nn.Module]
 
 
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -29,10 +31,23 @@ def wrapped(net: nn.Module, mesh: DeviceMesh, **options: Any) -> FSDP:
     return FSDP(net, device_mesh=mesh, auto_wrap_policy=ModuleWrapPolicy({Block}), **options)
 
 
+def fully_sharded(net: Net, mesh: DeviceMesh) -> Net:
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
 def trained(
-    kind: str, rank: int, shape: tuple[int, ...] = (2, 2), device: str = "cpu", steps: int = 2, make: Make = adam, seed: int = 0
-) -> tuple[FSDP, torch.optim.Optimizer]:
-    model = wrapped(NETS[kind](seed).to(device), mesh_of(*shape, device=device))
+    kind: str,
+    rank: int,
+    shape: tuple[int, ...] = (2, 2),
+    device: str = "cpu",
+    steps: int = 2,
+    make: Make = adam,
+    seed: int = 0,
+    wrap: Wrap = wrapped,
+) -> tuple[Any, torch.optim.Optimizer]:
+    model = wrap(NETS[kind](seed).to(device), mesh_of(*shape, device=device))
     optimizer = make(list(model.parameters()))
     for number in range(steps):
         step(model, optimizer, kind, number, rank, device)

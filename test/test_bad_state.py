@@ -5,16 +5,26 @@ import copy
 import pytest
 import torch
 from ranks import run_ranks
-from states import assert_same, bits, trained
+from states import Wrap, assert_same, bits, fully_sharded, mesh_of, trained, wrapped
 from torch import nn, optim
 
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
+from torch_hsdp_ckpt import fully_shard
 
 
 def _model(rank: int) -> None:
-    model, _ = trained("uneven", rank)
-    other, _ = trained("even", rank)
-    line, _ = trained("uneven", rank, (4,))
+    _misfits(rank, wrapped)
+
+
+def _model_fully_shard(rank: int) -> None:
+    """FSDP2's own copies what fits before it raises, and only on the rank that was given it."""
+    _misfits(rank, fully_sharded)
+
+
+def _misfits(rank: int, wrap: Wrap) -> None:
+    model, _ = trained("uneven", rank, wrap=wrap)
+    other, _ = trained("even", rank, wrap=wrap)
+    line, _ = trained("uneven", rank, (4,), wrap=wrap)
     state = copy.deepcopy(model.state_dict())
     before, key = bits(state), "head.weight"
     ones = {k: torch.full_like(v, 9) for k, v in state.items()}
@@ -138,6 +148,29 @@ def _optimizer(rank: int) -> None:
         FSDP.optim_state_dict_to_load(model, stranger if rank == 1 else optimizer, state)
 
 
-@pytest.mark.parametrize("part", [_model, _architecture, _batch_norm, _optimizer], ids=lambda part: part.__name__[1:])
+def _own_loading(rank: int) -> None:
+    """A class under fully_shard that loads in a way of its own is still asked, and what it has done is undone."""
+
+    class Renames(nn.Linear):
+        def load_state_dict(self, state_dict, strict=True, assign=False):
+            loaded = super().load_state_dict({k.removeprefix("old."): v for k, v in state_dict.items()}, strict, assign)
+            if rank == 3 and "old.bias" in state_dict:
+                raise ArithmeticError("no old bias")
+            return loaded
+
+    model = fully_shard(Renames(3, 5), mesh=mesh_of(2, 2))
+    before = bits(model.state_dict())
+    ones = {k: torch.full_like(v, 9) for k, v in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="no old bias"):
+        model.load_state_dict({f"old.{k}": v for k, v in ones.items()})
+    assert_same(model.state_dict(), before)
+    model.load_state_dict({"old.weight": ones["weight"], "bias": ones["bias"]})
+    assert_same(model.state_dict(), ones)
+
+
+PARTS = [_model, _model_fully_shard, _architecture, _batch_norm, _own_loading, _optimizer]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__[1:])
 def test_what_does_not_fit_changes_nothing(part) -> None:
     run_ranks(part, 4)

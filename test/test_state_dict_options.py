@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import NETS, Net
+from models import NETS
 from ranks import run_ranks
-from states import adam, assert_same, bits, mesh_of, step, wrapped
+from states import adam, assert_same, bits, fully_sharded, mesh_of, step, wrapped
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import DTensor
 from training import wrap_fsdp2
 
@@ -31,14 +32,10 @@ import torch_hsdp_ckpt as hsdp
 FROZEN = "blocks.0.up.bias"
 
 
-def _fully_shard(net: Net) -> Net:
-    mesh = mesh_of(2, 2)
-    for block in net.blocks:
-        hsdp.fully_shard(block, mesh=mesh)
-    return hsdp.fully_shard(net, mesh=mesh)
-
-
-FACES = {"FSDP": lambda net: wrapped(net, mesh_of(2, 2)), "fully_shard": _fully_shard}
+FACES = {
+    "FSDP": lambda net: wrapped(net, mesh_of(2, 2)),
+    "fully_shard": lambda net: fully_sharded(net, mesh_of(2, 2)),
+}
 SYSTEMS = {"FSDP2": lambda net: wrap_fsdp2(net, (2, 2)), **FACES}
 
 
@@ -102,7 +99,7 @@ def _gets_and_sets(rank: int) -> None:
                 model_state, optim_state = copy.deepcopy(states[system])
                 outcomes[system] = [_outcome(set_model_state_dict, other, model_state, options=options)]
                 if isinstance(outcomes[system][0][0], type):  # FSDP2 then has loaded what did fit; see test_bad_state.py
-                    if system == "FSDP" and not options.broadcast_from_rank0:  # torch broadcasts into the live shards
+                    if system in FACES and not options.broadcast_from_rank0:  # torch broadcasts into the live shards
                         assert_same(other.state_dict(), first[system])
                     other.load_state_dict(first[system])
                 outcomes[system].append(_outcome(set_optimizer_state_dict, other, optimizer, optim_state, options=options))
@@ -168,6 +165,50 @@ def _there_and_back(rank: int) -> None:
                     assert torch.equal(model.state_dict()["head.bias"]._local_tensor, given[head]["bias"]._local_tensor)
 
 
+class _Adapter(nn.Module):
+    """A linear layer whose own name inside does not show in state dicts: hooks take it out and put it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 5)
+        self.register_state_dict_post_hook(self._hide)
+        self.register_load_state_dict_pre_hook(self._show)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        return {"weight": "inner", "bias": "inner"}
+
+    @staticmethod
+    def _hide(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}inner.")]:
+            state[prefix + key.removeprefix(f"{prefix}inner.")] = state.pop(key)
+
+    @staticmethod
+    def _show(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name in module._fqn_modifiers():
+            if prefix + name in state:
+                state[f"{prefix}inner.{name}"] = state.pop(prefix + name)
+
+
+def _hidden_names(rank: int) -> None:
+    """``dsd_fqn_modifiers``: the modules' method that says which of their names state dicts leave out. torch asks for it by the
+    default name where it gets a state dict, whatever the option says.
+    """
+    options = StateDictOptions(dsd_fqn_modifiers="_fqn_modifiers")
+    mesh = mesh_of(2, 2)
+    wraps = {"FSDP2": torch_fully_shard, "FSDP": lambda net, mesh: wrapped(net, mesh), "fully_shard": hsdp.fully_shard}
+    seen = {}
+    for system, wrap in wraps.items():
+        torch.manual_seed(0)
+        model = wrap(nn.Sequential(_Adapter(), nn.Linear(5, 2)), mesh=mesh)
+        state = copy.deepcopy(get_model_state_dict(model, options=options))
+        assert sorted(state) == ["0.bias", "0.weight", "1.bias", "1.weight"], system
+        seen[system] = _flat(state)
+        ones = {key: torch.full_like(value, 9) for key, value in state.items()}
+        set_model_state_dict(model, ones, options=options)
+        assert_same(get_model_state_dict(model, options=options), ones, system)
+    assert seen["FSDP"] == seen["fully_shard"] == seen["FSDP2"]
+
+
 ALL_ON_FIRST = ("full_state_dict", "cpu_offload", "broadcast_from_rank0")
 
 
@@ -189,6 +230,6 @@ def _wrong_on_the_first(rank: int) -> None:
         assert_same([model.state_dict(), optimizer.state_dict()], before)
 
 
-@pytest.mark.parametrize("part", [_gets_and_sets, _there_and_back, _wrong_on_the_first], ids=lambda part: part.__name__[1:])
+@pytest.mark.parametrize("part", [_gets_and_sets, _there_and_back, _hidden_names, _wrong_on_the_first], ids=lambda part: part.__name__[1:])
 def test_state_dict_options(part) -> None:
     run_ranks(part, 4)

@@ -4,7 +4,7 @@ The module stays itself: its class is exchanged for one that is an ``FSDPModule`
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast, overload
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard
 
 from ._arguments import check_mesh, check_module, check_offload
 from ._materialize import move
+from ._module_load import load, own
 from ._precision import Precision
 from ._runner import Runner, named_runners, runner_of
 from ._snapshot import hold
@@ -120,6 +121,24 @@ class FSDPModule:
         if stream is not None:
             raise ValueError("set_all_reduce_hook: a stream of one's own is not served; the hook runs on the reductions'")
         _runner(self).unit.core.set_all_reduce_hook(hook)
+
+    @own
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copies ``state_dict``, DTensors placed as the parameters are, into the shards (``assign``: takes them instead).
+
+        Collective over the mesh, as FSDP2's is not: what does not fit on one rank is a RuntimeError on all of them that lists
+        it, and the module is as it was. The rest is as in ``FullyShardedDataParallel.load_state_dict``. Whole tensors:
+        ``set_model_state_dict`` with ``full_state_dict=True``.
+        """
+        hold()
+        for _, runner in named_runners(cast(nn.Module, self)):
+            runner.reset()
+
+        def as_nn_module_does(given: Mapping[str, Any]) -> Any:
+            return super(FSDPModule, self).load_state_dict(given, strict=strict, assign=assign)  # type: ignore[misc]
+
+        mesh = _runner(self).unit.mesh
+        return load(cast(nn.Module, self), mesh, state_dict, strict, assign, False, "", as_nn_module_does)
 
     def _units(self, recurse: bool) -> Iterator[ShardedUnit]:
         own = _runner(self)
@@ -247,10 +266,12 @@ def _become(module: nn.Module, runner: Runner) -> None:
     module.__class__ = _classes[original]
     module.__dict__["_unit"] = runner.unit  # where the optimizer's state looks for meshes
 
+    @own
     def before_load(*_: Any) -> None:
         hold()
         runner.reset()
 
+    @own
     def after(*_: Any) -> None:
         runner.unit.rebind()
 

@@ -49,7 +49,8 @@ class Survey:
     def _visit(self, module: nn.Module, prefix: str) -> None:
         kind = type(module)
         self.hooked |= not _only_own(module._load_state_dict_pre_hooks) or not _only_own(module._load_state_dict_post_hooks)
-        self.hooked |= kind.load_state_dict is not nn.Module.load_state_dict and not getattr(kind.load_state_dict, _OWN, False)
+        ways = [c.__dict__["load_state_dict"] for c in kind.__mro__ if "load_state_dict" in c.__dict__]
+        self.hooked |= any(way is not nn.Module.load_state_dict and not getattr(way, _OWN, False) for way in ways)
         if kind.set_extra_state is not nn.Module.set_extra_state or kind.get_extra_state is not nn.Module.get_extra_state:
             self.hooked = True
             self.keys.append(prefix + _EXTRA_STATE_KEY_SUFFIX)
@@ -107,7 +108,7 @@ def misfit(entry: Entry, value: Any, same_dtype: bool) -> str | None:
         return f'"{key}" is on the meta device and has no values'
     if isinstance(target, DTensor):
         if not isinstance(value, DTensor):
-            how = "set the state dict type to FULL_STATE_DICT, or use set_model_state_dict with full_state_dict=True"
+            how = "use set_model_state_dict with full_state_dict=True, or FullyShardedDataParallel's FULL_STATE_DICT"
             return f'"{key}" is a plain tensor and the module has a sharded one: to load whole tensors {how}'
         if value._spec.placements != target._spec.placements or value._spec.mesh != target._spec.mesh:
             return (
