@@ -19,8 +19,9 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTra
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as ShardOn
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 import torch_hsdp_ckpt as h
 
@@ -37,23 +38,35 @@ def _sharded_tensor(rank: int, full: torch.Tensor) -> ShardedTensor:
     return init_from_local_shards(shards, full.shape[0], width)
 
 
+def _local_shards(rank: int, full: torch.Tensor) -> DTensor:
+    """As torchrec's tables come: a DTensor whose local part is a list of shards, here columns; two ranks have none."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    columns = {0: (0, 1), 1: (2,)}.get(rank, ())
+    local = LocalShardsWrapper([full[:, c : c + 1].clone() for c in columns], [(0, c) for c in columns])
+    return DTensor.from_local(local, mesh, [ShardOn(1)], run_check=False, shape=full.shape, stride=full.stride())
+
+
 def _sharded_tensors(rank: int, root: str) -> None:
     full = torch.arange(10 * 3, dtype=torch.float32).reshape(10, 3)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for writer, reader in PAIRS:
         path = f"{root}/{writer}"
-        dcp.save({"w": _sharded_tensor(rank, full)}, storage_writer=WRITERS[writer](path))
+        dcp.save({"w": _sharded_tensor(rank, full), "t": _local_shards(rank, full)}, storage_writer=WRITERS[writer](path))
         if (writer, reader) == ("ours", "stock"):  # and by `save`, which gathers such tensors' plans
-            h.save({"w": _sharded_tensor(rank, full)}, checkpoint_id=path)
-        like = _sharded_tensor(rank, torch.zeros_like(full))
-        dcp.load({"w": like}, storage_reader=READERS[reader](path))
+            h.save({"w": _sharded_tensor(rank, full), "t": _local_shards(rank, full)}, checkpoint_id=path)
+        like, parts = _sharded_tensor(rank, torch.zeros_like(full)), _local_shards(rank, torch.zeros_like(full))
+        load = h.load if (writer, reader) == ("ours", "ours") else dcp.load
+        load({"w": like, "t": parts}, storage_reader=READERS[reader](path))
         for shard in like.local_shards():
             row = shard.metadata.shard_offsets[0]
             assert torch.equal(shard.tensor, full[row : row + 1]), (writer, reader, row)
+        for part, expected in zip(parts._local_tensor.local_shards(), _local_shards(rank, full)._local_tensor.local_shards()):
+            assert torch.equal(part, expected), (writer, reader)
         # Into another kind, placed in another way.
-        columns = distribute_tensor(torch.zeros_like(full), mesh, [ShardOn(1)])
-        dcp.load({"w": columns}, storage_reader=READERS[reader](path))
-        assert torch.equal(columns.full_tensor(), full), (writer, reader)
+        for name in ("w", "t"):
+            columns = distribute_tensor(torch.zeros_like(full), mesh, [ShardOn(1)])
+            dcp.load({name: columns}, storage_reader=READERS[reader](path))
+            assert torch.equal(columns.full_tensor(), full), (writer, reader, name)
 
 
 def test_sharded_tensors(tmp_path: Path) -> None:
