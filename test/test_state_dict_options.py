@@ -230,6 +230,8 @@ def _wrong_on_the_first(rank: int) -> None:
         assert_same([model.state_dict(), optimizer.state_dict()], before)
 
 
-@pytest.mark.parametrize("part", [_gets_and_sets, _there_and_back, _hidden_names, _wrong_on_the_first], ids=lambda part: part.__name__[1:])
+@pytest.mark.parametrize(
+    "part", [_gets_and_sets, _there_and_back, _hidden_names, _wrong_on_the_first], ids=lambda part: part.__name__[1:]
+)
 def test_state_dict_options(part) -> None:
     run_ranks(part, 4)

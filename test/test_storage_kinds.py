@@ -60,7 +60,8 @@ def _sharded_tensors(rank: int, root: str) -> None:
         for shard in like.local_shards():
             row = shard.metadata.shard_offsets[0]
             assert torch.equal(shard.tensor, full[row : row + 1]), (writer, reader, row)
-        for part, expected in zip(parts._local_tensor.local_shards(), _local_shards(rank, full)._local_tensor.local_shards()):
+        expected_parts = _local_shards(rank, full)._local_tensor.local_shards()
+        for part, expected in zip(parts._local_tensor.local_shards(), expected_parts, strict=True):
             assert torch.equal(part, expected), (writer, reader)
         # Into another kind, placed in another way.
         for name in ("w", "t"):
