@@ -67,8 +67,8 @@ class Root:
     def reading(self) -> Iterator[None]:
         """Within the block the sharded parameters are in their slots, and forwards and backwards of other threads wait.
 
-        What is in flight goes on: nothing is freed here that this rank's peers still have, nor anything that another thread
-        computes with. Waits for such a forward or backward to end; inside this thread's own one it puts back what it finds.
+        Frees nothing: this rank's peers still have it, or another thread computes with it. Waits for such a forward or backward
+        to end; inside this thread's own one it puts back what it finds.
         """
         first = self.schedule.begin_read()
         inside = not first and self.schedule.running_here()  # else not first: in a wrapper's state_dict(), for one within
@@ -100,8 +100,9 @@ class Root:
                 f"module {self.units[0].core.name} is in a forward or backward of this thread: what frees or changes its "
                 "parameters (load_state_dict, zero_grad, clip_grad_norm_, to, summon_full_params) has to come after it"
             )
+        self.schedule.reset()
         with self.reading():
-            self.schedule.reset()
+            pass
 
 
 def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:

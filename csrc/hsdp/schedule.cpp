@@ -468,7 +468,19 @@ void Schedule::FinishReductions() {
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
+bool Schedule::BeginRead() {
+  if (!turn_->BeginRead()) return false;
+  auto give_back = c10::make_scope_exit([this] { turn_->EndRead(); });
+  if (!in_backward_) FinishReductions();  // one that raised has left what only the next forward or Reset can drop
+  give_back.release();
+  return true;
+}
+
 void Schedule::Reset() {
+  const bool waited = turn_->BeginRead();  // for another thread; at the begin of a forward it is this one's already
+  const auto give_back = c10::make_scope_exit([this, waited] {
+    if (waited) turn_->EndRead();
+  });
   std::exception_ptr late;
   try {
     if (!in_backward_) FinishReductions();

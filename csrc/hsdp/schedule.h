@@ -89,6 +89,8 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void SetLastBackward(bool last) { last_backward_ = last; }
   /// Takes the gradients that are on their way.
   void FinishReductions();
+  /// The turn of somebody who reads the sharded parameters, see Turn::BeginRead. Takes the gradients that are on their way.
+  bool BeginRead();
   Turn& turn() { return *turn_; }
 
  private:

@@ -107,8 +107,7 @@ void BindHsdp(py::module_& module) {
       .def("release", &Schedule::Release, py::arg("unit"), NoGil())
       .def("set_last_backward", &Schedule::SetLastBackward, py::arg("last"))
       .def("finish_reductions", &Schedule::FinishReductions, NoGil())
-      .def(
-          "begin_read", [](Schedule& schedule) { return schedule.turn().BeginRead(); }, NoGil())
+      .def("begin_read", &Schedule::BeginRead, NoGil())
       .def("end_read", [](Schedule& schedule) { schedule.turn().EndRead(); })
       .def("running", [](Schedule& schedule) { return schedule.turn().running(); })
       .def("running_here", [](Schedule& schedule) { return schedule.turn().running_here(); })
