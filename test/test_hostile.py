@@ -336,7 +336,10 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
     assert h.verify(path).leftovers == ["__9_0.distcp"]
     (path / ".metadata").unlink()
     assert "no checkpoint is here" in h.verify(path).problems[0].message
-    assert _run("verify", path).returncode == 1
+    for command in ("verify", "inspect"):
+        done = _run(command, path)
+        assert done.returncode == 1 and "no checkpoint is here" in done.stdout, command
+        assert _run(command, path / "nowhere").returncode == 2, command
 
 
 def test_the_program_is_installed_as_pip_installs_scripts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 #include "base/error.h"
 
+#include <cstdio>
 #include <cstring>
 
 namespace hsdp_ckpt {
@@ -19,5 +20,17 @@ IoError::IoError(const std::string& op, const std::string& path, int64_t offset,
 CorruptionError::CorruptionError(const std::string& path, const std::string& record, const std::string& expected,
                                  const std::string& got)
     : Error(path + ": " + record + ": expected " + expected + ", got " + got), path_(path), record_(record) {}
+
+std::string CrcText(uint32_t crc) {
+  char text[16];
+  std::snprintf(text, sizeof(text), "CRC %08x", crc);
+  return text;
+}
+
+std::string ShapeText(std::span<const int64_t> numbers) {
+  std::string out = "[";
+  for (const int64_t n : numbers) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
+  return out + "]";
+}
 
 }  // namespace hsdp_ckpt

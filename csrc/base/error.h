@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -44,5 +45,9 @@ class CorruptionError : public Error {
   std::string path_;
   std::string record_;
 };
+
+/// How messages write a CRC-32 ("CRC 0badcafe") and a shape or a place in one ("[3, 4]").
+std::string CrcText(uint32_t crc);
+std::string ShapeText(std::span<const int64_t> numbers);
 
 }  // namespace hsdp_ckpt

@@ -6,12 +6,6 @@
 namespace hsdp_ckpt {
 namespace {
 
-std::string Text(std::span<const int64_t> numbers) {
-  std::string out = "[";
-  for (const int64_t n : numbers) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
-  return out + "]";
-}
-
 // First element and number of elements of a box, if it is one range of a contiguous tensor.
 std::optional<std::pair<int64_t, int64_t>> Range(const TensorDescription& tensor, const ItemRequest& item) {
   int64_t first = tensor.storage_offset, count = 1, stride = 1;
@@ -60,8 +54,8 @@ ItemAnswer CheckpointReader::Answer(const ItemRequest& item) {
   }
   if (!fits) {
     throw CorruptionError(file.file().path(), item.name,
-                          "a record that holds " + Text(item.box_lengths) + " from " + Text(item.box_offsets),
-                          "one of shape " + Text(tensor->shape));
+                          "a record that holds " + ShapeText(item.box_lengths) + " from " + ShapeText(item.box_offsets),
+                          "one of shape " + ShapeText(tensor->shape));
   }
   const auto range = item.target_dtype == tensor->dtype ? Range(*tensor, item) : std::nullopt;
   if (range) {

@@ -4,6 +4,7 @@
 
 #include "base/bytes.h"
 #include "base/crc32.h"
+#include "base/error.h"
 #include "record/record.h"
 #include "record/tensor_pickle.h"
 
@@ -119,7 +120,7 @@ IndexPlace DecodeIndexTail(std::span<const std::byte> tail, int64_t file_size, c
   place.crc = in.Get<uint32_t>();
   const auto crc = in.Get<uint32_t>();
   const uint32_t actual = Crc32(tail.first(kTailCrcAt));
-  if (crc != actual) in.Fail("CRC " + std::to_string(crc), std::to_string(actual));
+  if (crc != actual) in.Fail(CrcText(crc), CrcText(actual));
   if (version != kVersion || block != kChecksumBlock) in.Fail("format version 1", "version " + std::to_string(version));
   const auto total = static_cast<uint64_t>(file_size);
   if (length != total) in.Fail("a file of " + std::to_string(length) + " bytes", std::to_string(file_size));
@@ -135,7 +136,7 @@ IndexPlace DecodeIndexTail(std::span<const std::byte> tail, int64_t file_size, c
 FileIndex DecodeIndex(std::span<const std::byte> bytes, const IndexPlace& place, const std::string& path) {
   ByteReader in(bytes, path, "the index at the file's end");
   const uint32_t actual = Crc32(bytes);
-  if (actual != place.crc) in.Fail("CRC " + std::to_string(place.crc), std::to_string(actual));
+  if (actual != place.crc) in.Fail(CrcText(place.crc), CrcText(actual));
   FileIndex index;
   index.save_id = place.save_id;
   int64_t begin = 0;

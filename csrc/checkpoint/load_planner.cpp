@@ -7,12 +7,6 @@
 namespace hsdp_ckpt {
 namespace {
 
-std::string Text(const Shape& numbers) {
-  std::string out = "[";
-  for (const int64_t n : numbers) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
-  return out + "]";
-}
-
 bool IsEmpty(const Shape& sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
 
 // Elements of a box inside a tensor whose own number is at most 2**63; more are as good as that many.
@@ -64,7 +58,7 @@ const StorageInfo& LoadPlanner::PlaceOf(std::string_view name, const std::option
                                         [&](uint32_t i, const auto& at) { return storage[i].first.offset < at; });
     if (found != list->second.end() && storage[*found].first.offset == offset) return storage[*found].second;
   }
-  const std::string chunk = offset ? " for the chunk at " + Text(*offset) : "";
+  const std::string chunk = offset ? " for the chunk at " + ShapeText(*offset) : "";
   throw CorruptionError(path_, std::string(name), "a record" + chunk, "none");
 }
 
@@ -98,14 +92,16 @@ std::vector<ChunkRead> LoadPlanner::Plan(std::string_view name, const Box& box) 
     for (size_t j = i + 1;
          j < reads.size() && dimensions > 0 && reads[j].in_box[0] < reads[i].in_box[0] + reads[i].sizes[0]; ++j) {
       if (!Overlap(reads[i], reads[j])) continue;
-      throw CorruptionError(path_, std::string(name), "chunks that do not overlap",
-                            "two that do, of " + Text(reads[i].sizes) + " and " + Text(reads[j].sizes) + " elements");
+      throw CorruptionError(
+          path_, std::string(name), "chunks that do not overlap",
+          "two that do, of " + ShapeText(reads[i].sizes) + " and " + ShapeText(reads[j].sizes) + " elements");
     }
   }
   if (covered != Volume(box.sizes)) {
-    throw CorruptionError(path_, std::string(name),
-                          "chunks that cover " + Text(box.sizes) + " at " + Text(box.offsets) + " of " + Text(tensor.size),
-                          "some that cover " + std::to_string(covered) + " of its elements");
+    throw CorruptionError(
+        path_, std::string(name),
+        "chunks that cover " + ShapeText(box.sizes) + " at " + ShapeText(box.offsets) + " of " + ShapeText(tensor.size),
+        "some that cover " + std::to_string(covered) + " of its elements");
   }
   return reads;
 }

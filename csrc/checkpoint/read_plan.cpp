@@ -16,12 +16,6 @@ constexpr int64_t kGap = 16 << 10;
 // Bytes that one call puts into a target: they are still in the cache when they are summed.
 constexpr int64_t kStep = 256 << 10;
 
-std::string Hex(uint32_t crc) {
-  char text[16];
-  std::snprintf(text, sizeof(text), "CRC %08x", crc);
-  return text;
-}
-
 int64_t PageBefore(int64_t offset) { return offset / ReadPlan::kPage * ReadPlan::kPage; }
 int64_t PageAfter(int64_t offset) { return PageBefore(offset + ReadPlan::kPage - 1); }
 
@@ -229,7 +223,7 @@ void ReadPlan::Check(const Piece& piece, uint32_t number, std::span<const std::b
   if (segment.kind == Segment::Kind::kPart) {
     part_crcs_[number] = crc;
   } else if (crc != segment.crc) {
-    Fail(piece.file, segment, Hex(segment.crc), Hex(crc));
+    Fail(piece.file, segment, CrcText(segment.crc), CrcText(crc));
   }
 }
 
@@ -237,9 +231,10 @@ void ReadPlan::CheckRecord(const Piece& piece, const Segment& segment, std::span
   const IndexEntry& entry = *segment.entry;
   const auto head = static_cast<size_t>(entry.head), tail = static_cast<size_t>(entry.tail);
   const uint32_t framing = Crc32(bytes.last(tail), Crc32(bytes.first(head)));
-  if (framing != entry.framing_crc) Fail(piece.file, segment, Hex(entry.framing_crc) + " of the framing", Hex(framing));
+  if (framing != entry.framing_crc)
+    Fail(piece.file, segment, CrcText(entry.framing_crc) + " of the framing", CrcText(framing));
   const uint32_t payload = Crc32(bytes.subspan(head, static_cast<size_t>(entry.payload)));
-  if (payload != entry.payload_crc) Fail(piece.file, segment, Hex(entry.payload_crc), Hex(payload));
+  if (payload != entry.payload_crc) Fail(piece.file, segment, CrcText(entry.payload_crc), CrcText(payload));
 }
 
 void ReadPlan::Finish() const {
@@ -255,7 +250,8 @@ void ReadPlan::Finish() const {
   for (size_t g = 0; g < groups_.size(); ++g) {
     if (crcs[g] == groups_[g].crc) continue;
     const PlannedRead& planned = reads_[groups_[g].read];
-    throw CorruptionError(files_[planned.file]->file().path(), planned.read.name, Hex(groups_[g].crc), Hex(crcs[g]));
+    throw CorruptionError(files_[planned.file]->file().path(), planned.read.name, CrcText(groups_[g].crc),
+                          CrcText(crcs[g]));
   }
 }
 

@@ -12,12 +12,6 @@ namespace {
 // Ranges without a checksum of their own are cut at this size.
 constexpr int64_t kPart = int64_t{1} << 20;
 
-std::string Hex(uint32_t crc) {
-  char text[16];
-  std::snprintf(text, sizeof(text), "CRC %08x", crc);
-  return text;
-}
-
 // Opened through the directory, from which no name and no link may lead.
 File OpenData(FileSystem& fs, const std::string& directory, const std::string& name) {
   if (!IsInsideDirectory(name)) throw Error(directory + ": names a file outside the checkpoint's directory: " + name);
@@ -110,7 +104,7 @@ std::vector<std::byte> ShardFileReader::ReadBytes(const std::string& name, int64
   const std::span<const std::byte> all(bytes);
   const auto before = static_cast<size_t>(entry.offset - begin), size = static_cast<size_t>(entry.payload);
   const uint32_t crc = Crc32(all.subspan(before, size));
-  if (crc != entry.payload_crc) throw CorruptionError(file_.path(), name, Hex(entry.payload_crc), Hex(crc));
+  if (crc != entry.payload_crc) throw CorruptionError(file_.path(), name, CrcText(entry.payload_crc), CrcText(crc));
   for (const auto padding : {all.first(before), all.subspan(before + size)}) {
     if (std::any_of(padding.begin(), padding.end(), [](std::byte b) { return b != std::byte{0}; }))
       throw CorruptionError(file_.path(), name, "padding of zeros around it", "other bytes");
@@ -179,7 +173,7 @@ void ShardFileReader::CutStock(const PayloadRead& read, uint32_t number, Segment
   const auto payload = read.offset + static_cast<int64_t>(record.payload.data_offset);
   const bool one = total <= kPart;
   if (total == 0 && record.payload.crc != 0)
-    throw CorruptionError(file_.path(), read.name, Hex(record.payload.crc), Hex(0));
+    throw CorruptionError(file_.path(), read.name, CrcText(record.payload.crc), CrcText(0));
   if (!one) out.groups.push_back({record.payload.crc, number});
   for (int64_t begin = 0; begin < total; begin += kPart) {
     const int64_t end = std::min(begin + kPart, total);

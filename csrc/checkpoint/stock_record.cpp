@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/crc32.h"
+#include "base/error.h"
 
 namespace hsdp_ckpt {
 namespace {
@@ -12,7 +13,7 @@ constexpr uint64_t kSmallEntry = 64 << 10;  // data.pkl of a tensor, byteorder, 
 void CheckCrc(const ZipEntry& entry, std::span<const std::byte> bytes, const std::string& path, const std::string& name) {
   const uint32_t crc = Crc32(bytes);
   if (crc != entry.crc) {
-    throw CorruptionError(path, name + " (" + entry.name + ")", "CRC " + std::to_string(entry.crc), std::to_string(crc));
+    throw CorruptionError(path, name + " (" + entry.name + ")", CrcText(entry.crc), CrcText(crc));
   }
 }
 

@@ -16,12 +16,6 @@ namespace {
 
 const std::string kMetadata = ".metadata";
 
-std::string Text(std::span<const int64_t> numbers) {
-  std::string out = "[";
-  for (const int64_t n : numbers) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
-  return out + "]";
-}
-
 class Verifier {
  public:
   Verifier(FileSystem& fs, const std::string& directory, int threads) : fs_(fs), directory_(directory), threads_(threads) {}
@@ -180,9 +174,9 @@ class Verifier {
     PayloadRead read{record.name, place.offset, place.length};
     if (tensor) {
       if (!record.is_tensor || tensor->dtype->name != record.dtype || tensor->shape != record.shape) {
-        const std::string expected = record.is_tensor ? record.dtype + " of shape " + Text(record.shape) : "an object";
+        const std::string expected = record.is_tensor ? record.dtype + " of shape " + ShapeText(record.shape) : "an object";
         throw CorruptionError(file.file().path(), record.name, expected,
-                              std::string(tensor->dtype->name) + " of shape " + Text(tensor->shape));
+                              std::string(tensor->dtype->name) + " of shape " + ShapeText(tensor->shape));
       }
       read.size = tensor->storage_bytes;
       return read;

@@ -22,7 +22,8 @@ constexpr const char* kUsage =
     "       hsdp-ckpt inspect [--all] DIR        says what is in it, from .metadata alone\n"
     "\n"
     "DIR: a directory that torch_hsdp_ckpt or torch.distributed.checkpoint has saved to.\n"
-    "Exit code: 0 all is well, 1 something is wrong with the checkpoint, 2 the command could not be run.\n";
+    "Exit code: 0 all is well, 1 something is wrong with the checkpoint, or DIR holds none (it has no .metadata),\n"
+    "2 the command could not be run.\n";
 
 // Names come from the checkpoint: nothing in them is to move the cursor or worse.
 std::string Printable(std::string text) {
@@ -54,13 +55,12 @@ int RunVerify(const std::string& directory, int threads) {
   return report.problems.empty() ? 0 : 1;
 }
 
-std::string Dimensions(const Shape& shape) {
-  std::string out = "[";
-  for (const int64_t n : shape) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
-  return out + "]";
-}
-
 int RunInspect(const std::string& directory, bool all) {
+  FileStatus status;
+  if (!GetStatus(PosixFileSystem(), directory + "/.metadata", &status)) {
+    std::printf("WRONG      .metadata: no .metadata: no checkpoint is here, or its save did not end\n");
+    return 1;
+  }
   const File file = File::OpenInside(PosixFileSystem(), directory, ".metadata", OpenMode::kRead);
   std::vector<std::byte> bytes(static_cast<size_t>(file.Size()));
   file.ReadAt(bytes, 0, "metadata");
@@ -86,7 +86,7 @@ int RunInspect(const std::string& directory, bool all) {
     lines += "  " + Printable(name) + "  ";
     lines += tensor == nullptr
                  ? "object"
-                 : std::string(Name(tensor->properties.dtype)) + " " + Dimensions(tensor->size) + " in " +
+                 : std::string(Name(tensor->properties.dtype)) + " " + ShapeText(tensor->size) + " in " +
                        std::to_string(tensor->chunks.size()) + (tensor->chunks.size() == 1 ? " chunk" : " chunks");
     lines += "\n";
   }
@@ -143,7 +143,12 @@ int Main(std::vector<std::string> arguments) {
     std::fprintf(stderr, "hsdp-ckpt: %s is not a directory\n", directory.c_str());
     return 2;
   }
-  return command == "verify" ? RunVerify(directory, threads) : RunInspect(directory, all);
+  try {
+    return command == "verify" ? RunVerify(directory, threads) : RunInspect(directory, all);
+  } catch (const Error& error) {
+    std::fprintf(stderr, "hsdp-ckpt: %s\n", Printable(error.what()).c_str());
+    return 1;
+  }
 }
 
 }  // namespace
@@ -154,6 +159,6 @@ int main(int argc, char** argv) {
     return hsdp_ckpt::Main({argv + 1, argv + argc});
   } catch (const std::exception& error) {
     std::fprintf(stderr, "hsdp-ckpt: %s\n", hsdp_ckpt::Printable(error.what()).c_str());
-    return dynamic_cast<const hsdp_ckpt::CorruptionError*>(&error) != nullptr ? 1 : 2;
+    return 2;
   }
 }

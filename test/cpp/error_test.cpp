@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cerrno>
+#include <vector>
 
 namespace hsdp_ckpt {
 namespace {
@@ -17,6 +18,13 @@ TEST(IoErrorTest, NamesCallFileOffsetAndCause) {
 TEST(CorruptionErrorTest, NamesFileRecordAndBothValues) {
   const CorruptionError error("/data/a", "model.weight", "CRC 1", "CRC 2");
   EXPECT_STREQ(error.what(), "/data/a: model.weight: expected CRC 1, got CRC 2");
+}
+
+TEST(ErrorTextTest, ChecksumsAndShapesReadTheSameEverywhere) {
+  EXPECT_EQ(CrcText(0xBADCAFE), "CRC 0badcafe");
+  const std::vector<int64_t> none, some{3, -1, 40};
+  EXPECT_EQ(ShapeText(none), "[]");
+  EXPECT_EQ(ShapeText(some), "[3, -1, 40]");
 }
 
 }  // namespace
