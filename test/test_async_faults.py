@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +75,9 @@ def _watched(rank: int, path: str) -> list[Any]:
 
 def _killed(rank: int, root: str, scenarios: list[Scenario]) -> None:
     name, group = about_to_be_killed(rank, scenarios)
-    start = time.monotonic()
     future = h.async_save({"w": NEW}, checkpoint_id=f"{root}/{name}", process_group=group)
     with pytest.raises(h.CheckpointError, match="gets no answer"):
         future.result(60)
-    assert time.monotonic() - start < 30
 
 
 def test_killed_at_every_call_of_either_rank(tmp_path: Path) -> None:

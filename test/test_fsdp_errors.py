@@ -346,11 +346,9 @@ def _short(shape: tuple[int, ...] = (2, 2), seconds: float = 3) -> DeviceMesh:
 
 
 def _error_of(call: Callable[[], Any]) -> str:
-    start = time.monotonic()
     try:
         call()
     except RuntimeError as error:
-        assert time.monotonic() - start < 20
         return str(error)
     return ""
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,10 +256,8 @@ def _dying(rank: int, path: str) -> None:
 
     if rank == 1:
         _save.Save.write = written  # type: ignore[method-assign]
-    start = time.monotonic()
     with pytest.raises(h.CheckpointError, match="gets no answer"):
         h.save({"w": OLD + 1, "v": OLD + 1}, checkpoint_id=path, process_group=group)
-    assert time.monotonic() - start < 30
 
 
 def test_a_rank_that_dies_when_all_is_durable_and_it_has_not_voted(tmp_path: Path) -> None:

@@ -25,10 +25,8 @@ def _watched(rank: int, path: str) -> list[Call]:
 
 def _killed(rank: int, root: str, scenarios: list[Scenario]) -> None:
     name, group = about_to_be_killed(rank, scenarios)
-    start = time.monotonic()
     with pytest.raises(h.CheckpointError, match="gets no answer"):
         h.save({"w": NEW, "v": NEW}, checkpoint_id=f"{root}/{name}", process_group=group)
-    assert time.monotonic() - start < 30
 
 
 def test_at_every_call_of_either_rank(tmp_path: Path) -> None:
