@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -82,10 +83,12 @@ HSDP_CKPT_AVX2 void Load(const T* p, D8& x) {
   x.hi = _mm256_cvtps_pd(_mm256_extractf128_ps(f.v, 1));
 }
 
-HSDP_CKPT_AVX2 void Store(float* p, const F8& x) { _mm256_storeu_ps(p, x.v); }
-HSDP_CKPT_AVX2 void Store(c10::Half* p, const F8& x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
-}
+/// Sixteen elements as they lie in memory.
+template <typename T>
+struct Packed {
+  __m256i v[sizeof(T) / 2];
+};
+
 /// bfloat16 in the low half of every lane; of a NaN anything.
 HSDP_CKPT_AVX2 __m256i RoundToBFloat16(__m256 x) {
   // Half of the last place kept, less one, plus the last bit kept: to nearest, ties to even.
@@ -98,36 +101,31 @@ HSDP_CKPT_AVX2 __m256i KeepNaN(__m256i rounded, __m256 x) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan);
 }
-HSDP_CKPT_AVX2 void Store(c10::BFloat16* p, const F8& x) {
-  const __m256i kept = KeepNaN(RoundToBFloat16(x.v), x.v);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
-}
-HSDP_CKPT_AVX2 void Store(double* p, const D8& x) {
-  _mm256_storeu_pd(p, x.lo);
-  _mm256_storeu_pd(p + 4, x.hi);
-}
-template <typename T>
-HSDP_CKPT_AVX2 void Store(T* p, const D8& x) {
-  Store(p, F8{_mm256_set_m128(_mm256_cvtpd_ps(x.hi), _mm256_cvtpd_ps(x.lo))});
-}
 
-template <typename T, typename Eight>
-HSDP_CKPT_AVX2 void StoreTwo(T* p, const Eight& x, const Eight& y) {
-  Store(p, x);
-  Store(p + 8, y);
+HSDP_CKPT_AVX2 void Pack(const F8& x, const F8& y, Packed<float>& out) {
+  out = {{_mm256_castps_si256(x.v), _mm256_castps_si256(y.v)}};
 }
-/// Bound by the number of instructions where the data is in the caches: one comparison for sixteen, as NaNs are rare, and
-/// one full store.
-HSDP_CKPT_AVX2 void StoreTwo(c10::BFloat16* p, const F8& x, const F8& y) {
+HSDP_CKPT_AVX2 void Pack(const F8& x, const F8& y, Packed<c10::Half>& out) {
+  out = {
+      {_mm256_set_m128i(_mm256_cvtps_ph(y.v, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT))}};
+}
+/// Bound by the number of instructions where the data is in the caches: NaNs are rare, so one comparison for all sixteen.
+HSDP_CKPT_AVX2 void Pack(const F8& x, const F8& y, Packed<c10::BFloat16>& out) {
   __m256i low = RoundToBFloat16(x.v), high = RoundToBFloat16(y.v);
   if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(x.v, y.v, _CMP_UNORD_Q)) != 0, 0)) {
     low = KeepNaN(low, x.v);
     high = KeepNaN(high, y.v);
   }
   // packus works within halves of 128 bits; its quarters are put in order.
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), _MM_SHUFFLE(3, 1, 2, 0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  out = {{_mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), _MM_SHUFFLE(3, 1, 2, 0))}};
+}
+HSDP_CKPT_AVX2 void Pack(const D8& x, const D8& y, Packed<double>& out) {
+  out = {{_mm256_castpd_si256(x.lo), _mm256_castpd_si256(x.hi), _mm256_castpd_si256(y.lo), _mm256_castpd_si256(y.hi)}};
+}
+template <typename T>
+HSDP_CKPT_AVX2 void Pack(const D8& x, const D8& y, Packed<T>& out) {
+  Pack(F8{_mm256_set_m128(_mm256_cvtpd_ps(x.hi), _mm256_cvtpd_ps(x.lo))},
+       F8{_mm256_set_m128(_mm256_cvtpd_ps(y.hi), _mm256_cvtpd_ps(y.lo))}, out);
 }
 
 HSDP_CKPT_AVX2 void Scale(F8& x, float s) { x.v = _mm256_mul_ps(x.v, _mm256_set1_ps(s)); }
@@ -141,64 +139,53 @@ HSDP_CKPT_AVX2 void Add(D8& x, const D8& y) {
   x.hi = _mm256_add_pd(x.hi, y.hi);
 }
 
-/// Copies a 64-byte line of results to an aligned `dst` past the caches.
-HSDP_CKPT_AVX2 void StreamLine(const void* line, void* dst) {
-  const auto* from = static_cast<const __m256i*>(line);
-  auto* to = static_cast<__m256i*>(dst);
-  _mm256_stream_si256(to, _mm256_loadu_si256(from));
-  _mm256_stream_si256(to + 1, _mm256_loadu_si256(from + 1));
-}
-
-template <typename Src, typename Dst, bool kAccumulate, typename C>
-HSDP_CKPT_AVX2 auto ComputeEight(const Src* src, const Dst* dst, C scale) {
-  std::conditional_t<std::is_same_v<C, double>, D8, F8> x, sum;
+template <typename Src, typename Dst, bool kScale, bool kAccumulate, typename C>
+HSDP_CKPT_AVX2 void CastSixteen(const Src* src, const Dst* dst, C scale, Packed<Dst>& out) {
+  std::conditional_t<std::is_same_v<C, double>, D8, F8> x, y, sum;
   Load(src, x);
-  Scale(x, scale);
+  Load(src + 8, y);
+  if constexpr (kScale) {
+    Scale(x, scale);
+    Scale(y, scale);
+  }
   if constexpr (kAccumulate) {
     Load(dst, sum);
     Add(x, sum);
+    Load(dst + 8, sum);
+    Add(y, sum);
   }
-  return x;
+  Pack(x, y, out);
 }
 
-template <typename Src, typename Dst, bool kAccumulate, typename C>
-HSDP_CKPT_AVX2 void CastEight(const Src* src, Dst* dst, C scale) {
-  Store(dst, ComputeEight<Src, Dst, kAccumulate>(src, dst, scale));
-}
-
-template <typename Src, typename Dst, bool kAccumulate>
+template <typename Src, typename Dst, bool kScale, bool kAccumulate>
 __attribute__((target("avx2,f16c"))) void CastRunAvx2(const Src* src, Dst* dst, int64_t n, double scale, bool stream) {
   using C = ComputeType<Src, Dst>;
   const C s = static_cast<C>(scale);
+  const auto cast = [s](const Src* from, Dst* to) __attribute__((target("avx2,f16c"), always_inline)) {
+    Packed<Dst> out;
+    CastSixteen<Src, Dst, kScale, kAccumulate>(from, to, s, out);
+    for (size_t v = 0; v < std::size(out.v); ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + v, out.v[v]);
+  };
   int64_t i = 0;
-  constexpr int64_t kLine = 64 / sizeof(Dst);
-  // Measured: a gain where at least half of the bytes are written, a loss where fp32 becomes 16 bits.
-  if (!kAccumulate && sizeof(Dst) >= sizeof(Src) && stream && n >= 2 * kLine) {
-    // One vector that ends in the first whole line, then lines; what is left goes the usual way.
-    const auto head = static_cast<int64_t>((64 - reinterpret_cast<uintptr_t>(dst) % 64) % 64 / sizeof(Dst));
-    for (; i < head; i += 8) CastEight<Src, Dst, false>(src + i, dst + i, s);
-    i = head;
-    for (; i + kLine <= n; i += kLine) {
-      alignas(64) unsigned char line[64];
-      for (int64_t k = 0; k < kLine; k += 8) {
-        CastEight<Src, Dst, false>(src + i + k, reinterpret_cast<Dst*>(line) + k, s);
-      }
-      StreamLine(line, dst + i);
+  if (!kAccumulate && stream && n >= 32) {
+    // Sixteen that end behind the first whole vector; what is left goes the usual way.
+    cast(src, dst);
+    i = static_cast<int64_t>((32 - reinterpret_cast<uintptr_t>(dst) % 32) / sizeof(Dst));
+    for (; i + 16 <= n; i += 16) {
+      Packed<Dst> out;
+      CastSixteen<Src, Dst, kScale, false>(src + i, dst + i, s, out);
+      for (size_t v = 0; v < std::size(out.v); ++v) _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i) + v, out.v[v]);
     }
     _mm_sfence();
   }
-  for (; i + 16 <= n; i += 16) {
-    StoreTwo(dst + i, ComputeEight<Src, Dst, kAccumulate>(src + i, dst + i, s),
-             ComputeEight<Src, Dst, kAccumulate>(src + i + 8, dst + i + 8, s));
-  }
-  for (; i < n; i += 8) {
-    const auto left = static_cast<size_t>(n - i < 8 ? n - i : 8);
-    alignas(32) unsigned char in[8 * sizeof(Src)] = {}, out[8 * sizeof(Dst)] = {};
-    std::memcpy(in, src + i, left * sizeof(Src));
-    if constexpr (kAccumulate) std::memcpy(out, dst + i, left * sizeof(Dst));
-    CastEight<Src, Dst, kAccumulate>(reinterpret_cast<const Src*>(in), reinterpret_cast<Dst*>(out), s);
-    std::memcpy(static_cast<void*>(dst + i), out, left * sizeof(Dst));
-  }
+  for (; i + 16 <= n; i += 16) cast(src + i, dst + i);
+  if (i == n) return;
+  const auto left = static_cast<size_t>(n - i);
+  alignas(32) unsigned char in[16 * sizeof(Src)] = {}, out[16 * sizeof(Dst)] = {};
+  std::memcpy(in, src + i, left * sizeof(Src));
+  if constexpr (kAccumulate) std::memcpy(out, dst + i, left * sizeof(Dst));
+  cast(reinterpret_cast<const Src*>(in), reinterpret_cast<Dst*>(out));
+  std::memcpy(static_cast<void*>(dst + i), out, left * sizeof(Dst));
 }
 
 __attribute__((target("avx2"))) inline void StreamBytes(const char* src, char* dst, int64_t bytes) {
@@ -255,7 +242,8 @@ inline void CopyRun(const char* src, char* dst, int64_t bytes, [[maybe_unused]] 
 template <typename Src, typename Dst, bool kAccumulate>
 void CastRun(const Src* src, Dst* dst, int64_t n, double scale, [[maybe_unused]] bool stream) {
 #ifdef HSDP_CKPT_CAST_AVX2
-  if (HasAvx2()) return CastRunAvx2<Src, Dst, kAccumulate>(src, dst, n, scale, stream && n >= 1024);
+  if (HasAvx2() && scale == 1.0) return CastRunAvx2<Src, Dst, false, kAccumulate>(src, dst, n, 1.0, stream && n >= 1024);
+  if (HasAvx2()) return CastRunAvx2<Src, Dst, true, kAccumulate>(src, dst, n, scale, stream && n >= 1024);
 #endif
   CastRunPortable<Src, Dst, kAccumulate>(src, dst, n, scale);
 }

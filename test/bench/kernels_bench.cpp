@@ -1,17 +1,20 @@
-// BatchedCopy beside the operators that torch's FSDP2 packs and unpacks with, and beside a plain copy of the same bytes.
-// usage: kernels_bench [rounds=15] [threads=1] [cpu|cuda]. Rounds are interleaved; medians. Prints a Markdown table.
+// BatchedCopy beside the operators that torch's FSDP2 packs and unpacks with, and beside a plain copy of the same bytes:
+// Catch2 benchmarks on one thread, for test/bench/run.py, which makes a table of their XML. No tests: CTest does not run
+// them.
+#define CATCH_CONFIG_RUNNER
+#define CATCH_CONFIG_ENABLE_BENCHMARKING
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "../catch2/catch2.h"
 #include "kernels/batched_copy.h"
 #ifdef HSDP_CKPT_WITH_CUDA
 #include <c10/cuda/CUDAFunctions.h>
@@ -26,7 +29,7 @@ constexpr int64_t kShards = 4;
 
 struct Case {
   std::string name;
-  int64_t bytes;  // read and written, once each
+  int64_t bytes;  // read and written, once each; the copy reads half of them and writes half
   std::function<void()> ours, torch, copy;
   std::vector<at::Tensor> memory;  // what the segments point into
 };
@@ -36,20 +39,6 @@ void Synchronize(at::Device device) {
   if (device.is_cuda()) c10::cuda::device_synchronize();
 #endif
   (void)device;
-}
-
-double Seconds(at::Device device, const std::function<void()>& run) {
-  const int calls = device.is_cuda() ? 20 : 1;
-  Synchronize(device);
-  const auto start = std::chrono::steady_clock::now();
-  for (int i = 0; i < calls; ++i) run();
-  Synchronize(device);
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / calls;
-}
-
-double Median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
 }
 
 /// The parameters of a transformer block of width `d`; `uneven` ones don't divide by the shards.
@@ -155,41 +144,38 @@ std::vector<Case> Cases(at::Device device, int64_t d) {
   return cases;
 }
 
-void Run(at::Device device, int64_t d, int rounds) {
+/// Several rounds of all three, so that what else the machine does meets each of them. The names are fields for run.py:
+/// device, width, what, bytes, calls that are timed as one, whose.
+void Run(at::Device device, int64_t d) {
+  constexpr int kRounds = 7;
+  const int calls = device.is_cuda() ? 20 : 1;
   for (const auto& item : Cases(device, d)) {
-    std::vector<double> ours, torch, copy;
-    for (int round = 0; round <= rounds; ++round) {
-      const double a = Seconds(device, item.ours), b = Seconds(device, item.torch), c = Seconds(device, item.copy);
-      if (round == 0) continue;  // page faults and first launches
-      ours.push_back(a);
-      torch.push_back(b);
-      copy.push_back(c);
+    const std::string fields = device.str() + "|" + std::to_string(d) + "|" + item.name + "|" + std::to_string(item.bytes) +
+                               "|" + std::to_string(calls) + "|";
+    for (int round = 0; round < kRounds; ++round) {
+      for (const auto& side : {std::pair("ours", &item.ours), {"torch", &item.torch}, {"copy", &item.copy}}) {
+        BENCHMARK(fields + side.first) {
+          for (int i = 0; i < calls; ++i) (*side.second)();
+          Synchronize(device);
+        };
+      }
     }
-    const double a = Median(ours), b = Median(torch), c = Median(copy);
-    std::printf("| %s d=%lld | %s | %.1f | %.3f | %.3f | %.3f | %.2f | %.2f |\n", device.str().c_str(),
-                static_cast<long long>(d), item.name.c_str(), static_cast<double>(item.bytes) / (1 << 20), a * 1e3, b * 1e3,
-                c * 1e3, b / a, c / a);
   }
 }
 
 }  // namespace
 
+TEST_CASE("on the CPU, within the caches and beyond them", "[benchmark][cpu]") {
+  for (const int64_t d : {256, 1024}) Run(at::kCPU, d);
+}
+
+TEST_CASE("on a GPU", "[benchmark][cuda]") {
+  if (!at::globalContext().hasCUDA()) return;
+  for (const int64_t d : {1024, 4096}) Run(at::Device(at::kCUDA, 0), d);
+}
+
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 15, threads = argc > 2 ? std::atoi(argv[2]) : 1;
-  const std::string only = argc > 3 ? argv[3] : "";
-  if (rounds < 1 || threads < 1 || !(only.empty() || only == "cpu" || only == "cuda")) {
-    std::fputs("usage: kernels_bench [rounds=15] [threads=1] [cpu|cuda]\n", stderr);
-    return 2;
-  }
-  at::set_num_threads(threads);
+  at::set_num_threads(1);
   const c10::InferenceMode inference;
-  std::puts("| device | what | MiB moved | ours ms | torch ms | copy ms | speed / torch | speed / copy |");
-  std::puts("|---|---|---|---|---|---|---|---|");
-  if (only != "cuda") {
-    for (const int64_t d : {256, 1024}) Run(at::kCPU, d, rounds);
-  }
-  if (only != "cpu" && at::globalContext().hasCUDA()) {
-    for (const int64_t d : {1024, 4096}) Run(at::Device(at::kCUDA, 0), d, rounds);
-  }
-  return 0;
+  return Catch::Session().run(argc, argv);
 }
