@@ -94,6 +94,25 @@ def test_memory_that_is_handed_out_again() -> None:
     run_ranks(_little_memory, _ranks(), backend="cpu:gloo,cuda:nccl")
 
 
+def _whole_on_every_rank(rank: int) -> None:
+    """Parameters without dimensions stay equal to the last bit, though a reduce-scatter sums them for each rank in another
+    order."""
+    net = _net()
+    for block in net.blocks:
+        block.gate = nn.Parameter(torch.tensor(0.5))
+        block.register_forward_hook(lambda module, _, output: output * module.gate)
+    ours = _wrapped(rank, net)
+    _train(ours, [batch(_net(), step, rank).cuda() for step in range(20)])
+    own = torch.stack([p.detach().to_local() for p in ours.parameters() if p.ndim == 0])
+    everyones = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everyones, own)
+    assert len(own) == len(net.blocks) and all(torch.equal(other, own) for other in everyones)
+
+
+def test_parameters_without_dimensions_have_the_same_bits_on_every_rank() -> None:
+    run_ranks(_whole_on_every_rank, _ranks(), backend="cpu:gloo,cuda:nccl")
+
+
 def _streams(rank: int) -> None:
     """Packing and casting for gathers and reductions run beside the computation's kernels, not among them."""
     ours = _wrapped(rank, _net(), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import NETS, Block, Net, batch
 from ranks import run_ranks
@@ -135,6 +136,10 @@ def _without_dimensions(rank: int, directory: str) -> None:
                 optimizer.step()
             for (name, p), q in zip(model.named_parameters(), single.parameters(), strict=True):
                 torch.testing.assert_close(full(p), q.detach(), rtol=1e-4, atol=1e-5, msg=name)
+            own = torch.stack([p.detach().to_local() for p in model.parameters() if p.ndim == 0])
+            everyones = [torch.empty_like(own) for _ in range(4)]
+            dist.all_gather(everyones, own)
+            assert all(torch.equal(other, own) for other in everyones), "the same bits on every rank"
         loss(ours, rank).backward()
         norm = nn.utils.get_total_norm([g for g in grads(ours).values() if g is not None])
         torch.testing.assert_close(ours.clip_grad_norm_(1e9), norm)

@@ -148,6 +148,14 @@ Works Collectives::AllReduce(const at::Tensor& tensor, bool average) const {
                               Async(tensor), kDefaultTimeout))};
 }
 
+Works Collectives::BroadcastFirst(const at::Tensor& tensor) const {
+  static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(at::TensorList, const GroupPtr&, int64_t,
+                                                                             int64_t, bool, int64_t)>("c10d::broadcast_");
+  const std::vector<at::Tensor> tensors{tensor};
+  return {std::get<1>(op.call(tensors, c10d::resolve_process_group(reduce_group_), /*root_rank=*/0, /*root_tensor=*/0,
+                              Async(tensor), kDefaultTimeout))};
+}
+
 bool Collectives::averages(c10::DeviceType device, at::ScalarType dtype) const {
   if (shards_ * replicas_ == 1 || (dtype != at::kFloat && dtype != at::kBFloat16)) return false;
   return backend_is("nccl", device);

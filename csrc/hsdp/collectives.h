@@ -74,6 +74,9 @@ class Collectives {
   /// In place over the replicas: the sum, or the average.
   Works AllReduce(const at::Tensor& tensor, bool average) const;
 
+  /// In place over the shards: the first one's values.
+  Works BroadcastFirst(const at::Tensor& tensor) const;
+
   /// Whether the backend divides on the way (NCCL, float32 and bfloat16: no pass of its own). If not, the caller scales.
   bool averages(c10::DeviceType device, at::ScalarType dtype) const;
   /// What gradients are multiplied with before they are summed in `dtype`: below one for float16 only, whose sums may

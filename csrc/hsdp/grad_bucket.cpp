@@ -45,6 +45,8 @@ GradReducer::Bucket::Bucket(at::ScalarType computed_dtype, at::ScalarType reduce
       ones(at::ones({static_cast<int64_t>(params.size())}, at::TensorOptions(computed).device(device))) {
   const int64_t align = AlignmentOf(computed, reduced), flags = static_cast<int64_t>(params.size());
   packed_begin = in_place < params.size() ? layout.offset(in_place) : layout.flat_numel();
+  const auto whole = std::find_if(params.begin(), params.end(), [&](size_t i) { return sizes[i].empty(); });
+  whole_begin = whole != params.end() ? layout.offset(static_cast<size_t>(whole - params.begin())) : layout.flat_numel();
   stride = layout.flat_numel() + (flags + align - 1) / align * align;
 }
 

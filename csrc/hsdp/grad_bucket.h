@@ -16,13 +16,18 @@ namespace hsdp_ckpt {
 /// reduction is under way.
 ///
 /// What one rank gets, `stride` elements: the shards of the parameters that are reduced in place, those of the packed ones
-/// (from `packed_begin` on), one flag per parameter, padding. The packed input holds the part from `packed_begin` on, once
-/// a rank.
+/// (from `packed_begin` on; last, from `whole_begin` on, those without dimensions), one flag per parameter, padding. The
+/// packed input holds the part from `packed_begin` on, once a rank.
 struct GradReducer::Bucket {
   Bucket(at::ScalarType computed, at::ScalarType reduced, std::vector<size_t> in_place, const std::vector<size_t>& packed,
          const std::vector<std::vector<int64_t>>& sizes, int64_t shards, at::Device device, bool exchanges);
 
   int64_t packed_stride() const { return stride - packed_begin; }
+  /// The gradients of parameters without dimensions, which every rank of the shard group gets whole: the last ones of what
+  /// one rank gets.
+  at::Tensor WholeOf(const at::Tensor& buffer) const {
+    return buffer.narrow(0, whole_begin, layout.flat_numel() - whole_begin);
+  }
   at::Tensor FlagsOf(const at::Tensor& buffer) const {
     return buffer.narrow(0, layout.flat_numel(), static_cast<int64_t>(params.size()));
   }
@@ -46,7 +51,7 @@ struct GradReducer::Bucket {
   const std::vector<size_t> params;
   const size_t in_place;  // so many of `params`, the first ones, go from where they are
   const ShardLayout layout;
-  int64_t packed_begin, stride;
+  int64_t packed_begin, whole_begin, stride;
   at::Tensor ones;
 
   std::vector<at::Tensor> grads;  // of the parameters that are reduced in place, one dimension

@@ -47,6 +47,7 @@ GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> siz
       const bool large = chunk * static_cast<int64_t>(c10::elementSize(computed)) >= kInPlaceBytes;
       (shards > 1 && large && as_it_is ? in_place : packed).push_back(i);
     }
+    std::stable_partition(packed.begin(), packed.end(), [&](size_t i) { return !sizes_[i].empty(); });
     buckets_.push_back(
         std::make_shared<Bucket>(computed, reduced, std::move(in_place), packed, sizes_, shards, device_, exchanges_));
   }
@@ -223,12 +224,19 @@ void GradReducer::StartAllReduce() {
     bucket->grads.clear();
     bucket->input.reset();
     bucket->AddPartial();
-    if (collectives_->replicas() == 1 || !options_.all_reduce) continue;
-    bucket->works = collectives_->AllReduce(
-        bucket->output, !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
-    if (!device_.is_cpu()) {
-      Await(bucket->works, collectives_->rank(), [&] { return "the all-reduce of unit '" + unit_ + "'"; });
+    const bool is_last = options_.all_reduce || collectives_->replicas() == 1;
+    if (is_last && collectives_->replicas() > 1) {
+      bucket->works = collectives_->AllReduce(
+          bucket->output, !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
     }
+    if (device_.is_cpu()) continue;
+    Await(bucket->works, collectives_->rank(), [&] { return "the all-reduce of unit '" + unit_ + "'"; });
+    // An all-reduce leaves the same bits on all ranks. A ring's reduce-scatter does not: it sums the gradient of a
+    // parameter without dimensions for each rank in another order, beginning with its neighbour's.
+    const at::Tensor whole = bucket->WholeOf(bucket->output);
+    if (!is_last || whole.numel() == 0 || collectives_->shards() == 1) continue;
+    bucket->works = collectives_->BroadcastFirst(whole);
+    Await(bucket->works, collectives_->rank(), [&] { return "the broadcast of unit '" + unit_ + "'"; });
   }
   stage_ = Stage::kReduce;
 }

@@ -32,8 +32,8 @@ struct Precision {
 /// tensor with a storage of its own over a piece of it. The full parameters are tensors whose storages have no memory while
 /// the unit is sharded; unsharding lends them pieces of one buffer. Their bytes are written past autograd, so version
 /// counters stand still and tensors saved for backward stay valid across a reshard.
-/// A parameter without dimensions is whole on every rank; all compute with the first one's value, so that copies whose
-/// gradients a backend has summed in another order can't tell the ranks apart.
+/// A parameter without dimensions is whole on every rank; all compute with the first one's value. Their copies stay equal
+/// to the last bit: Gloo's ranks sum the gradients in one order, on CUDA the first one's sum goes to all (see GradReducer).
 /// A gather begins with this rank's own rows, cast on the way. Large parameters are gathered in place; small ones, and
 /// those that the backend can't take where they are, go through one packed buffer, whatever their dtypes. Ownership:
 /// buffers and the full parameters; never the module's own sharded Parameters, whose references torch's `swap_tensors`
