@@ -114,6 +114,7 @@ class ShardedUnit:
             setattr(original, _OWNER, name)
         self.full: list[nn.Parameter] = []
         self.schedule: _C.Schedule | None = None
+        self._shown: list[nn.Parameter] | None = None  # by entry of _fast, as long as these are the sharded parameters
         self._flags: list[bool] = []
         self._trainable: list[int] = []
         self._forget_gradients()
@@ -160,8 +161,14 @@ class ShardedUnit:
     def show_sharded(self) -> None:
         """Puts the sharded parameters into the module, where users, optimizers and state dicts look."""
         if self.showing_full:
-            for places, parameter in zip(self.slots, self.sharded, strict=True):
-                for slot in places:
+            if self._shown is None:
+                for places, parameter in zip(self.slots, self.sharded, strict=True):
+                    for slot in places:
+                        slot.put(parameter)
+            else:  # twice a step: tables at hand
+                for (table, name, _), parameter in zip(self._fast, self._shown, strict=True):
+                    table[name] = parameter
+                for (slot, _), parameter in zip(self._slow, self._slow_shown, strict=True):
                     slot.put(parameter)
             self.showing_full = False  # last: another thread may ask
 
@@ -197,6 +204,7 @@ class ShardedUnit:
         self._fast = [(slot.module._parameters, slot.name, p) for (slot, p), ok in zip(every, plain, strict=True) if ok]
         kept = [sharded for places, sharded in zip(self.slots, self.sharded, strict=True) for _ in places]
         self._shown = [p for p, ok in zip(kept, plain, strict=True) if ok]
+        self._slow_shown = [p for p, ok in zip(kept, plain, strict=True) if not ok]
         self._slow = [pair for pair, ok in zip(every, plain, strict=True) if not ok]
         self._forget_gradients()
         schedule.add(self.core, self.full, self._trainable)
@@ -218,13 +226,14 @@ class ShardedUnit:
             raise RuntimeError(
                 f"module {self.core.name} can't run while its full parameters are summoned: leave summon_full_params first"
             )
-        if not self.showing_full and not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
-            self._raise_replaced()
+        if not self.showing_full and self._shown is not None:
+            if not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
+                self._raise_replaced(self._shown)
         if self._flags != [p.requires_grad for p in self.sharded] and self.schedule is not None:
             self.bind(self.schedule)
 
-    def _raise_replaced(self) -> None:
-        for (table, name, _), expected in zip(self._fast, self._shown, strict=True):
+    def _raise_replaced(self, shown: list[nn.Parameter]) -> None:
+        for (table, name, _), expected in zip(self._fast, shown, strict=True):
             if table.get(name) is not expected:
                 index = next(i for i, p in enumerate(self.sharded) if p is expected)
                 raise RuntimeError(
@@ -296,6 +305,7 @@ class ShardedUnit:
         self.device = shards[0].device if shards else self.device
         self.sharded = current
         self.showing_full = True  # every alias of a slot has to show the replacement
+        self._shown = None
         self.show_sharded()
         if self.schedule is not None:
             self.bind(self.schedule)
