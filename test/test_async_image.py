@@ -137,7 +137,7 @@ def _bounded(rank: int, path: str) -> None:
             with _WritesWait():
                 saving = h.async_save(state, checkpoint_id=to, snapshot=mode, max_staging_bytes=limit)  # type: ignore[arg-type]
                 run.step()
-                assert saving.staging_completion.done()
+                saving.staging_completion.result(60)
                 assert saving.step_wait_seconds > 0.05, (limit, mode)  # a write of the part that has no room
                 saving.result(60)
             assert limit / 2 <= saving.staged_bytes <= limit < whole.staged_bytes, (limit, saving.staged_bytes)

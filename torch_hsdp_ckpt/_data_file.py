@@ -52,6 +52,7 @@ class DataFile:
         block: bytes that are copied at a time; 0 for ``COPY_BLOCK``.
         image: memory laid out as the file. What is added from its place there is written from there, with the rest of the file
             put around it.
+        copies: what brought payloads there, which know their checksums. They are over when such a payload is added.
 
     Raises OSError (errno, filename) from any method; after that only :meth:`discard` is left.
     """
@@ -65,8 +66,9 @@ class DataFile:
         reserve: int = 0,
         block: int = 0,
         image: FileImage = FileImage(),  # noqa: B008 (immutable)
+        copies: Sequence[_C.StagingCopy] = (),
     ) -> None:
-        self._writer = _C.ShardFileWriter(directory, name, max(2, threads), sync, reserve, image)
+        self._writer = _C.ShardFileWriter(directory, name, max(2, threads), sync, reserve, image, copies)
         self._block = -(-(block or COPY_BLOCK) // _ALIGNMENT) * _ALIGNMENT
         self._batch = _Batch()
         self._started: _Batch | None = None  # the CUDA batch before: its copies run, nothing of it is written yet

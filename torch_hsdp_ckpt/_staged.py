@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from . import _C
 from ._data_file import StagedRecord, checksum
 from ._snapshot import CHANGED
 from ._staging import FileImage, Image, Layout, PlannedFile, StagingPool
@@ -24,13 +25,15 @@ class Staged:
     """A rank's records but for its objects, in the order of its files.
 
     ``in_place``: how many of them, the first ones, are the live tensors themselves; the others are in the image, or will be.
-    ``rest_in_place``: so are the tensors that DCP planned. ``sources``: what can be read again, each with its checksum.
+    ``rest_in_place``: so are the tensors that DCP planned. ``copies``: those that sum what they copy. ``sources``: what can be
+    read again, each with its checksum.
     """
 
     records: Sequence[Tensor | StagedRecord]
     image: Image
     in_place: int = 0
     rest_in_place: bool = False
+    copies: list[_C.StagingCopy] = dataclasses.field(default_factory=list)
     sources: list[tuple[str, Tensor | StagedRecord, int]] = dataclasses.field(default_factory=list)
 
     @property
@@ -102,7 +105,7 @@ def write_files(
     groups = ([rest] if rest else []) if single else [[item] for item in rest]
     if single and rest and not files:
         files = [([], [], 0)]
-    images = [] if staged is None else staged.image.files
+    images, copies = ([], []) if staged is None else (staged.image.files, staged.copies)
     first_staged = len(records) - (0 if staged is None else len(staged.records) - staged.in_place)
     pending = [on_read]
     if staged is None or not staged.reads_state:
@@ -113,7 +116,8 @@ def write_files(
     for number in range(count):
         places, _, planned = files[number] if number < len(files) else ([], [], 0)
         items = groups[0 if single else number - len(files)] if rest and (single or number >= len(files)) else []
-        file = writer._data_file(name(number), planned, images[number] if number < len(images) else FileImage())
+        image = images[number] if number < len(images) else FileImage()
+        file = writer._data_file(name(number), planned, image, copies)
         try:
             for i, (record, value) in enumerate(records[done : done + len(places)], done):
                 if pending and i == first_staged and staged is not None and not staged.rest_in_place:

@@ -136,9 +136,15 @@ class FileSystemWriter(_stock.FileSystemWriter):
         future.set_result(results)
         return future
 
-    def _data_file(self, name: str, reserve: int, image: FileImage = FileImage()) -> DataFile:  # noqa: B008 (immutable)
+    def _data_file(
+        self,
+        name: str,
+        reserve: int,
+        image: FileImage = FileImage(),  # noqa: B008 (immutable)
+        copies: Sequence[_C.StagingCopy] = (),
+    ) -> DataFile:
         block = min(self.per_thread_copy_ahead, COPY_BLOCK)
-        return DataFile(str(self.path), name, self.thread_count, self.sync_files, reserve, block, image)
+        return DataFile(str(self.path), name, self.thread_count, self.sync_files, reserve, block, image, copies)
 
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]

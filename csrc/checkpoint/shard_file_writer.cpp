@@ -35,6 +35,7 @@ struct ShardFileWriter::Record {
   std::vector<std::byte> head;
   std::vector<std::byte> tail;  // encoded when the payload's checksum is known
   int64_t remaining = 0;        // payload bytes not summed yet
+  bool summed = false;          // before they came here
   struct Part {
     int64_t from;
     int64_t size;
@@ -141,6 +142,7 @@ std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const Recor
                   " for a payload of " + std::to_string(entry.payload));
     }
     CheckPlace(source, batch.end);
+    TakeChecksums(batch, *record, source);
     batch.Add(size, Kind::kPayload, record, source.data, source.first);
     record->given += size;
     if (record->given < entry.payload) continue;
@@ -255,16 +257,7 @@ void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t en
     const int64_t to = std::min(end, extent->offset + extent->size);
     if (extent->kind == Kind::kPayload && to - have >= kGather) {
       write_gathered();
-      for (int64_t at = have; at < to;) {
-        // Steps end where checksum blocks do, so that a step's checksum is a part of one block's.
-        const int64_t in_extent = at - extent->offset, in_payload = extent->first + in_extent;
-        const int64_t step = std::min({to - at, kStep, kChecksumBlock - in_payload % kChecksumBlock});
-        const auto piece = extent->bytes.subspan(static_cast<size_t>(in_extent), static_cast<size_t>(step));
-        const uint32_t crc = Crc32(piece);
-        file_->WriteAt(piece, at);
-        PayloadDone(batch, *extent->record, in_payload, {&crc, 1}, {&step, 1});
-        at += step;
-      }
+      WritePayload(batch, *extent, have, to);
       gathered = to;
     } else {
       Assemble(batch, *extent, have, memory(have, to));
@@ -274,6 +267,21 @@ void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t en
   }
   write_gathered();
   if (buffer) GiveBuffer(std::move(buffer));
+}
+
+// Writes bytes [from, to) of the file, of a payload, from where it is.
+void ShardFileWriter::WritePayload(Batch& batch, const Extent& extent, int64_t from, int64_t to) {
+  while (from < to) {
+    const int64_t in_extent = from - extent.offset, in_payload = extent.first + in_extent;
+    int64_t step = to - from;
+    // Steps end where checksum blocks do, so that a step's checksum is a part of one block's.
+    if (!extent.record->summed) step = std::min({step, kStep, kChecksumBlock - in_payload % kChecksumBlock});
+    const auto piece = extent.bytes.subspan(static_cast<size_t>(in_extent), static_cast<size_t>(step));
+    const uint32_t crc = extent.record->summed ? 0 : Crc32(piece);
+    file_->WriteAt(piece, from);
+    if (!extent.record->summed) PayloadDone(batch, *extent.record, in_payload, {&crc, 1}, {&step, 1});
+    from += step;
+  }
 }
 
 // Puts `target.size()` bytes of an extent, from file position `from` on, where they will be written from.
@@ -296,6 +304,11 @@ void ShardFileWriter::Assemble(Batch& batch, const Extent& extent, int64_t from,
     }
     case Kind::kPayload: {
       const auto size = static_cast<int64_t>(target.size());
+      if (extent.record->summed) {
+        const auto source = extent.bytes.subspan(static_cast<size_t>(at), target.size());
+        if (target.data() != source.data()) std::memcpy(target.data(), source.data(), source.size());
+        return;
+      }
       std::vector<uint32_t> crcs;
       std::vector<int64_t> sizes;
       for (int64_t done = 0; done < size;) {
@@ -331,6 +344,12 @@ void ShardFileWriter::PayloadDone(Batch& batch, Record& record, int64_t from, st
       entry.block_crcs.back() = Crc32Combine(entry.block_crcs.back(), part.crc, static_cast<uint64_t>(part.size));
     }
   }
+  Complete(batch, record);
+}
+
+// The checksums of the payload's blocks are there: what follows from them.
+void ShardFileWriter::Complete(Batch& batch, Record& record) {
+  IndexEntry& entry = index_.entries[record.entry];
   int64_t at = 0;
   for (const uint32_t crc : entry.block_crcs) {
     const int64_t size = std::min(kChecksumBlock, entry.payload - at);
@@ -342,6 +361,22 @@ void ShardFileWriter::PayloadDone(Batch& batch, Record& record, int64_t from, st
     entry.framing_crc = Crc32(record.tail, entry.framing_crc);
     batch.tail_ready.notify_all();
   }
+}
+
+// A payload that was summed where it was copied into the image.
+void ShardFileWriter::TakeChecksums(Batch& batch, Record& record, const RecordSource& source) {
+  IndexEntry& entry = index_.entries[record.entry];
+  const FileImage& image = options_.image;
+  const bool whole = source.first == 0 && static_cast<int64_t>(source.data.size()) == entry.payload && entry.payload > 0;
+  if (!whole || !image.checksums) return;
+  const std::span<const uint32_t> known = image.checksums(source.data.data());
+  if (known.empty()) return;
+  if (static_cast<int64_t>(known.size()) != (entry.payload + kChecksumBlock - 1) / kChecksumBlock) {
+    throw Error(path_ + ": " + source.name + " has " + std::to_string(known.size()) + " checksums");
+  }
+  entry.block_crcs.assign(known.begin(), known.end());
+  record.summed = true;
+  Complete(batch, record);
 }
 
 std::span<std::byte> ShardFileWriter::InImage(int64_t begin, int64_t end) const {

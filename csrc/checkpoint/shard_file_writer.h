@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -32,6 +33,8 @@ struct RecordSource {
 struct FileImage {
   int64_t offset = 0;
   std::span<std::byte> memory;
+  /// For a whole payload that begins there: the CRC-32 of each of its kChecksumBlock, if they are known; else empty.
+  std::function<std::span<const uint32_t>(const std::byte* payload)> checksums{};
 };
 
 struct WriterOptions {
@@ -54,7 +57,7 @@ struct WrittenFile {
 /// assemble theirs, so memory is bounded by (threads + 1) blocks whatever the file's size. Only a record's tail depends on
 /// earlier bytes, through the payload's CRC: a worker that comes to a tail waits for the workers of earlier blocks, which
 /// never wait for a later one. Buffered files get large payloads straight from where they are; so do direct ones from an
-/// image, where a worker only sums them.
+/// image, where a worker only sums them, if that is not done either.
 ///
 /// The file must not exist: data files are never overwritten. One that was not finished is removed by the destructor.
 /// Not thread-safe. After an exception only destruction is left.
@@ -84,10 +87,13 @@ class ShardFileWriter {
   void Flush(Batch& batch, bool last);
   void WriteBlock(Batch& batch, int64_t begin, int64_t end, AlignedBuffer prefix, bool keep);
   void WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end);
+  void WritePayload(Batch& batch, const Extent& extent, int64_t from, int64_t to);
   void Assemble(Batch& batch, const Extent& extent, int64_t from, std::span<std::byte> target);
+  void TakeChecksums(Batch& batch, Record& record, const RecordSource& source);
   Record* Begin(Batch& batch, const RecordSource& source, std::vector<Place>& places);
   void PayloadDone(Batch& batch, Record& record, int64_t from, std::span<const uint32_t> crcs,
                    std::span<const int64_t> sizes);
+  void Complete(Batch& batch, Record& record);
   /// The image's memory for bytes [begin, end) of the file; empty if it has not all of them.
   std::span<std::byte> InImage(int64_t begin, int64_t end) const;
   void CheckPlace(const RecordSource& source, int64_t offset) const;

@@ -14,6 +14,7 @@
 #include "python/module.h"
 #include "record/record.h"
 #include "record/tensor_pickle.h"
+#include "snapshot/staging_copy.h"
 
 namespace py = pybind11;
 
@@ -70,17 +71,23 @@ std::string MakeTorchPrefix(int64_t rank, uint64_t save_id) {
 }
 
 std::unique_ptr<ShardFileWriter> MakeWriter(const std::string& directory, const std::string& name, int threads, bool sync,
-                                            int64_t reserve, const ImageArgument& image) {
+                                            int64_t reserve, const ImageArgument& image,
+                                            std::vector<std::shared_ptr<StagingCopy>> copies) {
   const auto parsed = DataFileName::Parse(name);
   if (!parsed) throw py::value_error("not a data file's name: " + name);
   const py::gil_scoped_release release;
   const auto& [offset, address, size] = image;
+  const auto checksums = [copies = std::move(copies)](const std::byte* payload) {
+    std::span<const uint32_t> found;
+    for (size_t i = 0; i < copies.size() && found.empty(); ++i) found = copies[i]->Checksums(payload);
+    return found;
+  };
   return std::make_unique<ShardFileWriter>(
       PosixFileSystem(), directory, *parsed,
       WriterOptions{.threads = threads,
                     .sync = sync,
                     .reserve = reserve,
-                    .image = {offset, {reinterpret_cast<std::byte*>(address), static_cast<size_t>(size)}}});
+                    .image = {offset, {reinterpret_cast<std::byte*>(address), static_cast<size_t>(size)}, checksums}});
 }
 
 std::pair<int64_t, bool> Finish(ShardFileWriter& writer) {
@@ -115,7 +122,7 @@ void BindCheckpoint(py::module_& module) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   py::class_<ShardFileWriter>(module, "ShardFileWriter")
       .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"), py::arg("sync"),
-           py::arg("reserve"), py::arg("image"))
+           py::arg("reserve"), py::arg("image"), py::arg("copies"))
       .def("write_tensors", &WriteTensors, py::arg("tensors"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
       .def("finish", &Finish);

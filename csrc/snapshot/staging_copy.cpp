@@ -3,17 +3,24 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/crc32.h"
 #include "base/parallel.h"
+#include "checkpoint/file_index.h"
 
 namespace hsdp_ckpt {
 
+static_assert(StagingCopy::kChunk % kChecksumBlock == 0);
+
 StagingCopy::StagingCopy(const std::vector<CopyPiece>& pieces) {
   int64_t in_chunk = 0;
+  size_t sums = 0;
   for (size_t index = 0; index < pieces.size(); ++index) {
+    const size_t first_sum = sums;
     for (int64_t from = 0; from < pieces[index].size;) {
       const CopyPiece& piece = pieces[index];
       const int64_t size = std::min(piece.size - from, kChunk);
-      parts_.push_back({{piece.source + from, piece.target + from, size}, index});
+      parts_.push_back({{piece.source + from, piece.target + from, size}, index, sums});
+      sums += static_cast<size_t>((size + kChecksumBlock - 1) / kChecksumBlock);
       from += size;
       bytes_ += size;
       in_chunk += size;
@@ -22,16 +29,23 @@ StagingCopy::StagingCopy(const std::vector<CopyPiece>& pieces) {
         in_chunk = 0;
       }
     }
+    if (sums > first_sum) sums_of_.push_back({pieces[index].target, first_sum, sums - first_sum});
   }
   if (in_chunk > 0) chunks_.push_back(parts_.size());
   left_ = chunks_.size();
+  sums_.resize(sums);
+  std::sort(sums_of_.begin(), sums_of_.end(), [](const Sums& a, const Sums& b) { return a.target < b.target; });
 }
 
 void StagingCopy::Run() {
   for (size_t chunk = next_++; chunk < chunks_.size(); chunk = next_++) {
     for (size_t i = chunk == 0 ? 0 : chunks_[chunk - 1]; i < chunks_[chunk]; ++i) {
       const CopyPiece& piece = parts_[i].piece;
-      std::memcpy(piece.target, piece.source, static_cast<size_t>(piece.size));
+      size_t sum = parts_[i].first_sum;
+      for (int64_t at = 0; at < piece.size; at += kChecksumBlock) {
+        const auto size = static_cast<size_t>(std::min(kChecksumBlock, piece.size - at));
+        sums_[sum++] = CopyAndCrc32({piece.target + at, size}, {piece.source + at, size});
+      }
     }
     if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
       const std::lock_guard lock(mutex_);  // else the notice could fall between a waiter's look and its wait
@@ -44,6 +58,13 @@ void StagingCopy::Finish() {
   Run();
   std::unique_lock lock(mutex_);
   none_left_.wait(lock, [this] { return done(); });
+}
+
+std::span<const uint32_t> StagingCopy::Checksums(const std::byte* target) const {
+  const auto found = std::lower_bound(sums_of_.begin(), sums_of_.end(), target,
+                                      [](const Sums& sums, const std::byte* at) { return sums.target < at; });
+  if (found == sums_of_.end() || found->target != target) return {};
+  return std::span(sums_).subspan(found->first, found->count);
 }
 
 void StagingCopy::Cancel() {

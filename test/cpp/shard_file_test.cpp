@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/bytes.h"
+#include "base/crc32.h"
 #include "base/error.h"
 #include "base/parallel.h"
 #include "checkpoint/read_plan.h"
@@ -266,6 +267,50 @@ TEST_F(ShardFileTest, AnImageMakesTheSameFileAndIsWrittenFromWhereItIs) {
       if (direct && writes && block < 1 << 20) {
         EXPECT_GE(fs.bytes, end - offset - (offset % blocks == 0 ? 0 : blocks) - blocks) << offset;
       }
+    }
+  }
+}
+
+TEST_F(ShardFileTest, KnownChecksumsOfAnImageAreNotComputedAgain) {
+  for (const bool direct : {true, false}) {
+    for (const uint32_t wrong : {0, 1}) {
+      FaultFileSystem fs;
+      fs.MakeDirectory("/d");
+      std::vector<Saved> records{Random("w", "uint8", {300000}, 300000), Random("behind", "uint8", {100}, 100)};
+      WriteFile(fs, records, {});
+      const auto whole = *fs.Bytes("/d/" + kName.ToString());
+      fs.Remove("/d/" + kName.ToString());
+      const AlignedBuffer memory(512 << 10);
+      std::vector<RecordSource> sources;
+      for (const Saved& saved : records) {
+        const int64_t at = saved.place.offset + SizeOfRecord(*saved.dtype, saved.shape).head;
+        const auto there = memory.span().subspan(static_cast<size_t>(at), saved.data.size());
+        std::copy(saved.data.begin(), saved.data.end(), there.begin());
+        sources.push_back({saved.name, saved.dtype, saved.shape, there});
+      }
+      std::vector<uint32_t> sums;
+      for (size_t at = 0; at < 300000; at += kChecksumBlock) {
+        sums.push_back(Crc32(std::span(records[0].data).subspan(at, std::min<size_t>(kChecksumBlock, 300000 - at))));
+      }
+      sums[2] ^= wrong;
+      const auto known = [&](const std::byte* payload) {
+        return payload == sources[0].data.data() ? std::span<const uint32_t>(sums) : std::span<const uint32_t>();
+      };
+      const FileImage image{0, memory.span(), known};
+      ShardFileWriter writer(fs, "/d", kName, {.direct = direct, .image = image});
+      writer.Write(sources);
+      writer.Finish();
+      EXPECT_EQ(*fs.Bytes("/d/" + kName.ToString()) == whole, wrong == 0);
+      const Files files = Open(fs);
+      if (wrong == 0) {
+        EXPECT_EQ(ReadBack(files, records[0]), records[0].data);
+      } else {
+        EXPECT_THROW(ReadBack(files, records[0]), CorruptionError);  // nobody has summed the bytes themselves
+      }
+      sums.pop_back();
+      fs.Remove("/d/" + kName.ToString());
+      ShardFileWriter another(fs, "/d", kName, {.direct = direct, .image = image});
+      EXPECT_THROW(another.Write(sources), Error);
     }
   }
 }

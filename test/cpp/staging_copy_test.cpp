@@ -2,9 +2,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 #include <thread>
+
+#include "base/crc32.h"
+#include "checkpoint/file_index.h"
 
 namespace hsdp_ckpt {
 namespace {
@@ -48,6 +52,24 @@ TEST(StagingCopy, OneThreadCopiesAllAndNothingElse) {
   copy.Finish();
   EXPECT_TRUE(copy.done());
   EXPECT_TRUE(memory.Copied());
+}
+
+TEST(StagingCopy, SumsWhatItCopies) {
+  Memory memory(kSizes);
+  StagingCopy copy(memory.pieces);
+  std::thread background([&] { copy.Run(); });
+  copy.Finish();
+  for (const CopyPiece& piece : memory.pieces) {
+    std::vector<uint32_t> expected;
+    for (int64_t at = 0; at < piece.size; at += kChecksumBlock) {
+      expected.push_back(Crc32({piece.source + at, static_cast<size_t>(std::min(kChecksumBlock, piece.size - at))}));
+    }
+    if (piece.size == 0) continue;  // has the next one's target
+    const auto sums = copy.Checksums(piece.target);
+    EXPECT_EQ(std::vector<uint32_t>(sums.begin(), sums.end()), expected) << piece.size;
+    EXPECT_TRUE(copy.Checksums(piece.target + 1).empty());
+  }
+  background.join();
 }
 
 TEST(StagingCopy, NothingToCopyIsDone) {
