@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -85,14 +85,16 @@ class Runner:
             raise
         return outputs
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> AbstractContextManager[None]:
         """``Root.reading``, also before there is a root, which then is not made meanwhile."""
-        if self.root is None:
-            with _making_root:
-                if self.root is None:
-                    yield
-                    return
+        return self._reading_alone() if self.root is None else self.root.reading()
+
+    @contextmanager
+    def _reading_alone(self) -> Iterator[None]:
+        with _making_root:
+            if self.root is None:
+                yield
+                return
         with self.root.reading():
             yield
 
