@@ -176,6 +176,17 @@ def _bounded(rank: int, path: str) -> None:
         h.async_save(run.state(), checkpoint_id=f"{path}/ema")
     run.saved_is(f"{path}/ema", expected, state)
 
+    # A disk that is full while training waits: the step goes on, the save fails everywhere, the older checkpoint stays.
+    if rank == 1:
+        _C._inject_fault(lambda op, path: -28 if op == "pwrite" else 0)
+    future = h.async_save(run.state(), checkpoint_id=f"{path}/ema", max_staging_bytes=0)
+    run.step()
+    assert isinstance(future.exception(60), OSError)
+    _C._inject_fault(None)
+    with pytest.raises(OSError, match="rank 1"):
+        h.async_save(run.state(), checkpoint_id=f"{path}/ema")
+    run.saved_is(f"{path}/ema", expected, state)
+
     for wrong, limit, more in (("0 or more", -1, {}), ("torch's own code", 1, {"use_collectives": False})):
         with pytest.raises(ValueError, match=wrong):
             h.async_save(run.state(), checkpoint_id=f"{path}/no", max_staging_bytes=limit, **more)
