@@ -1,5 +1,6 @@
 """What holds training back while a state is being copied, what notices a write past that, and what a further call does."""
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,10 @@ class _Late:
 
     def __exit__(self, *_: object) -> None:
         Job._begin_copy = self._begin  # type: ignore[method-assign]
+
+
+def _plain(state: Any) -> list[Any]:
+    return copy.deepcopy([v for v in torch.utils._pytree.tree_leaves(state) if not isinstance(v, torch.Tensor)])
 
 
 def _local(value: Any) -> Any:
@@ -204,6 +209,51 @@ def _gates(rank: int, path: str) -> None:
 
 def test_the_gate_and_what_passes_it(tmp_path: Path) -> None:
     run_ranks(_gates, 4, str(tmp_path))
+
+
+def _changed_by_any_means(rank: int, path: str) -> None:
+    """With everything copied in the call nothing waits for anything: what comes after it can't be in the checkpoint."""
+    run = _Run(rank)
+    placements = next(run.model.parameters()).placements
+    ema = DTensor.from_local(torch.full((300_000,), float(rank % 2)), mesh_of((2, 2)), placements)
+    means: dict[str, Callable[[torch.Tensor], Any]] = {
+        "NumPy": lambda t: t.numpy().fill(3),
+        ".data": lambda t: t.data.add_(3),
+        "a collective": lambda t: dist.all_reduce(t) if t.is_contiguous() else t.add_(3),
+        "an operator": lambda t: t.add_(3),
+        "its storage": lambda t: t.untyped_storage().fill_(3),
+    }
+    for name, change in means.items():
+        go_on = threading.Event()
+        _C._inject_fault(lambda op, path, go_on=go_on: go_on.wait(60) and 0 if op == "pwrite" else 0)  # nothing is written yet
+        extra = {"ema": ema, "plain": torch.arange(300_000.0), "strided": torch.ones(40, 30).t(), "objects": [1, {"two": [2]}]}
+        state = {**run.state(), **extra}
+        expected, objects = run.leaves(state), _plain(state)
+        future = h.async_save(state, checkpoint_id=f"{path}/{name}", snapshot="copy")
+        assert future.staging_completion.done()
+        run.optimizer.step()
+        for leaf in torch.utils._pytree.tree_leaves({**run.state(), **extra}):
+            if isinstance(leaf, torch.Tensor):
+                with torch.no_grad():
+                    change(_local(leaf.detach()))
+        extra["objects"][1]["two"].append(name)  # type: ignore[index]
+        state["model"].clear()
+        assert future.step_wait_seconds == 0.0
+        assert not future.done()
+        go_on.set()
+        future.result(60)
+        _C._inject_fault(None)
+        target = torch.utils._pytree.tree_map(
+            lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None, {**run.state(), **extra}
+        )
+        h.load(target, checkpoint_id=f"{path}/{name}")
+        assert all(torch.equal(a, b) for a, b in zip(run.leaves(target), expected, strict=True)), name
+        assert _plain(target) == objects, name
+        run.gradients(1)
+
+
+def test_snapshot_copy_is_the_state_at_the_call_whatever_comes_after(tmp_path: Path) -> None:
+    run_ranks(_changed_by_any_means, 4, str(tmp_path))
 
 
 def _another_thread(rank: int, path: str) -> None:

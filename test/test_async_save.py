@@ -1,6 +1,7 @@
 """``async_save``: the state at the call, failures on the future and at the next call, forks, exit."""
 
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from models import batch, even_net
 from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from training import loss_of, wrap
 
 import torch_hsdp_ckpt as h
@@ -165,3 +167,46 @@ def test_torchs_own_stager_is_torchs_own_save(tmp_path: Path, caplog: pytest.Log
         ).result()
     assert any("an async_stager was passed" in message for message in caplog.messages)
     assert (tmp_path / "c" / ".metadata").is_file()
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _in_process_mode(rank: int, path: str) -> None:
+    # Only a process that is no daemon may have children; torch's has to.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    log, logger = _Messages(), logging.getLogger("torch_hsdp_ckpt")
+    logger.addHandler(log)
+    logger.setLevel(logging.INFO)
+    model = wrap(even_net(), (1, 1))
+    state: dict[str, Any] = {"model": dict(model.state_dict()), "n": [1]}
+    expected = _clone(state)
+    for _ in range(2):
+        future = h.async_save(state, checkpoint_id=path, async_checkpointer_type=AsyncCheckpointerType.PROCESS)
+        assert not isinstance(future, h.AsyncSave)
+        for value in state["model"].values():
+            getattr(value, "_local_tensor", value).add_(1)
+        assert isinstance(future.result(60), dcp.Metadata)
+        for load in (dcp.load, h.load):
+            target = torch.utils._pytree.tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else 0, expected)
+            load(target, checkpoint_id=path)
+            assert _equal(target, expected), load.__module__
+        expected = _clone(state)
+        dist.barrier()
+    said = [text for text in log.texts if text.startswith("torch makes this asynchronous save")]
+    assert len(said) == 1, log.texts
+    assert "async_checkpointer_type is" in said[0]
+    assert "PROCESS" in said[0]
+    # One of ours after it is ours again.
+    assert isinstance(h.async_save(state, checkpoint_id=f"{path}-ours"), h.AsyncSave)
+
+
+def test_process_mode_is_torchs_own_save(tmp_path: Path) -> None:
+    run_ranks(_in_process_mode, 1, str(tmp_path / "c"))

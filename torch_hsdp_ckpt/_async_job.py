@@ -14,7 +14,7 @@ from ._agreement import Agreement
 from ._capture import Captured, Part
 from ._data_file import StagedRecord
 from ._save import Save, pickled
-from ._snapshot import DeviceCopy, Snapshot, guarded_tensors
+from ._snapshot import DeviceCopy, Snapshot, find_guarded
 from ._staged import Objects, Staged
 from ._staging import Image, Layout, StagingPool
 from ._stateful import values_of
@@ -73,6 +73,9 @@ class Job:
         self._mode, self._pool, self._limit = mode, pool, limit
         self._error: BaseException | None = None  # of this rank; travels with the next thing that the ranks tell each other
         self._given_up: CheckpointError | None = None
+        # Held until the call returns: a thread that runs Python code meanwhile keeps the call waiting for the interpreter's
+        # lock, 5 ms each time.
+        self._call = threading.Lock()
         self._opened = self._staged = False
         self._call_waits = False  # for the gate: what must be copied before the call returns has no place in memory
         self._captured: Captured | None = None  # where nothing but the ranks' agreement is needed to plan
@@ -81,6 +84,7 @@ class Job:
         self._copy: _C.StagingCopy | None = None
         self._summed: list[_C.StagingCopy] = []  # the call's, and that one
         self._eager: list[int] = []  # tensors that have to be copied before the call returns
+        self._eager_bytes = 0
         self._records: list[StagedRecord | torch.Tensor] = []
         self._objects: Objects = []
         self._image: Image | None = None
@@ -105,7 +109,7 @@ class Job:
         self._save = Save(state_dict, self._writer, self._planner, agreement, self._global_ranks, self._captured)
         if self._error is None:
             # Much to copy: agreed with the ranks first, so that it is 1/R of it.
-            if self._captured is None or sum(local_of(self._captured.tensors[i]).nbytes for i in self._eager) > _COPIED_WHOLE:
+            if self._captured is None or self._eager_bytes > _COPIED_WHOLE:
                 try:
                     self._open()
                 except BaseException:
@@ -120,7 +124,8 @@ class Job:
         # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is finished.
         self.started = True
         try:
-            threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
+            with self._call:
+                threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
         except RuntimeError:  # no thread is to be had: then here and now, since the peers wait for this rank
             self._run()
         if self._call_waits:
@@ -135,15 +140,9 @@ class Job:
     def _split(self, captured: Captured) -> None:
         """Which tensors have to be copied now; the gate for the others. Objects are copied."""
         captured.freeze_objects()
-        guarded = guarded_tensors()
-        _, addresses, sizes = _C.view_tensors(guarded)
-        # By memory: state dicts hold detached aliases. Few objects are made here, lest the garbage collector sets in.
-        owners = _C.find_owners(captured.addresses, captured.sizes, addresses, sizes)
-        self._eager = [i for i, owner in enumerate(owners) if owner < 0]
-        late = [i for i, owner in enumerate(owners) if owner >= 0]
-        if late:
-            watched, names = [guarded[owners[i]] for i in late], [captured.name(i) for i in late]
-            self._snapshot = Snapshot(watched, names, self.future.add_step_wait)
+        watch, self._eager, self._eager_bytes = find_guarded(captured.live)
+        if len(watch) > 0:
+            self._snapshot = Snapshot(watch, captured.name, self.future.add_step_wait)
 
     def _open(self) -> None:
         self._save.open()
@@ -160,10 +159,11 @@ class Job:
                 self._open_gate()
             return
         # Before the device's copies are made, which read what is frozen too.
-        captured.freeze_tensors([i for i in self._eager if not (self._opened and captured.addresses[i])])
+        captured.freeze_tensors([i for i in self._eager if not (self._opened and captured.live.address(i))])
         if not self._opened:
             self._eager.clear()
-        devices = {tensor.device for tensor in captured.tensors if tensor.is_cuda}
+        assert captured.structure is not None
+        devices = captured.structure.devices
         if devices:
             self._device_copy = DeviceCopy(devices)
         if self._eager:
@@ -182,7 +182,7 @@ class Job:
     def _make_image(self, captured: Captured) -> None:
         """Places for what this rank will write, in the memory that is kept for it; from the end, if it may not hold all."""
         assert captured.structure is not None
-        parts, static = captured.structure.parts, captured.structure.static
+        parts, static, live = captured.structure.parts, captured.structure.static, captured.live
         if self._agreement.is_coordinator:
             self._objects = pickled(static.objects, captured.planner.state_dict)
         lengths = [len(data) for _, data in self._objects]
@@ -193,38 +193,35 @@ class Job:
         for i, part in enumerate(parts):
             if i >= self._in_place:
                 address = self._image.base + layout.payloads[len(lengths) + i]
-            elif (local := local_of(captured.tensors[part.tensor])).is_cuda:
+            elif (local := local_of(live.tensor(part.tensor))).is_cuda:
                 self._records.append(_slice(local, part).view(part.shape))
                 continue
             else:
-                address = captured.addresses[part.tensor] + part.first
+                address = live.address(part.tensor) + part.first
             self._records.append(StagedRecord(part.kind, part.shape, address, part.size))
         self.future.staged_bytes = sum(part.size for part in parts[self._in_place :])
 
     def _copies(self, captured: Captured, now: bool) -> tuple[_C.StagingCopy, list[torch.Tensor], list[torch.Tensor]]:
         """The copying of what the call copies, or of the rest: what the CPU does, and what devices do, from where to where."""
         assert captured.structure is not None
-        pieces: list[tuple[int, int, int]] = []
+        structure, live = captured.structure, captured.live
         sources: list[torch.Tensor] = []
         targets: list[torch.Tensor] = []
         assert self._image is not None
-        eager = set(self._eager)
-        for i, part in enumerate(captured.structure.parts):
-            if i < self._in_place or (part.tensor in eager) != now or not part.size:
-                continue
-            local = local_of(captured.tensors[part.tensor])
-            place = len(self._objects) + i
-            if local.is_cuda:
+        image, eager, places = self._image, set(self._eager), self._image.layout.payloads[len(self._objects) :]
+        for i, part in enumerate(structure.parts if structure.devices else ()):
+            local = local_of(live.tensor(part.tensor))
+            if local.is_cuda and i >= self._in_place and part.size and (part.tensor in eager) == now:
                 sources.append(_slice(local, part))
-                targets.append(self._image.view(place, sources[-1]))
-            else:
-                target = self._image.base + self._image.layout.payloads[place]
-                pieces.append((captured.addresses[part.tensor] + part.first, target, part.size))
-        return _C.StagingCopy(pieces), sources, targets
+                targets.append(image.view(len(self._objects) + i, sources[-1]))
+        copy = live.copies(structure.copied, self._in_place, image.base, places, self._eager, not now)
+        return copy, sources, targets
 
     # -- the threads
 
     def _run(self) -> None:
+        with self._call:
+            pass
         vote = b""
         try:
             try:

@@ -7,7 +7,7 @@ global hook announces, and by this package. Both wait at the gate. Version count
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from . import _C
 from .errors import CheckpointError
 
-# Units of wrapped modules; they add themselves. The optimizers whose steps the hook has announced.
+# Units of wrapped modules; they add themselves. Not those with one shard: there the whole parameter is the shard's own memory,
+# and a forward that changes it in place (``clamp_`` of a logit scale) passes no gate and moves no counter of the shard.
 units: "weakref.WeakSet[Any]" = weakref.WeakSet()
-_optimizers: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+_optimizers: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()  # whose steps the hook has announced
 _pending: "Snapshot | None" = None  # what training has to wait for; one at a time
 
 
@@ -36,22 +37,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_pre_hook(_before_step)
 
 
-def guarded_tensors() -> list[torch.Tensor]:
-    """The tensors that nobody changes without passing the gate: parameters of our units that an announced optimizer updates,
-    and the tensors of these optimizers' states.
+def find_guarded(live: _C.LiveState) -> tuple[_C.Watch, list[int], int]:
+    """The tensors that nobody changes without passing the gate; the others, and their bytes.
 
-    Not the parameters of a unit with one shard: there the whole parameter is the shard's own memory, and a forward that
-    changes it in place (``clamp_`` of a logit scale) passes no gate and moves no counter of the shard.
+    They share their memory with a parameter of one of our units that an announced optimizer updates, or with a tensor of such
+    an optimizer's state.
     """
-    ours = {id(parameter) for unit in units if unit.mesh.size(unit.mesh.ndim - 1) > 1 for parameter in unit.sharded}
-    found: list[torch.Tensor] = []
-    for optimizer in list(_optimizers):
-        for group in optimizer.param_groups:
-            found += [parameter for parameter in group["params"] if id(parameter) in ours]
-        for state in optimizer.state.values():
-            if isinstance(state, dict):
-                found += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    return found
+    return live.find_guarded([unit.sharded for unit in units], list(_optimizers))
 
 
 def forget_in_child() -> None:
@@ -63,14 +55,14 @@ def forget_in_child() -> None:
 class Snapshot:
     """The part of one save that is copied after the call has returned.
 
-    ``owners``: the guarded tensors that it reads, and ``names`` what they are called. A thread calls :meth:`begin`,
+    ``watch``: the guarded tensors that it reads; ``name``: what a tensor of the state is called. A thread calls :meth:`begin`,
     :meth:`check`, :meth:`release` and :meth:`close`, in this order; training meets :meth:`hold`.
     """
 
-    def __init__(self, owners: Sequence[torch.Tensor], names: Sequence[str], on_wait: Callable[[float], None]) -> None:
+    def __init__(self, watch: _C.Watch, name: Callable[[int], str], on_wait: Callable[[float], None]) -> None:
         global _pending
-        self._owners, self._names = owners, names
-        self._versions = _C.tensor_versions(owners)
+        self._watch: _C.Watch | None = watch
+        self._name = name
         self._begun, self._released = threading.Event(), threading.Event()
         self._copy: _C.StagingCopy | None = None
         self._device_copy: DeviceCopy | None = None
@@ -85,7 +77,7 @@ class Snapshot:
 
     def check(self, verify: bool) -> None:
         """After copying: CheckpointError if a tensor has changed since the call, as far as that can be seen."""
-        self._compare(_C.tensor_versions(self._owners))
+        self._refuse(self._changed())
         if verify and self._copy is not None:
             changed = self._copy.first_change(2)
             if changed >= 0:
@@ -95,14 +87,16 @@ class Snapshot:
 
     def check_unless_passed(self) -> None:
         """After :meth:`release`: the same again, of the counters alone, if training has changed nothing by right."""
-        versions = _C.tensor_versions(self._owners)
+        changed = self._changed()  # looked at first: who passes after it may change things
         if not self.passed:
-            self._compare(versions)
+            self._refuse(changed)
 
-    def _compare(self, versions: list[int]) -> None:
-        for i, name in enumerate(self._names):
-            if versions[2 * i : 2 * i + 2] != self._versions[2 * i : 2 * i + 2]:
-                raise CheckpointError(f"{name}: {CHANGED}")
+    def _changed(self) -> int:
+        return self._watch.changed() if self._watch is not None else -1
+
+    def _refuse(self, changed: int) -> None:
+        if changed >= 0:
+            raise CheckpointError(f"{self._name(changed)}: {CHANGED}")
 
     def release(self) -> None:
         """Opens the gate: everything is copied, on its way from a device before anything that is queued there from now on, or
@@ -115,7 +109,7 @@ class Snapshot:
         global _pending
         if _pending is self:
             _pending = None
-        self._owners, self._names, self._copy, self._device_copy = (), (), None, None
+        self._watch, self._copy, self._device_copy = None, None, None
 
     def hold(self) -> None:
         begin = time.perf_counter()

@@ -120,7 +120,8 @@ class ShardedUnit:
         self._forget_gradients()
         self.showing_full = True
         self.show_sharded()
-        _snapshot.units.add(self)
+        if mesh.size(mesh.ndim - 1) > 1:
+            _snapshot.units.add(self)
 
     def _check(self, parameters: list[nn.Parameter], device: torch.device) -> None:
         for name, p in zip(self.names, parameters, strict=True):

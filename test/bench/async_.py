@@ -58,15 +58,16 @@ def _upload(response: Any) -> Any:
 
 
 def _loop(
-    rank: int, system: str, width: int, layers: int, steps: int, every: int, scratch: str
+    rank: int, system: str, width: int, layers: int, steps: int, every: int, pairs: int, scratch: str
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Loops without and with saves, in turn, since the machine's speed moves."""
     warnings.simplefilter("ignore", UserWarning)  # torch's, on saving over a checkpoint
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = wrap("ours" if system == "ours" else "fsdp2", Net(width, layers), mesh)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     save = _Saver(system, dist.new_group(backend="gloo"))
-    out: dict[str, list[float]] = {"call": [], "step": [], "step, saving": [], "durable": [], "loop": []}
+    out: dict[str, list[float]] = {"call": [], "step": [], "step, saving": [], "durable": [], "without": [], "with": []}
 
     def state() -> dict[str, Any]:
         weights, moments = get_state_dict(model, optimizer)
@@ -84,6 +85,9 @@ def _loop(
 
     def loop(saving: bool, record: bool = True) -> None:
         nonlocal expected, path
+        if saving and rank == 0:
+            for each in Path(scratch).iterdir():
+                shutil.rmtree(each)
         dist.barrier()
         begin, response = time.perf_counter(), None
         for i in range(steps):
@@ -95,7 +99,7 @@ def _loop(
                 if rank == 0:
                     Path(path).mkdir(parents=True, exist_ok=True)
                 given = state()
-                if i + every >= steps:
+                if not record and i + every >= steps:
                     expected = {name: value.to_local().clone() for name, value in given["model"].items()}
                 dist.barrier()
                 at = time.perf_counter()
@@ -109,20 +113,18 @@ def _loop(
                 out["step, saving" if new is not None else "step"].append(seconds)
         dist.barrier()
         if record:
-            out["loop"].append(time.perf_counter() - begin)
+            out["with" if saving else "without"].append(time.perf_counter() - begin)
         if response is not None:
             _upload(response).result()
-        if saving and rank == 0 and record:
-            for each in Path(scratch).iterdir():
-                if str(each) != path:
-                    shutil.rmtree(each)
         dist.barrier()
 
     expected: dict[str, torch.Tensor] = {}
     path = ""
     loop(saving=True, record=False)  # plans, threads and memory that are kept
-    loop(saving=False)
-    loop(saving=True)
+    for pair in range(pairs):
+        for saving in (False, True) if pair % 2 == 0 else (True, False):
+            loop(saving)
+    loop(saving=True, record=False)
     target = {"model": {name: torch.zeros_like(value) for name, value in state()["model"].items()}}
     dcp.load(target, storage_reader=dcp.FileSystemReader(path))
     wrong = [name for name, value in target["model"].items() if not torch.equal(value.to_local(), expected[name])]
@@ -180,18 +182,18 @@ def _calls(rank: int, tensors: int, total: int, rounds: int, scratch: str) -> tu
 
 
 def measure(scratch: str, systems: tuple[str, ...], quick: bool) -> str:
-    width, layers, steps, every = (128, 2, 6, 3) if quick else (768, 6, 12, 6)
+    width, layers, steps, every, pairs = (128, 2, 6, 3, 2) if quick else (768, 6, 12, 6, 4)
     rows = []
     gib = 0.0
     for system in systems:
-        outcomes = run_ranks(_loop, 4, system, width, layers, steps, every, scratch, timeout=600.0)
+        outcomes = run_ranks(_loop, 4, system, width, layers, steps, every, pairs, scratch, timeout=600.0)
         facts, readings = outcomes[0]
         if any(outcome[0]["wrong"] for outcome in outcomes):
             raise SystemExit(f"{system}: the checkpoint is not the state at the call: {facts['wrong'][:3]}")
         gib = facts["bytes"] / 2**30
         call = statistics.median(readings["call"])
         wait = max(0.0, statistics.median(readings["step, saving"]) - statistics.median(readings["step"]))
-        without, with_saves = readings["loop"]
+        added = [with_ - without for with_, without in zip(readings["with"], readings["without"], strict=True)]
         durable = [d for outcome in outcomes for d in outcome[1]["durable"]]
         rows.append(
             [
@@ -199,9 +201,8 @@ def measure(scratch: str, systems: tuple[str, ...], quick: bool) -> str:
                 milliseconds(readings["call"]),
                 f"{1e3 * wait:.1f}",
                 f"{1e3 * (call + wait):.1f}",
-                f"{without:.2f}",
-                f"{with_saves:.2f}",
-                f"{1e3 * (with_saves - without):.0f}",
+                milliseconds(readings["without"]),
+                milliseconds(added),
                 milliseconds(durable),
             ]
         )
@@ -210,12 +211,14 @@ def measure(scratch: str, systems: tuple[str, ...], quick: bool) -> str:
         "call, ms",
         "longer step, ms",
         "both, ms",
-        "loop without, s",
-        "with saves, s",
-        "added, ms",
+        "loop without saves, ms",
+        "saves add, ms",
         "durable after, ms",
     ]
-    title = f"## {gib:.2f} GiB of state, 4 Gloo ranks, 2 replicas x 2 shards, Adam; {steps} steps, a save every {every}"
+    title = (
+        f"## {gib:.2f} GiB of state, 4 Gloo ranks, 2 replicas x 2 shards, Adam; "
+        f"{pairs} pairs of loops, {steps} steps each, without saves and with one every {every}"
+    )
     text = f"{title}\n{table(header, rows)}\n"
     if "ours" in systems:
         rows = []

@@ -45,7 +45,9 @@ def _read_so_far() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
-def _load(rank: int, directory: str, total: int, rounds: int) -> tuple[int, dict[str, list[dict[str, Any]]]]:
+def _load(
+    rank: int, directory: str, total: int, rounds: int, systems: tuple[str, ...]
+) -> tuple[int, dict[str, list[dict[str, Any]]]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     shapes = list(checkpoint.shapes(total))
     state = {
@@ -55,7 +57,7 @@ def _load(rank: int, directory: str, total: int, rounds: int) -> tuple[int, dict
     need = sum(tensor.to_local().nbytes for tensor in state.values())
     readings = defaultdict(list)
     for _ in range(rounds):
-        for system in SYSTEMS:
+        for system in systems:
             path = Path(directory) / ("dcp" if system == "dcp" else "ours")
             checkpoint.cool(path)
             before = _read_so_far()
@@ -71,21 +73,21 @@ def _load(rank: int, directory: str, total: int, rounds: int) -> tuple[int, dict
     return need, readings
 
 
-def measure(directory: Path, total: int, rounds: int) -> str:
+def measure(directory: Path, total: int, rounds: int, systems: tuple[str, ...]) -> str:
     """A Markdown table: every system, every mesh."""
     run_ranks(_save, 4, str(directory), total, timeout=600.0)
     rows = []
     for ranks, name in TARGETS.items():
-        results = run_ranks(_load, ranks, str(directory), total, rounds, timeout=600.0)
+        results = run_ranks(_load, ranks, str(directory), total, rounds, systems, timeout=600.0)
         need = sum(need for need, _ in results)
-        base = statistics.median(r["seconds"] for r in results[0][1]["dcp"])
-        for system in SYSTEMS:
+        base = statistics.median(r["seconds"] for r in results[0][1][systems[0]])
+        for system in systems:
             seconds = [r["seconds"] for r in results[0][1][system]]
             cpu = statistics.median(sum(one[system][i]["cpu"] for _, one in results) for i in range(rounds))
             read = statistics.median(sum(one[system][i]["read"] for _, one in results) for i in range(rounds))
             times = f"{base / statistics.median(seconds):.2f}"
             rows.append([name, system, milliseconds(seconds), times, f"{cpu * 2**30 / need:.2f}", f"{read / need:.3f}"])
-    header = ["onto", "", "ms, median [range]", "times as fast as DCP", "CPU s per GiB", "bytes read / needed"]
+    header = ["onto", "", "ms, median [range]", f"times as fast as {systems[0]}", "CPU s per GiB", "bytes read / needed"]
     return (
         f"## {total / 2**30:.2f} GiB saved by 2 x 2, {file_system(directory)}, {rounds} rounds, cold\n{table(header, rows)}\n"
     )

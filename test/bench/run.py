@@ -31,11 +31,13 @@ import torch  # noqa: E402
 from report import publish, table  # noqa: E402
 
 
+def short(system: str) -> str:
+    """A system's name on the command line: "dcp, cached stager" is dcp-cached-stager."""
+    return system.replace(", ", "-").replace(" ", "-")
+
+
 def chosen(args: argparse.Namespace, all_systems: tuple[str, ...]) -> tuple[str, ...]:
-    if args.systems is None:
-        return all_systems
-    wanted = [name.strip() for name in args.systems.split(",")]
-    return tuple(s for s in all_systems if s.replace(", 2 threads", "2").replace(" under dcp", "-dcp") in wanted)
+    return tuple(system for system in all_systems if args.systems is None or short(system) in args.systems.split(","))
 
 
 def run_checkpoint(args: argparse.Namespace) -> str:
@@ -101,11 +103,12 @@ def run_save_scale(args: argparse.Namespace) -> str:
 def run_reshard(args: argparse.Namespace) -> str:
     args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
-        return reshard.measure(Path(scratch), (1 << 26) if args.quick else (1 << 29), 2 if args.quick else args.rounds)
+        total, rounds = ((1 << 26), 2) if args.quick else ((1 << 29), args.rounds)
+        return reshard.measure(Path(scratch), total, rounds, chosen(args, reshard.SYSTEMS))
 
 
 def run_shared_store(args: argparse.Namespace) -> str:
-    return shared_store.measure(args.quick)
+    return shared_store.measure(args.quick, chosen(args, shared_store.SYSTEMS))
 
 
 def run_async(args: argparse.Namespace) -> str:
@@ -114,6 +117,15 @@ def run_async(args: argparse.Namespace) -> str:
         return async_.measure(scratch, chosen(args, async_.SYSTEMS), args.quick)
 
 
+# What --systems chooses from; the other benchmarks compare nothing.
+SYSTEMS: dict[str, tuple[str, ...]] = {
+    "async": async_.SYSTEMS,
+    "checkpoint": checkpoint.SYSTEMS,
+    "reshard": reshard.SYSTEMS,
+    "shared_store": shared_store.SYSTEMS,
+    "step": systems.WRAPPERS,
+    "state_dict": systems.WRAPPERS,
+}
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "async": run_async,
     "checkpoint": run_checkpoint,
@@ -132,7 +144,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"which: {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--gpu", action="store_true", help="only what runs on the GPU; an error without one")
-    parser.add_argument("--systems", help="some of: limit,pread,dcp,dcp2,ours-dcp,ours,fsdp1,fsdp2")
+    choices = list(dict.fromkeys(short(system) for each in SYSTEMS.values() for system in each))
+    parser.add_argument("--systems", metavar="A,B", help=f"some of: {', '.join(choices)}")
     parser.add_argument("--dir", type=Path, default=ROOT / "build" / "bench", help="a directory on the disk to measure")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of saves and loads")
     args = parser.parse_args()
@@ -140,6 +153,9 @@ def main() -> None:
     unknown = set(names) - set(BENCHMARKS)
     if unknown:
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}: one of {', '.join(BENCHMARKS)}")
+    for name in names:
+        if args.systems is not None and name in SYSTEMS and not chosen(args, SYSTEMS[name]):
+            parser.error(f"--systems {args.systems}: {name} has {', '.join(map(short, SYSTEMS[name]))}")
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: torch sees no CUDA device")
     for name in names:

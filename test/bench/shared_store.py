@@ -39,14 +39,14 @@ def _state(mesh: Any, total: int, value: float) -> dict[str, Any]:
     }
 
 
-def _loads(rank: int, directory: str, total: int, rounds: int) -> dict[str, list[float]]:
+def _loads(rank: int, directory: str, total: int, rounds: int, systems: list[str]) -> dict[str, list[float]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(), 1))
     saved = _state(mesh, total, 1.0)
     dcp.save(saved, storage_writer=dcp.FileSystemWriter(f"{directory}/dcp"))
     torch_hsdp_ckpt.save(saved, checkpoint_id=f"{directory}/ours")
-    seconds: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+    seconds: dict[str, list[float]] = {system: [] for system in systems}
     for _ in range(rounds):
-        for system in SYSTEMS:
+        for system in systems:
             state = _state(mesh, total, -1.0)
             dist.barrier()
             start = time.perf_counter()
@@ -61,7 +61,7 @@ def _loads(rank: int, directory: str, total: int, rounds: int) -> dict[str, list
     return seconds
 
 
-def measure(quick: bool) -> str:
+def measure(quick: bool, systems: tuple[str, ...]) -> str:
     """A Markdown table; runs itself in processes whose reads are slowed down."""
     shims = sorted(ROOT.glob("build/*/test/libshared_store.so"), key=os.path.getmtime)
     if not shims:
@@ -78,14 +78,14 @@ def measure(quick: bool) -> str:
                 "STORE_CLOCK": f"{scratch}/clock",
                 "STORE_BYTES_PER_SECOND": str(BANDWIDTH),
             }
-            command = [sys.executable, __file__, str(replicas), f"{scratch}/store", str(total), str(rounds)]
+            command = [sys.executable, __file__, str(replicas), f"{scratch}/store", str(total), str(rounds), *systems]
             output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=environment).stdout
         seconds: dict[str, list[float]] = json.loads(output.splitlines()[-1])
-        base = statistics.median(seconds["dcp"])
-        for system in SYSTEMS:
+        base = statistics.median(seconds[systems[0]])
+        for system in systems:
             times = f"{base / statistics.median(seconds[system]):.2f}"
             rows.append([str(replicas), system, milliseconds(seconds[system]), times])
-    header = ["replicas", "", "ms, median [range]", "times as fast as DCP"]
+    header = ["replicas", "", "ms, median [range]", f"times as fast as {systems[0]}"]
     title = (
         f"## SIMULATION: a store of {BANDWIDTH >> 20} MiB/s in all, a state of {total >> 20} MiB on every replica, each a "
         f"process of this machine, {rounds} rounds"
@@ -96,4 +96,4 @@ def measure(quick: bool) -> str:
 
 if __name__ == "__main__":
     replicas, directory, total, rounds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    print(json.dumps(run_ranks(_loads, replicas, directory, total, rounds, timeout=600.0)[0]))
+    print(json.dumps(run_ranks(_loads, replicas, directory, total, rounds, sys.argv[5:], timeout=600.0)[0]))

@@ -1,0 +1,283 @@
+#include "python/live_state.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <unordered_map>
+#include <unordered_set>
+
+namespace py = pybind11;
+
+namespace hsdp_ckpt {
+namespace {
+
+// Attribute names, made once; never freed, since the interpreter may be gone by then.
+PyObject* Name(const char* text) { return PyUnicode_InternFromString(text); }
+
+py::object Steal(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+py::object Attribute(PyObject* object, PyObject* name) {
+  PyObject* found = PyObject_GetAttr(object, name);
+  if (found == nullptr) PyErr_Clear();
+  return py::reinterpret_steal<py::object>(found);
+}
+
+// A DTensor's local tensor; null for any other.
+py::object LocalOf(PyObject* tensor) {
+  static PyObject* const name = Name("_local_tensor");
+  if (THPVariable_CheckExact(tensor)) return {};
+  py::object local = Attribute(tensor, name);
+  return local && THPVariable_Check(local.ptr()) ? local : py::object();
+}
+
+// Whether a tensor's bytes lie where its address says, one after the other in row-major order.
+bool IsDirect(const at::Tensor& tensor) {
+  return tensor.layout() == at::kStrided && tensor.has_storage() && !tensor.is_meta() && !tensor.is_conj() &&
+         !tensor.is_neg() && tensor.is_contiguous() &&
+         static_cast<int64_t>(tensor.storage().nbytes() / tensor.itemsize()) >= tensor.storage_offset() + tensor.numel();
+}
+
+int64_t VersionOf(PyObject* tensor) {
+  const at::Tensor& value = THPVariable_Unpack(tensor);
+  return value.is_inference() ? 0 : static_cast<int64_t>(value._version());  // inference tensors count none
+}
+
+int64_t LocalVersionOf(PyObject* tensor) {
+  const py::object local = LocalOf(tensor);
+  return VersionOf(local ? local.ptr() : tensor);
+}
+
+void Append(std::string& out, int64_t word) { out.append(reinterpret_cast<const char*>(&word), sizeof(word)); }
+
+void AppendPointer(std::string& out, const void* pointer) { Append(out, reinterpret_cast<int64_t>(pointer)); }
+
+// The string that DCP makes names and paths of.
+void AppendKey(std::string& out, PyObject* key) {
+  py::object text;
+  if (!PyUnicode_CheckExact(key)) {
+    text = Steal(PyObject_Str(key));
+    key = text.ptr();
+  }
+  const int64_t length = PyUnicode_GET_LENGTH(key), kind = PyUnicode_KIND(key);
+  Append(out, length << 3 | kind);
+  out.append(static_cast<const char*>(PyUnicode_DATA(key)), static_cast<size_t>(length * kind));
+}
+
+enum class Kind { kObject, kTensor, kMapping, kList };
+
+Kind KindOf(PyObject* value) {
+  if (THPVariable_CheckExact(value)) return Kind::kTensor;
+  if (PyDict_CheckExact(value)) return Kind::kMapping;
+  if (PyList_CheckExact(value)) return Kind::kList;
+  if (value == Py_None || PyUnicode_CheckExact(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value) ||
+      PyBool_Check(value) || PyTuple_CheckExact(value)) {
+    return Kind::kObject;
+  }
+  if (THPVariable_Check(value)) return Kind::kTensor;
+  static PyObject* const mapping = py::object(py::module_::import("collections.abc").attr("Mapping")).release().ptr();
+  const int is_mapping = PyObject_IsInstance(value, mapping);
+  if (is_mapping < 0) throw py::error_already_set();
+  if (is_mapping > 0) return Kind::kMapping;
+  return PyList_Check(value) ? Kind::kList : Kind::kObject;
+}
+
+// Structures nest as deep as Python lets functions do.
+class Nesting {
+ public:
+  Nesting() {
+    if (Py_EnterRecursiveCall(" in a state dict") != 0) throw py::error_already_set();
+  }
+  ~Nesting() { Py_LeaveRecursiveCall(); }
+  Nesting(const Nesting&) = delete;
+  Nesting& operator=(const Nesting&) = delete;
+};
+
+// DCP's rule for lists: those that hold no tensor and no mapping, however deep, are values.
+bool IsTraversed(PyObject* list) {
+  const Nesting nesting;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    const py::object item = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list, i));
+    const Kind kind = KindOf(item.ptr());
+    if (kind == Kind::kTensor || kind == Kind::kMapping || (kind == Kind::kList && IsTraversed(item.ptr()))) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+void Watch::Add(py::object owner, size_t tensor) {
+  const int64_t version = VersionOf(owner.ptr()), local_version = LocalVersionOf(owner.ptr());
+  entries_.push_back({std::move(owner), tensor, version, local_version});
+}
+
+int64_t Watch::Changed() const {
+  for (const Entry& entry : entries_) {
+    if (VersionOf(entry.owner.ptr()) != entry.version || LocalVersionOf(entry.owner.ptr()) != entry.local_version) {
+      return static_cast<int64_t>(entry.tensor);
+    }
+  }
+  return -1;
+}
+
+LiveState::LiveState(const py::object& state_dict) {
+  if (KindOf(state_dict.ptr()) != Kind::kMapping) throw py::type_error("a state dict is a mapping");
+  Walk(state_dict.ptr(), true);
+}
+
+void LiveState::Walk(PyObject* container, bool mapping) {
+  const Nesting nesting;
+  Append(fingerprint_, mapping ? 'M' : 'L');
+  if (!mapping) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) Take(PyList_GET_ITEM(container, i));
+  } else if (PyDict_CheckExact(container)) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(container, &at, &key, &value);) {
+      const py::object kept = py::reinterpret_borrow<py::object>(value);  // a key's __str__ may be anybody's code
+      AppendKey(fingerprint_, key);
+      Take(value);
+    }
+  } else {  // whose order and values are its own affair, an OrderedDict's too
+    static PyObject* const items = Name("items");
+    const py::object iterator = Steal(PyObject_GetIter(Steal(PyObject_CallMethodNoArgs(container, items)).ptr()));
+    while (PyObject* next = PyIter_Next(iterator.ptr())) {
+      const auto [key, value] = Steal(next).cast<std::pair<py::object, py::object>>();
+      AppendKey(fingerprint_, key.ptr());
+      Take(value.ptr());
+    }
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  }
+  Append(fingerprint_, 'E');
+}
+
+void LiveState::Take(PyObject* value) {
+  const Kind kind = KindOf(value);
+  if (kind == Kind::kMapping || (kind == Kind::kList && IsTraversed(value))) {
+    const py::object kept = py::reinterpret_borrow<py::object>(value);
+    return Walk(value, kind == Kind::kMapping);
+  }
+  values_.push_back(py::reinterpret_borrow<py::object>(value));
+  if (kind == Kind::kTensor) {
+    tensors_.push_back(Look(value, &fingerprint_));
+    tensors_.back().value = values_.size() - 1;
+  } else {
+    Append(fingerprint_, 'O');
+    AppendPointer(fingerprint_, Py_TYPE(value));
+  }
+}
+
+LiveState::Place LiveState::Look(PyObject* tensor, std::string* fingerprint) const {
+  static PyObject* const name = Name("_spec");
+  const py::object inner = LocalOf(tensor);
+  PyObject* const holder = inner ? inner.ptr() : tensor;
+  const at::Tensor& local = THPVariable_Unpack(holder);
+  const bool direct = THPVariable_CheckExact(holder) && IsDirect(local);
+  if (fingerprint != nullptr) {
+    const bool strided = local.layout() == at::kStrided;
+    Append(*fingerprint, 'T');
+    AppendPointer(*fingerprint, Py_TYPE(tensor));
+    AppendPointer(*fingerprint, Py_TYPE(holder));
+    AppendPointer(*fingerprint, inner ? Attribute(tensor, name).ptr() : nullptr);  // the tensor keeps it
+    Append(*fingerprint, static_cast<int64_t>(local.scalar_type()) << 32 | static_cast<int64_t>(local.layout()) << 16 |
+                             static_cast<int64_t>(direct) << 1 | static_cast<int64_t>(local.requires_grad()));
+    Append(*fingerprint, static_cast<int64_t>(local.device().type()) << 16 | (local.device().index() & 0xff));
+    Append(*fingerprint, strided ? local.dim() : -1);
+    if (strided) {
+      for (const int64_t size : local.sizes()) Append(*fingerprint, size);
+      for (const int64_t stride : local.strides()) Append(*fingerprint, stride);
+    }
+  }
+  return {0, direct ? reinterpret_cast<uintptr_t>(local.const_data_ptr()) : 0,
+          direct ? static_cast<int64_t>(local.nbytes()) : 0, local.is_cpu()};
+}
+
+py::list LiveState::Values() const {
+  py::list out(values_.size());
+  for (size_t i = 0; i < values_.size(); ++i) out[i] = values_[i];
+  return out;
+}
+
+std::vector<size_t> LiveState::places() const {
+  std::vector<size_t> out;
+  for (const Place& tensor : tensors_) out.push_back(tensor.value);
+  return out;
+}
+
+py::object LiveState::Tensor(size_t index) const { return values_[tensors_.at(index).value]; }
+
+void LiveState::Replace(size_t index, const py::object& tensor) {
+  if (!THPVariable_Check(tensor.ptr())) throw py::type_error("replace takes a tensor");
+  Place& place = tensors_.at(index);
+  const size_t value = place.value;
+  place = Look(tensor.ptr(), nullptr);
+  place.value = value;
+  values_[value] = tensor;
+}
+
+LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py::object& optimizers) const {
+  struct Owner {
+    py::object tensor;
+    int64_t bytes;
+  };
+  std::unordered_map<uintptr_t, Owner> owners;
+  owners.reserve(2 * tensors_.size());
+  const auto add = [&](const py::handle& tensor) {
+    const Place place = Look(tensor.ptr(), nullptr);
+    if (place.address == 0) return;
+    Owner& owner = owners[place.address];
+    if (!owner.tensor || owner.bytes < place.bytes) owner = {py::reinterpret_borrow<py::object>(tensor), place.bytes};
+  };
+  std::unordered_set<PyObject*> ours;
+  for (const py::handle list : parameters) {
+    for (const py::handle parameter : list) ours.insert(parameter.ptr());
+  }
+  for (const py::handle optimizer : optimizers) {
+    for (const py::handle group : optimizer.attr("param_groups")) {
+      for (const py::handle parameter : group["params"]) {
+        if (ours.count(parameter.ptr()) != 0) add(parameter);
+      }
+    }
+    for (const py::handle state : optimizer.attr("state").attr("values")()) {
+      if (!py::isinstance<py::dict>(state)) continue;
+      for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(state)) {
+        if (THPVariable_Check(value.ptr())) add(value);
+      }
+    }
+  }
+  Guarded out{std::make_shared<Watch>(), {}, 0};
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Place& tensor = tensors_[i];
+    const auto found = tensor.address == 0 ? owners.end() : owners.find(tensor.address);
+    if (found != owners.end() && tensor.bytes <= found->second.bytes) {
+      out.watch->Add(found->second.tensor, i);
+    } else {
+      out.unguarded.push_back(i);
+      PyObject* const value = values_[tensor.value].ptr();
+      const py::object local = LocalOf(value);
+      out.unguarded_bytes += static_cast<int64_t>(THPVariable_Unpack(local ? local.ptr() : value).nbytes());
+    }
+  }
+  return out;
+}
+
+std::shared_ptr<StagingCopy> LiveState::Copies(const StagingParts& parts, size_t skip, uintptr_t image,
+                                               const std::vector<int64_t>& places, const std::vector<size_t>& unguarded,
+                                               bool others) const {
+  std::vector<char> wanted(tensors_.size(), others ? 1 : 0);
+  for (const size_t tensor : unguarded) wanted.at(tensor) = others ? 0 : 1;
+  TORCH_CHECK(places.size() == parts.parts.size(), "each part has a place");
+  std::vector<CopyPiece> pieces;
+  pieces.reserve(places.size());
+  for (size_t i = skip; i < places.size(); ++i) {
+    const StagingParts::Part& part = parts.parts[i];
+    const Place& tensor = tensors_.at(part.tensor);
+    if (wanted[part.tensor] == 0 || part.size == 0 || !tensor.on_cpu) continue;
+    TORCH_INTERNAL_ASSERT(part.first + part.size <= tensor.bytes);
+    pieces.push_back({reinterpret_cast<const std::byte*>(tensor.address + static_cast<uintptr_t>(part.first)),
+                      reinterpret_cast<std::byte*>(image + static_cast<uintptr_t>(places[i])), part.size});
+  }
+  return std::make_shared<StagingCopy>(pieces);
+}
+
+}  // namespace hsdp_ckpt
