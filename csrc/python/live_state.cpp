@@ -34,14 +34,17 @@ py::object LocalOf(PyObject* tensor) {
 
 // Whether a tensor's bytes lie where its address says, one after the other in row-major order.
 bool IsDirect(const at::Tensor& tensor) {
-  return tensor.layout() == at::kStrided && tensor.has_storage() && !tensor.is_meta() && !tensor.is_conj() &&
-         !tensor.is_neg() && tensor.is_contiguous() &&
-         static_cast<int64_t>(tensor.storage().nbytes() / tensor.itemsize()) >= tensor.storage_offset() + tensor.numel();
+  if (tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.is_meta() || tensor.is_conj() || tensor.is_neg() ||
+      !tensor.is_contiguous()) {
+    return false;
+  }
+  const at::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();  // no count of references moves
+  return static_cast<int64_t>(storage.nbytes() / tensor.itemsize()) >= tensor.storage_offset() + tensor.numel();
 }
 
 int64_t VersionOf(PyObject* tensor) {
   const at::Tensor& value = THPVariable_Unpack(tensor);
-  return value.is_inference() ? 0 : static_cast<int64_t>(value._version());  // inference tensors count none
+  return value.is_inference() ? 0 : value.unsafeGetTensorImpl()->version_counter().current_version();  // those count none
 }
 
 int64_t LocalVersionOf(PyObject* tensor) {
@@ -75,6 +78,7 @@ Kind KindOf(PyObject* value) {
       PyBool_Check(value) || PyTuple_CheckExact(value)) {
     return Kind::kObject;
   }
+  if (PyType_IsSubtype(Py_TYPE(value), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0) return Kind::kTensor;
   if (THPVariable_Check(value)) return Kind::kTensor;
   static PyObject* const mapping = py::object(py::module_::import("collections.abc").attr("Mapping")).release().ptr();
   const int is_mapping = PyObject_IsInstance(value, mapping);
@@ -241,7 +245,7 @@ LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py
     for (const py::handle state : optimizer.attr("state").attr("values")()) {
       if (!py::isinstance<py::dict>(state)) continue;
       for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(state)) {
-        if (THPVariable_Check(value.ptr())) add(value);
+        if (KindOf(value.ptr()) == Kind::kTensor) add(value);
       }
     }
   }
