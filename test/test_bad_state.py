@@ -64,6 +64,18 @@ class _Raises(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class _Extra(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.version = [7]
+
+    def get_extra_state(self):
+        return {"version": self.version}
+
+    def set_extra_state(self, state) -> None:
+        self.version[:] = state["version"]
+
+
 def _architecture(rank: int) -> None:
     """Another architecture's checkpoint: what is missing is named whole, what is there beside it up to fifty names in all."""
     model, _ = trained("uneven", rank)
@@ -103,6 +115,14 @@ def _batch_norm(rank: int) -> None:
     with pytest.raises(RuntimeError, match="ArithmeticError: a count below 0"):
         reads.load_state_dict(state)
     assert_same(reads.state_dict(), before)
+    extra = FSDP(nn.Sequential(_Extra(), nn.Linear(4, 4)))
+    state = {**extra.state_dict(), "0._extra_state": {"version": [8]}}
+    del state["1.bias"]
+    with pytest.raises(RuntimeError, match=r"1\.bias"):
+        extra.load_state_dict(state)
+    assert extra.module[0].version == [7]
+    extra.load_state_dict(state, strict=False)
+    assert extra.module[0].version == [8]
 
 
 def _optimizer(rank: int) -> None:
@@ -123,7 +143,23 @@ def _optimizer(rank: int) -> None:
     split["param_groups"] = [{**group, "params": group["params"][:3]}, {**group, "params": group["params"][3:]}]
     lacking = changed()
     lacking["param_groups"][0]["params"].remove(key)
+
+    def regrouped(**options):
+        new = changed()
+        new["param_groups"] = [{key: value for key, value in options.items() if value is not None}]
+        return new
+
+    entry = state["state"][key]
+    heavy = {"momentum_buffer": torch.full_like(entry["exp_avg"], 9)}
+    sgd = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": False, "params": group["params"]}
     wrong = [
+        ({**state, "state": {**state["state"], key: 3}}, f"the state of {key} is a int, not a dict"),
+        ({**state, "state": {**state["state"], key: heavy}}, f'the state of {key} has no "exp_avg"'),
+        (changed(exp_avg=torch.tensor(1.0)), f"{key}: exp_avg is a single value"),
+        (changed(exp_avg="text"), f"{key}: exp_avg is a str"),
+        ({"state": state["state"]}, 'no "param_groups"'),
+        (regrouped(**{**group, "lr": None}), 'no "lr"'),
+        (regrouped(**sgd), 'no "betas"'),
         (renamed, "nobody"),
         (split, "1 parameter groups, the state 2"),
         (lacking, f'the state has no parameter "{key}"'),

@@ -2,9 +2,10 @@
 
 Modules that load in a way of their own can't be looked into. Leaves of that kind (BatchNorm) are tried on empty copies of their
 tensors. Where hooks, extra state or containers of that kind are about, the module's own loading runs on the real tensors, and a
-copy of them is put back if it fails.
+copy of them and of the extra state is put back if it fails.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -251,9 +252,11 @@ def _load_guarded(root: nn.Module, mesh: DeviceMesh, survey: Survey, full: bool,
     before = [t.clone() for t in locals_] if survey.hooked else []
     # After the users' own hooks, which may rename keys.
     handles = [m.register_load_state_dict_pre_hook(_shard_own) for m in modules if full and m._parameters]  # type: ignore[no-untyped-call]
+    extra: list[tuple[nn.Module, Any]] = []
     error: Exception | None = None
     result: Any = None
     try:
+        extra += [(m, copy.deepcopy(m.get_extra_state())) for m in modules if _keeps_extra_state(type(m))]
         result = run()
     except Exception as e:
         error = e
@@ -268,10 +271,16 @@ def _load_guarded(root: nn.Module, mesh: DeviceMesh, survey: Survey, full: bool,
             table.update(entries)  # type: ignore[arg-type]
         for tensor, value in zip(locals_, before, strict=bool(before)):
             tensor.copy_(value)
+    for module, state in extra:
+        module.set_extra_state(state)
     for module in modules:
         if isinstance(unit := module.__dict__.get("_unit"), ShardedUnit):
             unit.rebind()
     raise RuntimeError(f"{listed(problems)}\nEvery tensor is as it was before the call.") from error
+
+
+def _keeps_extra_state(kind: type[nn.Module]) -> bool:
+    return kind.get_extra_state is not nn.Module.get_extra_state and kind.set_extra_state is not nn.Module.set_extra_state
 
 
 def _shard_own(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,6 +1,6 @@
 """From a state by names to what ``Optimizer.load_state_dict`` takes: checked against the model, and cut where it is whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +74,10 @@ def import_state(
                 '"param_groups" of an optimizer state is a list of dicts, each with its parameters\' names under "params"'
             )
             saved = {**saved, "param_groups": []}
+    elif optim is not None and not by_name:
+        problems.append('the optimizer state has no "param_groups"')
+    if optim is not None and not problems:
+        problems += _lacking_options(optim, saved.get("param_groups", ()))
     listed_names = {name for group in saved.get("param_groups", ()) for name in group["params"]}
     values: dict[Any, tuple[Any, torch.Tensor | None, dict[str, Any]]] = {}
     for name, value in saved["state"].items():
@@ -89,7 +93,14 @@ def import_state(
         parameter = names.parameters[index]
         current = {} if optim is None else optim.state.get(parameter, {})
         expected = _dtype_of(parameter, optim)
-        for key, item in value.items() if isinstance(value, dict) else ():
+        if not isinstance(value, dict):
+            problems.append(f"the state of {name} is {_shown(value)}, not a dict")
+            continue
+        # None at all is what a parameter without gradients has.
+        for key in current if value else ():
+            if key not in value and _has_elements(current[key]) and current[key].shape == parameter.shape:
+                problems.append(f'the state of {name} has no "{key}", the optimizer has')
+        for key, item in value.items():
             problem = _misfit(f"{name}: {key}", item, parameter, current.get(key), expected if key != "step" else None)
             if problem is not None:
                 problems.append(problem)
@@ -126,17 +137,40 @@ def _shown(value: Any) -> str:
 
 def _dtype_of(parameter: torch.Tensor, optim: torch.optim.Optimizer | None) -> torch.dtype | None:
     """What ``load_state_dict`` would silently convert floating state to; others than torch's may do otherwise."""
-    ours = optim is not None and type(optim).__module__.startswith("torch.optim")
-    return parameter.dtype if ours and parameter.is_floating_point() else None
+    return parameter.dtype if _is_torchs(optim) and parameter.is_floating_point() else None
+
+
+def _is_torchs(optim: torch.optim.Optimizer | None) -> bool:
+    return optim is not None and type(optim).__module__.startswith("torch.optim")
+
+
+def _lacking_options(optim: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> list[str]:
+    """What a step of the optimizer would look for in its groups and not find, after ``load_state_dict`` has filled in what
+    states of older torch versions lack."""
+    if not _is_torchs(optim):
+        return []
+    shadow = object.__new__(type(optim))
+    shadow.__dict__.update(optim.__dict__)
+    shadow.__setstate__({"state": {}, "param_groups": [{**group, "params": []} for group in groups]})
+    asked = [key for key in optim.defaults if all(key in group for group in optim.param_groups)]
+    lacking = sorted({key for group in shadow.param_groups for key in asked if key not in group})
+    return [f'a parameter group of the state has no "{key}", the optimizer has' for key in lacking]
+
+
+def _has_elements(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
 def _misfit(where: str, value: Any, parameter: torch.Tensor, current: Any, dtype: torch.dtype | None) -> str | None:
     if not isinstance(value, (torch.Tensor, Remote)) or len(value.shape) == 0:
+        if _has_elements(current):
+            what = f"a {type(value).__name__}" if not isinstance(value, torch.Tensor) else "a single value"
+            return f"{where} is {what}, the optimizer has a tensor of shape {tuple(current.shape)}"
         return None
     if isinstance(value, Remote) and value.number < 0:
         return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
     shape, own = tuple(value.shape), tuple(parameter.shape)
-    known = isinstance(current, torch.Tensor) and current.ndim > 0
+    known = _has_elements(current)
     if known:
         own, dtype = tuple(current.shape), current.dtype
     # Without a state to compare with: as the parameter, or (Adafactor's) reduced over some dimensions.
