@@ -103,11 +103,13 @@ def loaded(path: str | Path, size: int = 50000, name: str = "w") -> torch.Tensor
     return like[name]
 
 
-def process_is_as_it_was(path: str) -> Callable[[], bool]:
-    """Whether no descriptor and no thread is new (those of earlier tests may go meanwhile), and the directory is the same."""
+def process_is_as_it_was(path: str | None = None) -> Callable[[], bool]:
+    """Whether no descriptor and no thread is new (those of earlier tests may go meanwhile), and the directory, if one is given,
+    is the same."""
 
     def now() -> tuple[set[str], set[str], set[str]]:
-        return set(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task")), set(os.listdir(path))
+        files = set() if path is None else set(os.listdir(path))
+        return set(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task")), files
 
     before = now()
 

@@ -109,6 +109,7 @@ def _vanishing(rank: int, path: str) -> None:
     """The directory goes, with the older checkpoint in it, under a save: before a call of each kind, on either rank."""
     old, new, calls = over_an_older_one(path, lambda state: h.save(state, checkpoint_id=path))
     rename = calls[0].index(("rename", "claim"))
+    unchanged = process_is_as_it_was()
     for failing, number in [(0, 1), (0, 2), (0, rename - 6), (0, rename - 2), (0, rename), (1, 3), (1, len(calls[1]) - 1)]:
         away = f"{path}-{failing}-{number}"
         if rank == failing:
@@ -118,6 +119,7 @@ def _vanishing(rank: int, path: str) -> None:
         no_fault()
         assert caught.value.errno == errno.ENOENT, calls[failing][number]
         assert str(caught.value.filename).startswith(path)
+        assert unchanged(), calls[failing][number]
         dist.barrier()
         assert torch.equal(loaded(away), OLD), calls[failing][number]
         dist.barrier()
@@ -142,6 +144,7 @@ def _under_dcp(rank: int, path: str) -> None:
     calls: list[Any] = [None, None]
     dist.all_gather_object(calls, calls_of(lambda: dcp.save(old, storage_writer=h.FileSystemWriter(path))))
     rename = calls[0].index(("rename", "claim"))
+    unchanged = process_is_as_it_was()
     for failing, steps in ((0, range(0, rename + 1, 3)), (1, range(0, len(calls[1]), 2))):
         for number in steps:
             if rank == failing:
@@ -153,6 +156,7 @@ def _under_dcp(rank: int, path: str) -> None:
             assert isinstance(error, OSError)
             assert error.errno == errno.EIO
             assert str(error.filename).startswith(path)
+            assert unchanged(), calls[failing][number]
             dist.barrier()
             assert torch.equal(loaded(path), OLD), calls[failing][number]
             dist.barrier()
@@ -247,6 +251,7 @@ def test_a_rank_that_raises_fails_the_save_everywhere(tmp_path: Path) -> None:
 def _dying(rank: int, path: str) -> None:
     group = dist.new_group(timeout=datetime.timedelta(seconds=10))
     h.save({"w": OLD, "v": OLD}, checkpoint_id=path, process_group=group)  # a tensor a rank
+    unchanged = process_is_as_it_was()
     write = _save.Save.write
 
     def written(self: Any) -> bytes:
@@ -258,6 +263,7 @@ def _dying(rank: int, path: str) -> None:
         _save.Save.write = written  # type: ignore[method-assign]
     with pytest.raises(h.CheckpointError, match="gets no answer"):
         h.save({"w": OLD + 1, "v": OLD + 1}, checkpoint_id=path, process_group=group)
+    assert unchanged()
 
 
 def test_a_rank_that_dies_when_all_is_durable_and_it_has_not_voted(tmp_path: Path) -> None:
