@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
+from save_faults import calls_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -94,8 +95,14 @@ def _static(rank: int, path: str, log: str) -> None:
         h.save(state, storage_writer=h.FileSystemWriter(path, **options))
         _check_loads(path, FULL)
         dist.barrier()
-    with pytest.raises(h.CheckpointError, match="overwrite=False; nothing was written"):
-        h.save(state, storage_writer=h.FileSystemWriter(path, overwrite=False))
+    before = sorted(os.listdir(path))
+
+    def refused() -> None:
+        with pytest.raises(h.CheckpointError, match="overwrite=False; nothing was written"):
+            h.save(state, storage_writer=h.FileSystemWriter(path, overwrite=False))
+
+    assert {op for op, _ in calls_of(refused)} <= {"stat", "readdir"}, "nothing was made, opened or written"
+    assert sorted(os.listdir(path)) == before
     _check_loads(path, FULL)
 
 
@@ -254,3 +261,19 @@ def test_alone_and_of_every_form(tmp_path: Path, device: str) -> None:
     with pytest.raises(h.CheckpointError, match=r"freed: shape .1000. needs 4000 bytes"):
         h.save({"freed": freed}, checkpoint_id=tmp_path, no_dist=True)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    "save, writer", [(dcp.save, dcp.FileSystemWriter), (dcp.save, h.FileSystemWriter), (h.save, h.FileSystemWriter)]
+)
+def test_a_checkpoint_id_moves_the_writer(tmp_path: Path, save: Any, writer: Any) -> None:
+    """Both at once mean the writer's options and the other directory, as in torch."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    options = writer(before, single_file_per_rank=False)
+    save({"w": torch.arange(6.0), "v": torch.ones(2)}, checkpoint_id=after, storage_writer=options, no_dist=True)
+    assert not before.exists()
+    assert len(list(after.glob("*.distcp"))) == 2
+    like = {"w": torch.zeros(6), "v": torch.zeros(2)}
+    dcp.load(like, checkpoint_id=after, no_dist=True)
+    assert torch.equal(like["w"], torch.arange(6.0))
+    assert torch.equal(like["v"], torch.ones(2))

@@ -1,10 +1,12 @@
 """Kinds of values and ways of saving that are rare: each works in all directions in which stock torch's own storage works."""
 
+import errno
 import io
+import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +26,7 @@ from torch.distributed.tensor import Shard as ShardOn
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _save
 
 WRITERS: dict[str, Any] = {"ours": h.FileSystemWriter, "stock": dcp.FileSystemWriter}
 READERS: dict[str, Any] = {"ours": h.FileSystemReader, "stock": dcp.FileSystemReader}
@@ -144,12 +147,29 @@ def _registry() -> ExtensionRegistry:
     return registry
 
 
+@pytest.fixture
+def says_that_dcp_plans(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Whether ``save`` has said so: once a process for each reason, here once a test."""
+    monkeypatch.setattr(_save, "_said", set())
+    caplog.set_level(logging.INFO, logger="torch_hsdp_ckpt")
+    return (
+        lambda: "DCP plans this save: the storage writer is a FileSystemWriter or writes through torch's own code"
+        in caplog.text
+    )
+
+
+SAVES = [("dcp", "stock", "stock"), *(("dcp", *pair) for pair in PAIRS), ("ours", "ours", "ours"), ("ours", "ours", "stock")]
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("writer, reader", [("stock", "stock"), *PAIRS])
-def test_extensions_go_through_torchs_own_code(tmp_path: Path, writer: str, reader: str) -> None:
+@pytest.mark.parametrize("by, writer, reader", SAVES)
+def test_extensions_go_through_torchs_own_code(
+    tmp_path: Path, by: str, writer: str, reader: str, says_that_dcp_plans: Callable[[], bool]
+) -> None:
     state = {"w": torch.zeros(1 << 18), "v": torch.arange(10.0), "words": ["some", "words"]}
-    save = WRITERS[writer]
-    dcp.save(dict(state), storage_writer=save(tmp_path, _extensions=[_Deflate()]), no_dist=True)
+    save = h.save if by == "ours" else dcp.save
+    save(dict(state), storage_writer=WRITERS[writer](tmp_path, _extensions=[_Deflate()]), no_dist=True)
+    assert says_that_dcp_plans() == (by == "ours")
     assert sum(file.stat().st_size for file in tmp_path.glob("*.distcp")) < 100_000, "it was compressed"
     like: dict[str, Any] = {"w": torch.ones(1 << 18), "v": torch.zeros(10), "words": None}
     read = READERS[reader](tmp_path, _extension_registry=_registry())
@@ -162,11 +182,15 @@ def test_extensions_go_through_torchs_own_code(tmp_path: Path, writer: str, read
             dcp.load(like, storage_reader=h.FileSystemReader(tmp_path), no_dist=True)
 
 
-def test_safetensors_go_through_torchs_own_code(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("by", ["dcp", "ours"])
+def test_safetensors_go_through_torchs_own_code(tmp_path: Path, by: str, says_that_dcp_plans: Callable[[], bool]) -> None:
     from safetensors.torch import load_file
 
     writer = h.FileSystemWriter(tmp_path, serialization_format=SerializationFormat.SAFETENSORS)
-    dcp.save({"w": torch.arange(6.0)}, storage_writer=writer, no_dist=True)
+    save = h.save if by == "ours" else dcp.save
+    save({"w": torch.arange(6.0)}, storage_writer=writer, no_dist=True)
+    assert says_that_dcp_plans() == (by == "ours")
     (file,) = tmp_path.glob("*.distcp")
     assert torch.equal(load_file(file)["w"], torch.arange(6.0))
 
@@ -202,6 +226,7 @@ def _as_nobody(rank: int, path: str) -> list[int]:
     """The ranks whose errors this rank's save names."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     state = {"w": distribute_tensor(torch.ones(6), mesh, [ShardOn(0)])}
+    h.save(state, checkpoint_id=f"{path}-warm")
     if os.geteuid() == 0:  # root may write anywhere
         dcp.save(state, storage_writer=h.FileSystemWriter(f"{path}-warm"))  # imports what only root may read
         dcp.load(state, storage_reader=h.FileSystemReader(f"{path}-warm"))
@@ -212,6 +237,10 @@ def _as_nobody(rank: int, path: str) -> list[int]:
     for error, _ in refused.values():
         assert isinstance(error, PermissionError)
         assert str(error.filename).startswith(path)
+    with pytest.raises(PermissionError, match="rank 0") as ours:
+        h.save(state, checkpoint_id=path)
+    assert ours.value.errno == errno.EACCES
+    assert str(ours.value.filename).startswith(path)
     like = {"w": distribute_tensor(torch.zeros(6), mesh, [ShardOn(0)])}
     dcp.load(like, storage_reader=h.FileSystemReader(path))
     assert torch.equal(like["w"].full_tensor(), torch.arange(6.0)), "the checkpoint that was there loads"

@@ -48,6 +48,16 @@ std::optional<ClaimName> ParseClaim(const std::string& name) {
 
 std::string ClaimDirectory(FileSystem& fs, const std::string& directory, const std::string& metadata_name, uint64_t save_id,
                            bool overwrite) {
+  const auto check_overwrite = [&] {
+    FileStatus status;
+    const std::string metadata = JoinPath(directory, metadata_name);
+    if (!overwrite && GetStatus(fs, metadata, &status)) {
+      throw Error(metadata + ": there is a checkpoint already and overwrite=False; nothing was written");
+    }
+  };
+  // First: a save that is refused must not take the directory from one that is under way. Again with the claim, for what
+  // was committed meanwhile.
+  check_overwrite();
   int64_t number = 1;
   for (const auto& [name, order] : Claims(fs, directory, metadata_name)) number = std::max(number, order.first + 1);  // a
   const ClaimName own{metadata_name, {0, save_id, ThisProcess(), false, number}};
@@ -66,11 +76,7 @@ std::string ClaimDirectory(FileSystem& fs, const std::string& directory, const s
       }
     }
     if (!found) throw Error(directory + ": another save into this directory began at the same time and has taken it over");
-    FileStatus status;
-    const std::string metadata = JoinPath(directory, metadata_name);
-    if (!overwrite && GetStatus(fs, metadata, &status)) {
-      throw Error(metadata + ": there is a checkpoint already and overwrite=False; nothing was written");
-    }
+    check_overwrite();
   } catch (...) {
     ReleaseClaim(fs, directory, own_name);
     throw;

@@ -154,6 +154,7 @@ TEST(ClaimTest, WithoutOverwriteACheckpointIsRefusedAndNothingIsLeft) {
   FaultFileSystem fs;
   fs.MakeDirectory(kDirectory);
   Save(fs, 1);
+  ClaimDirectory(fs, kDirectory, ".metadata", 3, /*overwrite=*/true);  // under way: it keeps its claim
   const auto before = ListDirectory(fs, kDirectory);
   EXPECT_THROW(ClaimDirectory(fs, kDirectory, ".metadata", 2, /*overwrite=*/false), Error);
   EXPECT_EQ(ListDirectory(fs, kDirectory), before);
