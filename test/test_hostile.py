@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_one_of_our_errors(tmp_path: Path) -> None:
     assert h.verify(path).ok and not _notices(path), "all is as it was"
 
 
-def test_truncated_missing_and_swapped_files(tmp_path: Path) -> None:
+def test_truncated_missing_and_swapped_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = _save(tmp_path / "a")
     other = _save(tmp_path / "b", state=_state(2.5))
     stock = _save(tmp_path / "stock", dcp.FileSystemWriter)
@@ -124,6 +124,17 @@ def test_truncated_missing_and_swapped_files(tmp_path: Path) -> None:
     os.mkfifo(data)  # a reader of it would wait for ever
     with pytest.raises(OSError, match=data.name):
         _load(path)
+    metadata = path / ".metadata"
+    for make in (os.mkfifo, os.mkdir):  # the same of .metadata, under every way to read it
+        metadata.unlink()
+        make(metadata)
+        with pytest.raises(h.CheckpointError, match=r"\.metadata: not a regular file"):
+            _load(path)
+        with pytest.raises(CheckpointException) as raised:
+            dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
+        assert ".metadata: not a regular file" in f"{raised.value}{caplog.text}"
+        caplog.clear()
+        assert any(p.file == ".metadata" for p in h.verify(path).problems)
     # Stock files: the zip's own checksums.
     raw = stock_data.read_bytes()
     place = next(i for index, i in read_metadata(stock / ".metadata").storage_data.items() if index.fqn == "large")

@@ -182,6 +182,12 @@ def _rank_fails(rank: int, path: str) -> None:
         h.load(state, checkpoint_id=path)
     with pytest.raises(FileNotFoundError):
         h.load(state, checkpoint_id=f"{path}/none")
+    if rank == 0:
+        os.mkdir(f"{path}/fifo")
+        os.mkfifo(f"{path}/fifo/.metadata")
+    dist.barrier()
+    with pytest.raises(h.CheckpointError, match=r"rank 0.*fifo/\.metadata: not a regular file"):
+        h.load(state, checkpoint_id=f"{path}/fifo")
     raising = {"it": _Raises(rank)}
     for call in (h.load, h.save):
         with pytest.raises(h.CheckpointError, match="rank 1: ArithmeticError: no state"):

@@ -2,10 +2,12 @@
 
 import os
 import pickle
+import stat
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from . import _C
+from .errors import CheckpointError
 
 
 def read_metadata(path: str | os.PathLike[str]) -> Metadata:
@@ -16,11 +18,24 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
     Raises:
         OSError: the file can't be read.
+        CheckpointError: it is no regular file.
         CorruptCheckpointError: the bytes are no such pickle, differ from their checksum, or name files outside the directory.
         CheckpointError: the file names a class that is neither DCP's nor plain data; the message says which.
     """
-    with open(path, "rb") as file:
-        return decode_metadata(file.read(), path)
+    return decode_metadata(read_metadata_bytes(path), path)
+
+
+def read_metadata_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a `.metadata` file. Raises OSError, and CheckpointError for what is no file, such as a FIFO."""
+    # Without O_NONBLOCK the open of a FIFO waits for a writer, for ever. It changes nothing for a file.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{os.fspath(path)}: not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def decode_metadata(file: bytes, path: str | os.PathLike[str]) -> Metadata:

@@ -16,6 +16,7 @@ from torch.futures import Future
 
 from . import _C
 from ._items import Item, Work, prepare_items, read_threads, run_items
+from ._metadata import read_metadata_bytes
 from ._objects import checked_stream
 from ._snapshot import hold
 from .errors import CheckpointError, CorruptCheckpointError
@@ -76,8 +77,7 @@ class FileSystemReader(_stock.FileSystemReader):
         inside = os.path.dirname(os.path.realpath(path)) == os.path.realpath(self.path)
         if os.path.islink(path) and not inside:
             raise CheckpointError(f"{path}: a link that leads out of the checkpoint's directory is not followed")
-        with open(path, "rb") as file:
-            return file.read()
+        return read_metadata_bytes(path)
 
     def use_metadata_file(self, file: bytes, rank: int | None = None) -> Metadata:
         """The metadata in a file's bytes, which is the one that later reads are checked against."""

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from . import _C
 from ._agreement import Agreement, agreement_of
 from ._capture import Captured, Pickled
-from ._metadata import decode_metadata, encode_metadata
+from ._metadata import decode_metadata, encode_metadata, read_metadata_bytes
 from ._plan import DIGEST_BYTES, LocalState, StaticPlan, make_static_plan, plan_rest
 from ._result import SavedMetadata, SaveResult
 from ._staged import Objects, Staged, held_by, stage_tensors, write_files
@@ -484,8 +484,7 @@ def _pickled(value: Any) -> memoryview:
 def _read_back(path: str, trailer: bytes, encoded: list[bytes]) -> Metadata:
     if encoded:
         return decode_metadata(encoded[0], path)
-    with open(os.path.join(path, ".metadata"), "rb") as file:
-        data = file.read()
+    data = read_metadata_bytes(os.path.join(path, ".metadata"))
     if data[-_TRAILER_BYTES:] != trailer:
         raise CheckpointError(f"{path}/.metadata: a later save has replaced the checkpoint whose metadata this was")
     return decode_metadata(data, path)
