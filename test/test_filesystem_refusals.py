@@ -27,6 +27,19 @@ def test_a_half_written_file_goes_while_the_error_is_kept(tmp_path: Path) -> Non
     assert kept.value.failures
 
 
+@pytest.mark.parametrize("save", ["save", "lazy", "copy", "dcp"])
+def test_a_tensor_without_values_is_an_error_that_names_it(tmp_path: Path, save: str) -> None:
+    state = {"here": torch.ones(3), "there": torch.empty(3, device="meta")}
+    with pytest.raises((h.CheckpointError, CheckpointException), match="there is on the meta device"):
+        if save == "save":
+            h.save(state, checkpoint_id=tmp_path, no_dist=True)
+        elif save == "dcp":
+            dcp.save(state, storage_writer=h.FileSystemWriter(tmp_path), no_dist=True)
+        else:
+            h.async_save(state, checkpoint_id=tmp_path, no_dist=True, snapshot=save).result()
+    assert not (tmp_path / ".metadata").exists()
+
+
 def test_freed_memory_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
     freed = torch.ones(1000)
     dcp.save({"freed": freed}, storage_writer=h.FileSystemWriter(tmp_path), no_dist=True)

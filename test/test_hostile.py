@@ -1,11 +1,14 @@
 """Checkpoints that nobody has to trust: flipped bits, foreign files, ways out, code in pickles; and ``verify``."""
 
+import codecs
+import io
 import os
 import pickle
 import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt._metadata import encode_metadata, read_metadata
+from torch_hsdp_ckpt._objects import load_object
 
 LARGE = (520, 512)  # above a megabyte: its payload is page-aligned and has many checksum blocks
 
@@ -307,6 +311,57 @@ def test_sizes_that_the_files_do_not_explain_allocate_nothing(tmp_path: Path) ->
     (path / ".metadata").write_bytes(encode_metadata(metadata))
     out = subprocess.run([sys.executable, "-c", _LIMITED, str(path)], capture_output=True, text=True, timeout=120)
     assert "refused:" in out.stdout, out.stderr
+
+
+class Calls:
+    """Pickles as a call of a function that torch.load(weights_only=True) lets a pickle call."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
+def test_objects_that_their_bytes_do_not_explain(tmp_path: Path, writer: Callable[..., Any]) -> None:
+    plain = {
+        "b": [b"text", b"a", b"a", bytes(range(256))],
+        "a": [bytearray(b"text"), bytearray(), bytearray(b"a"), bytearray(b"a")],
+    }
+    text = "x" * 1000
+    hostile = {
+        "bytearray of a number": Calls(bytearray, 3 << 30),
+        "a bytearray in a list": [Calls(bytearray, b"a"), Calls(bytearray, 3 << 30)],
+        "one text, often": [Calls(codecs.encode, text, "latin1") for _ in range(10)],
+    }
+    for i, (kind, value) in enumerate(hostile.items()):
+        path = tmp_path / str(i)
+        dcp.save({"plain": plain, "evil": value}, storage_writer=writer(path), no_dist=True)
+        with pytest.raises(h.CorruptCheckpointError, match=r"(?s)evil.*makes"):
+            h.load({"evil": None}, checkpoint_id=path, no_dist=True)
+        with pytest.raises(CheckpointException, match=r"(?s)evil.*makes"):
+            dcp.load({"evil": None}, storage_reader=h.FileSystemReader(path), no_dist=True)
+        state: dict[str, Any] = {"plain": {"b": None, "a": None}}
+        h.load(state, checkpoint_id=path, no_dist=True)
+        assert state["plain"] == plain, kind
+
+
+def test_compressed_objects_and_objects_of_the_old_format(tmp_path: Path) -> None:
+    """The first may be a bomb; the second is what torch wrote before 1.6."""
+    stream, old = io.BytesIO(), io.BytesIO()
+    torch.save({"zeros": torch.zeros(1 << 20), "b": b"text"}, stream)
+    torch.save({"zeros": torch.zeros(4), "b": b"text"}, old, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(stream) as archive, zipfile.ZipFile(tmp_path / "z", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in archive.infolist():
+            packed.writestr(entry.filename, archive.read(entry))
+    with pytest.raises(h.CorruptCheckpointError, match="compressed"):
+        load_object((tmp_path / "z").read_bytes(), "here", trust=False)
+    assert load_object(old.getvalue(), "here", trust=False)["b"] == b"text"
+    bomb = io.BytesIO()
+    torch.save([Calls(bytearray, 3 << 30)], bomb, _use_new_zipfile_serialization=False)
+    with pytest.raises(h.CorruptCheckpointError, match="makes bytes from"):
+        load_object(bomb.getvalue(), "here", trust=False)
 
 
 # ---- verify and the command line -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from . import _C
+from ._objects import check_explained
 from ._tensors import RECORD_DTYPES, check_storage
 from .errors import CheckpointError, CorruptCheckpointError
 
@@ -215,6 +216,7 @@ def _load_with_torch(reader: _C.CheckpointReader, item: Item, file: int, directo
     """A tensor of a kind that only torch can rebuild, from bytes that have passed their checksums."""
     what = f"{directory}/{item.file}: {item.fqn}"
     (data,) = reader.read_objects([(item.fqn, file, item.offset, item.length)], 1)
+    check_explained(data, what)
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:

@@ -22,12 +22,15 @@ def staged(tensor: Tensor) -> Tensor:
 
 
 def check_storage(tensor: Tensor, name: str) -> None:
-    """Refuses a tensor whose memory was freed under it, as FSDP frees full parameters: reading it would end the process."""
+    """Refuses a tensor without values, and one whose memory was freed under it, as FSDP frees full parameters: reading it would
+    end the process."""
+    if tensor.is_meta:
+        raise CheckpointError(f"{name} is on the meta device and has no values")
     if tensor.layout != torch.strided or type(tensor) is not Tensor or not tensor.numel():
         return
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + reach + 1) * tensor.itemsize
-    if tensor.device.type != "meta" and tensor.untyped_storage().size() < needed:
+    if tensor.untyped_storage().size() < needed:
         raise CheckpointError(
             f"{name}: shape {list(tensor.shape)} needs {needed} bytes, its storage has {tensor.untyped_storage().size()}; "
             "was its memory freed, as that of a sharded module's full parameters is?"
