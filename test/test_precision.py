@@ -1,5 +1,7 @@
 """The numbers of the core on torch's FSDP2's own ground: optimizers, meshes, dtypes, partial sums; and the same bits again."""
 
+import dataclasses
+
 import pytest
 import torch
 from models import Net, batch
@@ -9,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, fully_s
 from torch.distributed.tensor import DTensor
 from training import full, grads, loss_of, mean_grads, mesh_of, wrap, wrap_fsdp2
 
+import torch_hsdp_ckpt
 from torch_hsdp_ckpt import _C
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -236,6 +239,30 @@ def _all(rank: int) -> None:
 
 def test_numbers_on_four_ranks() -> None:
     run_ranks(_all, 4, timeout=300.0)
+
+
+def _override(rank: int) -> None:
+    """Refused before anything is changed; units with policies of their own, as the error says, are there instead."""
+    net = narrow_net()
+    policy = MixedPrecisionPolicy(param_dtype=BF16, param_dtype_override_fn=lambda p: FP32 if p.ndim == 1 else None)
+    with pytest.raises(ValueError, match=r"param_dtype_override_fn is not served.* mp_policy of their own"):
+        torch_hsdp_ckpt.fully_shard(net, mp_policy=policy)
+    assert type(net) is Net and not any(isinstance(p, DTensor) for p in net.parameters())
+    torch_hsdp_ckpt.fully_shard(net.head, mp_policy=MixedPrecisionPolicy(param_dtype=FP32))
+    torch_hsdp_ckpt.fully_shard(net, mp_policy=MixedPrecisionPolicy(param_dtype=BF16))
+    computed = {}
+    for module in (net.head, net.blocks[0]):
+        module.register_forward_hook(lambda m, _, out: computed.update({m: out.dtype}))
+    loss_of(net, batch(narrow_net(), 0, rank)).backward()
+    assert computed == {net.head: FP32, net.blocks[0]: BF16}
+
+
+@pytest.mark.skipif(
+    "param_dtype_override_fn" not in {field.name for field in dataclasses.fields(MixedPrecisionPolicy)},
+    reason="this torch's MixedPrecisionPolicy has no override by parameter",
+)
+def test_a_dtype_by_parameter_is_refused() -> None:
+    run_ranks(_override, 2)
 
 
 def _eight(rank: int) -> None:

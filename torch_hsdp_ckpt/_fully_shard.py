@@ -232,6 +232,7 @@ def fully_shard(
             f"reshard_after_forward={reshard_after_forward}, to fewer ranks, is not served: pass True or False, or use a mesh "
             "with smaller shard groups"
         )
+    precision = Precision.of(mp_policy)
     ignored = set(ignored_params or ())
     if mesh is None:
         kind = "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()) else "cpu"
@@ -248,7 +249,6 @@ def fully_shard(
     for each in modules:
         if device.type != "cpu":
             move(each, device)
-    precision = Precision.of(mp_policy)
     unit = ShardedUnit(slots, mesh, device, reshard_after_forward, *precision.of_unit())
     label = ", ".join(type(each).__name__ for each in modules)
     runner = Runner(modules[0], unit, 1, precision, label)

@@ -29,9 +29,14 @@ class Precision:
 
     @staticmethod
     def of(given: MixedPrecision | MixedPrecisionPolicy | None) -> "Precision":
-        """From torch's own classes; None is full precision."""
+        """From torch's own classes; None is full precision. ValueError for a dtype by parameter, which no unit serves."""
         if given is None:
             return Precision()
+        if getattr(given, "param_dtype_override_fn", None) is not None:  # torch 2.15 has it, and older versions do not
+            raise ValueError(
+                "MixedPrecisionPolicy's param_dtype_override_fn is not served, a unit's parameters have one param_dtype: apply "
+                "fully_shard with an mp_policy of their own to the modules whose parameters are to have another one"
+            )
         if isinstance(given, MixedPrecisionPolicy):
             return Precision(
                 given.param_dtype,
