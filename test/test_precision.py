@@ -64,6 +64,9 @@ OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, foreach=False),
     "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, foreach=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-3, foreach=False),
+    "Adam foreach": lambda p: torch.optim.Adam(p, lr=1e-3, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=False),
     "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
 }
@@ -76,6 +79,9 @@ def _optimizers(rank: int) -> None:
             for model in (reference, ours):
                 train(model, make(), rank, optimizer(model.parameters()), 20)
             same_bits(ours, reference, name)
+        for model in (wrap_fsdp2(make(), (2, 2)), wrap(make(), (2, 2))):  # torch has no such kernel for DTensors
+            with pytest.raises(NotImplementedError, match="_fused_sgd_"):
+                train(model, make(), rank, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True), 1)
 
 
 def _again(rank: int) -> None:
