@@ -251,6 +251,10 @@ class Value:
     __hash__ = None  # type: ignore[assignment]
 
 
+class Planner(dcp.DefaultLoadPlanner):
+    """Not the default one, which is planned for natively."""
+
+
 @pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
 def test_no_code_in_a_checkpoint_runs(tmp_path: Path, writer: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     ran = tmp_path / "ran"
@@ -259,12 +263,16 @@ def test_no_code_in_a_checkpoint_runs(tmp_path: Path, writer: Callable[..., Any]
     def blank() -> dict[str, Any]:
         return {"evil": None, "t": torch.zeros(3)}
 
+    untouched = blank()
     with pytest.raises(h.CheckpointError, match=r"(?s)distcp: evil.*trust_objects"):
-        h.load(blank(), checkpoint_id=tmp_path / "c", no_dist=True)
+        h.load(untouched, checkpoint_id=tmp_path / "c", no_dist=True)
+    with pytest.raises(h.CheckpointError, match=r"(?s)distcp: evil.*trust_objects"):
+        h.load(untouched, checkpoint_id=tmp_path / "c", no_dist=True, planner=Planner())
     with pytest.raises(CheckpointException, match="trust_objects"):
         h.load(blank(), storage_reader=dcp.FileSystemReader(tmp_path / "c"), no_dist=True)
     with pytest.raises(CheckpointException, match="trust_objects"):
-        dcp.load(blank(), storage_reader=h.FileSystemReader(tmp_path / "c"), no_dist=True)
+        dcp.load(untouched, storage_reader=h.FileSystemReader(tmp_path / "c"), no_dist=True)
+    assert not untouched["t"].any() and untouched["evil"] is None  # objects are looked at before a tensor is written
     assert not ran.exists()
     dcp.save({"evil": Value(), "t": torch.ones(3)}, storage_writer=writer(tmp_path / "d"), no_dist=True)
     state = blank()

@@ -1,7 +1,10 @@
 """``load``: DCP's signature on our engine, in every way of exchange, onto every mesh, and what goes wrong on one rank."""
 
+import errno
+import itertools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt import _exchange
+from torch_hsdp_ckpt import _C, _exchange, _load
 
 ROWS = {"even": 512, "uneven": 301, "few": 3, "one": 1}
 
@@ -158,6 +161,22 @@ class _Raises:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+def _at_read(number: int, act: Callable[[], int]) -> None:
+    """From now on ``act`` is asked what this process's read ``number`` of tensors shall do in each load: see _inject_fault."""
+    read = _load._read
+    _C._inject_fault(None)  # files that are opened from now on can be asked
+
+    def reading(*arguments: Any) -> None:
+        calls = itertools.count(1)
+        _C._inject_fault(lambda op, path: act() if op == "pread" and next(calls) == number else 0)
+        try:
+            read(*arguments)
+        finally:
+            _C._inject_fault(None)
+
+    _load._read = reading
+
+
 def _rank_fails(rank: int, path: str) -> None:
     """Damage that only one rank meets, or that only one replica reads, is every rank's error, in every mode."""
     mesh = init_device_mesh("cpu", (2, 2))
@@ -188,6 +207,20 @@ def _rank_fails(rank: int, path: str) -> None:
     dist.barrier()
     with pytest.raises(h.CheckpointError, match=r"rank 0.*fifo/\.metadata: not a regular file"):
         h.load(state, checkpoint_id=f"{path}/fifo")
+    # An object that only one rank asks for is refused before any rank's tensors are written.
+    ones = {"w": torch.ones(6000, 1000), "path": Path("/")}
+    h.save(ones, checkpoint_id=f"{path}/object")
+    for mode in ("off", "shared", "network"):
+        state = {"w": torch.zeros(6000, 1000)} | ({"path": None} if rank == 1 else {})
+        with pytest.raises(h.CheckpointError, match=r"(?s)rank 1.*distcp: path.*trust_objects") as refused:
+            h.load(state, checkpoint_id=f"{path}/object", exchange=mode)  # type: ignore[arg-type]
+        assert not state["w"].any() and "in part" not in str(refused.value)
+    # What the operating system refuses while tensors are read: the same error, and more of it.
+    _at_read(2, lambda: -errno.EIO)
+    for mode in ("off", "shared", "network"):
+        with pytest.raises(OSError, match="written in part") as error:
+            h.load({"w": torch.zeros(6000, 1000)}, checkpoint_id=f"{path}/object", exchange=mode)  # type: ignore[arg-type]
+        assert error.value.errno == errno.EIO and str(error.value.filename).endswith(".distcp"), mode
     raising = {"it": _Raises(rank)}
     for call in (h.load, h.save):
         with pytest.raises(h.CheckpointError, match="rank 1: ArithmeticError: no state"):

@@ -71,7 +71,8 @@ class Prepared:
 @dataclasses.dataclass
 class Work:
     """What a rank is to read: tensors in two sets, those that are sharded and those that every rank has for itself (which may
-    differ between ranks, where the sharded ones do not), and ``rest``: what is done when these are there."""
+    differ between ranks, where the sharded ones do not), and ``rest``: what is done when these are there. Objects are read and
+    checked before: one that is refused leaves the tensors as they were; ``rest`` puts them in their place."""
 
     sharded: Prepared
     others: Prepared
@@ -106,6 +107,17 @@ def prepare_items(reader: _C.CheckpointReader, directory: str | os.PathLike[str]
         whole.update(repr((part.fqn, part.name, part.record, part.first, part.span, part.dtype)).encode())
     size = plan.bytes + sum(part.span * part.dtype.itemsize for part in staged)
     return Prepared(plan, staged, torch_only, reader, directory, whole.digest()[:16], size)
+
+
+def in_part(error: CheckpointError | OSError) -> CheckpointError | OSError:
+    """The error as one that says that targets may not be as they were, with its class, errno and filename."""
+    said = "tensors of the state dict may have been written in part"
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return OSError(f"{error}; {said}")
+        return OSError(error.errno, f"{error.strerror}; {said}", error.filename)
+    kind = CorruptCheckpointError if isinstance(error, CorruptCheckpointError) else CheckpointError
+    return kind(f"{error}; {said}")
 
 
 def run_items(prepared: Prepared, run: Callable[[_C.ReadPlan], None] | None = None) -> None:

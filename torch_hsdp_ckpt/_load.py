@@ -22,13 +22,13 @@ from torch.distributed.tensor import DTensor
 from . import _C
 from ._agreement import Agreement, agreement_of
 from ._exchange import MODES, Exchange, Mode, host_identity, make_exchange, name_load, subgroup
-from ._items import Item, Work, prepare_items, read_threads, run_items
+from ._items import Item, Work, in_part, prepare_items, read_threads, run_items
 from ._objects import load_object
 from ._planner_load import plan_with_planner
 from ._reader import CheckedPlanner, FileSystemReader
 from ._snapshot import hold
 from ._stateful import values_of
-from .errors import CheckpointError, CorruptCheckpointError
+from .errors import CheckpointError
 
 # A directory that is saved over faster than that is nothing that can be loaded.
 _ATTEMPTS = 5
@@ -70,10 +70,11 @@ def load(
             all from a file system in memory; "shared", "network" and "off" force it. The result is the same.
 
     Raises, on every rank, whichever failed:
-        CorruptCheckpointError: bytes differ from their checksums or from the format; names the rank, file and tensor. If the
-            step that failed is the reading, tensors may have been written in part, and the message says so.
+        CorruptCheckpointError: bytes differ from their checksums or from the format; names the rank, file and tensor.
         CheckpointError: a key or a shape is not what the checkpoint has; an object is not plain data; a rank is gone.
         OSError: the operating system refused, with ``errno`` and ``filename``.
+        Keys, shapes and objects are checked before the first tensor is written. Behind any of these errors after that, tensors
+        may have been written in part, and the message says so.
     """
     hold()
     if exchange not in MODES:
@@ -216,8 +217,8 @@ def _plan(
     is_coordinator: bool,
     direct: bool,
 ) -> Work | None:
-    """All files are open when this returns, so that a save can't take them away any more. None: another way has to be gone,
-    for the planner is another than DCP's default one, or see items_of."""
+    """All files are open when this returns, so that a save can't take them away any more, and all objects are read. None:
+    another way has to be gone, for the planner is another than DCP's default one, or see items_of."""
     native = _C.LoadPlanner(metadata, str(reader._get_metadata_path()))
     if type(planner) is not DefaultLoadPlanner or native.has_transforms:
         return None
@@ -228,8 +229,8 @@ def _plan(
     files = _C.CheckpointReader(str(reader.path), direct)
     objects = list(zip(names, native.objects(names), strict=True))
     files.open([place[0] for _, place in objects], read_threads())
-    rest = functools.partial(_load_objects, objects, planner, files, reader)
-    return Work(prepare_items(files, reader.path, sharded), prepare_items(files, reader.path, others), rest)
+    first, second = (prepare_items(files, reader.path, items) for items in (sharded, others))
+    return Work(first, second, functools.partial(_put_objects, _read_objects(objects, files, reader), planner))
 
 
 def items_of(
@@ -328,8 +329,6 @@ def _read(
                 one.abort()
             if isinstance(error, Exception) and any(one.peer_failed for one in exchanges):
                 raise _PeerFailed from error
-            if isinstance(error, CorruptCheckpointError):
-                raise CorruptCheckpointError(f"{error}; tensors of the state dict may have been written in part") from error
             raise
         return b""
 
@@ -340,27 +339,35 @@ def _read(
         error = caught
     # Whose error is only that a peer failed leaves the word to the peer, unless nobody takes it.
     by_peer = isinstance(error, _PeerFailed)
-    answers = agreement.exchange("read", b"peer" if by_peer else b"", None if by_peer else error)
-    if b"peer" in answers:
-        raise CheckpointError("step 'read' failed: a rank stopped answering; tensors may have been written in part") from error
+    try:
+        answers = agreement.exchange("read", b"peer" if by_peer else b"", None if by_peer else error)
+        if b"peer" in answers:
+            raise CheckpointError("step 'read' failed: a rank stopped answering") from error
+    except (CheckpointError, OSError) as failure:
+        raise in_part(failure) from failure
 
 
 class _PeerFailed(Exception):
     """Reading ended because of another rank."""
 
 
-def _load_objects(
+def _read_objects(
     objects: Sequence[tuple[str, tuple[str, int, int]]],  # name, and file, offset, length
-    planner: DefaultLoadPlanner,
     reader: _C.CheckpointReader,
     storage: FileSystemReader,
-) -> None:
+) -> list[tuple[str, Any]]:
     files = reader.open([place[0] for _, place in objects], read_threads())
     read = reader.read_objects(
         [(name, f, offset, length) for (name, (_, offset, length)), f in zip(objects, files, strict=True)], read_threads()
     )
-    for (name, place), data in zip(objects, read, strict=True):
-        value = load_object(data, f"{storage.path}/{place[0]}: {name}", storage.trust_objects)
+    return [
+        (name, load_object(data, f"{storage.path}/{place[0]}: {name}", storage.trust_objects))
+        for (name, place), data in zip(objects, read, strict=True)
+    ]
+
+
+def _put_objects(objects: Sequence[tuple[str, Any]], planner: DefaultLoadPlanner) -> None:
+    for name, value in objects:
         if planner.flatten_state_dict:
             set_element(planner.original_state_dict, planner.mappings[name], value)
         else:

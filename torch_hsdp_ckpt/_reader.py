@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from . import _C
-from ._items import Item, Work, prepare_items, read_threads, run_items
+from ._items import Item, Work, in_part, prepare_items, read_threads, run_items
 from ._metadata import read_metadata_bytes
 from ._objects import checked_stream
 from ._snapshot import hold
@@ -40,11 +40,12 @@ class FileSystemReader(_stock.FileSystemReader):
             unpickle and so run. True hands them on as they are.
 
     Raises (through DCP as ``CheckpointException`` with these as each rank's cause):
-        CorruptCheckpointError: bytes differ from their checksums or from the format; names the file and the tensor. Targets
-            may have been written by then, in part and with bytes that are wrong.
+        CorruptCheckpointError: bytes differ from their checksums or from the format; names the file and the tensor.
         CheckpointError: a name or a link leads outside the directory, an object is not plain data, or a shape differs from the
             target's.
         OSError: the operating system refused, with ``errno`` and ``filename``.
+        Objects are checked before the first tensor is written. Behind any of these errors after that, targets may have been
+        written in part and with bytes that are wrong, and the message says so.
     """
 
     def __init__(self, path: str | os.PathLike[str], _extension_registry: Any = None, *, trust_objects: bool = False) -> None:
@@ -93,9 +94,12 @@ class FileSystemReader(_stock.FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
         hold()
         work = self.prepare_data(plan, planner, direct=False)
-        run_items(work.sharded)
-        run_items(work.others)
-        work.rest()
+        try:
+            run_items(work.sharded)
+            run_items(work.others)
+            work.rest()
+        except (CheckpointError, OSError) as error:
+            raise in_part(error) from error
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -132,15 +136,18 @@ class FileSystemReader(_stock.FileSystemReader):
                 run_items(prepare_items(reader, self.path, items))
                 for item, read in zip(batch, items, strict=True):
                     planner.commit_tensor(item, read.target)
-            for item, data in zip(kinds["objects"], self._read_objects(reader, kinds["objects"]), strict=True):
-                planner.load_bytes(item, checked_stream(data, self._what(item), self.trust_objects))
+            for item, stream in zip(kinds["objects"], streams, strict=True):
+                planner.load_bytes(item, stream)
             if kinds["delegated"]:
                 # torch's own code reads these, but only from files inside the directory and with objects checked as well.
                 checked = cast(LoadPlanner, CheckedPlanner(planner, self._what, self.trust_objects))
                 ours = dataclasses.replace(plan, items=kinds["delegated"])
                 super(FileSystemReader, self).read_data(ours, checked).wait()
 
-        return Work(prepare_items(reader, self.path, sharded), prepare_items(reader, self.path, others), rest)
+        first, second = (prepare_items(reader, self.path, items) for items in (sharded, others))
+        objects = zip(kinds["objects"], self._read_objects(reader, kinds["objects"]), strict=True)
+        streams = [checked_stream(data, self._what(item), self.trust_objects) for item, data in objects]
+        return Work(first, second, rest)
 
     def _place(self, item: ReadItem) -> Any:
         place = self.storage_data.get(item.storage_index)
