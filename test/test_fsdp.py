@@ -8,7 +8,7 @@ import torch.distributed as dist
 from models import NETS, Block, Net, batch
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
@@ -391,19 +391,27 @@ def _construction(rank: int) -> None:
     tied = nn.Sequential(Block(6, 6), nn.Linear(6, 6))
     tied[1].weight = tied[0].up.weight
     cube = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "c"))
+    crossed = [[dist.new_group(ranks) for ranks in pairs] for pairs in (((0, 1), (2, 3)), ((0, 3), (1, 2)))]
+    no_mesh = tuple(next(g for g in groups if rank in dist.get_process_group_ranks(g)) for groups in crossed)
+    half = DeviceMesh("cpu", [0, 1])
     wrong = [
-        (lambda: wrap(tied), "shared with another wrapped module"),
-        (lambda: wrap(ours.module), "already is a DTensor"),
-        (lambda: wrap(net(), sharding_strategy=FULL), "does not fit a 2-D"),
-        (lambda: wrap(net(), (4,), sharding_strategy=HYBRID), "does not fit a 1-D"),
-        (lambda: wrap(net(), sharding_strategy=ShardingStrategy.NO_SHARD), "NO_SHARD"),
-        (lambda: wrap(net(), process_group=dist.group.WORLD), "not both"),
-        (lambda: wrap(nn.ModuleList([nn.Linear(2, 2)])), "ModuleList"),
-        (lambda: FullyShardedDataParallel(net(), device_mesh=cube), "3 dimensions"),
-        (lambda: FullyShardedDataParallel(net(), sharding_strategy=HYBRID), "device_mesh"),
+        (lambda: wrap(tied), "Linear", "shared with another wrapped module"),
+        (lambda: wrap(ours.module), r"\w+", "already is a DTensor"),
+        (lambda: wrap(net(), sharding_strategy=FULL), "Net", "FULL_SHARD does not fit a 2-D"),
+        (lambda: wrap(net(), (4,), sharding_strategy=HYBRID), "Net", "HYBRID_SHARD does not fit a 1-D"),
+        (lambda: wrap(net(), sharding_strategy=ShardingStrategy.NO_SHARD), "Net", "NO_SHARD"),
+        (lambda: wrap(net(), process_group=dist.group.WORLD), "Net", "pass device_mesh or process_group, not both"),
+        (lambda: wrap(nn.ModuleList([nn.Linear(2, 2)])), "ModuleList", "it has no forward"),
+        (lambda: FullyShardedDataParallel(net(), device_mesh=cube), "Net", "device_mesh has 3 dimensions"),
+        (lambda: FullyShardedDataParallel(net(), sharding_strategy=HYBRID), "Net", "HYBRID_SHARD without device_mesh"),
+        (lambda: FullyShardedDataParallel(net(), no_mesh), "Net", "the pair of process groups makes no mesh"),
+        (lambda: FullyShardedDataParallel(net(), no_mesh, FULL), "Net", "FULL_SHARD takes one process group"),
+        (lambda: FullyShardedDataParallel(net(), no_mesh[0], HYBRID), "Net", "HYBRID_SHARD needs two process groups"),
     ]
-    for make, message in wrong:
-        with pytest.raises(ValueError, match=message):
+    if rank in (2, 3):
+        wrong.append((lambda: FullyShardedDataParallel(net(), device_mesh=half), "Net", "this rank is not in device_mesh"))
+    for make, module, message in wrong:
+        with pytest.raises(ValueError, match=f"^rank {rank}: module {module}: .*{message}"):
             make()
 
 

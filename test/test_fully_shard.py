@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torchs_fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap
 
 from torch_hsdp_ckpt import (
@@ -103,12 +103,17 @@ def _settings(rank: int) -> None:
         torch.testing.assert_close(ours.predict(x), net.head(x))
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(ours)
-    for wrong, message in (
-        (dict(reshard_after_forward=2), "to fewer ranks"),
-        (dict(mesh=init_device_mesh("cpu", (2, 2, 1))), "3 dimensions"),
+    fresh, cube = NETS["even"](), init_device_mesh("cpu", (2, 2, 1))
+    for given, module, wrong, message in (
+        (fresh, "Net", dict(reshard_after_forward=2), "reshard_after_forward=2, to fewer ranks"),
+        (fresh, "Net", dict(mesh=cube), "device_mesh has 3 dimensions"),
+        ([fresh.blocks[0], fresh.head], "Block, Linear", dict(mesh=cube), "device_mesh has 3 dimensions"),
+        (fresh, "Net", dict(shard_placement_fn=lambda p: Shard(p.ndim - 1)), "shard_placement_fn places"),
+        (ours, "FSDPNet", {}, "fully_shard has been applied to it already"),
+        (fresh.blocks, "ModuleList", {}, "it has no forward"),
     ):
-        with pytest.raises(ValueError, match=message):
-            fully_shard(NETS["even"](), **wrong)
+        with pytest.raises(ValueError, match=f"^rank {rank}: module {module}: {message}"):
+            fully_shard(given, **wrong)
 
 
 def _mixed_precision(rank: int) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import Shard
 
-from ._arguments import check_mesh, check_module, check_offload
+from ._arguments import at, check_mesh, check_module, check_offload
 from ._materialize import move
 from ._module_load import load, own
 from ._precision import Precision
@@ -226,26 +226,28 @@ def fully_shard(
     for each in modules:
         check_module(each, "fully_shard")
         if runner_of(each) is not None:
-            raise ValueError(f"fully_shard has been applied to this {type(each).__name__} already")
+            raise ValueError(f"{at(each)}fully_shard has been applied to it already")
     if isinstance(reshard_after_forward, int) and not isinstance(reshard_after_forward, bool):
         raise ValueError(
-            f"reshard_after_forward={reshard_after_forward}, to fewer ranks, is not served: pass True or False, or use a mesh "
-            "with smaller shard groups"
+            f"{at(*modules)}reshard_after_forward={reshard_after_forward}, to fewer ranks, is not served: pass True or False, "
+            "or use a mesh with smaller shard groups"
         )
     precision = Precision.of(mp_policy)
     ignored = set(ignored_params or ())
     if mesh is None:
         kind = "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()) else "cpu"
         mesh = init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("shard",))
-    check_mesh(mesh)
-    check_offload(isinstance(offload_policy, CPUOffloadPolicy), mesh)
+    check_mesh(mesh, *modules)
+    check_offload(isinstance(offload_policy, CPUOffloadPolicy), mesh, *modules)
     device = device_of(mesh, None)
     slots = own_slots(modules, ignored)
     for name, places in slots:
         parameter = places[0].module._parameters[places[0].name]
         placement = shard_placement_fn(parameter) if shard_placement_fn is not None and parameter is not None else None
         if placement is not None and placement != Shard(0):
-            raise ValueError(f"shard_placement_fn places {name} as {placement}: only dimension 0 of the unit's mesh is served")
+            raise ValueError(
+                f"{at(*modules)}shard_placement_fn places {name} as {placement}: only dimension 0 of the unit's mesh is served"
+            )
     for each in modules:
         if device.type != "cpu":
             move(each, device)

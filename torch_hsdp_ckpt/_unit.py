@@ -124,8 +124,9 @@ class ShardedUnit:
             _snapshot.units.add(self)
 
     def _check(self, parameters: list[nn.Parameter], device: torch.device) -> None:
-        for name, p in zip(self.names, parameters, strict=True):
-            where = f"parameter {name} of shape {tuple(p.shape)}"
+        for name, places, p in zip(self.names, self.slots, parameters, strict=True):
+            owner_class = type(places[0].module).__name__
+            where = f"rank {dist.get_rank()}: module {owner_class}: parameter {name} of shape {tuple(p.shape)}"
             if isinstance(p, DTensor):
                 raise ValueError(f"{where} already is a DTensor: sharding it a second time (tensor parallelism) is not served")
             if (owner := getattr(p, _OWNER, None)) is not None:

@@ -79,7 +79,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         not_ours: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]  # once: they may be generators
         ignored = ignored_parameters(module, not_ours)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
-        check_offload(offloads(cpu_offload), mesh)
+        check_offload(offloads(cpu_offload), mesh, module)
         super().__init__()
         device = device_of(mesh, device_id)
         if device_id is not None:
