@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,49 @@ def _rank_fails(rank: int, path: str) -> None:
 
 def test_a_ranks_failure_is_every_ranks(tmp_path: Path) -> None:
     run_ranks(_rank_fails, 4, str(tmp_path))
+
+
+DEATHS = [  # how replicas share, where one is killed, and which: the coordinator or the other
+    ("off", "plan", 0),
+    ("off", "read", 1),
+    ("shared", "plan", 1),
+    ("shared", "read", 0),
+    ("network", "plan", 0),
+    ("network", "read", 1),
+]
+
+
+def _dies(rank: int, path: str) -> str | None:
+    """Pairs of ranks, of which one is killed while it plans, or when it has read its first piece, of three or more of 2 MiB."""
+    pair, role = divmod(rank, 2)
+    mode, point, who = DEATHS[pair]
+    group = dist.new_group([2 * pair, 2 * pair + 1], use_local_synchronization=True)
+    state = {"w": torch.zeros(3000, 1000), "step": None}
+    h.load(state, checkpoint_id=path, process_group=group, exchange=mode)  # type: ignore[arg-type]
+    dist.barrier()  # no rank of another pair waits for one that dies
+
+    def killed(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if role == who and point == "plan":
+        _load._plan = killed
+    elif role == who:
+        _at_read(2, killed)
+    with pytest.raises(h.CheckpointError, match="gets no answer") as error:
+        h.load(state, checkpoint_id=path, process_group=group, exchange=mode)  # type: ignore[arg-type]
+    assert ("written in part" in str(error.value)) == (point == "read")
+    state["w"].zero_()
+    h.load(state, checkpoint_id=path, no_dist=True)  # what is left of the failed load is in nobody's way
+    assert (state["w"] == 1).all()
+    return mode
+
+
+def test_a_rank_that_dies_is_the_others_error(tmp_path: Path) -> None:
+    """And at once: the process group's timeout, half an hour, is longer than this test's."""
+    h.save({"w": torch.ones(3000, 1000), "step": 1}, checkpoint_id=tmp_path, no_dist=True)
+    died = tuple(2 * pair + who for pair, (_, _, who) in enumerate(DEATHS))
+    ended = run_ranks(_dies, 2 * len(DEATHS), str(tmp_path), allow_death=died)
+    assert [ended[rank] is None for rank in range(len(ended))] == [rank in died for rank in range(len(ended))]
 
 
 class _Other(dcp.DefaultLoadPlanner):
