@@ -1,6 +1,7 @@
 """Training under FullyShardedDataParallel: the numbers of torch's FSDP2 and of one process, whatever the graph looks like."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from models import NETS, Block, Net, batch
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.checkpoint import checkpoint
 from training import assert_close, full, grads, loss_of, mean_grads, wrap, wrap_fsdp2
@@ -376,6 +377,12 @@ def _construction(rank: int) -> None:
     assert len(FullyShardedDataParallel.fsdp_modules(small)) == 3  # two blocks and the root
     assert FullyShardedDataParallel.fsdp_modules(small, root_only=True) == [small]
     assert small.head is small.module.head and small.blocks[0].up is small.module.blocks[0].module.up
+
+    layers = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={Block})
+    by_layer = FullyShardedDataParallel(net(), auto_wrap_policy=layers)
+    assert FullyShardedDataParallel.fsdp_modules(by_layer) == [by_layer, *by_layer.blocks]
+    loss_of(by_layer, batch(net(), 0, rank)).backward()
+    assert_close(grads(by_layer), mean_grads(net(), lambda n, r: loss_of(n, batch(n, 0, r))))
 
     ignoring = net()
     kept = ignoring.blocks[0]
