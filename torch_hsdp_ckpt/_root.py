@@ -64,21 +64,21 @@ class Root:
             unit.show_sharded()
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self, put_back: bool = True) -> Iterator[None]:
         """Within the block the sharded parameters are in their slots, and forwards and backwards of other threads wait.
 
         Frees nothing: this rank's peers still have it, or another thread computes with it. Waits for such a forward or backward
-        to end; inside this thread's own one it puts back what it finds.
+        to end. Full parameters that it finds, of this thread's own forward or of ``unshard()``, it puts back, if ``put_back``.
         """
         first = self.schedule.begin_read()
-        inside = not first and self.schedule.running_here()  # else not first: in a wrapper's state_dict(), for one within
-        shown = [unit for unit in self.units if unit.showing_full] if inside else []
+        shown: list[ShardedUnit] = []
         try:
-            if first or inside:
+            if first or self.schedule.running_here():  # else in a wrapper's state_dict(), for one within
+                shown = [unit for unit in self.units if unit.showing_full]
                 self._end_backward()
             yield
         finally:
-            for unit in shown:
+            for unit in shown if put_back else ():
                 unit.show_full()
             if first:
                 self.schedule.end_read()
@@ -101,7 +101,7 @@ class Root:
                 "parameters (load_state_dict, zero_grad, clip_grad_norm_, to, summon_full_params) has to come after it"
             )
         self.schedule.reset()
-        with self.reading():
+        with self.reading(put_back=False):
             pass
 
 
