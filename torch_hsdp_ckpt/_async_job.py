@@ -73,7 +73,7 @@ class Job:
         self._mode, self._pool, self._limit = mode, pool, limit
         self._error: BaseException | None = None  # of this rank; travels with the next thing that the ranks tell each other
         self._given_up: CheckpointError | None = None
-        # Held until the call returns: a thread that runs Python code meanwhile keeps the call waiting for the interpreter's
+        # Held while the thread is started: one that runs Python code meanwhile keeps the call waiting for the interpreter's
         # lock, 5 ms each time.
         self._call = threading.Lock()
         self._opened = self._staged = False
@@ -168,8 +168,8 @@ class Job:
             self._device_copy = DeviceCopy(devices)
         if self._eager:
             self._make_image(captured)
-            assert captured.structure is not None
-            self._call_waits = any(part.tensor in self._eager for part in captured.structure.parts[: self._in_place])
+            eager = set(self._eager)
+            self._call_waits = any(part.tensor in eager for part in captured.structure.parts[: self._in_place])
             copy, sources, targets = self._copies(captured, now=True)
             copy.finish()
             self._summed.append(copy)

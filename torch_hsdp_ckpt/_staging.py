@@ -41,7 +41,7 @@ class Layout:
         room: float = float("inf") if limit is None else limit - PAGE
         full = False
         for number in reversed(range(len(files))):
-            places, _, length = files[number]
+            places, _, _ = files[number]
             end = offsets[number]
             for offset, _ in reversed(places):
                 records -= 1

@@ -8,7 +8,6 @@
 #include <cerrno>
 #include <condition_variable>
 #include <cstring>
-#include <functional>
 
 #include "base/crc32.h"
 #include "base/error.h"

@@ -30,4 +30,12 @@ std::vector<std::vector<int64_t>> Peers::Exchange(const std::vector<int64_t>& wo
   return all;
 }
 
+std::string Peers::Differing(const std::vector<std::vector<int64_t>>& all,
+                             const std::function<std::string(const std::vector<int64_t>&)>& shown) const {
+  if (std::all_of(all.begin(), all.end(), [&](const auto& words) { return words == all[0]; })) return {};
+  std::string lines;
+  for (size_t i = 0; i < all.size(); ++i) lines += "\n\trank " + std::to_string(ranks_[i]) + ": " + shown(all[i]);
+  return lines;
+}
+
 }  // namespace hsdp_ckpt

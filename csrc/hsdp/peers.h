@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,10 +18,12 @@ class Peers {
   /// gather or reduction. `ranks`: the numbers that its ranks, in order, have in the default group.
   Peers(std::string group, std::vector<int64_t> ranks) : group_(std::move(group)), ranks_(std::move(ranks)) {}
 
-  /// Everybody's `words` in the order of `ranks()`, as many from each. Blocks until all ranks are here; throws what the
+  /// Everybody's `words` in the order of the ranks, as many from each. Blocks until all ranks are here; throws what the
   /// group throws if they don't come within its timeout.
   std::vector<std::vector<int64_t>> Exchange(const std::vector<int64_t>& words) const;
-  const std::vector<int64_t>& ranks() const { return ranks_; }
+  /// What `shown` makes of each rank's words, a line for each; empty if they are all the same.
+  std::string Differing(const std::vector<std::vector<int64_t>>& all,
+                        const std::function<std::string(const std::vector<int64_t>&)>& shown) const;
 
  private:
   std::string group_;

@@ -38,7 +38,7 @@ Schedule::Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared
 template <typename Step>
 auto Schedule::Naming(const Unit& unit, const char* what, Step step) const {
   const auto message = [&](const char* cause) {
-    std::string text = "rank " + std::to_string(rank_) + ": the " + what + " of module " + unit.group->name() + " failed: ";
+    std::string text = "rank " + std::to_string(rank_) + ": the " + what + " of module " + unit.name() + " failed: ";
     if (std::strstr(cause, "Could not resolve the process group") != nullptr) {
       return text +
              "its process group is gone. torch.distributed.destroy_process_group ends what a wrapped module can do; " +
@@ -172,12 +172,8 @@ void Schedule::EndForward() {
 
 void Schedule::AbortForward(const std::shared_ptr<Unit>& unit) {
   if (InBackward()) return;
-  for (size_t i = active_.size(); i > 0; --i) {
-    if (active_[i - 1].unit == unit) {
-      active_.resize(i - 1);
-      break;
-    }
-  }
+  const auto at = std::find_if(active_.rbegin(), active_.rend(), [&](const Call& call) { return call.unit == unit; });
+  if (at != active_.rend()) active_.erase(at.base() - 1, active_.end());
   on_track_ = false;
   const auto release = [&](const std::shared_ptr<Unit>& freed) {
     try {
@@ -202,7 +198,7 @@ void Schedule::Agree(const Unit* unit) {
   constexpr const char* kRule = "All ranks must run the same wrapped modules in the same order";
   const auto call = static_cast<int64_t>(recorded_.size());
   const auto naming = [&](int64_t index) {
-    return index < 0 ? std::string("the end of forward") : "module " + units_[static_cast<size_t>(index)]->group->name();
+    return index < 0 ? std::string("the end of forward") : "module " + units_[static_cast<size_t>(index)]->name();
   };
   const int64_t own = unit == nullptr ? -1 : IndexOf(unit);
   std::vector<std::vector<int64_t>> all;
@@ -210,18 +206,14 @@ void Schedule::Agree(const Unit* unit) {
     all = peers_->Exchange({own, call});
   } catch (const std::exception& error) {
     const Sequence& sequence = sequences_[outermost_];
-    TORCH_CHECK(
-        false, "rank ", rank_, " has reached ", naming(own), " (wrapped call ", call, " of this forward)",
-        position_ < sequence.size() ? ", its last forward ran module " + sequence[position_]->group->name() + " here" : "",
-        ", and no other rank has come along within the group's timeout. ", kRule, ". ", error.what());
+    TORCH_CHECK(false, "rank ", rank_, " has reached ", naming(own), " (wrapped call ", call, " of this forward)",
+                position_ < sequence.size() ? ", its last forward ran module " + sequence[position_]->name() + " here" : "",
+                ", and no other rank has come along within the group's timeout. ", kRule, ". ", error.what());
   }
-  if (std::all_of(all.begin(), all.end(), [&](const auto& words) { return words == all[0]; })) return;
-  std::string found;
-  for (size_t i = 0; i < all.size(); ++i) {
-    found += "\n\trank " + std::to_string(peers_->ranks()[i]) + ": " + naming(all[i][0]) + ", wrapped call " +
-             std::to_string(all[i][1]) + " of its forward";
-  }
-  TORCH_CHECK(false, "ranks run different wrapped modules (this is rank ", rank_, "). ", kRule, ":", found);
+  const std::string differing = peers_->Differing(all, [&](const std::vector<int64_t>& words) {
+    return naming(words[0]) + ", wrapped call " + std::to_string(words[1]) + " of its forward";
+  });
+  TORCH_CHECK(differing.empty(), "ranks run different wrapped modules (this is rank ", rank_, "). ", kRule, ":", differing);
 }
 
 int64_t Schedule::IndexOf(const Unit* unit) const {

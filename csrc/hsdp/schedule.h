@@ -20,6 +20,8 @@ namespace hsdp_ckpt {
 
 /// One unit as its root's Schedule sees it: parameters, and what Python wants to hear.
 struct Unit {
+  const std::string& name() const { return group->name(); }
+
   std::shared_ptr<ParamGroup> group;
   /// Whether forward frees the full parameters. Absent: unless backward needs them first (the outermost unit, the last one
   /// to run).
