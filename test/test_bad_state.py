@@ -1,6 +1,7 @@
 """What does not fit is an error on every rank that lists the names; module and optimizer are as they were, bit for bit."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -123,6 +124,40 @@ def _batch_norm(rank: int) -> None:
     assert extra.module[0].version == [7]
     extra.load_state_dict(state, strict=False)
     assert extra.module[0].version == [8]
+    _extra_state_of_its_own_mind()
+
+
+class _NoCopy(_Extra):
+    """What it keeps can't be copied; nobody but a load that fails needs that."""
+
+    def get_extra_state(self):
+        return {"version": self.version, "lock": threading.Lock()}
+
+
+class _NoWayBack(_Extra):
+    def set_extra_state(self, state) -> None:
+        if state["version"] == [7]:
+            raise ArithmeticError("not that one again")
+        super().set_extra_state(state)
+
+
+def _extra_state_of_its_own_mind() -> None:
+    for kind, reason in ((_NoCopy, "could not be copied before: TypeError"), (_NoWayBack, "ArithmeticError: not that one")):
+        model = FSDP(nn.Sequential(kind(), nn.Linear(4, 4)))
+        before = bits({k: v for k, v in model.state_dict().items() if "extra" not in k})
+        nines = {k: torch.full_like(v, 9) for k, v in model.state_dict().items() if "extra" not in k}
+        state = {**nines, "0._extra_state": {"version": [8]}}
+        lacking = {k: v for k, v in state.items() if k != "1.bias"}
+        for assign in (False, True):
+            model.module[0].version[:] = [7]
+            with pytest.raises(RuntimeError, match=rf"(?s)1\.bias.*The extra state of 0 may have changed.*{reason}"):
+                model.load_state_dict(lacking, assign=assign)
+            assert_same({k: v for k, v in model.state_dict().items() if "extra" not in k}, before)
+        model(torch.ones(1, 4)).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())  # the shards are bound to their unit
+        model.load_state_dict(state)
+        assert model.module[0].version == [8]
+        assert all((p.to_local() == 9).all() for p in model.parameters())
 
 
 def _optimizer(rank: int) -> None:

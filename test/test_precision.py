@@ -251,7 +251,9 @@ def _override(rank: int) -> None:
     """Refused before anything is changed; units with policies of their own, as the error says, are there instead."""
     net = narrow_net()
     policy = MixedPrecisionPolicy(param_dtype=BF16, param_dtype_override_fn=lambda p: FP32 if p.ndim == 1 else None)
-    with pytest.raises(ValueError, match=r"param_dtype_override_fn is not served.* mp_policy of their own"):
+    with pytest.raises(
+        ValueError, match=r"^rank \d: module \w+: .*param_dtype_override_fn is not served.* mp_policy of their own"
+    ):
         torch_hsdp_ckpt.fully_shard(net, mp_policy=policy)
     assert type(net) is Net and not any(isinstance(p, DTensor) for p in net.parameters())
     torch_hsdp_ckpt.fully_shard(net.head, mp_policy=MixedPrecisionPolicy(param_dtype=FP32))

@@ -3,14 +3,10 @@
 import copy
 import io
 import pickle
-import threading
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.distributed as dist
 from models import NETS, batch
 from ranks import run_ranks
 from states import Moves, assert_same, bits, mesh_of, step, tensors, trained, wrapped
@@ -23,7 +19,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
-from torch_hsdp_ckpt import StateDictType, fully_shard
+from torch_hsdp_ckpt import StateDictType
 
 
 def _free(rank: int, device: str) -> None:
@@ -282,104 +278,6 @@ def _hooks(rank: int) -> None:
 
 def test_hooks_and_names() -> None:
     run_ranks(_hooks, 4)
-
-
-# -- while the module runs: in another thread, in its own hooks
-
-
-def _wrapped_as(face: str, kind: str) -> nn.Module:
-    net = NETS[kind]()
-    if face == "class":
-        return wrapped(net, mesh_of(2, 2))
-    for block in net.blocks:
-        fully_shard(block, mesh=mesh_of(2, 2))
-    fully_shard(net, mesh=mesh_of(2, 2))
-    return net
-
-
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, number: int, rank: int) -> None:
-    model(batch(NETS["even"](), number, rank)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _read_beside(rank: int, face: str) -> None:
-    """Every rank's reader goes at a pace of its own, and one starts before the first forward has made the root."""
-    model = _wrapped_as(face, "even")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    expected = {name: p._local_tensor.data_ptr() for name, p in model.named_parameters()}
-    begun, enough = threading.Event(), threading.Event()
-
-    def read() -> None:
-        for count in range(30):
-            named = FSDP.optim_state_dict(model, optimizer)["param_groups"][0]["params"] if count % 10 == 0 else expected
-            state = model.state_dict()
-            assert list(named) == list(expected)
-            assert {name: state[name]._local_tensor.data_ptr() for name in expected} == expected
-            begun.set()
-            time.sleep(0.0005 * rank)
-
-    with ThreadPoolExecutor() as threads:
-        reader = threads.submit(read)
-        reader.add_done_callback(lambda _: enough.set())
-        if rank == 0:
-            begun.wait()
-        steps, done = 0, torch.zeros(1)
-        while not done:
-            _train(model, optimizer, steps, rank)
-            steps += 1
-            done.fill_(enough.is_set())
-            dist.all_reduce(done, dist.ReduceOp.MIN)
-        reader.result()
-    alone = _wrapped_as(face, "even")
-    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
-    for number in range(steps):
-        _train(alone, optimizer, number, rank)
-    assert_same(model.state_dict(), alone.state_dict())
-
-
-def _read_inside(rank: int, face: str) -> None:
-    """Hooks of a forward and of a backward read; what would free or gather is refused there, and in another thread."""
-    x = batch(NETS["uneven"](), 0, rank)
-    reference = _wrapped_as(face, "uneven")
-    reference(x).square().mean().backward()
-    model = _wrapped_as(face, "uneven")
-    bits_before = bits(model.state_dict())
-    seen: list[str] = []
-
-    def look(where: str) -> None:
-        for name, value in model.state_dict().items():
-            assert torch.equal(value._local_tensor, bits_before[name]) if isinstance(value, DTensor) else name == "calls"
-        with pytest.raises(RuntimeError, match="forward or backward of this thread"):
-            model.zero_grad()
-        with ThreadPoolExecutor() as threads:
-            if face == "class":
-                with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
-                    with pytest.raises(RuntimeError, match="between the same steps"):
-                        threads.submit(model.state_dict).result()
-            if where == "forward":
-                with pytest.raises(RuntimeError, match="another thread"):
-                    threads.submit(model, x).result()
-        seen.append(where)
-
-    inner = model.blocks[1].up
-    inner.register_forward_hook(lambda *_: look("forward"))
-    inner.register_full_backward_hook(lambda *_: look("backward"))
-    model(x).square().mean().backward()
-    assert seen == ["forward", "backward"]
-    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(p.grad._local_tensor, q.grad._local_tensor)
-
-
-def _read_while_it_runs(rank: int) -> None:
-    torch.set_num_threads(1)
-    for face in ("class", "function"):
-        _read_beside(rank, face)
-        _read_inside(rank, face)
-
-
-def test_state_dict_while_the_module_runs() -> None:
-    run_ranks(_read_while_it_runs, 4)
 
 
 class _Buffered(nn.Module):

@@ -232,7 +232,7 @@ def fully_shard(
             f"{at(*modules)}reshard_after_forward={reshard_after_forward}, to fewer ranks, is not served: pass True or False, "
             "or use a mesh with smaller shard groups"
         )
-    precision = Precision.of(mp_policy)
+    precision = Precision.of(mp_policy, *modules)
     ignored = set(ignored_params or ())
     if mesh is None:
         kind = "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()) else "cpu"
@@ -270,6 +270,7 @@ def _become(module: nn.Module, runner: Runner) -> None:
 
     @own
     def before_load(*_: Any) -> None:
+        # Also where load_state_dict above has done so: a module around this one, or a user's hook, may come in between.
         hold()
         runner.reset()
 

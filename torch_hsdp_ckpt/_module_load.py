@@ -2,7 +2,7 @@
 
 Modules that load in a way of their own can't be looked into. Leaves of that kind (BatchNorm) are tried on empty copies of their
 tensors. Where hooks, extra state or containers of that kind are about, the module's own loading runs on the real tensors, and a
-copy of them and of the extra state is put back if it fails.
+copy of them and of the extra state, where it can be copied, is put back if it fails.
 """
 
 import copy
@@ -237,9 +237,14 @@ def _try_leaf(
     return problems
 
 
+def _clean(name: str) -> str:
+    """A module's name without the wrappers'."""
+    return ".".join(part for part in name.split(".") if part != INNER)
+
+
 def _under_wrappers(root: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Module versions, also under the names that nn.Module's loading asks for."""
-    names = {name: ".".join(part for part in name.split(".") if part != INNER) for name, _ in root.named_modules()}
+    names = {name: _clean(name) for name, _ in root.named_modules()}
     return {**metadata, **{name: metadata[clean] for name, clean in names.items() if clean in metadata}}
 
 
@@ -252,11 +257,10 @@ def _load_guarded(root: nn.Module, mesh: DeviceMesh, survey: Survey, full: bool,
     before = [t.clone() for t in locals_] if survey.hooked else []
     # After the users' own hooks, which may rename keys.
     handles = [m.register_load_state_dict_pre_hook(_shard_own) for m in modules if full and m._parameters]  # type: ignore[no-untyped-call]
-    extra: list[tuple[nn.Module, Any]] = []
+    extra, lost = _copies_of_extra_state(root)
     error: Exception | None = None
     result: Any = None
     try:
-        extra += [(m, copy.deepcopy(m.get_extra_state())) for m in modules if _keeps_extra_state(type(m))]
         result = run()
     except Exception as e:
         error = e
@@ -271,16 +275,32 @@ def _load_guarded(root: nn.Module, mesh: DeviceMesh, survey: Survey, full: bool,
             table.update(entries)  # type: ignore[arg-type]
         for tensor, value in zip(locals_, before, strict=bool(before)):
             tensor.copy_(value)
-    for module, state in extra:
-        module.set_extra_state(state)
     for module in modules:
         if isinstance(unit := module.__dict__.get("_unit"), ShardedUnit):
             unit.rebind()
-    raise RuntimeError(f"{listed(problems)}\nEvery tensor is as it was before the call.") from error
+    for name, module, state in extra:
+        try:
+            module.set_extra_state(state)
+        except Exception as e:  # the module's own code, and the error to hear of is the one before
+            lost.append(f"{name} may have changed: {type(e).__name__}: {e}")
+    notes = [f"The extra state of {note}" for note in lost]
+    raise RuntimeError("\n".join([listed(problems), "Every tensor is as it was before the call.", *notes])) from error
 
 
-def _keeps_extra_state(kind: type[nn.Module]) -> bool:
-    return kind.get_extra_state is not nn.Module.get_extra_state and kind.set_extra_state is not nn.Module.set_extra_state
+def _copies_of_extra_state(root: nn.Module) -> tuple[list[tuple[str, nn.Module, Any]], list[str]]:
+    """What modules inside keep besides tensors, for those that take it back too; and what can't be copied, with the reason.
+    Such a module still can be loaded: the copy is only for a load that fails."""
+    copies, lost = [], []
+    for path, module in root.named_modules():
+        kind = type(module)
+        if kind.get_extra_state is nn.Module.get_extra_state or kind.set_extra_state is nn.Module.set_extra_state:
+            continue
+        name = _clean(path) or "(outermost)"
+        try:
+            copies.append((name, module, copy.deepcopy(module.get_extra_state())))
+        except Exception as e:
+            lost.append(f"{name} may have changed, it could not be copied before: {type(e).__name__}: {e}")
+    return copies, lost
 
 
 def _shard_own(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

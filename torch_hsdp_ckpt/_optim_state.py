@@ -7,7 +7,7 @@ under a key that ``optim.state`` has too) is passed on.
 
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -64,17 +64,16 @@ def _mesh(model: nn.Module) -> DeviceMesh:
     return runners[0].unit.mesh
 
 
+@contextmanager
 def _names(
     model: nn.Module, optim: torch.optim.Optimizer, optim_input: OptimInput = None, whole: bool = False
-) -> tuple[Names, DeviceMesh]:
-    """The names and the model's mesh, from any thread. ``whole``: for states that are going to be gathered."""
+) -> Iterator[tuple[Names, DeviceMesh]]:
+    """The names and the model's mesh, from any thread. ``whole``: states are going to be gathered within the block."""
     runners = _runners(model)
     with ExitStack() as stack:
         for runner in runners:
-            if whole and runner.root is not None:
-                runner.root.check_quiet("whole optimizer state")
-            stack.enter_context(runner.reading())
-        return names_of(model, optim, optim_input), runners[0].unit.mesh
+            stack.enter_context(runner.reading("whole optimizer state" if whole else ""))
+        yield names_of(model, optim, optim_input), runners[0].unit.mesh
 
 
 class OptimStateMixin:
@@ -94,10 +93,11 @@ class OptimStateMixin:
         settings = _settings(model)
         config: Any = settings.optim_state_dict_config
         whole = settings.state_dict_type is StateDictType.FULL_STATE_DICT
-        names, mesh = _names(model, optim, whole=whole)
-        if whole:
-            return _whole(source, names, mesh, config.rank0_only, offload if config.offload_to_cpu else lambda tensor: tensor)
-        named = _by_names(source, names)
+        finish = offload if config.offload_to_cpu else lambda tensor: tensor
+        with _names(model, optim, whole=whole) as (names, mesh):
+            if whole:
+                return _whole(source, names, mesh, config.rank0_only, finish)
+            named = _by_names(source, names)
         if config.offload_to_cpu:
             named["state"] = _map_leaves(named["state"], offload)
         return named
@@ -137,13 +137,16 @@ class OptimStateMixin:
         group: Any = None,
     ) -> dict[str, Any]:
         """``optim_state_dict`` with whole tensors on the CPU, whatever type is set; ``{}`` on other ranks if ``rank0_only``."""
-        names, mesh = _names(model, optim, optim_input, whole=True)
-        return _whole(optim.state_dict(), names, mesh, rank0_only, offload)
+        source = optim.state_dict()
+        with _names(model, optim, optim_input, whole=True) as (names, mesh):
+            return _whole(source, names, mesh, rank0_only, offload)
 
     @staticmethod
     def sharded_optim_state_dict(model: nn.Module, optim: torch.optim.Optimizer, group: Any = None) -> dict[str, Any]:
         """``optim_state_dict`` with DTensors, whatever type is set: no communication, no copy."""
-        return _by_names(optim.state_dict(), _names(model, optim)[0])
+        source = optim.state_dict()
+        with _names(model, optim) as (names, _):
+            return _by_names(source, names)
 
     @staticmethod
     def shard_full_optim_state_dict(

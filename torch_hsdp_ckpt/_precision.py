@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 
+from ._arguments import at
+
 _BUFFERS_CAST = "_hsdp_ckpt_buffers_cast"  # on a module: {buffer's name: (the dtype that it had, the dtype that it was given)}
 
 
@@ -28,14 +30,16 @@ class Precision:
     keep_low_precision_grads: bool = False
 
     @staticmethod
-    def of(given: MixedPrecision | MixedPrecisionPolicy | None) -> "Precision":
-        """From torch's own classes; None is full precision. ValueError for a dtype by parameter, which no unit serves."""
+    def of(given: MixedPrecision | MixedPrecisionPolicy | None, *modules: nn.Module) -> "Precision":
+        """From torch's own classes, for the unit of ``modules``; None is full precision. ValueError for a dtype by parameter,
+        which no unit serves."""
         if given is None:
             return Precision()
         if getattr(given, "param_dtype_override_fn", None) is not None:  # torch 2.15 has it, and older versions do not
             raise ValueError(
-                "MixedPrecisionPolicy's param_dtype_override_fn is not served, a unit's parameters have one param_dtype: apply "
-                "fully_shard with an mp_policy of their own to the modules whose parameters are to have another one"
+                f"{at(*modules)}MixedPrecisionPolicy's param_dtype_override_fn is not served, a unit's parameters have one "
+                "param_dtype: apply fully_shard with an mp_policy of their own to the modules whose parameters are to have "
+                "another one"
             )
         if isinstance(given, MixedPrecisionPolicy):
             return Precision(

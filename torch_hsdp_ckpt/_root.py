@@ -64,13 +64,22 @@ class Root:
             unit.show_sharded()
 
     @contextmanager
-    def reading(self, put_back: bool = True) -> Iterator[None]:
+    def reading(self, whole: str = "", put_back: bool = True) -> Iterator[None]:
         """Within the block the sharded parameters are in their slots, and forwards and backwards of other threads wait.
 
         Frees nothing: this rank's peers still have it, or another thread computes with it. Waits for such a forward or backward
         to end. Full parameters that it finds, of this thread's own forward or of ``unshard()``, it puts back, if ``put_back``.
+
+        ``whole``: what is going to be gathered within the block, on the groups that forwards and backwards use. RuntimeError
+        then, at once, while one is under way in any thread of this rank. Its peers do not hear of that.
         """
-        first = self.schedule.begin_read()
+        first = self.schedule.begin_read(only_if_quiet=bool(whole))
+        if first is None:
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: the {whole} of module {self.units[0].core.name} was asked for while a forward or "
+                "backward of it is under way. It is collective: ask on every rank between the same steps, in the thread that "
+                "trains, or take the sharded one, which sends nothing"
+            )
         shown: list[ShardedUnit] = []
         try:
             if first or self.schedule.running_here():  # else in a wrapper's state_dict(), for one within
@@ -83,22 +92,14 @@ class Root:
             if first:
                 self.schedule.end_read()
 
-    def check_quiet(self, what: str) -> None:
-        """RuntimeError while a forward or backward is under way: ``what`` would gather, on the groups that those use."""
-        if self.schedule.running():
-            raise RuntimeError(
-                f"rank {dist.get_rank()}: the {what} of module {self.units[0].core.name} was asked for while a forward or "
-                "backward of it is under way. It is collective: ask on every rank between the same steps, in the thread that "
-                "trains, or take the sharded one, which sends nothing"
-            )
-
     def reset(self) -> None:
         """The sharded parameters are in their slots and nothing derived from them is in flight. Waits for other threads; raises
         RuntimeError inside of this thread's own forward or backward."""
         if self.schedule.running_here():
             raise RuntimeError(
-                f"module {self.units[0].core.name} is in a forward or backward of this thread: what frees or changes its "
-                "parameters (load_state_dict, zero_grad, clip_grad_norm_, to, summon_full_params) has to come after it"
+                f"rank {dist.get_rank()}: module {self.units[0].core.name} is in a forward or backward of this thread: what "
+                "frees or changes its parameters (load_state_dict, zero_grad, clip_grad_norm_, to, summon_full_params) has to "
+                "come after it"
             )
         self.schedule.reset()
         with self.reading(put_back=False):

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from ._snapshot import hold
 from ._unit import ShardedUnit
 
 _ATTRIBUTE = "_hsdp_runner"
-_making_root = threading.RLock()  # or reading what has no root yet
 
 
 class Runner:
@@ -45,6 +44,7 @@ class Runner:
         self.last_backward = True
         self.modules: list[weakref.ref[nn.Module]] = []  # several: one unit for modules that were given together
         self._cast_inputs: torch.dtype | None = None
+        self._rootless = threading.RLock()  # whoever makes the root, or reads while there is none
         self.add(module)
         unit.core.name = label
         keep_dynamo_out()
@@ -85,23 +85,33 @@ class Runner:
             raise
         return outputs
 
-    def reading(self) -> AbstractContextManager[None]:
+    def reading(self, whole: str = "") -> AbstractContextManager[None]:
         """``Root.reading``, also before there is a root, which then is not made meanwhile."""
-        return self._reading_alone() if self.root is None else self.root.reading()
+        return self._reading_alone(whole) if self.root is None else self.root.reading(whole)
 
     @contextmanager
-    def _reading_alone(self) -> Iterator[None]:
-        with _making_root:
+    def _reading_alone(self, whole: str) -> Iterator[None]:
+        with self._while_rootless():
             if self.root is None:
                 yield
                 return
-        with self.root.reading():
+        with self.root.reading(whole):
+            yield
+
+    @contextmanager
+    def _while_rootless(self) -> Iterator[None]:
+        """Nobody else makes a root for this module, or for one inside. Other models' may be made, with other ranks."""
+        modules = [module for reference in self.modules if (module := reference()) is not None]
+        runners = {runner for module in modules for _, runner in named_runners(module)}
+        with ExitStack() as locks:
+            for runner in sorted(runners, key=id):  # one order, whichever of the modules is asked
+                locks.enter_context(runner._rootless)
             yield
 
     def make_root(self) -> Root:
         """At the first use of an outermost module: one schedule for all that are wrapped inside. Collective over the mesh."""
-        with _making_root:
-            return self._make_root()
+        with self._while_rootless():
+            return self.root or self._make_root()
 
     def _make_root(self) -> Root:
         module = self.modules[0]()

@@ -72,18 +72,18 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         ignored parameters, else nothing. With ``offload_to_cpu`` the device holds one tensor, or one bucket of small ones, at a
         time.
 
-        Buffers that ``MixedPrecision(buffer_dtype)`` has converted come as copies in the dtype that they had before.
+        Buffers that ``MixedPrecision(buffer_dtype)`` has converted come as copies in the dtype that they had before (with
+        ``keep_vars`` as they are).
 
         Hooks that were registered on the wrapper or inside are called; they see the shards, as values become whole after them.
 
-        From any thread: it waits for the others' forward or backward to end, and theirs for it. A FULL_STATE_DICT does not,
-        as ranks would gather in different orders: RuntimeError while a forward or backward is under way.
+        From any thread: it waits for the others' forward or backward to end, and theirs for it. A FULL_STATE_DICT does not
+        wait, as ranks would gather in different orders: RuntimeError on every rank where a forward or backward is under way. A
+        rank where none is does not know of that, and waits in the gather for as long as the group's timeout.
         """
         if args:
             raise TypeError("state_dict takes keyword arguments only: destination, prefix, keep_vars")
-        if self._full and self._root is not None:
-            self._root.check_quiet("whole state dict")
-        with self._runner.reading():
+        with self._runner.reading("whole state dict" if self._full else ""):
             return self._read_state(destination, prefix, keep_vars)
 
     def _read_state(self, destination: Any, prefix: str, keep_vars: bool) -> Any:
@@ -259,6 +259,7 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """The keys below this wrapper as nn.Module's loading looks for them."""
     assert isinstance(module, StateDictMixin)
+    # Also where load_state_dict above has done so: a module around this one, or a user's hook, may come in between.
     hold()
     module._reset()
     if module._full:

@@ -186,9 +186,20 @@ class ShardedUnit:
     # -- binding memory
 
     def bind(self, schedule: _C.Schedule) -> None:
-        """Makes the full parameters and hands them to ``schedule``. Again whenever shards, dtypes or requires_grad change."""
-        if self.schedule is not None:
+        """Makes the full parameters and hands them to ``schedule``. Again whenever shards, dtypes or requires_grad change:
+        then it waits for another thread that has the turn."""
+        if self.schedule is None:
+            self._bind(schedule)
+            return
+        first = schedule.begin_read()
+        try:
             schedule.finish_reductions()  # of the parameters as they have been so far
+            self._bind(schedule)
+        finally:
+            if first:
+                schedule.end_read()
+
+    def _bind(self, schedule: _C.Schedule) -> None:
         self.schedule = schedule
         self._flags = [p.requires_grad for p in self.sharded]
         self._trainable = [i for i, flag in enumerate(self._flags) if flag]

@@ -104,7 +104,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             synchronize(module, mesh, ignored)
         self.device_mesh = mesh
         self.sharding_strategy = strategy
-        precision = Precision.of(mixed_precision)
+        precision = Precision.of(mixed_precision, module)
         reshard = None if strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD) else False
         self._unit = ShardedUnit(own_slots([module], ignored), mesh, device, reshard, *precision.of_unit())
         self._checkpoint_wrapped_module = module

@@ -15,7 +15,6 @@ namespace hsdp_ckpt {
 namespace {
 
 constexpr size_t kReductionsInFlight = 2;  // more would hold packed gradients without moving bytes any sooner
-
 constexpr auto kPatience = std::chrono::milliseconds(200);
 constexpr auto kPause = std::chrono::microseconds(50);
 
@@ -33,7 +32,8 @@ Schedule::Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared
     : backward_prefetch_(backward_prefetch),
       rank_(rank),
       peers_(std::move(peers)),
-      on_backward_end_(std::move(on_backward_end)) {}
+      on_backward_end_(std::move(on_backward_end)),
+      turn_(std::make_shared<Turn>([this] { return c10::str("rank ", rank_, ": module ", units_[0]->name(), ": "); })) {}
 
 template <typename Step>
 auto Schedule::Naming(const Unit& unit, const char* what, Step step) const {
@@ -418,8 +418,7 @@ void Schedule::AwaitReduction(const Unit& unit) {
   while (!gather_queue_.empty()) {
     if (advance(false)) return;
     if (std::chrono::steady_clock::now() > patience) {
-      const std::shared_ptr<Unit> next = gather_queue_.front();
-      StartGathersUntil(next);
+      StartGathersUntil(std::shared_ptr<Unit>(gather_queue_.front()));
       patience = std::chrono::steady_clock::now() + kPatience;
     }
     std::this_thread::sleep_for(kPause);
@@ -460,8 +459,9 @@ void Schedule::FinishReductions() {
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-bool Schedule::BeginRead() {
-  if (!turn_->BeginRead()) return false;
+std::optional<bool> Schedule::BeginRead(bool only_if_quiet) {
+  const std::optional<bool> taken = turn_->BeginRead(only_if_quiet);
+  if (!taken.value_or(false)) return taken;
   auto give_back = c10::make_scope_exit([this] { turn_->EndRead(); });
   if (!in_backward_) FinishReductions();  // one that raised has left what only the next forward or Reset can drop
   give_back.release();
@@ -469,7 +469,7 @@ bool Schedule::BeginRead() {
 }
 
 void Schedule::Reset() {
-  const bool waited = turn_->BeginRead();  // for another thread; at the begin of a forward it is this one's already
+  const bool waited = turn_->BeginRead().value();  // for another thread; at the begin of a forward it is this one's already
   const auto give_back = c10::make_scope_exit([this, waited] {
     if (waited) turn_->EndRead();
   });

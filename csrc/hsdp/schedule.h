@@ -58,8 +58,9 @@ struct Unit {
 /// What a rank frees after forward therefore depends on the calls alone, never on what its outputs look like.
 /// Errors of one rank (gradients that can't be taken, hooks that raise) are kept until its peers have what they wait for,
 /// and raised at the end of backward. Errors of collectives name this rank and the unit.
-/// Thread safety: one thread at a time, except for the calls on `turn()`: forwards and backwards wait there for whoever
-/// reads the sharded parameters. GIL: never needed here; callbacks take it.
+/// Thread safety: one thread at a time, and the turn says whose. Forwards, backwards, BeginRead and Reset may come from any
+/// thread and wait for it; all other calls are for whoever has it, or for a time when nobody else uses the modules. GIL:
+/// never needed here, and must not be held where a turn or a collective is waited for; callbacks take it.
 class Schedule : public std::enable_shared_from_this<Schedule> {
  public:
   enum class BackwardPrefetch { kNone, kPre, kPost };
@@ -92,7 +93,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   /// Takes the gradients that are on their way.
   void FinishReductions();
   /// The turn of somebody who reads the sharded parameters, see Turn::BeginRead. Takes the gradients that are on their way.
-  bool BeginRead();
+  std::optional<bool> BeginRead(bool only_if_quiet = false);
   Turn& turn() { return *turn_; }
 
  private:
@@ -132,7 +133,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   const int64_t rank_;
   const std::shared_ptr<Peers> peers_;
   const std::function<void()> on_backward_end_;
-  const std::shared_ptr<Turn> turn_ = std::make_shared<Turn>();
+  const std::shared_ptr<Turn> turn_;
 
   Sequence units_;
   std::map<const Unit*, Sequence> sequences_;  // by outermost unit: the forward calls of its last pass, repeats included

@@ -5,12 +5,16 @@
 
 namespace hsdp_ckpt {
 
+// By the thread too: a backward within this one (reentrant checkpointing) is a graph task of its own, and runs in the
+// thread of the one around it. Whatever else runs there (on CUDA other threads' graphs do) could not wait for its end
+// anyway.
 bool Turn::HasBackward() const {
-  return holder_ == Holder::kBackward && torch::autograd::get_current_graph_task_id() != -1;
+  return holder_ == Holder::kBackward &&
+         (thread_ == std::this_thread::get_id() || graph_task_ == torch::autograd::get_current_graph_task_id());
 }
 
 void Turn::Take(std::unique_lock<std::mutex>& lock, Holder holder) {
-  TORCH_CHECK(holder_ != Holder::kReader || thread_ != std::this_thread::get_id(),
+  TORCH_CHECK(holder_ != Holder::kReader || thread_ != std::this_thread::get_id(), who_(),
               "a wrapped module can't run inside of its own state_dict()");
   const bool reads = holder == Holder::kReader;
   readers_waiting_ += reads ? 1 : 0;
@@ -33,7 +37,7 @@ void Turn::BeginForward() {
   std::unique_lock lock(mutex_);
   if (HasForward()) return;
   TORCH_CHECK(
-      holder_ != Holder::kForward,
+      holder_ != Holder::kForward, who_(),
       "another thread of this process is in a forward of the same wrapped module. Run them one after the other: all "
       "ranks have to run the same forwards in the same order");
   Take(lock, Holder::kForward);
@@ -46,14 +50,16 @@ std::shared_ptr<void> Turn::BeginBackward() {
   // By its kind alone: on CUDA the backward within a forward runs in autograd's thread.
   if (holder_ == Holder::kForward) return nullptr;
   Take(lock, Holder::kBackward);
+  graph_task_ = torch::autograd::get_current_graph_task_id();
   const int64_t number = ++backwards_;
   return {nullptr, [self = shared_from_this(), number](void*) { self->Give(Holder::kBackward, number); }};
 }
 
 void Turn::EndBackward() { Give(Holder::kBackward); }
 
-bool Turn::BeginRead() {
+std::optional<bool> Turn::BeginRead(bool only_if_quiet) {
   std::unique_lock lock(mutex_);
+  if (only_if_quiet && Runs()) return std::nullopt;
   const bool reads = holder_ == Holder::kReader && thread_ == std::this_thread::get_id();
   if (reads || HasForward() || HasBackward()) return false;
   Take(lock, Holder::kReader);
@@ -61,11 +67,6 @@ bool Turn::BeginRead() {
 }
 
 void Turn::EndRead() { Give(Holder::kReader); }
-
-bool Turn::running() const {
-  const std::lock_guard lock(mutex_);
-  return holder_ == Holder::kForward || holder_ == Holder::kBackward;
-}
 
 bool Turn::running_here() const {
   const std::lock_guard lock(mutex_);

@@ -107,9 +107,8 @@ void BindHsdp(py::module_& module) {
       .def("release", &Schedule::Release, py::arg("unit"), NoGil())
       .def("set_last_backward", &Schedule::SetLastBackward, py::arg("last"))
       .def("finish_reductions", &Schedule::FinishReductions, NoGil())
-      .def("begin_read", &Schedule::BeginRead, NoGil())
+      .def("begin_read", &Schedule::BeginRead, py::arg("only_if_quiet") = false, NoGil())
       .def("end_read", [](Schedule& schedule) { schedule.turn().EndRead(); })
-      .def("running", [](Schedule& schedule) { return schedule.turn().running(); })
       .def("running_here", [](Schedule& schedule) { return schedule.turn().running_here(); })
       .def("reset", &Schedule::Reset, NoGil());
 }
