@@ -22,6 +22,29 @@ _context.set_forkserver_preload(
 )
 
 
+def one_gloo_thread() -> None:
+    """Gives the Gloo groups of this process one worker thread instead of torch's two.
+
+    The two write the name of the last collective that ended into one string without a lock (``ProcessGroupGloo::runLoop``,
+    torch 2.11 to 2.15). Names of more than 15 characters lie on the heap, which that ruins: a thousand all-gathers of
+    ``DTensor.full_tensor`` in a row, or FSDP2's reduce-scatters, may end a rank, with torch alone too. The wrapper's and the
+    engine's own collectives have short names.
+    """
+    from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+    made = ProcessGroupGloo.__init__
+
+    def make(self: Any, store: Any, rank: int, size: int, timeout: Any = None, **rest: Any) -> None:
+        options = ProcessGroupGloo._Options()
+        options._devices = [ProcessGroupGloo.create_default_device()]
+        options._threads = 1
+        if timeout is not None:
+            options._timeout = timeout
+        made(self, store, rank, size, options)
+
+    ProcessGroupGloo.__init__ = make
+
+
 class RankError(AssertionError):
     """A rank raised, died or ran out of time; the message holds every rank's traceback."""
 
@@ -31,6 +54,7 @@ def _rank(call: bytes, rank: int, world_size: int, store: str, backend: str, sen
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    one_gloo_thread()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         fn, args = pickle.loads(call)
