@@ -63,6 +63,9 @@ def test_saves_when_due_and_keeps_the_newest_and_every_nth(tmp_path: Path) -> No
     for arguments in ({"save_every": 0}, {"keep_last": 0}, {"keep_every": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be at least 1, got 0"):
             h.CheckpointManager(tmp_path, **arguments)
+    for limit, asynchronous, says in ((-1, True, "0 or more"), (-1, False, "0 or more"), (0, False, "asynchronous=True")):
+        with pytest.raises(ValueError, match=f"max_staging_bytes={limit}: .*{says}"):
+            h.CheckpointManager(tmp_path, asynchronous=asynchronous, max_staging_bytes=limit)
 
 
 def test_goes_on_from_the_newest_good_one_and_says_what_it_skips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

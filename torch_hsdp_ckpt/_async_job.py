@@ -224,17 +224,15 @@ class Job:
             pass
         vote = b""
         try:
-            try:
-                if self._captured is not None and not self._staged and self._error is None:
-                    self._begin_copy()
-            except BaseException as caught:
-                self._error = caught
+            # Before anything is copied: nobody loses time to a peer on this host that is still in its call.
             if not self._opened:
                 self._save.failed_before = self._error or self._given_up
                 self._open()
             try:
                 if self._error is None:
                     if not self._staged:
+                        if self._captured is not None and self._save.agreed:
+                            self._begin_copy()
                         self._stage()
                     vote = self._save.write(self._finish_copy)
                     self._check_given_up()
@@ -263,11 +261,11 @@ class Job:
             self._device_copy.start(sources, targets)
         if self._snapshot is not None:
             self._snapshot.begin(self._copy, self._device_copy)
-        # Beside the agreement, which waits for peers.
+        # Beside this one, which may have to write some in its place first.
         threading.Thread(target=self._copy.run, name="torch_hsdp_ckpt_copy").start()
 
     def _stage(self) -> None:
-        verify = self._mode == "verify"
+        verify = self._mode == "verify" and self._snapshot is not None  # else there is no gate, and nothing is read again
         if self._save.agreed:
             assert self._image is not None
             if self._in_place and self._device_copy is not None:
@@ -275,12 +273,9 @@ class Job:
             staged = Staged(self._records, self._image, self._in_place, copies=self._summed)
             self._save.stage_captured(staged, self._objects, verify)
         else:  # planned otherwise than this rank has assumed; the gate is still shut
-            assert self._copy is not None
-            self._copy.cancel()
-            self._copy.finish()
             if self._device_copy is not None:
-                self._device_copy.synchronize()
-            self._copy, self._device_copy = None, None
+                self._device_copy.wait_ready()
+                self._device_copy = None
             self.future.staged_bytes = self._save.stage(self._pool, self._limit, verify).copied_bytes
 
     def _finish_copy(self) -> None:

@@ -206,6 +206,7 @@ class Save:
                 raise self.failed_before
             self._writer.set_up_storage_writer(self._agreement.is_coordinator, rank=self._agreement.rank, use_collectives=True)
             if self._captured is not None and self._captured.structure is not None:
+                self._captured.hand_to_planner()
                 self._planner = self._captured.planner
                 self._local = LocalState(self._planner, sort=False)
                 digests = self._captured.structure.digests

@@ -38,9 +38,11 @@ class CheckpointManager:
         process_group: the ranks that save together; None: all.
         asynchronous: save by ``async_save``, in the background. An older checkpoint is deleted when the new one has committed;
             what fails is raised by the next :meth:`save` that is due, or by :meth:`close`.
-        max_staging_bytes: what ``async_save`` takes under that name. None: no bound.
+        max_staging_bytes: what ``async_save`` takes under that name, 0 or more, only with ``asynchronous``: other saves copy
+            nothing. None: no bound.
 
-    Without torch.distributed it serves one process.
+    Without torch.distributed it serves one process. Raises ValueError for a number below its least, and for
+    ``max_staging_bytes`` without ``asynchronous``.
     """
 
     def __init__(
@@ -58,6 +60,9 @@ class CheckpointManager:
         for name, value in (("save_every", save_every), ("keep_last", keep_last), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if max_staging_bytes is not None and (max_staging_bytes < 0 or not asynchronous):
+            wrong = "bytes, 0 or more" if max_staging_bytes < 0 else "it bounds asynchronous saves: pass asynchronous=True too"
+            raise ValueError(f"max_staging_bytes={max_staging_bytes}: {wrong}")
         self.root = Path(root)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
         self.preempted = False
@@ -127,14 +132,16 @@ class CheckpointManager:
 
     def _wait(self) -> None:
         """For the save in flight; raises, once and on every rank, what it raises."""
-        before, self._in_flight = self._in_flight, None
-        if before is not None:
+        if (before := self._in_flight) is not None:
             try:
                 collect(before)
                 self._settled.wait()  # what it makes superfluous is deleted
-            except BaseException:
-                self._saved = None
+            except BaseException as error:
+                # Not after Ctrl-C in the wait: the save goes on, and the next wait is for it.
+                if before.done() and before.exception() is error:
+                    self._in_flight = self._saved = None
                 raise
+            self._in_flight = None
 
     @property
     def _alone(self) -> bool:

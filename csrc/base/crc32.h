@@ -6,6 +6,10 @@
 
 namespace hsdp_ckpt {
 
+/// Bytes of a payload that have a checksum of their own, in files and in memory. Small, because a part of a record costs up
+/// to a block more than asked for at either end.
+constexpr int64_t kChecksumBlock = int64_t{64} << 10;
+
 /// The CRC-32 of zip, gzip and zlib (reflected polynomial 0xEDB88320, initial value and final xor all ones).
 ///
 /// `seed` is the CRC of what came before, 0 at the start: Crc32(b, Crc32(a)) is the CRC of a followed by b. ISA-L where the

@@ -33,8 +33,6 @@ struct FileIndex {
   std::vector<IndexEntry> entries;  ///< by offset, not overlapping
 };
 
-/// Small, because a part of a record costs up to a block more than asked for at either end.
-constexpr int64_t kChecksumBlock = int64_t{64} << 10;
 constexpr int64_t kIndexTail = 64;  ///< bytes of the fixed part at the very end
 
 /// Bytes that a record takes in the index: known before a byte of the file is written.

@@ -1,8 +1,10 @@
 #include "python/live_state.h"
 
+#include <pybind11/gil_safe_call_once.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <unordered_map>
+#include <atomic>
+#include <bit>
 #include <unordered_set>
 
 namespace py = pybind11;
@@ -47,9 +49,11 @@ int64_t VersionOf(PyObject* tensor) {
   return value.is_inference() ? 0 : value.unsafeGetTensorImpl()->version_counter().current_version();  // those count none
 }
 
-int64_t LocalVersionOf(PyObject* tensor) {
+// A tensor's own and its local one's.
+std::pair<int64_t, int64_t> VersionsOf(PyObject* tensor) {
   const py::object local = LocalOf(tensor);
-  return VersionOf(local ? local.ptr() : tensor);
+  const int64_t version = VersionOf(tensor);
+  return {version, local ? VersionOf(local.ptr()) : version};
 }
 
 void Append(std::string& out, int64_t word) { out.append(reinterpret_cast<const char*>(&word), sizeof(word)); }
@@ -80,12 +84,45 @@ Kind KindOf(PyObject* value) {
   }
   if (PyType_IsSubtype(Py_TYPE(value), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0) return Kind::kTensor;
   if (THPVariable_Check(value)) return Kind::kTensor;
-  static PyObject* const mapping = py::object(py::module_::import("collections.abc").attr("Mapping")).release().ptr();
-  const int is_mapping = PyObject_IsInstance(value, mapping);
+  // Not a static of its own: an import may let another thread have the GIL, which would then wait for the static's guard.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> mapping;
+  mapping.call_once_and_store_result([] { return py::object(py::module_::import("collections.abc").attr("Mapping")); });
+  const int is_mapping = PyObject_IsInstance(value, mapping.get_stored().ptr());
   if (is_mapping < 0) throw py::error_already_set();
   if (is_mapping > 0) return Kind::kMapping;
   return PyList_Check(value) ? Kind::kList : Kind::kObject;
 }
+
+// Numbers addresses, 0 among them, in the order in which they come; a table for as many as are announced, without a node
+// for each of thousands.
+class ByAddress {
+ public:
+  static constexpr size_t kNone = SIZE_MAX;
+
+  explicit ByAddress(size_t most) : slots_(std::bit_ceil(2 * most + 1), kNone) { addresses_.reserve(most); }
+
+  size_t Add(uintptr_t address) {
+    size_t& slot = slots_[SlotOf(address)];
+    if (slot == kNone) {
+      slot = addresses_.size();
+      addresses_.push_back(address);
+    }
+    return slot;
+  }
+  size_t Find(uintptr_t address) const { return address == 0 ? kNone : slots_[SlotOf(address)]; }
+  size_t size() const { return addresses_.size(); }
+
+ private:
+  // Where the address is, or else is to be.
+  size_t SlotOf(uintptr_t address) const {
+    size_t slot = static_cast<size_t>((address * 0x9E3779B97F4A7C15u) >> 32) & (slots_.size() - 1);
+    while (slots_[slot] != kNone && addresses_[slots_[slot]] != address) slot = (slot + 1) & (slots_.size() - 1);
+    return slot;
+  }
+
+  std::vector<size_t> slots_;
+  std::vector<uintptr_t> addresses_;
+};
 
 // Structures nest as deep as Python lets functions do.
 class Nesting {
@@ -112,56 +149,59 @@ bool IsTraversed(PyObject* list) {
 }  // namespace
 
 void Watch::Add(py::object owner, size_t tensor) {
-  const int64_t version = VersionOf(owner.ptr()), local_version = LocalVersionOf(owner.ptr());
-  entries_.push_back({std::move(owner), tensor, version, local_version});
+  const auto versions = VersionsOf(owner.ptr());
+  entries_.push_back({std::move(owner), tensor, versions});
 }
 
 int64_t Watch::Changed() const {
   for (const Entry& entry : entries_) {
-    if (VersionOf(entry.owner.ptr()) != entry.version || LocalVersionOf(entry.owner.ptr()) != entry.local_version) {
-      return static_cast<int64_t>(entry.tensor);
-    }
+    if (VersionsOf(entry.owner.ptr()) != entry.versions) return static_cast<int64_t>(entry.tensor);
   }
   return -1;
 }
 
 LiveState::LiveState(const py::object& state_dict) {
   if (KindOf(state_dict.ptr()) != Kind::kMapping) throw py::type_error("a state dict is a mapping");
+  // As large as the one before: a string that grows to hundreds of KiB touches twice as much fresh memory.
+  static std::atomic<size_t> last_size{0};
+  fingerprint_.reserve(last_size);
   Walk(state_dict.ptr(), true);
+  last_size = fingerprint_.size();
 }
 
 void LiveState::Walk(PyObject* container, bool mapping) {
   const Nesting nesting;
   Append(fingerprint_, mapping ? 'M' : 'L');
   if (!mapping) {
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) Take(PyList_GET_ITEM(container, i));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) {
+      Take(py::reinterpret_borrow<py::object>(PyList_GET_ITEM(container, i)));
+    }
   } else if (PyDict_CheckExact(container)) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(container, &at, &key, &value);) {
-      const py::object kept = py::reinterpret_borrow<py::object>(value);  // a key's __str__ may be anybody's code
+      const py::object kept_key = py::reinterpret_borrow<py::object>(key);  // whose __str__ may be anybody's code
+      py::object kept = py::reinterpret_borrow<py::object>(value);
       AppendKey(fingerprint_, key);
-      Take(value);
+      Take(std::move(kept));
     }
   } else {  // whose order and values are its own affair, an OrderedDict's too
     static PyObject* const items = Name("items");
     const py::object iterator = Steal(PyObject_GetIter(Steal(PyObject_CallMethodNoArgs(container, items)).ptr()));
     while (PyObject* next = PyIter_Next(iterator.ptr())) {
-      const auto [key, value] = Steal(next).cast<std::pair<py::object, py::object>>();
+      auto [key, value] = Steal(next).cast<std::pair<py::object, py::object>>();
       AppendKey(fingerprint_, key.ptr());
-      Take(value.ptr());
+      Take(std::move(value));
     }
     if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   }
   Append(fingerprint_, 'E');
 }
 
-void LiveState::Take(PyObject* value) {
+void LiveState::Take(py::object owned) {
+  PyObject* const value = owned.ptr();
   const Kind kind = KindOf(value);
-  if (kind == Kind::kMapping || (kind == Kind::kList && IsTraversed(value))) {
-    const py::object kept = py::reinterpret_borrow<py::object>(value);
-    return Walk(value, kind == Kind::kMapping);
-  }
-  values_.push_back(py::reinterpret_borrow<py::object>(value));
+  if (kind == Kind::kMapping || (kind == Kind::kList && IsTraversed(value))) return Walk(value, kind == Kind::kMapping);
+  values_.push_back(std::move(owned));
   if (kind == Kind::kTensor) {
     tensors_.push_back(Look(value, &fingerprint_));
     tensors_.back().value = values_.size() - 1;
@@ -222,15 +262,17 @@ void LiveState::Replace(size_t index, const py::object& tensor) {
 LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py::object& optimizers) const {
   struct Owner {
     py::object tensor;
-    int64_t bytes;
+    int64_t bytes = -1;
   };
-  std::unordered_map<uintptr_t, Owner> owners;
-  owners.reserve(2 * tensors_.size());
-  const auto add = [&](const py::handle& tensor) {
+  ByAddress numbers(tensors_.size());
+  std::vector<Owner> owners;  // of each address among the state's tensors, the largest
+  std::vector<size_t> owner_of(tensors_.size());
+  for (size_t i = 0; i < tensors_.size(); ++i) owner_of[i] = numbers.Add(tensors_[i].address);
+  owners.resize(numbers.size());
+  const auto add = [&](const py::object& tensor) {
     const Place place = Look(tensor.ptr(), nullptr);
-    if (place.address == 0) return;
-    Owner& owner = owners[place.address];
-    if (!owner.tensor || owner.bytes < place.bytes) owner = {py::reinterpret_borrow<py::object>(tensor), place.bytes};
+    const size_t number = numbers.Find(place.address);
+    if (number != ByAddress::kNone && owners[number].bytes < place.bytes) owners[number] = {tensor, place.bytes};
   };
   std::unordered_set<PyObject*> ours;
   for (const py::handle list : parameters) {
@@ -239,22 +281,22 @@ LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py
   for (const py::handle optimizer : optimizers) {
     for (const py::handle group : optimizer.attr("param_groups")) {
       for (const py::handle parameter : group["params"]) {
-        if (ours.count(parameter.ptr()) != 0) add(parameter);
+        if (ours.count(parameter.ptr()) != 0) add(py::reinterpret_borrow<py::object>(parameter));
       }
     }
     for (const py::handle state : optimizer.attr("state").attr("values")()) {
       if (!py::isinstance<py::dict>(state)) continue;
       for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(state)) {
-        if (KindOf(value.ptr()) == Kind::kTensor) add(value);
+        const py::object kept = py::reinterpret_borrow<py::object>(value);
+        if (KindOf(kept.ptr()) == Kind::kTensor) add(kept);
       }
     }
   }
   Guarded out{std::make_shared<Watch>(), {}, 0};
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Place& tensor = tensors_[i];
-    const auto found = tensor.address == 0 ? owners.end() : owners.find(tensor.address);
-    if (found != owners.end() && tensor.bytes <= found->second.bytes) {
-      out.watch->Add(found->second.tensor, i);
+    if (const Owner& owner = owners[owner_of[i]]; tensor.address != 0 && tensor.bytes <= owner.bytes) {
+      out.watch->Add(owner.tensor, i);
     } else {
       out.unguarded.push_back(i);
       PyObject* const value = values_[tensor.value].ptr();

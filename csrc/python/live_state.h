@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "snapshot/staging_copy.h"
@@ -34,8 +35,7 @@ class Watch {
   struct Entry {
     pybind11::object owner;
     size_t tensor;
-    int64_t version;
-    int64_t local_version;
+    std::pair<int64_t, int64_t> versions;
   };
   std::vector<Entry> entries_;
 };
@@ -83,7 +83,7 @@ class LiveState {
     bool on_cpu;
   };
   void Walk(PyObject* container, bool mapping);
-  void Take(PyObject* value);
+  void Take(pybind11::object owned);  // KindOf may run anybody's code, which may take the value out of its container
   Place Look(PyObject* tensor, std::string* fingerprint) const;
 
   std::vector<pybind11::object> values_;

@@ -5,7 +5,6 @@
 
 #include "base/crc32.h"
 #include "base/parallel.h"
-#include "checkpoint/file_index.h"
 
 namespace hsdp_ckpt {
 

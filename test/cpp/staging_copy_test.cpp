@@ -8,7 +8,6 @@
 #include <thread>
 
 #include "base/crc32.h"
-#include "checkpoint/file_index.h"
 
 namespace hsdp_ckpt {
 namespace {
