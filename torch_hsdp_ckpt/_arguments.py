@@ -67,6 +67,8 @@ def mesh_for(
     """The mesh and the strategy that the arguments mean together. Collective where groups have to be made for them."""
     if mesh is not None and process_group is not None:
         raise ValueError(f"{at(module)}pass device_mesh or process_group, not both")
+    if dist.GroupMember.NON_GROUP_MEMBER in (process_group if isinstance(process_group, (tuple, list)) else (process_group,)):
+        raise ValueError(f"{at(module)}this rank is not in process_group, and only its ranks can wrap modules on it")
     if mesh is None:
         device_type = _device_type(module, device_id)
         if strategy is None and isinstance(process_group, tuple):

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 
 from ._arguments import at
+from ._unit import REDUCED
 
 _BUFFERS_CAST = "_hsdp_ckpt_buffers_cast"  # on a module: {buffer's name: (the dtype that it had, the dtype that it was given)}
 
@@ -31,8 +32,8 @@ class Precision:
 
     @staticmethod
     def of(given: MixedPrecision | MixedPrecisionPolicy | None, *modules: nn.Module) -> "Precision":
-        """From torch's own classes, for the unit of ``modules``; None is full precision. ValueError for a dtype by parameter,
-        which no unit serves."""
+        """From torch's own classes, for the unit of ``modules``; None is full precision. ValueError for dtypes by parameter,
+        and for dtypes that no unit serves."""
         if given is None:
             return Precision()
         if getattr(given, "param_dtype_override_fn", None) is not None:  # torch 2.15 has it, and older versions do not
@@ -41,6 +42,9 @@ class Precision:
                 "param_dtype: apply fully_shard with an mp_policy of their own to the modules whose parameters are to have "
                 "another one"
             )
+        for dtype in (given.param_dtype, given.reduce_dtype):
+            if dtype is not None and dtype not in REDUCED:
+                raise ValueError(f"{at(*modules)}mixed precision in {dtype} is not served: pass {', '.join(map(str, REDUCED))}")
         if isinstance(given, MixedPrecisionPolicy):
             return Precision(
                 given.param_dtype,

@@ -37,11 +37,14 @@ def summon(runners: list[Runner], writeback: bool, rank0_only: bool, offload_to_
 
 @contextmanager
 def _one(unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, with_grads: bool) -> Iterator[None]:
-    full = [_whole(p, p.requires_grad, offload_to_cpu) for p in unit.sharded]
+    with torch.inference_mode(False):
+        full = [nn.Parameter(_whole(p, offload_to_cpu), requires_grad=p.requires_grad) for p in unit.sharded]
     if with_grads:
         for parameter, sharded in zip(full, unit.sharded, strict=True):
             if sharded.grad is not None:
-                parameter.grad = _whole(sharded.grad, False, offload_to_cpu)
+                if sharded.grad.dtype != sharded.dtype:  # mixed precision may keep lower ones, by autograd's leave
+                    parameter.grad_dtype = sharded.grad.dtype
+                parameter.grad = _whole(sharded.grad, offload_to_cpu)
     if not shown:
         full = []
     unit.summon(full)
@@ -58,7 +61,7 @@ def _one(unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, 
                         unit.write_rows(held.grad, sharded.grad)
 
 
-def _whole(tensor: torch.Tensor, requires_grad: bool, offload_to_cpu: bool) -> nn.Parameter:
+def _whole(tensor: torch.Tensor, offload_to_cpu: bool) -> torch.Tensor:
     assert isinstance(tensor, DTensor)
     with torch.inference_mode(False), torch.no_grad():
         whole = tensor.full_tensor()
@@ -66,4 +69,4 @@ def _whole(tensor: torch.Tensor, requires_grad: bool, offload_to_cpu: bool) -> n
             whole = whole.cpu()
         elif whole.untyped_storage().data_ptr() == local_of(tensor).untyped_storage().data_ptr():
             whole = whole.clone()  # a shard group of one: nobody expects writes to reach the shard before the end
-        return nn.Parameter(whole, requires_grad=requires_grad)
+        return whole

@@ -18,7 +18,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from . import _C, _snapshot
 
-_REDUCED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What gradients can be reduced in, and mixed precision can compute in.
+REDUCED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OWNER = "_hsdp_ckpt_owner"  # on an original parameter: the unit that has sharded it
 
 
@@ -128,7 +129,11 @@ class ShardedUnit:
             owner_class = type(places[0].module).__name__
             where = f"rank {dist.get_rank()}: module {owner_class}: parameter {name} of shape {tuple(p.shape)}"
             if isinstance(p, DTensor):
-                raise ValueError(f"{where} already is a DTensor: sharding it a second time (tensor parallelism) is not served")
+                raise ValueError(
+                    f"{where} already is a DTensor: sharding it a second time (tensor parallelism) is not served. Use torch's "
+                    "own fully_shard for this module, or leave the parameter out (ignored_states, ignored_params) and reduce "
+                    "its gradient yourself"
+                )
             if (owner := getattr(p, _OWNER, None)) is not None:
                 raise ValueError(
                     f"{where} is shared with another wrapped module, which has sharded it as {owner}: wrap one module that "
@@ -136,7 +141,7 @@ class ShardedUnit:
                 )
             if p.is_meta:
                 raise ValueError(f"{where} is on the meta device: materialise the module (to_empty and its own init) first")
-            if p.requires_grad and p.dtype not in _REDUCED:
+            if p.requires_grad and p.dtype not in REDUCED:
                 raise ValueError(
                     f"{where} is {p.dtype}, whose gradients are not reduced here (float64, float32, bfloat16, float16 are): "
                     "name it in ignored_states, or convert it"

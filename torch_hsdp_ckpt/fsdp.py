@@ -80,6 +80,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         ignored = ignored_parameters(module, not_ours)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
         check_offload(offloads(cpu_offload), mesh, module)
+        precision = Precision.of(mixed_precision, module)
         super().__init__()
         device = device_of(mesh, device_id)
         if device_id is not None:
@@ -104,7 +105,6 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             synchronize(module, mesh, ignored)
         self.device_mesh = mesh
         self.sharding_strategy = strategy
-        precision = Precision.of(mixed_precision, module)
         reshard = None if strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD) else False
         self._unit = ShardedUnit(own_slots([module], ignored), mesh, device, reshard, *precision.of_unit())
         self._checkpoint_wrapped_module = module
@@ -159,7 +159,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         Collective. ``recurse``: also of the wrappers inside ``module``. ``writeback``: changes go into the shards at the end,
         from each rank its own rows. ``rank0_only``: only rank 0 sees whole parameters; the others keep their shards (not with
         ``writeback``: NotImplementedError). ``offload_to_cpu``: the whole parameters are on the CPU. ``with_grads``: the
-        gradients are whole too, and written back likewise; else they are None.
+        gradients are whole too, and written back likewise where there was one before and is one at the end; else they are None.
         """
         runners = [runner for _, runner in named_runners(module)]
         if not recurse:

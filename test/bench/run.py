@@ -59,7 +59,7 @@ def run_step(args: argparse.Namespace) -> str:
     sections = [step.own_time(names, 5 if args.quick else 20)]
     sections += [step.communication(names, kind, steps, args.quick) for kind in ("blocks", "small", "uneven")]
     sections.append(step.in_place(3 if args.quick else 9))
-    sections += [step.memory(names, kind, 3, args.quick) for kind in ("blocks", "uneven")]
+    sections += [step.memory(names, kind, 3, args.quick) for kind in ("blocks", "small", "uneven")]
     return "\n".join(sections)
 
 
