@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 
 from . import _C
 from ._agreement import Agreement, _timeout
 from ._items import read_threads
+from ._tensors import scratch
 from .errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -102,20 +102,17 @@ class _Shared(Exchange):
         self._exchange.abort()
 
 
-def _page_aligned(rows: int) -> torch.Tensor:
-    size = rows * _C.ReadPlan.BUFFER_BYTES
-    memory = torch.empty(size + 4096, dtype=torch.uint8)
-    start = -memory.data_ptr() % 4096
-    return memory[start : start + size].view(rows, -1)
-
-
 class _Network(Exchange):
-    """Rounds of one piece a rank: while the pieces of one round are gathered, the next ones are read."""
+    """Rounds of one piece a rank: while the pieces of one round are on their way, the next ones are read.
+
+    Sends and receives, from and to buffers of its own: torch's all-gather by Gloo takes as much memory again, in each of its
+    threads, for the time of a round and, as the allocator has it, for longer.
+    """
 
     def __init__(self, group: Agreement) -> None:
         self._agreement = group
-        self._sent = [_page_aligned(1)[0] for _ in range(2)]
-        self._received = _page_aligned(group.size)
+        self._sent = scratch(2 * _C.ReadPlan.BUFFER_BYTES).view(2, -1)
+        self._received = scratch(group.size * _C.ReadPlan.BUFFER_BYTES).view(group.size, -1)
 
     def run(self, plan: _C.ReadPlan) -> None:
         me, ranks = self._agreement.rank, self._agreement.size
@@ -123,42 +120,53 @@ class _Network(Exchange):
         rounds = max(last - first for first, last in shares)
         failure: Exception | None = None
 
+        def has(rank: int, round_: int) -> bool:
+            return shares[rank][0] + round_ < shares[rank][1]
+
         def fill(round_: int) -> None:
             nonlocal failure
-            piece = shares[me][0] + round_
-            if round_ >= rounds or piece >= shares[me][1] or failure is not None:
+            if not has(me, round_) or failure is not None:
                 return
             try:
-                plan.fill(piece, self._sent[round_ % 2].data_ptr())
+                plan.fill(shares[me][0] + round_, self._sent[round_ % 2].data_ptr())
             except Exception as error:  # the peers' rounds go on; they learn of it when all ranks vote
                 failure = error
 
+        others = [(me + step) % ranks for step in range(1, ranks)]
+        works: list[tuple[int, Any]] = []  # the peer that is received from, or -1
+        group = work = None
         fill(0)
-        for round_ in range(rounds):
-            work = self._start(round_)
-            fill(round_ + 1)
-            self._wait(work)
-            for rank, (first, last) in enumerate(shares):
-                if rank != me and first + round_ < last:
-                    plan.deliver(first + round_, self._received[rank].data_ptr())
+        try:
+            for round_ in range(rounds):
+                group = self._group()
+                works.extend((r, group.recv([self._received[r]], r, 0)) for r in others if has(r, round_))
+                if has(me, round_):
+                    works.extend((-1, group.send([self._sent[round_ % 2]], r, 0)) for r in others)
+                fill(round_ + 1)
+                for rank, work in works:
+                    work.wait()
+                    if rank >= 0:
+                        plan.deliver(shares[rank][0] + round_, self._received[rank].data_ptr())
+                works.clear()
+        except RuntimeError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            self.peer_failed = True
+            raise CheckpointError(f"a rank of the exchange is gone: {error}") from error
+        finally:
+            group = work = None
+            if works:  # they hold the connections, and this frame would hold them as long as its error is kept
+                works.clear()
+                self.abort()
         if failure is not None:
             raise failure
         plan.finish()
 
-    def _start(self, round_: int) -> Any:
-        group = self._agreement._group
-        if group is None:
+    def _group(self) -> Any:
+        if self._agreement._group is None:
             self.peer_failed = True
             raise CheckpointError("another rank of the exchange has failed")
-        return group.allgather([list(self._received.unbind())], [self._sent[round_ % 2]])
-
-    def _wait(self, work: Any) -> None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            self.peer_failed = True
-            self.abort()
-            raise CheckpointError(f"a rank of the exchange is gone: {error}") from error
+        return self._agreement._group
 
     def abort(self) -> None:
         # The connections close, which the peers see.

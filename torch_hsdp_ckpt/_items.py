@@ -1,6 +1,5 @@
 """The tensors of a load: which bytes of which records, and how they come into their targets."""
 
-import collections
 import dataclasses
 import hashlib
 import io
@@ -13,7 +12,7 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from . import _C
 from ._objects import check_explained
-from ._tensors import RECORD_DTYPES, check_storage
+from ._tensors import RECORD_DTYPES, check_storage, scratch
 from .errors import CheckpointError, CorruptCheckpointError
 
 # Bytes that pass through memory of ours at a time, where they can't be read straight into their target; twice this on the
@@ -186,9 +185,22 @@ def _parts(
 
 
 def _read_staged(reader: _C.CheckpointReader, parts: Sequence[_Staged], execute: Callable[[_C.ReadPlan], None]) -> None:
-    under_way: collections.deque[tuple[torch.cuda.Event, list[Tensor]]] = collections.deque()
-    for batch in _batches(parts):
-        memory = [torch.empty(part.span, dtype=part.dtype, pin_memory=part.target.is_cuda) for part in batch]
+    """Through memory that all batches share: one block, or on the way to a device two, one being filled while the other one is
+    copied from."""
+    if not parts:
+        return
+    device = any(part.target.is_cuda for part in parts)
+    size = min(BATCH_BYTES, sum(map(_staged_bytes, parts)))
+    blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if device else [scratch(size)]
+    copied: list[torch.cuda.Event | None] = [None] * len(blocks)
+    for number, batch in enumerate(_batches(parts)):
+        turn = number % len(blocks)
+        if (event := copied[turn]) is not None:
+            event.synchronize()  # type: ignore[no-untyped-call]
+        memory, start = [], 0
+        for part in batch:
+            memory.append(blocks[turn][start : start + part.span * part.dtype.itemsize].view(part.dtype))
+            start += _staged_bytes(part)
         execute(
             reader.plan(
                 [
@@ -198,23 +210,27 @@ def _read_staged(reader: _C.CheckpointReader, parts: Sequence[_Staged], execute:
             )
         )
         for part, filled in zip(batch, memory, strict=True):
-            part.target.copy_(filled.as_strided(part.lengths, part.stride), non_blocking=part.target.is_cuda)
+            source = filled.as_strided(part.lengths, part.stride, filled.storage_offset())
+            part.target.copy_(source, non_blocking=part.target.is_cuda)
         if any(part.target.is_cuda for part in batch):
-            # The next batch is read while this one is copied; its memory waits until then.
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()  # type: ignore[no-untyped-call]
-            under_way.append((event, memory))
-        while len(under_way) > 1:
-            under_way.popleft()[0].synchronize()  # type: ignore[no-untyped-call]
-    while under_way:
-        under_way.popleft()[0].synchronize()  # type: ignore[no-untyped-call]
+            copied[turn] = event
+    for event in copied:
+        if event is not None:
+            event.synchronize()  # type: ignore[no-untyped-call]
+
+
+def _staged_bytes(part: _Staged) -> int:
+    """What a part takes of a block: 64-byte aligned, whatever comes next."""
+    return -(-part.span * part.dtype.itemsize // 64) * 64
 
 
 def _batches(parts: Sequence[_Staged]) -> Iterator[list[_Staged]]:
     batch: list[_Staged] = []
     size = 0
     for part in parts:
-        part_bytes = part.span * part.dtype.itemsize
+        part_bytes = _staged_bytes(part)
         if batch and size + part_bytes > BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from . import _C
 from ._agreement import Agreement, agreement_of
 from ._exchange import MODES, Exchange, Mode, host_identity, make_exchange, name_load, subgroup
-from ._items import Item, Work, in_part, prepare_items, read_threads, run_items
+from ._items import Item, Prepared, Work, in_part, prepare_items, read_threads, run_items
 from ._objects import load_object
 from ._planner_load import plan_with_planner
 from ._reader import CheckedPlanner, FileSystemReader
@@ -314,41 +314,30 @@ def _read(
     hosts: Sequence[bytes],
     votes: Sequence[bytes],
 ) -> None:
-    exchanges: list[Exchange] = []
-
-    def read() -> bytes:
+    def read(prepared: Prepared, digests: Sequence[bytes], then: Callable[[], None]) -> None:
+        one: Exchange | None = None
+        error: BaseException | None = None
         try:
-            for prepared, part in ((work.sharded, slice(0, 16)), (work.others, slice(16, 32))):
-                digests = [vote[part] for vote in votes]
-                one = make_exchange(agreement, process_group, mode, hosts, digests, prepared.bytes, reader.path)
-                exchanges.append(one)
-                run_items(prepared, one.run)
-            work.rest()
-        except BaseException as error:  # Ctrl-C too: the peers wait for what this rank reads
-            for one in exchanges:
+            one = make_exchange(agreement, process_group, mode, hosts, digests, prepared.bytes, reader.path)
+            run_items(prepared, one.run)
+            then()
+        except BaseException as caught:  # Ctrl-C too: the peers wait for what this rank reads
+            error = caught
+            if one is not None:
                 one.abort()
-            if isinstance(error, Exception) and any(one.peer_failed for one in exchanges):
-                raise _PeerFailed from error
-            raise
-        return b""
+        # Whose error is only that a peer failed leaves the word to the peer, unless nobody takes it.
+        by_peer = isinstance(error, Exception) and one is not None and one.peer_failed
+        try:
+            answers = agreement.exchange("read", b"peer" if by_peer else b"", None if by_peer else error)
+            if b"peer" in answers:
+                raise CheckpointError("step 'read' failed: a rank stopped answering") from error
+        except (CheckpointError, OSError) as failure:
+            raise in_part(failure) from failure
 
-    error: BaseException | None = None
-    try:
-        read()
-    except BaseException as caught:
-        error = caught
-    # Whose error is only that a peer failed leaves the word to the peer, unless nobody takes it.
-    by_peer = isinstance(error, _PeerFailed)
-    try:
-        answers = agreement.exchange("read", b"peer" if by_peer else b"", None if by_peer else error)
-        if b"peer" in answers:
-            raise CheckpointError("step 'read' failed: a rank stopped answering") from error
-    except (CheckpointError, OSError) as failure:
-        raise in_part(failure) from failure
-
-
-class _PeerFailed(Exception):
-    """Reading ended because of another rank."""
+    # With a vote between: the second exchange may have other members, who would wait there for a rank that failed in the first
+    # one. By then the first one's memory is given back.
+    read(work.sharded, [vote[:16] for vote in votes], lambda: None)
+    read(work.others, [vote[16:] for vote in votes], work.rest)
 
 
 def _read_objects(

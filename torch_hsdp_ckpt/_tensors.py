@@ -1,5 +1,7 @@
 """Which tensors our own records hold, and how their bytes are brought into contiguous CPU memory."""
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,9 @@ def check_storage(tensor: Tensor, name: str) -> None:
 
 def is_staged(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def scratch(size: int) -> Tensor:
+    """``size`` bytes (one or more), page-aligned, that go back to the system with the tensor: malloc may keep a large block and
+    put the next one elsewhere."""
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
