@@ -3,10 +3,12 @@
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as torchs
 from models import NETS, Block, Net, batch
 from ranks import run_ranks
 from torch import nn
@@ -19,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap
 
+import torch_hsdp_ckpt
 from torch_hsdp_ckpt import (
     FullyShardedDataParallel,
     MixedPrecision,
@@ -27,6 +30,7 @@ from torch_hsdp_ckpt import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch_hsdp_ckpt._fully_shard import _NOT_SERVED
 
 summon = FullyShardedDataParallel.summon_full_params
 
@@ -237,10 +241,61 @@ def _tensor_parallel(rank: int) -> None:
     assert_close(grads(ours), expected)
 
 
+# torch 2.15's of its own communication, beside what a module is asked for.
+_ONLY_TORCHS = {"DataParallelMeshDims", "GradientReductionHandle", "share_comm_ctx"}
+
+
+def _changing_the_import(rank: int) -> None:
+    """What a script takes from torch.distributed.fsdp is here under its name, with the same arguments; or says what to do."""
+    lacking = {name for name in torchs.__all__ if not hasattr(torch_hsdp_ckpt, name)}
+    assert lacking <= _ONLY_TORCHS and set(torch_hsdp_ckpt.__all__) >= set(torchs.__all__) - _ONLY_TORCHS
+    for face in ("FSDPModule", "FullyShardedDataParallel"):
+        ours, theirs = getattr(torch_hsdp_ckpt, face), getattr(torchs, face)
+        for name in vars(theirs):
+            if name.startswith("_") or not callable(getattr(theirs, name)):
+                continue
+            assert hasattr(ours, name), f"{face}.{name}"
+            if name not in _NOT_SERVED:
+                asked, taken = (inspect.signature(getattr(of, name)).parameters for of in (theirs, ours))
+                assert list(asked) == list(taken), f"{face}.{name}"
+    for ours, theirs in ((FullyShardedDataParallel, torchs.FullyShardedDataParallel), (fully_shard, torchs.fully_shard)):
+        asked, taken = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
+        assert list(asked) == list(taken)[: len(asked)]
+
+    net = NETS["uneven"]()
+    once = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r)))
+    ours = copy.deepcopy(net)
+    for module in (*ours.blocks, ours):
+        fully_shard(module, mesh=mesh_of((2, 2)))
+        for name in _NOT_SERVED:
+            with pytest.raises(
+                NotImplementedError, match=f"^rank {rank}: module {type(module).__name__}: {name} is not served: "
+            ):
+                getattr(module, name)(True)
+    with pytest.raises(ValueError, match=f"^rank {rank}: module Linear: dp_mesh_dims"):
+        fully_shard(nn.Linear(2, 2), mesh=mesh_of((2, 2)), dp_mesh_dims=("replicate", "shard"))
+
+    def fail(grad: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("in the middle of a backward")
+
+    out = ours(batch(net, 0, rank))
+    out.register_hook(fail)
+    with pytest.raises(ArithmeticError):
+        out.square().mean().backward()
+    ours.reset_iter_state()
+    assert all(isinstance(p, DTensor) and p.grad is None for p in ours.parameters())
+    ours.set_reduce_scatter_unused_params(True)
+    ours.set_separate_reduce_scatter_group()
+    ours.set_post_optim_event(None)
+    ours.set_reduce_scatter_divide_factor(2.0)  # of the root unit's alone: the head
+    loss_of(ours, batch(net, 0, rank)).backward()
+    assert_close(grads(ours), {n: 2 * g if n.startswith("head") else g for n, g in once.items()})
+
+
 def _all(rank: int) -> None:
     checks = (
         _synchronised_buffers, _written_gradients, _some_ranks, _lambda_policy, _forward_methods, _tensor_parallel,
-        _dtypes_that_nothing_computes_in,
+        _dtypes_that_nothing_computes_in, _changing_the_import,
     )  # fmt: skip
     for check in checks:
         try:

@@ -4,9 +4,14 @@ import torch as _torch  # noqa: F401  (torch's libraries must be loaded before o
 from torch.distributed.fsdp import (
     BackwardPrefetch,
     CPUOffload,
+    CPUOffloadPolicy,
     FullOptimStateDictConfig,
     FullStateDictConfig,
+    LocalOptimStateDictConfig,
+    LocalStateDictConfig,
     MixedPrecision,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
     OptimStateDictConfig,
     OptimStateKeyType,
     ShardedOptimStateDictConfig,
@@ -19,7 +24,7 @@ from torch.distributed.fsdp import (
 
 from ._build import build_info  # isort: skip  (first: it says what is wrong if the extension does not load)
 from ._async import AsyncSave, async_save
-from ._fully_shard import FSDPModule, fully_shard, register_fsdp_forward_method
+from ._fully_shard import FSDPModule, UnshardHandle, fully_shard, register_fsdp_forward_method
 from ._load import load
 from ._result import SaveResult
 from ._save import save
@@ -33,6 +38,7 @@ __all__ = [
     "AsyncSave",
     "BackwardPrefetch",
     "CPUOffload",
+    "CPUOffloadPolicy",
     "CheckpointError",
     "CheckpointManager",
     "CorruptCheckpointError",
@@ -42,7 +48,11 @@ __all__ = [
     "FullOptimStateDictConfig",
     "FullStateDictConfig",
     "FullyShardedDataParallel",
+    "LocalOptimStateDictConfig",
+    "LocalStateDictConfig",
     "MixedPrecision",
+    "MixedPrecisionPolicy",
+    "OffloadPolicy",
     "OptimStateDictConfig",
     "OptimStateKeyType",
     "Problem",
@@ -53,6 +63,7 @@ __all__ = [
     "StateDictConfig",
     "StateDictSettings",
     "StateDictType",
+    "UnshardHandle",
     "VerifyReport",
     "async_save",
     "build_info",

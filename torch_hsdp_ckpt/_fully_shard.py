@@ -5,7 +5,7 @@ The module stays itself: its class is exchanged for one that is an ``FSDPModule`
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast, overload
+from typing import Any, NoReturn, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -115,6 +115,28 @@ class FSDPModule:
             raise ValueError(f"a gradient divide factor is positive, not {factor}")
         _runner(self).unit.core.set_divide_factor(factor)
 
+    def set_reduce_scatter_divide_factor(self, factor: float) -> None:
+        """torch's older name of ``set_gradient_divide_factor``."""
+        self.set_gradient_divide_factor(factor)
+
+    def set_reduce_scatter_unused_params(self, reduce_scatter_unused_params: bool, *, recurse: bool = True) -> None:
+        """Changes nothing: parameters that a rank has not used always take part, with zeros."""
+
+    def set_separate_reduce_scatter_group(self, enable: bool = True, *, recurse: bool = True) -> None:
+        """Changes nothing: reductions have groups of their own wherever those can be made."""
+
+    def set_post_optim_event(self, event: Any) -> None:
+        """``event``: recorded behind an optimizer step on another stream. What the current stream is given from here on waits
+        for it; on the CPU there is nothing to wait for."""
+        unit = _runner(self).unit
+        if unit.device.type != "cpu":
+            torch.get_device_module(unit.device.type).current_stream(unit.device).wait_event(event)
+
+    def reset_iter_state(self) -> None:
+        """Ends what a forward or backward that raised has left under way: the sharded parameters are in the module, gradients
+        on their way are gone. The next forward does so by itself. RuntimeError inside of a forward or backward."""
+        _runner(self).reset()
+
     def set_all_reduce_hook(self, hook: Callable[[torch.Tensor], None], *, stream: Any = None) -> None:
         """``hook`` gets every all-reduced buffer of this module's averages (one dimension, the reduce dtype) and may change it
         in place. It runs on the stream of the reductions: ``stream`` has to be None (ValueError)."""
@@ -166,6 +188,34 @@ class FSDPModule:
         )
 
 
+# Settings of how torch's FSDP2 communicates and keeps memory, and what to do here instead.
+_NOT_SERVED = {
+    "set_custom_all_gather": "gathers are the core's own; leave it out",
+    "set_custom_reduce_scatter": "reductions are the core's own; set_all_reduce_hook sees what they give",
+    "set_allocate_memory_from_process_group_for_comm": "the core's buffers are torch's allocator's; leave it out",
+    "set_symm_mem_for_comm": "the core's buffers are torch's allocator's; leave it out",
+    "set_force_sum_reduction_for_comms": "NCCL averages on the way where it can; leave it out",
+    "set_keep_unsharded_storage": "use set_reshard_after_forward(False) and set_reshard_after_backward(False)",
+    "set_reduce_scatter_max_input_buffers": "two reductions are in flight; leave it out",
+    "set_unshard_in_backward": "every module that backward reaches is gathered; leave it out, the numbers are the same",
+    "set_manual_backward_finalization": "use set_is_last_backward(False) and (True)",
+    "finalize_backward": "the last backward ends with all gradients taken; use set_is_last_backward",
+}
+
+
+def _refusal(name: str, instead: str) -> Callable[..., NoReturn]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"{at(self)}{name} is not served: {instead}")
+
+    method.__name__ = name
+    method.__doc__ = f"Not served: NotImplementedError. Instead: {instead}."
+    return method
+
+
+for _name, _instead in _NOT_SERVED.items():
+    setattr(FSDPModule, _name, _refusal(_name, _instead))
+
+
 def _runner(module: Any) -> Runner:
     runner = runner_of(module)
     if runner is None:
@@ -183,6 +233,7 @@ def fully_shard(
     mp_policy: MixedPrecisionPolicy = ...,
     offload_policy: OffloadPolicy = ...,
     ignored_params: set[nn.Parameter] | None = ...,
+    dp_mesh_dims: Any = ...,
 ) -> FSDPModule: ...
 
 
@@ -196,6 +247,7 @@ def fully_shard(
     mp_policy: MixedPrecisionPolicy = ...,
     offload_policy: OffloadPolicy = ...,
     ignored_params: set[nn.Parameter] | None = ...,
+    dp_mesh_dims: Any = ...,
 ) -> list[FSDPModule]: ...
 
 
@@ -208,6 +260,7 @@ def fully_shard(
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: OffloadPolicy | None = None,
     ignored_params: set[nn.Parameter] | None = None,
+    dp_mesh_dims: Any = None,
 ) -> Any:
     """Shards ``module``'s parameters in place, those of ``fully_shard`` modules inside excepted. torch FSDP2's function.
 
@@ -215,7 +268,7 @@ def fully_shard(
     ``reshard_after_forward``: None frees after forward except for what backward needs first: the outermost module and the
     last one to run. ``mp_policy``, ``offload_policy``
     (served on a CPU mesh, where it changes nothing), ``ignored_params``: as torch's. ``shard_placement_fn``: may only name
-    dimension 0.
+    dimension 0. ``dp_mesh_dims`` has to be None.
 
     Returns what was given; each module now is an ``FSDPModule`` too. Raises ValueError for what is not served, naming what to
     use instead, and for parameters that can't be sharded (see ``FullyShardedDataParallel``).
@@ -231,6 +284,11 @@ def fully_shard(
         raise ValueError(
             f"{at(*modules)}reshard_after_forward={reshard_after_forward}, to fewer ranks, is not served: pass True or False, "
             "or use a mesh with smaller shard groups"
+        )
+    if dp_mesh_dims is not None:
+        raise ValueError(
+            f"{at(*modules)}dp_mesh_dims, for parameters that are DTensors on a larger mesh, is not served: pass the part of "
+            "the mesh that holds the replicas and shards, mesh['replicate', 'shard'], as mesh"
         )
     precision = Precision.of(mp_policy, *modules)
     ignored = set(ignored_params or ())
