@@ -1,16 +1,18 @@
 """``summon_full_params``: the whole parameters in the module, outside of forward and backward."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ._full_state import gather
 from ._runner import Runner
 from ._snapshot import hold
-from ._unit import ShardedUnit, local_of
+from ._unit import ShardedUnit
 
 
 @contextmanager
@@ -38,13 +40,15 @@ def summon(runners: list[Runner], writeback: bool, rank0_only: bool, offload_to_
 @contextmanager
 def _one(unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, with_grads: bool) -> Iterator[None]:
     with torch.inference_mode(False):
-        full = [nn.Parameter(_whole(p, offload_to_cpu), requires_grad=p.requires_grad) for p in unit.sharded]
+        whole = _whole(unit.sharded, offload_to_cpu)
+        full = [nn.Parameter(w, requires_grad=p.requires_grad) for w, p in zip(whole, unit.sharded, strict=True)]
     if with_grads:
-        for parameter, sharded in zip(full, unit.sharded, strict=True):
-            if sharded.grad is not None:
-                if sharded.grad.dtype != sharded.dtype:  # mixed precision may keep lower ones, by autograd's leave
-                    parameter.grad_dtype = sharded.grad.dtype
-                parameter.grad = _whole(sharded.grad, offload_to_cpu)
+        having = [(parameter, p.grad) for parameter, p in zip(full, unit.sharded, strict=True) if p.grad is not None]
+        grads = _whole([grad for _, grad in having], offload_to_cpu)
+        for (parameter, sharded), grad in zip(having, grads, strict=True):
+            if sharded.dtype != parameter.dtype:  # mixed precision may keep lower ones, by autograd's leave
+                parameter.grad_dtype = sharded.dtype
+            parameter.grad = grad
     if not shown:
         full = []
     unit.summon(full)
@@ -61,12 +65,9 @@ def _one(unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, 
                         unit.write_rows(held.grad, sharded.grad)
 
 
-def _whole(tensor: torch.Tensor, offload_to_cpu: bool) -> torch.Tensor:
-    assert isinstance(tensor, DTensor)
+def _whole(tensors: Sequence[torch.Tensor], offload_to_cpu: bool) -> list[torch.Tensor]:
+    def finish(whole: torch.Tensor) -> torch.Tensor:
+        return whole.cpu() if offload_to_cpu else whole
+
     with torch.inference_mode(False), torch.no_grad():
-        whole = tensor.full_tensor()
-        if offload_to_cpu:
-            whole = whole.cpu()
-        elif whole.untyped_storage().data_ptr() == local_of(tensor).untyped_storage().data_ptr():
-            whole = whole.clone()  # a shard group of one: nobody expects writes to reach the shard before the end
-        return whole
+        return cast(list[torch.Tensor], gather(cast(Sequence[DTensor], tensors), False, finish))
