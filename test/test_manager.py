@@ -68,6 +68,20 @@ def test_saves_when_due_and_keeps_the_newest_and_every_nth(tmp_path: Path) -> No
             h.CheckpointManager(tmp_path, asynchronous=asynchronous, max_staging_bytes=limit)
 
 
+def test_an_asynchronous_save_asks_stateful_objects_in_the_call(tmp_path: Path) -> None:
+    with h.CheckpointManager(tmp_path, asynchronous=True) as manager:
+        state = _state(1)
+        for step in (1, 2):
+            state["counter"].value = 10 * step
+            assert manager.save(step, state)
+            state["counter"].value = -1
+    target = _state(0)
+    for step in (2, 1):
+        assert manager.restore_latest(target) == step
+        assert (target["counter"].value, target["counter"].loads) == (10 * step, 3 - step)
+        (tmp_path / f"step-{step:06d}" / ".metadata").unlink()
+
+
 def test_goes_on_from_the_newest_good_one_and_says_what_it_skips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manager = h.CheckpointManager(tmp_path, keep_last=9)
     assert manager.restore_latest(_state(0)) is None

@@ -45,15 +45,13 @@ bool IsDirect(const at::Tensor& tensor) {
 }
 
 int64_t VersionOf(PyObject* tensor) {
-  const at::Tensor& value = THPVariable_Unpack(tensor);
-  return value.is_inference() ? 0 : value.unsafeGetTensorImpl()->version_counter().current_version();  // those count none
+  const auto& counter = THPVariable_Unpack(tensor).unsafeGetTensorImpl()->version_counter();
+  return counter.enabled() ? counter.current_version() : 0;  // inference tensors have none
 }
 
-// A tensor's own and its local one's.
-std::pair<int64_t, int64_t> VersionsOf(PyObject* tensor) {
-  const py::object local = LocalOf(tensor);
+Versions VersionsOf(PyObject* tensor, PyObject* local) {
   const int64_t version = VersionOf(tensor);
-  return {version, local ? VersionOf(local.ptr()) : version};
+  return {version, local == tensor ? version : VersionOf(local)};
 }
 
 void Append(std::string& out, int64_t word) { out.append(reinterpret_cast<const char*>(&word), sizeof(word)); }
@@ -148,14 +146,15 @@ bool IsTraversed(PyObject* list) {
 
 }  // namespace
 
-void Watch::Add(py::object owner, size_t tensor) {
-  const auto versions = VersionsOf(owner.ptr());
+void Watch::Add(py::object owner, size_t tensor, Versions versions) {
   entries_.push_back({std::move(owner), tensor, versions});
 }
 
 int64_t Watch::Changed() const {
   for (const Entry& entry : entries_) {
-    if (VersionsOf(entry.owner.ptr()) != entry.versions) return static_cast<int64_t>(entry.tensor);
+    const py::object local = LocalOf(entry.owner.ptr());
+    const Versions now = VersionsOf(entry.owner.ptr(), local ? local.ptr() : entry.owner.ptr());
+    if (now != entry.versions) return static_cast<int64_t>(entry.tensor);
   }
   return -1;
 }
@@ -233,7 +232,7 @@ LiveState::Place LiveState::Look(PyObject* tensor, std::string* fingerprint) con
     }
   }
   return {0, direct ? reinterpret_cast<uintptr_t>(local.const_data_ptr()) : 0,
-          direct ? static_cast<int64_t>(local.nbytes()) : 0, local.is_cpu()};
+          direct ? static_cast<int64_t>(local.nbytes()) : 0, local.is_cpu(), VersionsOf(tensor, holder)};
 }
 
 py::list LiveState::Values() const {
@@ -263,16 +262,23 @@ LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py
   struct Owner {
     py::object tensor;
     int64_t bytes = -1;
+    Versions versions;
   };
-  ByAddress numbers(tensors_.size());
-  std::vector<Owner> owners;  // of each address among the state's tensors, the largest
-  std::vector<size_t> owner_of(tensors_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) owner_of[i] = numbers.Add(tensors_[i].address);
-  owners.resize(numbers.size());
+  ByAddress numbers(tensors_.size()), objects(tensors_.size());
+  std::vector<size_t> owner_of(tensors_.size()), tensor_of;  // by tensor; by object
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    owner_of[i] = numbers.Add(tensors_[i].address);
+    if (objects.Add(reinterpret_cast<uintptr_t>(values_[tensors_[i].value].ptr())) == tensor_of.size())
+      tensor_of.push_back(i);
+  }
+  std::vector<Owner> owners(numbers.size());  // of each address among the state's tensors, the largest
   const auto add = [&](const py::object& tensor) {
-    const Place place = Look(tensor.ptr(), nullptr);
+    // An optimizer's state is mostly the same objects, which have been looked at. What costs is to bring each from memory.
+    const size_t object = objects.Find(reinterpret_cast<uintptr_t>(tensor.ptr()));
+    const Place place = object != ByAddress::kNone ? tensors_[tensor_of[object]] : Look(tensor.ptr(), nullptr);
     const size_t number = numbers.Find(place.address);
-    if (number != ByAddress::kNone && owners[number].bytes < place.bytes) owners[number] = {tensor, place.bytes};
+    if (number == ByAddress::kNone || owners[number].bytes >= place.bytes) return;
+    owners[number] = {tensor, place.bytes, place.versions};
   };
   std::unordered_set<PyObject*> ours;
   for (const py::handle list : parameters) {
@@ -296,7 +302,7 @@ LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Place& tensor = tensors_[i];
     if (const Owner& owner = owners[owner_of[i]]; tensor.address != 0 && tensor.bytes <= owner.bytes) {
-      out.watch->Add(owner.tensor, i);
+      out.watch->Add(owner.tensor, i, owner.versions);
     } else {
       out.unguarded.push_back(i);
       PyObject* const value = values_[tensor.value].ptr();

@@ -22,11 +22,14 @@ struct StagingParts {
   std::vector<Part> parts;
 };
 
+/// What a tensor's version counter shows, and its local one's.
+using Versions = std::pair<int64_t, int64_t>;
+
 /// Guarded tensors and their version counters, and their local tensors' counters, as they were when this was made. It keeps
 /// Python objects, no `at::Tensor`: torch swaps tensors in place only while nobody in C++ holds them.
 class Watch {
  public:
-  void Add(pybind11::object owner, size_t tensor);
+  void Add(pybind11::object owner, size_t tensor, Versions versions);
   size_t size() const { return entries_.size(); }
   /// Which of the state's tensors is the first one whose owner's counters have moved, or -1.
   int64_t Changed() const;
@@ -35,7 +38,7 @@ class Watch {
   struct Entry {
     pybind11::object owner;
     size_t tensor;
-    std::pair<int64_t, int64_t> versions;
+    Versions versions;
   };
   std::vector<Entry> entries_;
 };
@@ -81,6 +84,7 @@ class LiveState {
     uintptr_t address;
     int64_t bytes;
     bool on_cpu;
+    Versions versions;
   };
   void Walk(PyObject* container, bool mapping);
   void Take(pybind11::object owned);  // KindOf may run anybody's code, which may take the value out of its container
