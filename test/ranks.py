@@ -4,6 +4,7 @@ A fork server imports torch and the package once (2 s); each rank is a fork of i
 late is imported there too: its optimizers bring in torch._dynamo, which costs each rank a second.
 """
 
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -71,6 +72,17 @@ def process_memory(key: str) -> int:
     """Bytes of one line of ``/proc/self/status``, such as VmRSS, VmHWM or RssFile."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) << 10
+
+
+def memory_of(call: Callable[[], Any]) -> int:
+    """Bytes that this process takes at the height of a call, on top of what is resting, memory shared with others included."""
+    # What malloc kept of the work before would be used again, and hide some of what the call takes.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    resting, mapped = process_memory("VmRSS"), process_memory("RssFile")
+    call()
+    # Pages of libraries that are touched for the first time are no memory that the call takes.
+    return process_memory("VmHWM") - resting - max(0, process_memory("RssFile") - mapped)
 
 
 def run_ranks(

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt._metadata import encode_metadata, read_metadata
@@ -118,8 +121,10 @@ def test_truncated_missing_and_swapped_files(tmp_path: Path, caplog: pytest.LogC
             _load(path)
         assert not h.verify(path).ok
     data.unlink()
-    with pytest.raises(FileNotFoundError, match=data.name):
+    with pytest.raises(FileNotFoundError, match=rf"the file of \S+ and 6 more.*{data.name}"):
         _load(path)
+    with pytest.raises(CheckpointException, match=r"the file of \S+ and 6 more"):
+        dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
     assert not h.verify(path).ok
     data.mkdir()
     with pytest.raises(OSError, match=data.name):
@@ -321,6 +326,47 @@ def test_sizes_that_the_files_do_not_explain_allocate_nothing(tmp_path: Path) ->
     assert "refused:" in out.stdout, out.stderr
 
 
+@pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
+def test_tensors_made_of_metadata_are_no_larger_than_the_files(
+    tmp_path: Path, writer: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under planners that make the state dict from `.metadata`, as torch's tools do. Nothing may have been allocated."""
+    large = 1 << 40  # elements
+
+    def huge(metadata: Any, name: str = "w") -> None:
+        metadata.state_dict_metadata[name].size = torch.Size([large])
+        metadata.state_dict_metadata[name].chunks[0].sizes = torch.Size([large])
+
+    def huge_with_its_length(metadata: Any) -> None:
+        huge(metadata)
+        next(info for index, info in metadata.storage_data.items() if index.fqn == "w").length = 4 * large + 1000
+
+    def many(metadata: Any) -> None:
+        for index, info in list(metadata.storage_data.items()):
+            for i in range(1000 if index.fqn == "w" else 0):
+                metadata.storage_data[type(index)(f"more{i}", index.offset)] = info
+                metadata.state_dict_metadata[f"more{i}"] = metadata.state_dict_metadata["w"]
+
+    longer = "distcp: .*a file of"
+    cases = ((huge, "metadata: w: expected records of"), (huge_with_its_length, longer), (many, longer))
+    for number, (change, expected) in enumerate(cases):
+        path = _save(tmp_path / str(number), writer, {"w": torch.ones(3000), "o": {"x": 1}})
+        loaded: dict[str, Any] = {}
+        h.load(loaded, checkpoint_id=path, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        assert torch.equal(loaded["w"], torch.ones(3000)) and loaded["o"] == {"x": 1}
+        metadata = read_metadata(path / ".metadata")
+        change(metadata)
+        (path / ".metadata").write_bytes(encode_metadata(metadata))
+        with pytest.raises(h.CorruptCheckpointError, match=expected):
+            h.load({}, checkpoint_id=path, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        caplog.clear()
+        reader = h.FileSystemReader(path)
+        with pytest.raises(CheckpointException) as raised:
+            _load_state_dict({}, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        assert re.search(expected, f"{raised.value}{caplog.text}"), (raised.value, caplog.text)
+        assert "allocat" not in f"{raised.value}{caplog.text}"
+
+
 class Calls:
     """Pickles as a call of a function that torch.load(weights_only=True) lets a pickle call."""
 
@@ -414,6 +460,10 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
         done = _run(command, path)
         assert done.returncode == 1 and "no checkpoint is here" in done.stdout, command
         assert _run(command, path / "nowhere").returncode == 2, command
+    (path / ".metadata").mkdir()  # what the system refuses to read is wrong with the checkpoint, too
+    for command in ("verify", "inspect"):
+        done = _run(command, path)
+        assert done.returncode == 1 and ".metadata" in done.stdout + done.stderr, command
 
 
 def test_the_program_is_installed_as_pip_installs_scripts(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """``load``: DCP's signature on our engine, in every way of exchange, onto every mesh, and what goes wrong on one rank."""
 
-import ctypes
 import errno
+import functools
 import itertools
 import os
 import signal
@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import process_memory, run_ranks
+from ranks import memory_of, run_ranks
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -455,18 +455,12 @@ def _extra_memory(rank: int, path: str) -> dict[str, int]:
 
     h.save(make(1, torch.float32), checkpoint_id=path)
     extra = {}
-    trim = ctypes.CDLL(None).malloc_trim
     for dtype in (torch.float32, torch.bfloat16):  # straight into the targets, and through memory that is converted
         targets = make(0, dtype)
         for mode in ("off", "shared", "network"):
-            # What malloc kept of the work before would be used again, and hide some of what this load takes.
-            trim(0)
             dist.barrier()
-            Path("/proc/self/clear_refs").write_text("5")
-            resting, mapped = process_memory("VmRSS"), process_memory("RssFile")
-            h.load(targets, checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
-            # Pages of libraries that are touched for the first time are no memory that the load takes.
-            extra[f"{dtype} {mode}"] = process_memory("VmHWM") - resting - max(0, process_memory("RssFile") - mapped)
+            load = functools.partial(h.load, targets, checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
+            extra[f"{dtype} {mode}"] = memory_of(load)
             for each in (_local(t) for kind in sets for t in targets[kind].values()):
                 assert (each == 1).all() and not each.zero_().any()
     return extra

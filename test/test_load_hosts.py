@@ -130,7 +130,7 @@ def _lost_file(rank: int, path: str) -> None:
     for k, v in state.items():
         assert torch.equal(v.full_tensor(), torch.arange(4000.0).reshape(8, 500) + int(k[1:]))
     state = {k: distribute_tensor(torch.zeros(8, 500), mesh, [Shard(0)]) for k in sorted(names)}
-    with pytest.raises(FileNotFoundError, match=r"rank \d.*distcp"):
+    with pytest.raises(FileNotFoundError, match=r"the file of w\d.*rank \d.*distcp"):
         h.load(state, checkpoint_id=path)
 
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import run_ranks
+from ranks import memory_of, run_ranks
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -77,3 +78,38 @@ def test_the_metadata_hardly_grows_with_the_replicas(tmp_path: Path) -> None:
         assert len(built[1]) == len(ranks)
         sizes[replicas] = len(built[0])
     assert sizes[1] < sizes[2] <= sizes[8] <= 1.1 * sizes[1], sizes
+
+
+def _memory(rank: int, path: str) -> dict[str, int]:
+    """Memory that a save takes on top of the state: of tensors that lie contiguous, and of those that have to be copied."""
+    mesh = init_device_mesh("cpu", (2, 1))
+    locals_ = {
+        "contiguous": torch.ones(9000, 1000),
+        "transposed": torch.ones(1000, 9000).t(),
+        "every other": torch.ones(5000, 2000)[:, ::2],
+        "one row": torch.ones(1, 10_000_000)[:, ::2],
+        "conjugated": torch.ones(5000, 500, dtype=torch.complex64).conj(),
+        "expanded": torch.ones(1, 1000).expand(5000, 1000),
+        **{f"small {i}": torch.ones(100, 100).t() for i in range(500)},
+    }
+    sharded = {
+        name: DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False) for name, local in locals_.items()
+    }
+    extra = {}
+    for name, state in (("sharded", sharded), ("plain", locals_)):
+        for call in ("save", "dcp.save"):
+            dist.barrier()
+            if call == "save":
+                extra[f"{name} {call}"] = memory_of(lambda state=state: h.save(state, checkpoint_id=path))
+            else:
+                writer = h.FileSystemWriter(path)
+                extra[f"{name} {call}"] = memory_of(lambda state=state, writer=writer: dcp.save(state, storage_writer=writer))
+    loaded = {name: torch.zeros(local.shape, dtype=local.dtype) for name, local in locals_.items()}
+    h.load(loaded, checkpoint_id=path)
+    assert all(torch.equal(loaded[name], local) for name, local in locals_.items())
+    return extra
+
+
+def test_memory_on_top_of_the_state_is_bounded(tmp_path: Path) -> None:
+    extra = run_ranks(_memory, 2, str(tmp_path))
+    assert all(size < 64 << 20 for each in extra for size in each.values()), extra

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _C
 from ._staging import FileImage
-from ._tensors import RECORD_DTYPES, is_staged, staged
+from ._tensors import RECORD_DTYPES, is_staged, scratch, staged
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors take two such blocks, the
 # writer (threads + 1) of 8 MiB: together they stay below 64 MiB.
@@ -41,8 +41,8 @@ class DataFile:
     """Writes records in the order they are added; end it with :meth:`finish`, or with :meth:`discard` after an error.
 
     What lies contiguous in CPU memory is written from where it is. Everything else is copied a block at a time: strided CPU
-    tensors to pageable memory; CUDA tensors to two pinned blocks in turn, one of which is filled on a side stream while the
-    other is written. No tensor may change before :meth:`finish` returns.
+    tensors to one block of pageable memory; CUDA tensors to two pinned blocks in turn, one of which is filled on a side stream
+    while the other is written. No tensor may change before :meth:`finish` returns.
 
     Args:
         directory, name: where; ``name`` as ``_C.data_file_name`` gives it. There is no such file yet.
@@ -74,6 +74,7 @@ class DataFile:
         self._started: _Batch | None = None  # the CUDA batch before: its copies run, nothing of it is written yet
         self._stream: torch.cuda.Stream | None = None
         self._pinned: list[Tensor] = []
+        self._pageable: Tensor | None = None
         self.places: list[tuple[int, int]] = []  # offset and length in bytes, a record each
 
     def add_objects(self, objects: Sequence[tuple[str, Any]]) -> None:
@@ -92,7 +93,7 @@ class DataFile:
             used = -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
             if self._batch.copied and self._batch.copied + used > self._block:
                 self._next_batch()
-            copy = self._pin(part) if part.device.type == "cuda" else staged(part)
+            copy = self._pin(part) if part.device.type == "cuda" else self._copy(part)
             self._batch.parts.append((name, kind, shape, copy.data_ptr(), first, copy.nbytes))
             self._batch.kept += [part, copy]
             self._batch.copied += used
@@ -136,6 +137,13 @@ class DataFile:
             batch.copies_done.synchronize()
         if batch.parts:
             self.places += self._writer.write_tensors(batch.parts)
+
+    def _copy(self, part: Tensor) -> Tensor:
+        """A CPU tensor's elements in this batch's part of the block; what was there before has been written."""
+        if self._pageable is None:
+            self._pageable = scratch(self._block + _ALIGNMENT)
+        raw = self._pageable[self._batch.copied : self._batch.copied + part.nbytes]
+        return raw.view(part.dtype).view(part.shape).copy_(part)
 
     def _pin(self, part: Tensor) -> Tensor:
         """Starts the copy of a CUDA tensor to this batch's pinned block."""

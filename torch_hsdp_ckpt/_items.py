@@ -53,6 +53,30 @@ def read_threads() -> int:
     return max(2, min(4, len(os.sched_getaffinity(0))))
 
 
+def open_files(reader: _C.CheckpointReader, wanted: Sequence[tuple[str, str]]) -> list[int]:
+    """The files' numbers; ``wanted``: names of tensors and objects, and the files that have them. Raises OSError as the system
+    has it, with those names."""
+    try:
+        return reader.open([file for _, file in wanted], read_threads())
+    except OSError as error:
+        names = [name for name, file in wanted if str(error.filename).endswith(f"/{file}")]
+        if not names:
+            raise
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise OSError(error.errno, f"{error.strerror}: the file of {names[0]}{more}", error.filename) from error
+
+
+def read_objects(reader: _C.CheckpointReader, objects: Sequence[tuple[str, int, int, int]]) -> Iterator[bytes]:
+    """The bytes of objects, given by name, file, offset and length: a batch at a time, for those who make something of them."""
+    first, size = 0, 0
+    for last, (_, _, _, length) in enumerate(objects):
+        if first < last and size + length > BATCH_BYTES:
+            yield from reader.read_objects(objects[first:last], read_threads())
+            first, size = last, 0
+        size += length
+    yield from reader.read_objects(objects[first:], read_threads())
+
+
 @dataclasses.dataclass
 class Prepared:
     """Items whose files are open and whose records are described. ``digest`` (16 bytes) and ``bytes`` are equal in all ranks
@@ -85,7 +109,7 @@ class Work:
 def prepare_items(reader: _C.CheckpointReader, directory: str | os.PathLike[str], items: Sequence[Item]) -> Prepared:
     """Opens files and decides what is read how. Raises CorruptCheckpointError, CheckpointError, OSError; nothing is written."""
     directory = os.fspath(directory)
-    files = reader.open([item.file for item in items], read_threads())
+    files = open_files(reader, [(item.fqn, item.file) for item in items])
     plan, answers = reader.resolve(
         [
             (i.fqn, file, i.offset, i.length, i.box_offsets, i.box_lengths, *_landing(i, directory))

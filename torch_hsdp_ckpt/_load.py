@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from . import _C
 from ._agreement import Agreement, agreement_of
 from ._exchange import MODES, Exchange, Mode, host_identity, make_exchange, name_load, subgroup
-from ._items import Item, Prepared, Work, in_part, prepare_items, read_threads, run_items
+from ._items import Item, Prepared, Work, in_part, open_files, prepare_items, read_objects, run_items
 from ._objects import load_object
 from ._planner_load import plan_with_planner
 from ._reader import CheckedPlanner, FileSystemReader
@@ -220,6 +220,8 @@ def _plan(
     """All files are open when this returns, so that a save can't take them away any more, and all objects are read. None:
     another way has to be gone, for the planner is another than DCP's default one, or see items_of."""
     native = _C.LoadPlanner(metadata, str(reader._get_metadata_path()))
+    if not state_dict:  # a planner that fills it makes what the metadata says
+        native.check_explained(str(reader.path), lenient=False)
     if type(planner) is not DefaultLoadPlanner or native.has_transforms:
         return None
     planned = items_of(state_dict, planner, native, is_coordinator)
@@ -228,7 +230,7 @@ def _plan(
     sharded, others, names = planned
     files = _C.CheckpointReader(str(reader.path), direct)
     objects = list(zip(names, native.objects(names), strict=True))
-    files.open([place[0] for _, place in objects], read_threads())
+    open_files(files, [(i.fqn, i.file) for i in sharded + others] + [(name, place[0]) for name, place in objects])
     first, second = (prepare_items(files, reader.path, items) for items in (sharded, others))
     return Work(first, second, functools.partial(_put_objects, _read_objects(objects, files, reader), planner))
 
@@ -345,10 +347,8 @@ def _read_objects(
     reader: _C.CheckpointReader,
     storage: FileSystemReader,
 ) -> list[tuple[str, Any]]:
-    files = reader.open([place[0] for _, place in objects], read_threads())
-    read = reader.read_objects(
-        [(name, f, offset, length) for (name, (_, offset, length)), f in zip(objects, files, strict=True)], read_threads()
-    )
+    files = open_files(reader, [(name, place[0]) for name, place in objects])
+    read = read_objects(reader, [(name, f, *place[1:]) for (name, place), f in zip(objects, files, strict=True)])
     return [
         (name, load_object(data, f"{storage.path}/{place[0]}: {name}", storage.trust_objects))
         for (name, place), data in zip(objects, read, strict=True)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
+import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as _stock
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from . import _C
-from ._items import Item, Work, in_part, prepare_items, read_threads, run_items
+from ._items import Item, Work, in_part, open_files, prepare_items, read_objects, run_items
 from ._metadata import read_metadata_bytes
 from ._objects import checked_stream
 from ._snapshot import hold
@@ -83,6 +84,8 @@ class FileSystemReader(_stock.FileSystemReader):
     def use_metadata_file(self, file: bytes, rank: int | None = None) -> Metadata:
         """The metadata in a file's bytes, which is the one that later reads are checked against."""
         planner = _C.LoadPlanner(file, os.fspath(self._get_metadata_path(rank)))
+        if rank is None and _alone():  # it loads all, and its planner may make it of what the metadata says
+            planner.check_explained(str(self.path), lenient=True)
         # A rank's own metadata has that rank's chunks only, and nobody knows what the others should have.
         self._load_planner = planner if rank is None else None
         metadata = planner.metadata()
@@ -114,7 +117,7 @@ class FileSystemReader(_stock.FileSystemReader):
             asked = {item.storage_index.fqn for item in plan.items}.union(getattr(planner, "state_dict", ()))
             self._load_planner.check_covered(list(asked))
             self._load_planner = None
-        reader.open([self._place(item).relative_path for item in plan.items], read_threads())
+        open_files(reader, [(item.storage_index.fqn, self._place(item).relative_path) for item in plan.items])
         at_once = _fills_the_state_dict(planner)
         for item in plan.items:
             if getattr(self._place(item), "transform_descriptors", None):
@@ -167,13 +170,16 @@ class FileSystemReader(_stock.FileSystemReader):
         fqn = item.storage_index.fqn
         return Item(fqn, place.relative_path, place.offset, place.length, item.storage_offsets, item.lengths, target)
 
-    def _read_objects(self, reader: _C.CheckpointReader, items: Sequence[ReadItem]) -> list[bytes]:
+    def _read_objects(self, reader: _C.CheckpointReader, items: Sequence[ReadItem]) -> Iterator[bytes]:
         places = [self._place(item) for item in items]
-        files = reader.open([place.relative_path for place in places], read_threads())
-        return reader.read_objects(
-            [(i.storage_index.fqn, f, p.offset, p.length) for i, f, p in zip(items, files, places, strict=True)],
-            read_threads(),
+        files = open_files(reader, [(i.storage_index.fqn, p.relative_path) for i, p in zip(items, places, strict=True)])
+        return read_objects(
+            reader, [(i.storage_index.fqn, f, p.offset, p.length) for i, f, p in zip(items, files, places, strict=True)]
         )
+
+
+def _alone() -> bool:
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def _fills_the_state_dict(planner: LoadPlanner) -> bool:

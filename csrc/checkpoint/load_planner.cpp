@@ -1,11 +1,18 @@
 #include "checkpoint/load_planner.h"
 
 #include <algorithm>
+#include <cerrno>
 
 #include "base/error.h"
+#include "base/parallel.h"
+#include "io/file.h"
+#include "record/dtype.h"
 
 namespace hsdp_ckpt {
 namespace {
+
+// How much longer a tensor may be than its record where only torch can rebuild it: bits for elements of 8 bytes.
+constexpr uint64_t kLenience = 64;
 
 bool IsEmpty(const Shape& sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
 
@@ -104,6 +111,62 @@ std::vector<ChunkRead> LoadPlanner::Plan(std::string_view name, const Box& box) 
         "some that cover " + std::to_string(covered) + " of its elements");
   }
   return reads;
+}
+
+void LoadPlanner::CheckExplained(FileSystem& fs, const std::string& directory, bool lenient) const {
+  if (!metadata_.storage_data) return;
+  const auto& storage = *metadata_.storage_data;
+  struct Used {
+    uint64_t bytes = 0;
+    const std::string* name;  // of one record in it, for messages
+  };
+  std::unordered_map<std::string_view, Used> files;
+  for (const auto& [index, place] : storage) {
+    Used& used = files.try_emplace(place.relative_path, Used{0, &index.fqn}).first->second;
+    if (__builtin_add_overflow(used.bytes, static_cast<uint64_t>(std::max<int64_t>(place.length, 0)), &used.bytes))
+      used.bytes = UINT64_MAX;
+  }
+  for (const auto& [name, entry] : metadata_.state_dict_metadata) {
+    const auto* tensor = std::get_if<TensorMetadata>(&entry);
+    const DType* dtype = tensor == nullptr ? nullptr : FindDType(Name(tensor->properties.dtype));
+    if (tensor == nullptr || (lenient && tensor->properties.layout != Layout::k_strided)) continue;
+    uint64_t bytes = 0, needed = 0;
+    bool encoded = false;  // an extension may have made a record as short as it likes
+    if (const auto list = records_.find(name); list != records_.end()) {
+      for (const uint32_t i : list->second) {
+        const StorageInfo& place = storage[i].second;
+        // The sum of a file's records, which is compared below, has not overflowed where this does.
+        bytes += static_cast<uint64_t>(std::max<int64_t>(place.length, 0));
+        encoded = encoded || (place.transform_descriptors && !place.transform_descriptors->empty());
+      }
+    }
+    // A dtype that has no records of ours may have elements of a bit.
+    const uint64_t unit = dtype == nullptr ? 1 : dtype->size, factor = lenient ? kLenience : dtype == nullptr ? 8 : 1;
+    if (__builtin_mul_overflow(Volume(tensor->size), unit, &needed)) needed = UINT64_MAX;
+    if (!encoded && needed / factor > bytes) {
+      throw CorruptionError(path_, name,
+                            "records of " + (needed == UINT64_MAX ? "2**64" : std::to_string(needed)) +
+                                " bytes or more for " + std::string(Name(tensor->properties.dtype)) + " " +
+                                ShapeText(tensor->size),
+                            "some of " + std::to_string(bytes));
+    }
+  }
+  const std::vector<std::pair<std::string_view, Used>> list(files.begin(), files.end());
+  ParallelFor(list.size(), 8, [&](size_t i) {
+    const auto& [file, used] = list[i];
+    const std::string path = JoinPath(directory, std::string(file));
+    FileStatus status;
+    if (!GetStatus(fs, path, &status)) {
+      if (lenient) return;
+      throw IoError("open", path, -1, ENOENT);
+    }
+    if (used.bytes / (lenient ? kLenience : 1) > static_cast<uint64_t>(status.size)) {
+      throw CorruptionError(
+          path, *used.name,
+          "a file of " + std::to_string(used.bytes) + " bytes or more, as the lengths in .metadata add up",
+          "one of " + std::to_string(status.size));
+    }
+  });
 }
 
 }  // namespace hsdp_ckpt

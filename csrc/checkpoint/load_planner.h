@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "io/file_system.h"
 #include "metadata/metadata.h"
 
 namespace hsdp_ckpt {
@@ -43,6 +44,11 @@ class LoadPlanner {
   bool has_transforms() const { return has_transforms_; }
   /// Of an entry that is a tensor, with `box` inside it.
   std::vector<ChunkRead> Plan(std::string_view name, const Box& box) const;
+  /// That tensors made as the metadata has them take no more memory than the files in `directory` explain: each is as long
+  /// as its records together, those of one file as long as it. Throws CorruptionError, IoError. `lenient`: for what is not
+  /// made from metadata alone. Then all may be 64 times as long, as a tensor that only torch can rebuild may be, those of
+  /// another layout than strided of any size, and missing files are left to those who open them.
+  void CheckExplained(FileSystem& fs, const std::string& directory, bool lenient) const;
   /// Of an entry that is an object.
   const StorageInfo& PlaceOfObject(std::string_view name) const;
 

@@ -22,8 +22,8 @@ constexpr const char* kUsage =
     "       hsdp-ckpt inspect [--all] DIR        says what is in it, from .metadata alone\n"
     "\n"
     "DIR: a directory that torch_hsdp_ckpt or torch.distributed.checkpoint has saved to.\n"
-    "Exit code: 0 all is well, 1 something is wrong with the checkpoint, or DIR holds none (it has no .metadata),\n"
-    "2 the command could not be run.\n";
+    "Exit code: 0 all is well, 1 something is wrong with the checkpoint (bytes, files that are missing or that the system\n"
+    "refuses to read) or DIR holds none (it has no .metadata), 2 the command could not be run (arguments, no such DIR).\n";
 
 // Names come from the checkpoint: nothing in them is to move the cursor or worse.
 std::string Printable(std::string text) {

@@ -84,6 +84,12 @@ void BindLoad(py::module_& module) {
       .def("describe", &Describe, py::arg("names"))
       .def("plan", &Plan, py::arg("boxes"), released)
       .def("objects", &Objects, py::arg("names"), released)
+      .def(
+          "check_explained",
+          [](const LoadPlanner& planner, const std::string& directory, bool lenient) {
+            planner.CheckExplained(PosixFileSystem(), directory, lenient);
+          },
+          py::arg("directory"), py::arg("lenient"), released)
       .def("check_covered", &CheckCovered, py::arg("names"), released);
   py::class_<SharedExchange>(module, "SharedExchange")
       .def_readonly_static("MAX_MEMBERS", &SharedExchange::kMaxMembers)
