@@ -4,6 +4,7 @@
 import copy
 import functools
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from torch_hsdp_ckpt import (
     register_fsdp_forward_method,
 )
 from torch_hsdp_ckpt._fully_shard import _NOT_SERVED
+from torch_hsdp_ckpt._runner import named_runners
 
 summon = FullyShardedDataParallel.summon_full_params
 
@@ -201,6 +203,48 @@ def _forward_methods(rank: int) -> None:
     assert "score" not in plain.__dict__
 
 
+def _gradient_penalty(rank: int) -> None:
+    """Gradients of gradients, with forwards before and after the inner ones: one process's numbers. FSDP2 dies of them."""
+    net = NETS["uneven"]()
+
+    def penalty(model: nn.Module, step: int, r: int) -> torch.Tensor:
+        x = batch(net, step, r).requires_grad_()
+        (inner,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return inner.square().mean()
+
+    def loss(model: nn.Module, step: int, r: int) -> torch.Tensor:
+        before = loss_of(model, batch(net, step + 10, r)) if step != 1 else 0.0
+        middle = penalty(model, step, r)
+        return before + middle + (loss_of(model, batch(net, step + 20, r)) if step != 0 else 0.0)
+
+    single = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(single.parameters(), lr=0.05)
+    for step in range(3):
+        optimizer.zero_grad()
+        torch.stack([loss(single, step, r) for r in range(4)]).mean().backward()
+        optimizer.step()
+    function = copy.deepcopy(net)
+    for module in (*function.blocks, function):
+        fully_shard(module, mesh=mesh_of((2, 2)))
+    for ours in (wrap(copy.deepcopy(net)), wrap(copy.deepcopy(net), backward_prefetch=None), function):
+        optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss(ours, step, rank).backward()
+            assert all(isinstance(p, DTensor) for p in ours.parameters())
+            optimizer.step()
+        for (name, p), q in zip(ours.named_parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(full(p), q.detach(), rtol=1e-4, atol=1e-5, msg=name)
+        memory = [p.untyped_storage().nbytes() for _, runner in named_runners(ours) for p in runner.unit.full]
+        assert sum(memory) == 0, "the last backward has freed them"
+        ours.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of a cycle that is not made here
+            loss_of(ours, batch(net, 0, rank)).backward(create_graph=True)
+        assert_close(grads(ours), mean_grads(single, lambda n, r: loss_of(n, batch(net, 0, r))))
+        assert not any(p.grad.requires_grad for p in ours.parameters())
+
+
 def _dtypes_that_nothing_computes_in(rank: int) -> None:
     net = NETS["even"]()
     for dtypes in ({"param_dtype": torch.int8}, {"reduce_dtype": torch.float8_e5m2}):
@@ -295,7 +339,7 @@ def _changing_the_import(rank: int) -> None:
 def _all(rank: int) -> None:
     checks = (
         _synchronised_buffers, _written_gradients, _some_ranks, _lambda_policy, _forward_methods, _tensor_parallel,
-        _dtypes_that_nothing_computes_in, _changing_the_import,
+        _gradient_penalty, _dtypes_that_nothing_computes_in, _changing_the_import,
     )  # fmt: skip
     for check in checks:
         try:

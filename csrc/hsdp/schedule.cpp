@@ -152,7 +152,7 @@ void Schedule::LeaveForward(const std::shared_ptr<Unit>& unit, const std::vector
   // The outermost unit is needed first in backward, and so is the one that ran last: freeing them would only mean another
   // gather.
   const bool last = on_track_ && position_ == sequences_[outermost_].size() && recorded_.back() == unit;
-  const bool keep = grad_enabled && !unit->reshard_after_forward.value_or(!active_.empty() && !last);
+  const bool keep = grad_enabled && (differentiates_ || !unit->reshard_after_forward.value_or(!active_.empty() && !last));
   if (!keep) Release(unit);
   if (!active_.empty()) return;
   EndForward();
@@ -191,36 +191,6 @@ void Schedule::AbortForward(const std::shared_ptr<Unit>& unit) {
   for (const auto& other : units_) release(other);
 }
 
-// A rank that is alone in leaving the last pass's order waits here, while its peers wait in a gather that it never joins:
-// all of them fail within the groups' timeouts, and none has taken part in another one's collective.
-void Schedule::Agree(const Unit* unit) {
-  if (!peers_) return;
-  constexpr const char* kRule = "All ranks must run the same wrapped modules in the same order";
-  const auto call = static_cast<int64_t>(recorded_.size());
-  const auto naming = [&](int64_t index) {
-    return index < 0 ? std::string("the end of forward") : "module " + units_[static_cast<size_t>(index)]->name();
-  };
-  const int64_t own = unit == nullptr ? -1 : IndexOf(unit);
-  std::vector<std::vector<int64_t>> all;
-  try {
-    all = peers_->Exchange({own, call});
-  } catch (const std::exception& error) {
-    const Sequence& sequence = sequences_[outermost_];
-    TORCH_CHECK(false, "rank ", rank_, " has reached ", naming(own), " (wrapped call ", call, " of this forward)",
-                position_ < sequence.size() ? ", its last forward ran module " + sequence[position_]->name() + " here" : "",
-                ", and no other rank has come along within the group's timeout. ", kRule, ". ", error.what());
-  }
-  const std::string differing = peers_->Differing(all, [&](const std::vector<int64_t>& words) {
-    return naming(words[0]) + ", wrapped call " + std::to_string(words[1]) + " of its forward";
-  });
-  TORCH_CHECK(differing.empty(), "ranks run different wrapped modules (this is rank ", rank_, "). ", kRule, ":", differing);
-}
-
-int64_t Schedule::IndexOf(const Unit* unit) const {
-  const auto at = std::find_if(units_.begin(), units_.end(), [&](const auto& other) { return other.get() == unit; });
-  return at - units_.begin();
-}
-
 void Schedule::Hold(const std::shared_ptr<Unit>& unit, bool wait) {
   unit->held = true;
   Naming(*unit, "all-gather", [&] { wait ? unit->group->Unshard() : unit->group->StartGather(); });
@@ -237,6 +207,7 @@ void Schedule::BeginBackward() {
   if (in_backward_) return;
   const std::shared_ptr<void> until_over = turn_->BeginBackward();
   in_backward_ = true;
+  differentiates_ = false;
   error_ = nullptr;
   gather_queue_.clear();
   reduce_queue_.clear();
@@ -276,6 +247,7 @@ void Schedule::OrderGathers() {
 
 void Schedule::BeforeBackward(const std::shared_ptr<Unit>& unit) {
   BeginBackward();
+  differentiates_ = differentiates_ || at::GradMode::is_enabled();  // create_graph: autograd's mode in its hooks
   UnshardForBackward(unit);
   unit->on_backward();
 }
@@ -330,7 +302,7 @@ void Schedule::InputArrived(const std::shared_ptr<Unit>& unit) {
 // A parameter that is trained has been used for the last time when its gradient arrives. A frozen one may still be needed
 // for the gradients of the unit's inputs.
 void Schedule::FreeIfOver(Unit& unit) {
-  if (!unit.reshard_after_backward || (!unit.complete && !unit.group->trainable().empty())) return;
+  if (!unit.reshard_after_backward || differentiates_ || (!unit.complete && !unit.group->trainable().empty())) return;
   if (unit.frozen && unit.inputs_arrived < unit.inputs) return;
   unit.held = false;
   unit.group->Reshard();
@@ -433,7 +405,7 @@ void Schedule::EndBackward() {
   LaunchReady();
   AdvanceReductions(last_backward_ ? 0 : kReductionsInFlight);
   for (const auto& unit : units_) {
-    if (unit->reshard_after_backward) Release(unit);
+    if (unit->reshard_after_backward && !differentiates_) Release(unit);
     if (last_backward_ && !unit->group->trainable().empty()) unit->group->reducer().Join();
   }
   // What was not reduced has to be, by a later backward and perhaps of units that it does not run.
@@ -492,7 +464,7 @@ void Schedule::Reset() {
   reduce_queue_.clear();
   active_.clear();
   backward_done_ = backward_done_ || in_backward_;
-  in_backward_ = false;
+  in_backward_ = differentiates_ = false;
   error_ = nullptr;
   if (late) std::rethrow_exception(late);
 }

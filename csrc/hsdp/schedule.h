@@ -55,6 +55,8 @@ struct Unit {
 ///    later one is reached, or at the end;
 ///  - reductions in that same reverse order; a unit that is not ready holds later ones back until the end of backward.
 ///    Every unit whose forward ran since the last backward's end takes part, with zeros where it has no gradient.
+/// A backward with create_graph frees nothing, as the graph that it makes is one that no hook of a unit announces: the next
+/// backward does, the next forward gathers anew.
 /// What a rank frees after forward therefore depends on the calls alone, never on what its outputs look like.
 /// Errors of one rank (gradients that can't be taken, hooks that raise) are kept until its peers have what they wait for,
 /// and raised at the end of backward. Errors of collectives name this rank and the unit.
@@ -147,6 +149,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   bool in_backward_ = false;
   bool backward_done_ = false;
   bool last_backward_ = true;
+  bool differentiates_ = false;  // the last backward has made a graph of its own, which uses the full parameters
   std::deque<std::shared_ptr<Unit>> gather_queue_, reduce_queue_, reducing_;
   std::shared_ptr<Unit> ahead_;  // whose gather backward has started ahead of its use
   std::exception_ptr error_;     // this rank's first one in this backward
