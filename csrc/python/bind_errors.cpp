@@ -14,6 +14,13 @@ namespace {
 // The Python types live as long as the interpreter: created once in `torch_hsdp_ckpt.errors`, looked up at the first use.
 py::object ErrorType(const char* name) { return py::module_::import("torch_hsdp_ckpt.errors").attr(name); }
 
+// A damaged file's names need not be UTF-8, and an error about them is to be no other error.
+py::object Text(const std::exception& error) {
+  const std::string_view text = error.what();
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
+}
+
 void Raise(const py::object& exception) {
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception.ptr())), exception.ptr());
 }
@@ -31,9 +38,9 @@ void BindErrors(py::module_&) {
                                   (error.offset() < 0 ? "" : " at offset " + std::to_string(error.offset())) + ")";
       Raise(py::module_::import("builtins").attr("OSError")(error.error_number(), message, error.path()));
     } catch (const CorruptionError& error) {
-      Raise(ErrorType("CorruptCheckpointError")(error.what()));
+      Raise(ErrorType("CorruptCheckpointError")(Text(error)));
     } catch (const Error& error) {
-      Raise(ErrorType("CheckpointError")(error.what()));
+      Raise(ErrorType("CheckpointError")(Text(error)));
     } catch (const c10::Error&) {
       // As torch's own functions raise it: without the C++ stack, unless TORCH_SHOW_CPP_STACKTRACES asks for it.
       torch::translate_exception_to_python(pointer);
