@@ -182,7 +182,7 @@ def _calls(rank: int, tensors: int, total: int, rounds: int, scratch: str) -> tu
 
 
 def measure(scratch: str, systems: tuple[str, ...], quick: bool) -> str:
-    width, layers, steps, every, pairs = (128, 2, 6, 3, 2) if quick else (768, 6, 12, 6, 4)
+    width, layers, steps, every, pairs = (128, 2, 6, 3, 2) if quick else (768, 6, 6, 3, 4)
     rows = []
     gib = 0.0
     for system in systems:
