@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -140,3 +140,17 @@ def run_ranks(
     if failures:
         raise RankError("\n".join(["ranks failed:", *failures]))
     return [outcomes[rank][1] for rank in range(world_size)]
+
+
+def _one_after_another(rank: int, checks: Sequence[Callable[[int], None]]) -> None:
+    for check in checks:
+        try:
+            check(rank)
+        except BaseException as error:
+            raise AssertionError(f"in {check.__name__}") from error
+
+
+def run_checks(world_size: int, *checks: Callable[[int], None], timeout: float = 120.0) -> None:
+    """``run_ranks`` for several functions in the same processes, one after another: starting ranks costs. The error names the
+    one that raised."""
+    run_ranks(_one_after_another, world_size, checks, timeout=timeout)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import NETS, Block, Net, batch
-from ranks import run_ranks
+from ranks import run_checks, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
@@ -351,17 +351,9 @@ def _conversions(rank: int) -> None:
     )
 
 
-def _graphs(rank: int) -> None:
-    checks = (_unused, _frozen_and_toggled, _evaluation, _accumulation, _recomputation, _called_twice, _exceptions)
-    for check in (*checks, _mixed_dtypes_and_shared, _conversions):
-        try:
-            check(rank)
-        except BaseException as error:
-            raise AssertionError(f"in {check.__name__}") from error
-
-
 def test_graphs_that_are_no_plain_chain() -> None:
-    run_ranks(_graphs, 4)
+    checks = (_unused, _frozen_and_toggled, _evaluation, _accumulation, _recomputation, _called_twice, _exceptions)
+    run_checks(4, *checks, _mixed_dtypes_and_shared, _conversions)
 
 
 # -- construction

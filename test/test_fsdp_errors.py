@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import NETS, Block, batch
-from ranks import run_ranks
+from ranks import run_checks, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -136,16 +136,8 @@ def _refusals(rank: int) -> None:
         assert torch.equal(full(p), before[name]), name
 
 
-def _checks(rank: int) -> None:
-    for check in (_kept_gradients, _nothing_left_behind, _groups_are_made_once, _norms, _ignored, _refusals):
-        try:
-            check(rank)
-        except BaseException as error:
-            raise AssertionError(f"in {check.__name__}") from error
-
-
 def test_after_errors_and_around_them() -> None:
-    run_ranks(_checks, 4)
+    run_checks(4, _kept_gradients, _nothing_left_behind, _groups_are_made_once, _norms, _ignored, _refusals)
 
 
 # -- one rank's own error, and ranks that part ways
@@ -311,16 +303,8 @@ def _frozen_is_freed(rank: int) -> None:
         assert not {1, 2, 3} & set(late), held
 
 
-def _one_rank_at_a_time(rank: int) -> None:
-    for check in (_one_rank_fails, _replaced, _outputs_that_differ, _results_that_raise, _frozen_is_freed):
-        try:
-            check(rank)
-        except BaseException as error:
-            raise AssertionError(f"in {check.__name__}") from error
-
-
 def test_what_one_rank_does_leaves_its_peers_in_step() -> None:
-    run_ranks(_one_rank_at_a_time, 4)
+    run_checks(4, _one_rank_fails, _replaced, _outputs_that_differ, _results_that_raise, _frozen_is_freed)
 
 
 # -- ranks that part ways: errors on every rank that waits, within the groups' timeout

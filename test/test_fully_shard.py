@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import NETS, Block, Net, batch
-from ranks import run_ranks
+from ranks import run_checks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -224,13 +224,5 @@ def _methods(rank: int) -> None:
         ours.register_comm_hook(None, lambda *_: None)
 
 
-def _all(rank: int) -> None:
-    for check in (_same_bits, _settings, _mixed_precision, _constructor, _methods):
-        try:
-            check(rank)
-        except BaseException as error:
-            raise AssertionError(f"in {check.__name__}") from error
-
-
 def test_both_faces() -> None:
-    run_ranks(_all, 4)
+    run_checks(4, _same_bits, _settings, _mixed_precision, _constructor, _methods)

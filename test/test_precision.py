@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from models import Net, batch
-from ranks import run_ranks
+from ranks import run_checks, run_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -234,17 +234,9 @@ def _bytes_copied(rank: int) -> None:
         assert 0 < copied < 14 + 20 / shape[-1], (shape, precision, copied)
 
 
-def _all(rank: int) -> None:
-    checks = (_optimizers, _again, _mixed_precision, _reduce_dtype_shows, _odd_dtypes, _factor_and_hook, _bytes_copied)
-    for check in (*checks, _partial_sums):
-        try:
-            check(rank)
-        except BaseException as error:
-            raise AssertionError(f"in {check.__name__}") from error
-
-
 def test_numbers_on_four_ranks() -> None:
-    run_ranks(_all, 4, timeout=300.0)
+    checks = (_optimizers, _again, _mixed_precision, _reduce_dtype_shows, _odd_dtypes, _factor_and_hook, _bytes_copied)
+    run_checks(4, *checks, _partial_sums, timeout=300.0)
 
 
 def _override(rank: int) -> None:

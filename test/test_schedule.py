@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from models import Net, batch
-from ranks import run_ranks
+from ranks import run_checks
 from torch import nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -177,18 +177,11 @@ def _not_the_last_backward(rank: int) -> None:
         assert_close(grads(ours), micro(2))
 
 
-def _all(rank: int) -> None:
-    for check in (
+def test_when_units_gather_free_and_reduce() -> None:
+    run_checks(
+        2,
         _gathers_are_started_ahead,
         _gathers_are_started_as_told,
         _what_forward_frees,
         _not_the_last_backward,
-    ):
-        try:
-            check(rank)
-        except BaseException as error:
-            raise AssertionError(f"in {check.__name__}") from error
-
-
-def test_when_units_gather_free_and_reduce() -> None:
-    run_ranks(_all, 2)
+    )

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as torchs
 from models import NETS, Block, Net, batch
-from ranks import run_ranks
+from ranks import run_checks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -336,17 +336,9 @@ def _changing_the_import(rank: int) -> None:
     assert_close(grads(ours), {n: 2 * g if n.startswith("head") else g for n, g in once.items()})
 
 
-def _all(rank: int) -> None:
-    checks = (
+def test_edges_of_arguments_and_methods() -> None:
+    run_checks(
+        4,
         _synchronised_buffers, _written_gradients, _some_ranks, _lambda_policy, _forward_methods, _tensor_parallel,
         _gradient_penalty, _dtypes_that_nothing_computes_in, _changing_the_import,
     )  # fmt: skip
-    for check in checks:
-        try:
-            check(rank)
-        except BaseException as error:
-            raise AssertionError(f"in {check.__name__}") from error
-
-
-def test_edges_of_arguments_and_methods() -> None:
-    run_ranks(_all, 4)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from models import NETS, Block, Net, batch
-from ranks import run_ranks
+from ranks import run_checks, run_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from torch.distributed.fsdp import fully_shard as torchs_fully_shard
@@ -388,24 +387,16 @@ def _other_shapes_of_use(rank: int) -> None:
     assert_close(grads(ours), mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r))))
 
 
-def _run(rank: int, checks: list[Callable[[int], None]]) -> None:
-    for check in checks:
-        try:
-            check(rank)
-        except BaseException as error:
-            raise AssertionError(f"in {check.__name__}") from error
-
-
 def test_around_a_step() -> None:
-    run_ranks(_run, 4, [_retain_graph, _autocast_and_scaler, _half, _dtypes_of_buffers_inputs_and_scaled_gradients])
+    run_checks(4, _retain_graph, _autocast_and_scaler, _half, _dtypes_of_buffers_inputs_and_scaled_gradients)
 
 
 def test_settings_and_construction() -> None:
-    run_ranks(_run, 4, [_given_initialisation, _more_settings, _other_shapes_of_use])
+    run_checks(4, _given_initialisation, _more_settings, _other_shapes_of_use)
 
 
 def test_compiled() -> None:
-    run_ranks(_run, 2, [_compiled])
+    run_checks(2, _compiled)
 
 
 def test_parameters_without_dimensions(tmp_path: Path) -> None:
