@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -193,6 +194,36 @@ def test_safetensors_go_through_torchs_own_code(tmp_path: Path, by: str, says_th
     assert says_that_dcp_plans() == (by == "ours")
     (file,) = tmp_path.glob("*.distcp")
     assert torch.equal(load_file(file)["w"], torch.arange(6.0))
+
+
+class _Failing(_Deflate):
+    """Fails in torch's second thread, while its first one waits for that."""
+
+    failed = threading.Event()
+
+    def transform_to(self, output: IO[bytes]) -> IO[bytes]:
+        if threading.current_thread() is not threading.main_thread():
+            self.failed.set()
+            raise OSError(errno.ENOSPC, "disk full")
+        assert self.failed.wait(60)
+        return super().transform_to(output)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_a_thread_of_torchs_raises_fails_the_save(tmp_path: Path) -> None:
+    """Torch's own code goes on without the tensors of that thread: the checkpoint would be committed without them."""
+    writer = h.FileSystemWriter(tmp_path, _extensions=[_Deflate()], thread_count=2)
+    dcp.save({"w": torch.arange(10.0), "v": torch.arange(9.0)}, storage_writer=writer, no_dist=True)
+    before = sorted(os.listdir(tmp_path))
+    writer = h.FileSystemWriter(tmp_path, _extensions=[_Failing()], thread_count=2)
+    with pytest.raises(CheckpointException, match=r"torch's own code has not written [vw], and 0 more of 2"):
+        dcp.save({"w": torch.zeros(10), "v": torch.zeros(9)}, storage_writer=writer, no_dist=True)
+    assert sorted(os.listdir(tmp_path)) == before
+    like = {"w": torch.zeros(10), "v": torch.zeros(9)}
+    dcp.load(like, storage_reader=h.FileSystemReader(tmp_path, _extension_registry=_registry()), no_dist=True)
+    assert torch.equal(like["w"], torch.arange(10.0))
+    assert torch.equal(like["v"], torch.arange(9.0))
 
 
 def _without_collectives(rank: int, root: str, kinds: Sequence[tuple[str, str]]) -> None:

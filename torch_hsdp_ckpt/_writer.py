@@ -1,5 +1,6 @@
 """``FileSystemWriter``: DCP's storage writer with the bytes moved in C++."""
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -18,7 +19,7 @@ from torch.futures import Future
 
 from . import _C
 from ._data_file import COPY_BLOCK, DataFile
-from ._metadata import encode_metadata, read_metadata
+from ._metadata import encode_metadata, read_metadata_bytes
 from ._staging import FileImage
 from ._tensors import RECORD_DTYPES, check_storage, is_plain
 from .errors import CheckpointError
@@ -89,7 +90,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return bool(self.transforms.extensions) or self.serialization_format != _stock.SerializationFormat.TORCH_SAVE
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        _C.make_directories(str(self.path), self.sync_files)
+        self._make_directory()
         metadata = self._own_metadata_path()
         if not self.overwrite and os.path.lexists(metadata):
             raise CheckpointError(f"{metadata}: there is a checkpoint already and overwrite=False; nothing was written")
@@ -113,28 +114,34 @@ class FileSystemWriter(_stock.FileSystemWriter):
         if save_id in _used_save_ids:
             save_id = _C.new_save_id()
         _used_save_ids.add(save_id)
-        if self._uses_torch():
-            results = self._write_with_torch(plan, planner, _C.torch_file_prefix(storage.rank, save_id))
-        else:
-            results = []
-            items = plan.items
-            groups = ([items] if items else []) if self.single_file_per_rank else [[item] for item in items]
-            written: list[str] = []
-            try:
-                for number, group in enumerate(groups):
-                    name = _C.data_file_name(storage.rank, save_id, number)
-                    results += self._write_file(name, group, planner)
-                    written.append(name)
-            except BaseException:
-                remove_quietly(self.path, written)
-                if self._claim is not None:
-                    _C.release_claim(str(self.path), self._claim)
-                raise
+        try:
+            if self._uses_torch():
+                results = self._write_with_torch(plan, planner, _C.torch_file_prefix(storage.rank, save_id))
+            else:
+                results = self._write_files(plan.items, planner, storage.rank, save_id)
+        except BaseException:
+            if self._claim is not None:
+                _C.release_claim(str(self.path), self._claim)
+            raise
         if self.sync_files:
             _C.sync_directory(str(self.path))
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def _write_files(self, items: list[WriteItem], planner: SavePlanner, rank: int, save_id: int) -> list[WriteResult]:
+        groups = ([items] if items else []) if self.single_file_per_rank else [[item] for item in items]
+        results: list[WriteResult] = []
+        written: list[str] = []
+        try:
+            for number, group in enumerate(groups):
+                name = _C.data_file_name(rank, save_id, number)
+                results += self._write_file(name, group, planner)
+                written.append(name)
+        except BaseException:
+            remove_quietly(self.path, written)
+            raise
+        return results
 
     def _data_file(
         self,
@@ -160,13 +167,30 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
     def _write_with_torch(self, plan: SavePlan, planner: SavePlanner, prefix: str) -> list[WriteResult]:
         stock_plan = dataclasses.replace(plan, storage_data=_stock._StoragePrefix(prefix))
-        results = super().write_data(stock_plan, planner).wait()
+        try:
+            results = super().write_data(stock_plan, planner).wait()
+            # What one of torch's threads raises ends that thread, and nobody is told (torch 2.11 to 2.15).
+            if lost := {item.index for item in plan.items} - {result.index for result in results}:
+                names = sorted({index.fqn for index in lost})
+                raise CheckpointError(
+                    f"{self.path}: torch's own code has not written {names[0]}, and {len(lost) - 1} more of {len(plan.items)}; "
+                    "what its thread raised stands in this process's error output"
+                )
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error to be seen is the one before
+                remove_quietly(self.path, [name for name in os.listdir(self.path) if name.startswith(prefix)])
+            raise
         out: list[WriteResult] = []
         for result in results:
             info = result.storage_data
             size = os.stat(os.path.join(self.path, info.relative_path)).st_size
             out.append(_FileWriteResult(result.index, result.size_in_bytes, info, size))
         return out
+
+    def _make_directory(self) -> None:
+        """Makes sure that the directory is there and durable in its parent; where there is a checkpoint in it, it is."""
+        if not os.path.lexists(self._own_metadata_path()):
+            _C.make_directories(str(self.path), self.sync_files)
 
     def _claim_directory(self) -> int:
         """Makes this the save that may commit here; the id of the save."""
@@ -256,16 +280,15 @@ def _reserve(tensors: Iterable[WriteItem]) -> int:
     return total
 
 
-def _named_files(metadata_path: Path) -> list[str]:
+def _named_files(metadata_path: Path) -> list[bytes]:
     """The data files that the checkpoint in place names; none if there is none, or if it can't be read any more."""
     try:
-        old = read_metadata(metadata_path)
+        return _C.metadata_files(read_metadata_bytes(metadata_path), os.fspath(metadata_path))
     except FileNotFoundError:
         return []
     except (CheckpointError, OSError) as error:
         _logger.warning("the checkpoint that is replaced can't be read, its files are left: %s", error)
         return []
-    return sorted({info.relative_path for info in (old.storage_data or {}).values()})
 
 
 def remove_quietly(directory: str | os.PathLike[str], names: Iterable[str]) -> None:

@@ -1,5 +1,8 @@
 // `Metadata` to DCP's Python classes. The instances are made as an unpickler makes them: without __init__, fields set one
 // by one, also on the frozen MetadataIndex. Plain C API, for there may be millions.
+#include <set>
+#include <string>
+
 #include "metadata/metadata.h"
 #include "metadata/trailer.h"
 #include "python/dcp_types.h"
@@ -205,6 +208,23 @@ py::object Decode(const py::bytes& file, const std::string& path) {
   return MetadataToPython(metadata);
 }
 
+// The data files that it names, each once: without an object a chunk, of which the caller would make nothing else. Whatever
+// bytes the names are.
+py::list Files(const py::bytes& file, const std::string& path) {
+  std::set<std::string> files;
+  {
+    const auto bytes = Span(file);
+    const py::gil_scoped_release released;
+    const Metadata metadata = DecodeMetadata(bytes, path);
+    if (metadata.storage_data) {
+      for (const auto& [index, info] : *metadata.storage_data) files.insert(info.relative_path);
+    }
+  }
+  py::list names;
+  for (const std::string& name : files) names.append(py::bytes(name));
+  return names;
+}
+
 py::object Encode(const py::object& metadata) {
   const std::optional<Metadata> converted = MetadataFromPython(metadata);
   if (!converted) return py::none();
@@ -227,6 +247,7 @@ py::object MetadataToPython(const Metadata& metadata) {
 
 void BindMetadata(py::module_& module) {
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
+  module.def("metadata_files", &Files, py::arg("file"), py::arg("path"));
   module.def("encode_metadata", &Encode, py::arg("metadata"));
   module.def("metadata_trailer", &Trailer, py::arg("pickle"));
 }
