@@ -152,12 +152,20 @@ void SyncDirectory(FileSystem& fs, const std::string& path) {
 }
 
 void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
-  FileStatus status;
-  if (path.empty() || GetStatus(fs, path, &status)) return;
   const size_t end = path.find_last_not_of('/');
-  if (end == std::string::npos) throw IoError("stat", path, -1, ENOENT);  // a root that isn't there
+  if (end == std::string::npos) return;  // a root, or where we are
   const size_t slash = path.rfind('/', end);
   const std::string parent = slash == std::string::npos ? "" : slash == 0 ? "/" : path.substr(0, slash);
+  FileStatus status;
+  if (GetStatus(fs, path, &status)) {
+    // A save may have made it and died before it synced the parent. What is above was synced before this was made.
+    try {
+      if (sync) SyncDirectory(fs, parent);
+    } catch (const IoError& error) {
+      if (error.error_number() != EACCES) throw;  // one that we may not read, such as /home, is none that a save made
+    }
+    return;
+  }
   MakeDirectories(fs, parent, sync);
   for (;;) {
     const int rc = fs.MakeDirectory(path);

@@ -60,7 +60,8 @@ void RenameFile(FileSystem& fs, const std::string& from, const std::string& to);
 /// Removes a file; one that isn't there is no error. False if it was not there.
 bool RemoveFile(FileSystem& fs, const std::string& path);
 void SyncDirectory(FileSystem& fs, const std::string& path);
-/// Makes `path` and its missing parents. With `sync`, the entry of each new directory is durable in its parent on return.
+/// Makes `path` and its missing parents. With `sync`, the entry of each directory that this call made is durable in its
+/// parent on return, and so is that of the lowest one that was there before.
 void MakeDirectories(FileSystem& fs, const std::string& path, bool sync);
 
 }  // namespace hsdp_ckpt

@@ -184,9 +184,10 @@ TEST(ClaimTest, EveryFailingCallIsReportedAndLeavesNoClaimItCanRemove) {
   }
 }
 
-// A data file of a save that may still commit stays, even when its rank has ended; without its claim it goes.
+// A data file of a save that may still commit stays, even when its rank has ended; without a claim it goes. The file's save
+// id is not the claim's where a planner caches plans.
 TEST(ClaimTest, FilesOfASaveUnderWayStay) {
-  for (const bool under_way : {false, true}) {
+  for (const uint64_t claimed : {0u, 50u, 51u}) {
     FaultFileSystem fs;
     fs.MakeDirectory(kDirectory);
     const std::string name = DataOf(50).ToString();
@@ -195,13 +196,13 @@ TEST(ClaimTest, FilesOfASaveUnderWayStay) {
     fs.set_fault([&](const std::string& op, const std::string&, int) {
       if (op != "fsync directory" || begun) return 0;
       begun = true;
-      if (under_way) ClaimDirectory(fs, kDirectory, ".metadata", 50, true);
+      if (claimed != 0) ClaimDirectory(fs, kDirectory, ".metadata", claimed, true);
       File::Open(fs, JoinPath(kDirectory, name), OpenMode::kCreate).Close();
       return 0;
     });
     Save(fs, 1, {}, [](const ProcessIdentity& owner, int64_t) { return owner.pid == 50; });
     EXPECT_TRUE(begun);
-    EXPECT_EQ(fs.Bytes(kDirectory + "/" + name) != nullptr, under_way);
+    EXPECT_EQ(fs.Bytes(kDirectory + "/" + name) != nullptr, claimed != 0);
   }
 }
 
