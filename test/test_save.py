@@ -205,6 +205,13 @@ def _delegated(rank: int, path: str, log: str) -> None:
     logging.basicConfig(filename=f"{log}/{rank}", level=logging.INFO)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     state = _state(mesh)
+
+    def files(name: str) -> set[str]:
+        dist.barrier()
+        names = set(os.listdir(f"{path}/{name}"))
+        dist.barrier()
+        return names
+
     for name, arguments in {
         "planner": {"planner": _Planner(), "checkpoint_id": f"{path}/planner"},
         "lowest": {"planner": dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True), "checkpoint_id": f"{path}/lowest"},
@@ -214,10 +221,17 @@ def _delegated(rank: int, path: str, log: str) -> None:
         metadata = h.save(state, **arguments)
         assert isinstance(metadata, dcp.Metadata)
         assert hasattr(metadata, "result") == (name == "default")
+        older = files(name)
+        h.save(state, **arguments)
+        # Whoever plans, our writer goes over no file of the older checkpoint.
+        assert older & files(name) == (older if name == "stock" else {".metadata"}), name
         _check_loads(f"{path}/{name}", FULL)
-    h.save(state, checkpoint_id=f"{path}/alone", use_collectives=False)
-    dist.barrier()
-    assert len(list(Path(f"{path}/alone").glob("__*.metadata"))) == 4
+    for save in (h.save, lambda *args, **named: h.async_save(*args, **named).result(60)):
+        save(state, checkpoint_id=f"{path}/alone", use_collectives=False)
+        names = files("alone")
+        assert {name for name in names if name.endswith(".metadata")} == {f"__{r}.metadata" for r in range(4)}
+        assert len(names) == 8
+        assert not {f"__{r}_0.distcp" for r in range(4)} & names, "our writer's"
     flat = {"a": torch.ones(3), "b": {"nested": 1}}
     h.save(flat, checkpoint_id=f"{path}/flat", planner=dcp.DefaultSavePlanner(flatten_state_dict=False))
     assert set(h.FileSystemReader(f"{path}/flat").read_metadata().state_dict_metadata) == {"a", "b"}

@@ -16,6 +16,7 @@ from ._agreement import agreement_of
 from ._async_job import AsyncSave, Job, SnapshotMode
 from ._save import _global_ranks, _say_once, _who_plans
 from ._staging import StagingPool
+from ._writer import FileSystemWriter
 from .errors import CheckpointError
 
 InFlight = Literal["wait", "raise", "replace"]
@@ -132,7 +133,7 @@ def async_save(
         reason = "an async_stager was passed"
     elif async_checkpointer_type != AsyncCheckpointerType.THREAD:
         reason = f"async_checkpointer_type is {async_checkpointer_type}"
-    if max_staging_bytes is not None and (writer is None or reason):
+    if max_staging_bytes is not None and reason:
         raise ValueError(f"max_staging_bytes is set, and torch's own code makes this save, without such a bound: {reason}")
     if in_flight == "raise":
         asked = agreement_of(process_group, "async_save in flight", no_dist)
@@ -141,13 +142,13 @@ def async_save(
     if in_flight == "replace":
         _in_flight.replace()
     _in_flight.finish()
-    if writer is None or reason:
+    if reason:
         _say_once(f"torch makes this asynchronous save: {reason}")
         options: dict[str, Any] = {} if async_stager is None else {"async_stager": async_stager}
         return dcp.async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
-            storage_writer=storage_writer,
+            storage_writer=writer,
             planner=planner,
             process_group=process_group,
             async_checkpointer_type=async_checkpointer_type,
@@ -155,6 +156,7 @@ def async_save(
             use_collectives=use_collectives,
             **options,
         )
+    assert isinstance(writer, FileSystemWriter)
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
     agreement = agreement_of(process_group, "async_save", no_dist)

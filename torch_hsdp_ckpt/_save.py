@@ -65,7 +65,7 @@ def save(
     gathered or scattered, except the plans of values that differ from rank to rank, and of tensor types that only DCP knows.
     DCP plans everything where the planner is not exactly ``DefaultSavePlanner`` or has ``dedup_save_to_lowest_rank``, where
     the writer is not exactly :class:`FileSystemWriter` or writes through torch (extensions, other serialization formats),
-    and without ``use_collectives``.
+    and without ``use_collectives``. A directory is written by :class:`FileSystemWriter` all the same.
 
     Args:
         state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain values. Tensors are on the CPU
@@ -86,18 +86,19 @@ def save(
             exception of any other class on one of the ranks.
     """
     reason, writer = _who_plans(storage_writer, checkpoint_id, planner, use_collectives)
-    if writer is None:
+    if reason:
         _say_once(f"DCP plans this save: {reason}")
         metadata: Metadata = dcp.save(
             state_dict,
             checkpoint_id=checkpoint_id,
-            storage_writer=storage_writer,
+            storage_writer=writer,
             planner=planner,
             process_group=process_group,
             no_dist=no_dist,
             use_collectives=use_collectives,
         )
         return metadata
+    assert isinstance(writer, FileSystemWriter)
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
     state_dict, failure = values_of(state_dict)
@@ -113,19 +114,20 @@ def _who_plans(
     checkpoint_id: str | os.PathLike[str] | None,
     planner: SavePlanner | None,
     use_collectives: bool,
-) -> tuple[str, FileSystemWriter | None]:
-    """Why DCP has to plan; or the writer of a save that needs no DCP planning."""
+) -> tuple[str, StorageWriter | None]:
+    """Why DCP has to plan, or "" if it need not; and who writes: for a directory a :class:`FileSystemWriter`, whoever plans.
+    None where DCP has to find a writer."""
     if storage_writer is None:
         if checkpoint_id is None or not FileSystemWriter.validate_checkpoint_id(checkpoint_id):
             return "the checkpoint is in no local file system", None
         storage_writer = FileSystemWriter(checkpoint_id)
     if type(storage_writer) is not FileSystemWriter or storage_writer._uses_torch():
-        return f"the storage writer is a {type(storage_writer).__qualname__} or writes through torch's own code", None
-    if planner is not None and (type(planner) is not DefaultSavePlanner or planner.dedup_save_to_lowest_rank):
-        return f"the planner is a {type(planner).__qualname__} or keeps replicas on the lowest rank", None
-    if not use_collectives:
-        return "use_collectives is False", None
-    return "", storage_writer
+        reason = f"the storage writer is a {type(storage_writer).__qualname__} or writes through torch's own code"
+    elif planner is not None and (type(planner) is not DefaultSavePlanner or planner.dedup_save_to_lowest_rank):
+        reason = f"the planner is a {type(planner).__qualname__} or keeps replicas on the lowest rank"
+    else:
+        reason = "" if use_collectives else "use_collectives is False"
+    return reason, storage_writer
 
 
 def _global_ranks(process_group: dist.ProcessGroup | None, no_dist: bool) -> Sequence[int]:
@@ -216,7 +218,7 @@ class Save:
                 )
                 self._local = LocalState(self._planner)
                 digests = self._local.digests()
-            _C.make_directories(str(self._writer.path), self._writer.sync_files)
+            self._writer._make_directory()
             save_id = 0
             if self._agreement.is_coordinator:
                 save_id = self._writer._claim_directory()
