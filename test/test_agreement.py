@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
@@ -31,6 +32,10 @@ def _exchanges(rank: int) -> None:
         payloads = [bytes([r]) * (length * r) for r in range(4)]
         assert agreement.gather("step", payloads[rank]) == (payloads if rank == 0 else [])
         assert agreement.scatter("step", payloads if rank == 0 else []) == payloads[rank]
+    with torch.device("meta"):  # where a script's tensors are made is not where messages are
+        assert agreement.exchange("step", bytes([rank])) == [b"\0", b"\1", b"\2", b"\3"]
+        assert agreement.scatter("step", payloads if rank == 0 else []) == payloads[rank]
+        assert agreement.start_min(5 + rank)() == 5
     assert agreement.run("step", lambda: bytes([rank])) == [b"\0", b"\1", b"\2", b"\3"]
     for length in (0, 119, 120, 10000):
         assert agreement.verdict("commit", lambda n=length: b"v" * n) == b"v" * length  # type: ignore[misc]

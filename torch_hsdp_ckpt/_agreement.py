@@ -118,7 +118,7 @@ class Agreement:
             return lambda: value
         if self.broken:
             raise CheckpointError(f"{self.purpose}: rank {self.rank} has lost its peers in an earlier step")
-        buffer = torch.tensor([value])
+        buffer = torch.tensor([value], device="cpu")
         options = dist.AllreduceOptions()
         options.reduceOp = cast(dist.ReduceOp, dist.ReduceOp.MIN)  # torch 2.11's hints have two classes
         work = self._group.allreduce([buffer], options)
@@ -147,7 +147,7 @@ class Agreement:
             return payloads[0]
         longest = max(map(len, payloads)) if self.is_coordinator else 0
         length = max(1, *(struct.unpack("<Q", each)[0] for each in self._all_gather(step, struct.pack("<Q", longest))))
-        out = torch.empty(length + 8, dtype=torch.uint8)
+        out = torch.empty(length + 8, dtype=torch.uint8, device="cpu")
         sent = [
             torch.frombuffer(bytearray(struct.pack("<Q", len(each)) + each.ljust(length, b"\0")), dtype=torch.uint8)
             for each in payloads
@@ -159,7 +159,7 @@ class Agreement:
         return received[8 : 8 + struct.unpack("<Q", received[:8])[0]]
 
     def _all_gather(self, step: str, data: bytes) -> list[bytes]:
-        out = torch.empty(self.size, len(data), dtype=torch.uint8)
+        out = torch.empty(self.size, len(data), dtype=torch.uint8, device="cpu")
         sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self._wait(step, lambda: self._group.allgather([list(out.unbind())], [sent]))
         return [row.numpy().tobytes() for row in out]

@@ -215,7 +215,9 @@ def _read_staged(reader: _C.CheckpointReader, parts: Sequence[_Staged], execute:
         return
     device = any(part.target.is_cuda for part in parts)
     size = min(BATCH_BYTES, sum(map(_staged_bytes, parts)))
-    blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)] if device else [scratch(size)]
+    blocks = (
+        [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)] if device else [scratch(size)]
+    )
     copied: list[torch.cuda.Event | None] = [None] * len(blocks)
     for number, batch in enumerate(_batches(parts)):
         turn = number % len(blocks)
