@@ -113,3 +113,14 @@ def _memory(rank: int, path: str) -> dict[str, int]:
 def test_memory_on_top_of_the_state_is_bounded(tmp_path: Path) -> None:
     extra = run_ranks(_memory, 2, str(tmp_path))
     assert all(size < 64 << 20 for each in extra for size in each.values()), extra
+
+
+def _memory_of_many(rank: int, path: str) -> list[int]:
+    """A first save, which brings in what saves bring in once, then one over it and its metadata."""
+    state = {f"layers.{i}.weight": torch.ones(1024) for i in range(10_000)}
+    return [memory_of(lambda: h.save(state, checkpoint_id=path)) for _ in range(2)]
+
+
+def test_many_small_tensors_take_no_more(tmp_path: Path) -> None:
+    (extra,) = run_ranks(_memory_of_many, 1, str(tmp_path))
+    assert max(extra) < 60 << 20, extra

@@ -14,6 +14,8 @@ from ._tensors import RECORD_DTYPES, is_staged, scratch, staged
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors take two such blocks, the
 # writer (threads + 1) of 8 MiB: together they stay below 64 MiB.
 COPY_BLOCK = 16 << 20
+# Records that are given to the writer at a time: each has some 2 KiB of framing and names there.
+_RECORDS = 4096
 _ALIGNMENT = 64  # of the parts in a pinned block: every dtype's, and a cache line
 
 
@@ -84,6 +86,7 @@ class DataFile:
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """A plain tensor of a dtype that records have (see ``_tensors.is_plain``), on any device."""
+        self._make_room()
         kind, shape, first = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape), 0
         if is_staged(tensor):
             self._batch.parts.append((name, kind, shape, tensor.data_ptr(), 0, tensor.nbytes))
@@ -101,6 +104,7 @@ class DataFile:
 
     def add_staged(self, name: str, record: "StagedRecord") -> None:
         """A tensor whose bytes are in host memory already, and stay there."""
+        self._make_room()
         self._batch.parts.append((name, record.kind, record.shape, record.address, 0, record.size))
 
     def flush(self) -> None:
@@ -116,6 +120,10 @@ class DataFile:
     def discard(self) -> None:
         """Closes and removes the file: an error's frames would keep it, and the space it takes, as long as the error lives."""
         del self._writer
+
+    def _make_room(self) -> None:
+        if len(self._batch.parts) >= _RECORDS:
+            self._next_batch()
 
     def _next_batch(self) -> None:
         batch, self._batch = self._batch, _Batch()
@@ -150,7 +158,7 @@ class DataFile:
         if self._stream is None:
             self._stream = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
             size = self._block + _ALIGNMENT
-            self._pinned = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._pinned = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
         self._stream.wait_stream(torch.cuda.current_stream(part.device))  # what computes the tensor
         with torch.cuda.stream(self._stream):
             source = part.resolve_conj().resolve_neg()

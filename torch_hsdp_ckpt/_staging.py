@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._tensors import scratch
+
 PAGE = 4096  # direct I/O's: of addresses, offsets and sizes
 # A file's objects lie in its image only if they are few: they are in memory already.
 _FEW = 1 << 20
@@ -86,16 +88,19 @@ class StagingPool:
     """
 
     def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8)
+        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def image(self, layout: Layout, pinned: bool, limit: int | None = None) -> Image:
-        """Memory for a layout, contents undefined. Raises RuntimeError without memory.
+        """Memory for a layout, contents undefined. Raises OSError (RuntimeError if pinned) without memory.
 
         ``limit``: bytes; an older block that is larger is given back.
         """
         size = layout.size + PAGE if layout.size else 0
         small = self._block.numel() < size or (pinned and size > 0 and not self._block.is_pinned())
         if small or (limit is not None and self._block.numel() > limit):
-            self._block = torch.empty(0, dtype=torch.uint8)  # the old one goes first: never two at a time
-            self._block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned and size > 0)
+            self._block = torch.empty(0, dtype=torch.uint8, device="cpu")  # the old one goes first: never two at a time
+            if pinned and size:
+                self._block = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+            elif size:
+                self._block = scratch(size, huge=True)
         return Image(self._block, layout)

@@ -1,5 +1,6 @@
 """Which tensors our own records hold, and how their bytes are brought into contiguous CPU memory."""
 
+import contextlib
 import mmap
 
 import torch
@@ -43,7 +44,11 @@ def is_staged(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def scratch(size: int) -> Tensor:
+def scratch(size: int, huge: bool = False) -> Tensor:
     """``size`` bytes (one or more), page-aligned, that go back to the system with the tensor: malloc may keep a large block and
-    put the next one elsewhere."""
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    put the next one elsewhere. ``huge``: of huge pages where the system has them, for memory that will be filled."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge:
+        with contextlib.suppress(OSError):  # an advice: a kernel without huge pages refuses it
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

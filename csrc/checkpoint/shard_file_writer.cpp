@@ -406,7 +406,7 @@ AlignedBuffer ShardFileWriter::TakeBuffer() {
       return buffer;
     }
   }
-  return AlignedBuffer(options_.block);
+  return AlignedBuffer(options_.block, /*huge=*/options_.reserve >= static_cast<int64_t>(options_.block));
 }
 
 void ShardFileWriter::GiveBuffer(AlignedBuffer buffer) {
