@@ -162,7 +162,10 @@ void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
     try {
       if (sync) SyncDirectory(fs, parent);
     } catch (const IoError& error) {
-      if (error.error_number() != EACCES) throw;  // one that we may not read, such as /home, is none that a save made
+      // One that we may not read (/home), that is read-only, or that knows no syncing (a mount point's parent, all of them)
+      // holds no entry that a save made.
+      const int code = error.error_number();
+      if (code != EACCES && code != EROFS && code != EINVAL) throw;
     }
     return;
   }
