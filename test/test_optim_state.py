@@ -20,7 +20,7 @@ from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
 FULL = StateDictType.FULL_STATE_DICT
 SHARDED = StateDictType.SHARDED_STATE_DICT
 
-# Adafactor, LBFGS on uneven shards, and fused SGD and Adagrad are what torch itself refuses on DTensors.
+# Adafactor, LBFGS on uneven shards, and fused SGD and Adagrad are what torch itself refuses on DTensors. LBFGS: below.
 OPTIMIZERS = {
     "SGD": lambda p: optim.SGD(p, lr=0.01),
     "SGD, momentum": lambda p: optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
@@ -142,6 +142,78 @@ def _named(rank: int) -> None:
     assert_same(FSDP.optim_state_dict(model, optimizer)["state"], state["state"])
 
 
+class _Scaled(nn.Module):
+    """A parameter without dimensions beside others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 6), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.scale
+
+
+# LBFGS: on shards of equal size; torch refuses others.
+SHAPES = {
+    "no dimensions, Adam": (_Scaled, adam),
+    "no dimensions, SGD": (_Scaled, lambda p: optim.SGD(p, lr=0.01, momentum=0.9)),
+    "end to end": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)), lambda p: optim.LBFGS(p, 0.1, 3)),
+}
+
+
+def _shapes(rank: int) -> None:
+    """States that are not cut by rows: of parameters without dimensions, and LBFGS's, of all parameters end to end."""
+    x = torch.linspace(-1, 1, 8).reshape(2, 4) * (rank + 1)
+    for what, (make_net, make) in SHAPES.items():
+
+        def go_on(model: nn.Module, optimizer: optim.Optimizer) -> None:
+            def closure() -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+        for form, first_only in ((SHARDED, False), (FULL, False), (FULL, True)):
+            configs = (FullStateDictConfig(), FullOptimStateDictConfig(False, first_only)) if form is FULL else ()
+            models = [FSDP(make_net(), device_mesh=mesh_of(2, 2)) for _ in range(2)]
+            (model, other), (optimizer, fresh) = models, [make(list(m.parameters())) for m in models]
+            for _ in range(2):
+                go_on(model, optimizer)
+            for where in (f"{what}, {form}, into a fresh optimizer", f"{what}, {form}, into one with a state"):
+                with FSDP.state_dict_type(model, form, *configs), FSDP.state_dict_type(other, form, *configs):
+                    state = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
+                    FSDP.optim_state_dict_to_load(other, fresh, state, load_directly=True)
+                other.load_state_dict(model.state_dict())
+                assert_same(fresh.state_dict(), optimizer.state_dict(), where)
+                go_on(model, optimizer)
+                go_on(other, fresh)
+                assert_same(other.state_dict(), model.state_dict(), where)
+                assert_same(fresh.state_dict(), optimizer.state_dict(), where)
+                go_on(other, fresh)
+
+
+def _named_by_the_user(rank: int) -> None:
+    """Optimizers that were made of named parameters keep the names, each with its parameter."""
+    model, _ = trained("even", rank, steps=0)
+    optimizer = optim.AdamW(model.named_parameters(), lr=0.01)
+    step(model, optimizer, "even", 0, rank)
+    state = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
+    names = [name for name, _ in model.named_parameters()]
+    assert state["param_groups"][0]["param_names"] == names
+    other, _ = trained("even", rank, steps=0, seed=1)
+    fresh = optim.AdamW(list(other.named_parameters())[::-1], lr=0.02)
+    FSDP.optim_state_dict_to_load(other, fresh, copy.deepcopy(state), load_directly=True)
+    assert fresh.param_groups[0]["param_names"] == names[::-1] and fresh.param_groups[0]["lr"] == 0.01
+    assert_same(FSDP.optim_state_dict(other, fresh), state)
+    by_number = FSDP.rekey_optim_state_dict(FSDP.optim_state_dict(other, fresh), OptimStateKeyType.PARAM_ID, other, optim=fresh)
+    assert by_number["param_groups"][0]["param_names"] == names[::-1]
+    state["param_groups"][0]["param_names"].pop()
+    with pytest.raises(ValueError, match='as many under "param_names"'):
+        FSDP.optim_state_dict_to_load(other, fresh, state)
+
+
 def _configs(rank: int) -> None:
     model, optimizer = trained("uneven", rank)
     for offload in (False, True):
@@ -255,6 +327,8 @@ def _close(state, expected, exact: bool = False) -> None:
             )
 
 
-@pytest.mark.parametrize("part", [_groups, _named, _configs, _family], ids=lambda part: part.__name__[1:])
+@pytest.mark.parametrize(
+    "part", [_groups, _named, _shapes, _named_by_the_user, _configs, _family], ids=lambda part: part.__name__[1:]
+)
 def test_optimizer_state(part) -> None:
     run_ranks(part, 4)

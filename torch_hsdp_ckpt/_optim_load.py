@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ._full_state import broadcast, broadcast_object, is_first, own_rows, rows_alone, scatter, spec_like
 from ._misfits import agree, listed
-from ._optim_names import Names, match_groups
+from ._optim_names import Names, in_order, match_groups
 from ._unit import local_of
 
 
@@ -19,6 +20,20 @@ class Remote(NamedTuple):
     number: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Home(NamedTuple):
+    """The parameter that a state belongs to, and what is known of such states.
+
+    ``current``: the state that the optimizer has now. ``elements``: of all the optimizer's parameters together.
+    ``like_parameters``: the keys whose values have dimensions where parameters have. Under these (Adam's ``exp_avg``, not its
+    ``step``) a parameter without dimensions has a DTensor too.
+    """
+
+    parameter: torch.Tensor
+    current: dict[str, Any]
+    elements: int
+    like_parameters: frozenset[str]
 
 
 class Source:
@@ -71,7 +86,8 @@ def import_state(
             order = match_groups(names, saved["param_groups"], problems)
         else:
             problems.append(
-                '"param_groups" of an optimizer state is a list of dicts, each with its parameters\' names under "params"'
+                '"param_groups" of an optimizer state is a list of dicts, each with its parameters\' names under "params" (and '
+                'as many under "param_names", if at all)'
             )
             saved = {**saved, "param_groups": []}
     elif optim is not None and not by_name:
@@ -79,7 +95,10 @@ def import_state(
     if optim is not None and not problems:
         problems += _lacking_options(optim, saved.get("param_groups", ()))
     listed_names = {name for group in saved.get("param_groups", ()) for name in group["params"]}
-    values: dict[Any, tuple[Any, torch.Tensor | None, dict[str, Any]]] = {}
+    elements = sum(p.numel() for p in names.parameters)
+    states = [value for value in saved["state"].values() if isinstance(value, dict)]
+    like_parameters = frozenset(str(key) for state in states for key, item in state.items() if _has_elements(item))
+    values: dict[Any, tuple[Any, Home | None]] = {}
     for name, value in saved["state"].items():
         index = names.index.get(name)
         if index is None:
@@ -88,10 +107,11 @@ def import_state(
             # Not a parameter's: what somebody keeps in ``optim.state`` under a key of their own.
             if isinstance(value, dict) and (optim is None or name not in optim.state):
                 problems.append(f'the optimizer has no parameter "{name}", the state has')
-            values[name] = value, None, {}
+            values[name] = value, None
             continue
         parameter = names.parameters[index]
-        current = {} if optim is None else optim.state.get(parameter, {})
+        home = Home(parameter, {} if optim is None else optim.state.get(parameter, {}), elements, like_parameters)
+        current = home.current
         expected = _dtype_of(parameter, optim)
         if not isinstance(value, dict):
             problems.append(f"the state of {name} is {_shown(value)}, not a dict")
@@ -101,16 +121,16 @@ def import_state(
             if key not in value and _has_elements(current[key]) and current[key].shape == parameter.shape:
                 problems.append(f'the state of {name} has no "{key}", the optimizer has')
         for key, item in value.items():
-            problem = _misfit(f"{name}: {key}", item, parameter, current.get(key), expected if key != "step" else None)
+            problem = _misfit(f"{name}: {key}", item, home, current.get(key), expected if key != "step" else None)
             if problem is not None:
                 problems.append(problem)
-        values[name if by_name else index] = value, parameter, current
+        values[name if by_name else index] = value, home
     _refuse(mesh, problems)
     state = {key: _placed(*entry, source) for key, entry in values.items()}
     loadable: dict[str, Any] = {"state": state}
     if "param_groups" in saved:
         loadable["param_groups"] = [
-            {**saved["param_groups"][i], "params": list(group) if by_name else [names.index[name] for name in group]}
+            in_order(saved["param_groups"][i], names.index, group, by_key=by_name)
             for i, group in zip(order, names.groups, strict=True)
         ]
     return loadable
@@ -127,6 +147,8 @@ def _are_groups(groups: Any) -> bool:
         isinstance(group, dict)
         and isinstance(group.get("params"), (list, tuple))
         and all(isinstance(name, (str, int)) for name in group["params"])
+        and isinstance(given := group.get("param_names", group["params"]), (list, tuple))
+        and len(given) == len(group["params"])
         for group in groups
     )
 
@@ -158,23 +180,27 @@ def _lacking_options(optim: torch.optim.Optimizer, groups: Sequence[dict[str, An
 
 
 def _has_elements(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0
+    return isinstance(value, (torch.Tensor, Remote)) and len(value.shape) > 0
 
 
-def _misfit(where: str, value: Any, parameter: torch.Tensor, current: Any, dtype: torch.dtype | None) -> str | None:
-    if not isinstance(value, (torch.Tensor, Remote)) or len(value.shape) == 0:
+def _misfit(where: str, value: Any, home: Home, current: Any, dtype: torch.dtype | None) -> str | None:
+    parameter = home.parameter
+    if isinstance(value, Remote) and value.number < 0:
+        return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
+    if not _has_elements(value):
         if _has_elements(current):
             what = f"a {type(value).__name__}" if not isinstance(value, torch.Tensor) else "a single value"
             return f"{where} is {what}, the optimizer has a tensor of shape {tuple(current.shape)}"
         return None
-    if isinstance(value, Remote) and value.number < 0:
-        return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
     shape, own = tuple(value.shape), tuple(parameter.shape)
     known = _has_elements(current)
     if known:
         own, dtype = tuple(current.shape), current.dtype
-    # Without a state to compare with: as the parameter, or (Adafactor's) reduced over some dimensions.
-    fits = shape == own if known else len(shape) == len(own) and all(a in (b, 1) for a, b in zip(shape, own, strict=True))
+    # Without a state to compare with: as the parameter, or (Adafactor's) reduced over some dimensions, or (LBFGS's) of all
+    # parameters end to end.
+    reduced = len(shape) == len(own) and all(a in (b, 1) for a, b in zip(shape, own, strict=True))
+    end_to_end = shape == (home.elements,)
+    fits = shape == own if known else reduced or end_to_end
     if not fits:
         return f"size mismatch for {where}: {shape} given, the optimizer has {own}"
     if dtype is not None and value.dtype != dtype and value.dtype.is_floating_point:
@@ -189,28 +215,26 @@ def _misfit(where: str, value: Any, parameter: torch.Tensor, current: Any, dtype
                 f"{where} is placed {value.placements} on {value.device_mesh}, the parameter {like.placements} on "
                 f"{like.device_mesh}: load it through torch.distributed.checkpoint, which reshards"
             )
-    elif shape != tuple(like.shape):
+    elif shape != tuple(like.shape) and not end_to_end:
         return f"{where} is reduced to {shape}, which is cut in the optimizer's own way: take a step first, to make its state"
     return None
 
 
-def _placed(value: Any, parameter: torch.Tensor | None, current: dict[str, Any], source: Source) -> Any:
+def _placed(value: Any, home: Home | None, source: Source) -> Any:
     if not isinstance(value, dict):
         return value
-    return {key: _place(item, parameter, current.get(key), source) for key, item in value.items()}
+    current = {} if home is None else home.current
+    return {key: _place(item, home, current.get(key), source, key) for key, item in value.items()}
 
 
-def _place(value: Any, parameter: torch.Tensor | None, current: Any, source: Source) -> Any:
+def _place(value: Any, home: Home | None, current: Any, source: Source, key: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _place(item, parameter, None, source) for key, item in value.items()}
+        return {key: _place(item, home, None, source, key) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_place(item, parameter, None, source) for item in value)
-    if not isinstance(value, (torch.Tensor, Remote)) or len(value.shape) == 0 or isinstance(value, DTensor):
+        return type(value)(_place(item, home, None, source, key) for item in value)
+    if not isinstance(value, (torch.Tensor, Remote)) or isinstance(value, DTensor):
         return value
-    like = current if isinstance(current, DTensor) else parameter
-    spec = None
-    if isinstance(like, DTensor) and tuple(like.shape) == tuple(value.shape):
-        spec = spec_like(like, value.dtype)
+    spec = _spec_of(value, home, current, key)
     if isinstance(value, Remote):
         assert source.mesh is not None
         if spec is not None and rows_alone(spec):
@@ -223,3 +247,18 @@ def _place(value: Any, parameter: torch.Tensor | None, current: Any, source: Sou
     local = local_of(mine).to(spec.mesh.device_type).contiguous()
     local = local.clone() if local.untyped_storage()._cdata == value.untyped_storage()._cdata else local
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def _spec_of(value: torch.Tensor | Remote, home: Home | None, current: Any, key: Any) -> DTensorSpec | None:
+    """How a whole ``value`` is placed in the optimizer; None: as a plain tensor."""
+    if home is None or not isinstance(home.parameter, DTensor):
+        return None
+    shape, parameter = tuple(value.shape), home.parameter
+    like = current if isinstance(current, DTensor) else parameter
+    if shape == tuple(like.shape):
+        plain = not shape and (isinstance(current, torch.Tensor) or str(key) not in home.like_parameters)
+        return None if plain and like is parameter else spec_like(like, value.dtype)
+    if shape == (home.elements,):
+        meta = TensorMeta(torch.Size(shape), (1,), value.dtype)
+        return DTensorSpec(parameter.device_mesh, (Replicate(),) * parameter.device_mesh.ndim, tensor_meta=meta)
+    return None

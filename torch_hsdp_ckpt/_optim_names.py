@@ -1,6 +1,6 @@
 """Which name an optimizer's parameter has in the model, and which of its groups is which of a saved state's."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,16 @@ def _groups(model: nn.Module, optim: torch.optim.Optimizer | None, optim_input: 
     if all(isinstance(item, dict) for item in items):
         return [[group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"]) for group in items]
     raise TypeError("optim_input is an iterable of parameters, or of dicts with 'params', as the optimizer takes it")
+
+
+def in_order(group: dict[str, Any], index: Mapping[Any, Any], own: Sequence[Any], by_key: bool = False) -> dict[str, Any]:
+    """``group`` of a saved state with its parameters in the order of ``own``, and with them the names that the optimizer was
+    given (``param_names``). ``index``: of the keys in both, what stands for them from now on, unless ``by_key``."""
+    out = {**group, "params": list(own) if by_key else [index[key] for key in own]}
+    if "param_names" in group:
+        given = dict(zip((index[key] for key in group["params"]), group["param_names"], strict=True))
+        out["param_names"] = [given[index[key]] for key in own]
+    return out
 
 
 def match_groups(names: Names, saved: Sequence[dict[str, Any]], problems: list[str]) -> list[int]:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from ._full_state import gather, is_first
 from ._misfits import groups_of
 from ._optim_load import Source, import_state
-from ._optim_names import PREFIX, Names, OptimInput, names_of
+from ._optim_names import PREFIX, Names, OptimInput, in_order, names_of
 from ._runner import Runner, named_runners
 from ._unit import ShardedUnit
 
@@ -206,7 +206,7 @@ class OptimStateMixin:
         unknown = sorted({str(key) for key in keys if key not in table})
         if unknown:
             raise ValueError(f"the optimizer has no such parameters: {', '.join(unknown)}")
-        groups = [{**g, "params": sorted(table[key] for key in g["params"])} for g in optim_state_dict["param_groups"]]
+        groups = [in_order(g, table, sorted(g["params"], key=table.__getitem__)) for g in optim_state_dict["param_groups"]]
         return {"state": {table[key]: value for key, value in optim_state_dict["state"].items()}, "param_groups": groups}
 
 
