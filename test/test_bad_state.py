@@ -8,6 +8,7 @@ import torch
 from ranks import run_ranks
 from states import Wrap, assert_same, bits, fully_sharded, mesh_of, trained, wrapped
 from torch import nn, optim
+from torch.distributed.tensor import DTensor
 
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
 from torch_hsdp_ckpt import fully_shard
@@ -39,6 +40,10 @@ def _misfits(rank: int, wrap: Wrap) -> None:
         ({**ones, key: torch.ones(3, 7)}, "plain tensor"),
         ({**ones, key: "text"}, "not a tensor"),
         (None, "not a NoneType"),
+        ({**ones, 3: torch.ones(1)}, "keys are names, not a int: 3"),
+        ({**ones, "calls": torch.tensor(9).to_sparse()}, '"calls" is of another kind (torch.sparse_coo'),
+        # One row where the shard has two: a plain copy would fill both with it.
+        ({**ones, key: DTensor(torch.ones(1, 7), ones[key]._spec, requires_grad=False)}, f'"{key}": this rank\'s shard'),
         ({**ones, key: line.state_dict()[key]}, "torch.distributed.checkpoint"),
         (dict(other.state_dict()), 'size mismatch for "blocks.1.down.weight"'),
     ]
@@ -100,6 +105,8 @@ def _batch_norm(rank: int) -> None:
     for bad, message in (
         ({k: v for k, v in ones.items() if k != "1.running_mean"}, "1.running_mean"),
         ({**ones, "1.running_var": torch.ones(3)}, "1.running_var"),
+        ({**ones, "1.running_var": torch.ones(4).to_sparse()}, "1.running_var.*another kind"),
+        ({**ones, 3: torch.ones(1)}, "keys are names"),
         ({**ones, "1.strange": torch.ones(3)}, "1.strange"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -165,6 +172,7 @@ def _optimizer(rank: int) -> None:
     other, other_optim = trained("even", rank)
     state = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
     before, key = bits(optimizer.state_dict()), "head.weight"
+    groups, steps = copy.deepcopy(optimizer.state_dict()["param_groups"]), [s["step"] for s in optimizer.state.values()]
 
     def changed(**values):
         new = copy.deepcopy(state)
@@ -199,6 +207,11 @@ def _optimizer(rank: int) -> None:
         (split, "1 parameter groups, the state 2"),
         (lacking, f'the state has no parameter "{key}"'),
         (changed(exp_avg=torch.ones(4, 4)), f"size mismatch for {key}: exp_avg"),
+        (changed(exp_avg=torch.ones(2, 7)), f"size mismatch for {key}: exp_avg"),
+        (
+            changed(exp_avg=DTensor(torch.ones(1, 7), entry["exp_avg"]._spec, requires_grad=False)),
+            f"{key}: exp_avg: this rank's shard",
+        ),
         (changed(exp_avg=state["state"][key]["exp_avg"].double()), f"{key}: exp_avg is torch.float64"),
         (FSDP.optim_state_dict(other, other_optim), "size mismatch for blocks.1.down.weight: exp_avg"),
         ({}, 'a dict with "state"'),
@@ -212,6 +225,8 @@ def _optimizer(rank: int) -> None:
                 FSDP.optim_state_dict_to_load(model, optimizer, given, load_directly=True)
             assert message in str(error.value), (message, str(error.value))
             assert_same(optimizer.state_dict(), before, message)
+            assert optimizer.state_dict()["param_groups"] == groups
+            assert all(s["step"] is step for s, step in zip(optimizer.state.values(), steps, strict=True))
     stranger = optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(ValueError, match="not the model's"):
         FSDP.optim_state_dict(model, stranger)

@@ -101,6 +101,10 @@ def misfit(entry: Entry, value: Any, same_dtype: bool) -> str | None:
     key, target = entry.key, entry.tensor
     if not isinstance(value, torch.Tensor):
         return f'"{key}" is a {type(value).__name__}, not a tensor'
+    if (value.layout, value.is_quantized, value.is_nested) != (target.layout, target.is_quantized, target.is_nested):
+        return (
+            f'"{key}" is of another kind ({value.layout}, {value.dtype}) than the module\'s ({target.layout}, {target.dtype})'
+        )
     if value.shape != target.shape and not (target.ndim == 0 and value.shape == (1,)):
         return f'size mismatch for "{key}": {tuple(value.shape)} given, the module has {tuple(target.shape)}'
     if same_dtype and value.dtype != target.dtype and value.dtype != saved_dtype(entry.module, entry.name, target):
@@ -116,6 +120,9 @@ def misfit(entry: Entry, value: Any, same_dtype: bool) -> str | None:
                 f'"{key}" is placed {value.placements} on {value.device_mesh}, the module has {target.placements} on '
                 f"{target.device_mesh}: load it through torch.distributed.checkpoint, which reshards"
             )
+        mine, its = tuple(local_of(target).shape), tuple(local_of(value).shape)
+        if mine != its:  # a copy of one row would go into all of them
+            return f"size mismatch for \"{key}\": this rank's shard has the shape {its}, the module's {mine}"
     elif isinstance(value, DTensor):
         return f'"{key}" is a DTensor and the module has a plain tensor: pass value.full_tensor()'
     return None
@@ -139,10 +146,14 @@ def load(
     survey = Survey(root)
     known_form = isinstance(state_dict, Mapping)
     given: OrderedDict[str, Any] = OrderedDict(state_dict if known_form else {})
+    nameless = [key for key in given if not isinstance(key, str)]
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
         given._metadata = metadata  # type: ignore[attr-defined]
     problems = [] if known_form else [f"a state dict is a mapping of names to values, not a {type(state_dict).__name__}"]
+    problems += [f"a state dict's keys are names, not a {type(key).__name__}: {key!r:.50}" for key in nameless]
+    for key in nameless:
+        del given[key]
     same_dtype = strict and not assign
     for entry in survey.entries:
         if entry.key in given:

@@ -215,6 +215,9 @@ def _misfit(where: str, value: Any, home: Home, current: Any, dtype: torch.dtype
                 f"{where} is placed {value.placements} on {value.device_mesh}, the parameter {like.placements} on "
                 f"{like.device_mesh}: load it through torch.distributed.checkpoint, which reshards"
             )
+        mine, its = tuple(local_of(like).shape), tuple(local_of(value).shape)
+        if shape == tuple(like.shape) and mine != its:
+            return f"size mismatch for {where}: this rank's shard has the shape {its}, the optimizer's {mine}"
     elif shape != tuple(like.shape) and not end_to_end:
         return f"{where} is reduced to {shape}, which is cut in the optimizer's own way: take a step first, to make its state"
     return None
