@@ -161,6 +161,35 @@ SHAPES = {
 }
 
 
+class _Counting(optim.SGD):
+    """Keeps a table of its own for every parameter, a plain tensor. (Not torch's by its module: it may keep what it likes.)"""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                shape = tuple(p.shape) if p.ndim == 1 else (3,)
+                self.state[p].setdefault("table", torch.zeros(shape)).add_(1)
+        return super().step(closure)
+
+
+def _tables(rank: int) -> None:
+    models = [FSDP(_Scaled(), device_mesh=mesh_of(4, 1)) for _ in range(2)]
+    optimizers = [_Counting(m.parameters(), lr=0.01) for m in models]
+    (model, other), (optimizer, fresh) = models, optimizers
+    optimizer.step()
+    for form in (SHARDED, FULL):
+        with FSDP.state_dict_type(model, form), FSDP.state_dict_type(other, form):
+            optimizer.step()
+            state = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
+            if not fresh.state:
+                with pytest.raises(ValueError, match=r"layer\.weight: table: .*take a step first"):
+                    FSDP.optim_state_dict_to_load(other, fresh, state)
+                fresh.step()
+            FSDP.optim_state_dict_to_load(other, fresh, state, load_directly=True)
+        assert all(type(values["table"]) is torch.Tensor for values in fresh.state.values())
+        assert_same(fresh.state_dict(), optimizer.state_dict())
+
+
 def _shapes(rank: int) -> None:
     """States that are not cut by rows: of parameters without dimensions, and LBFGS's, of all parameters end to end."""
     x = torch.linspace(-1, 1, 8).reshape(2, 4) * (rank + 1)
@@ -328,7 +357,7 @@ def _close(state, expected, exact: bool = False) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [_groups, _named, _shapes, _named_by_the_user, _configs, _family], ids=lambda part: part.__name__[1:]
+    "part", [_groups, _named, _shapes, _tables, _named_by_the_user, _configs, _family], ids=lambda part: part.__name__[1:]
 )
 def test_optimizer_state(part) -> None:
     run_ranks(part, 4)

@@ -202,7 +202,9 @@ def _misfit(where: str, value: Any, home: Home, current: Any, dtype: torch.dtype
     end_to_end = shape == (home.elements,)
     fits = shape == own if known else reduced or end_to_end
     if not fits:
-        return f"size mismatch for {where}: {shape} given, the optimizer has {own}"
+        # Other optimizers than torch's may keep anything. What, can be seen after a step.
+        hint = "" if known or dtype is not None else "; if it keeps states of such shapes, take a step first, to make them"
+        return f"size mismatch for {where}: {shape} given, the optimizer has {own}{hint}"
     if dtype is not None and value.dtype != dtype and value.dtype.is_floating_point:
         return f"{where} is {value.dtype}, the optimizer has {dtype}: convert it"
     if not isinstance(parameter, DTensor):
@@ -218,7 +220,7 @@ def _misfit(where: str, value: Any, home: Home, current: Any, dtype: torch.dtype
         mine, its = tuple(local_of(like).shape), tuple(local_of(value).shape)
         if shape == tuple(like.shape) and mine != its:
             return f"size mismatch for {where}: this rank's shard has the shape {its}, the optimizer's {mine}"
-    elif shape != tuple(like.shape) and not end_to_end:
+    elif not known and not end_to_end and shape != own:
         return f"{where} is reduced to {shape}, which is cut in the optimizer's own way: take a step first, to make its state"
     return None
 
@@ -257,10 +259,12 @@ def _spec_of(value: torch.Tensor | Remote, home: Home | None, current: Any, key:
     if home is None or not isinstance(home.parameter, DTensor):
         return None
     shape, parameter = tuple(value.shape), home.parameter
-    like = current if isinstance(current, DTensor) else parameter
+    like = current if isinstance(current, torch.Tensor) else parameter
+    if not isinstance(like, DTensor):
+        return None
     if shape == tuple(like.shape):
-        plain = not shape and (isinstance(current, torch.Tensor) or str(key) not in home.like_parameters)
-        return None if plain and like is parameter else spec_like(like, value.dtype)
+        plain = not shape and like is parameter and str(key) not in home.like_parameters
+        return None if plain else spec_like(like, value.dtype)
     if shape == (home.elements,):
         meta = TensorMeta(torch.Size(shape), (1,), value.dtype)
         return DTensorSpec(parameter.device_mesh, (Replicate(),) * parameter.device_mesh.ndim, tensor_meta=meta)
