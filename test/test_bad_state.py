@@ -114,6 +114,10 @@ def _batch_norm(rank: int) -> None:
         assert_same(model.state_dict(), before, message)
     model.load_state_dict(ones)
     assert_same(model.state_dict(), ones)
+    net[0].register_load_state_dict_pre_hook(lambda *args: None)  # another way of loading, for all of the model
+    with pytest.raises(RuntimeError, match=r'"1\.running_mean" is torch\.float64'):
+        model.load_state_dict({**state, "1.running_mean": state["1.running_mean"].double()})
+    assert_same(model.state_dict(), ones)
     reads = FSDP(nn.Sequential(nn.Linear(4, 4), _Raises()))
     state = copy.deepcopy(reads.state_dict())
     before = bits(state)

@@ -155,7 +155,9 @@ def load(
     for key in nameless:
         del given[key]
     same_dtype = strict and not assign
-    for entry in survey.entries:
+    # Where hooks are about, leaves are not tried on copies below.
+    norms = [(leaf, prefix) for prefix, leaf in survey.leaves if survey.hooked and isinstance(leaf, _NormBase)]
+    for entry in [*survey.entries, *(entry for norm in norms for entry in _entries(*norm))]:
         if entry.key in given:
             if full:
                 given[entry.key] = shard_full(entry, given[entry.key])
