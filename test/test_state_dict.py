@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from models import NETS, batch
 from ranks import run_ranks
-from states import Moves, assert_same, bits, mesh_of, step, tensors, trained, wrapped
+from states import Moves, assert_same, bits, fully_sharded, mesh_of, step, tensors, trained, wrapped
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -23,8 +24,8 @@ from torch_hsdp_ckpt import StateDictType
 
 
 def _free(rank: int, device: str) -> None:
-    for kind in NETS:
-        model, optimizer = trained(kind, rank, device=device)
+    for kind, wrap in itertools.product(NETS, (wrapped, fully_sharded)):
+        model, optimizer = trained(kind, rank, device=device, wrap=wrap)
         with Moves() as mode:
             # Proof that the mode sees what the wrapper's core sends.
             model(batch(NETS[kind](), 0, rank).to(device))

@@ -171,6 +171,9 @@ class StateDictMixin(OptimStateMixin, nn.Module):
     ) -> StateDictSettings:
         """Sets what ``state_dict`` and ``optim_state_dict`` of all wrappers in ``module`` return; returns what it was.
 
+        torch's ``get_model_state_dict`` and its kin ask ``state_dict``: leave SHARDED_STATE_DICT set for them, and say
+        ``full_state_dict`` in their options instead. (torch's FSDP1 has its type set by them.)
+
         RuntimeError for LOCAL_STATE_DICT, which is FSDP1's flat parameter and exists nowhere else, and for configs of another
         type than ``state_dict_type``'s.
         """
