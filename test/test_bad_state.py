@@ -10,8 +10,8 @@ from states import Wrap, assert_same, bits, fully_sharded, mesh_of, trained, wra
 from torch import nn, optim
 from torch.distributed.tensor import DTensor
 
+from torch_hsdp_ckpt import FullOptimStateDictConfig, StateDictType, fully_shard
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
-from torch_hsdp_ckpt import fully_shard
 
 
 def _model(rank: int) -> None:
@@ -231,6 +231,14 @@ def _optimizer(rank: int) -> None:
             assert_same(optimizer.state_dict(), before, message)
             assert optimizer.state_dict()["param_groups"] == groups
             assert all(s["step"] is step for s, step in zip(optimizer.state.values(), steps, strict=True))
+    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, None, FullOptimStateDictConfig(rank0_only=True)):
+        for item, message in ((torch.ones(3, 7).to_sparse(), "another kind"), (threading.Lock(), "can't be sent: TypeError")):
+            whole = FSDP.optim_state_dict(model, optimizer)  # the first rank's counts, the others have nothing
+            if rank == 0:
+                whole["state"][key]["exp_avg"] = item
+            with pytest.raises(ValueError, match=message):
+                FSDP.optim_state_dict_to_load(model, optimizer, whole, load_directly=True)
+            assert_same(optimizer.state_dict(), before, message)
     stranger = optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(ValueError, match="not the model's"):
         FSDP.optim_state_dict(model, stranger)

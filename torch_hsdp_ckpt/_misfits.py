@@ -9,6 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 _SHOWN = 50  # names in one error message
 
 
+def kind_of(tensor: torch.Tensor) -> tuple[torch.layout, bool, bool]:
+    """What tensors have to have in common to be copied into each other: (layout, quantized, nested)."""
+    return tensor.layout, tensor.is_quantized, tensor.is_nested
+
+
 def listed(problems: Sequence[str]) -> str:
     """``problems`` as the lines of an error message, all of them up to a sensible number."""
     rest = len(problems) - _SHOWN

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 
 from ._full_state import own_rows, spec_like
-from ._misfits import agree, listed
+from ._misfits import agree, kind_of, listed
 from ._precision import saved_dtype
 from ._unit import ShardedUnit, local_of
 
@@ -101,7 +101,7 @@ def misfit(entry: Entry, value: Any, same_dtype: bool) -> str | None:
     key, target = entry.key, entry.tensor
     if not isinstance(value, torch.Tensor):
         return f'"{key}" is a {type(value).__name__}, not a tensor'
-    if (value.layout, value.is_quantized, value.is_nested) != (target.layout, target.is_quantized, target.is_nested):
+    if kind_of(value) != kind_of(target):
         return (
             f'"{key}" is of another kind ({value.layout}, {value.dtype}) than the module\'s ({target.layout}, {target.dtype})'
         )

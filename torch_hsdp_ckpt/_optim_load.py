@@ -1,5 +1,6 @@
 """From a state by names to what ``Optimizer.load_state_dict`` takes: checked against the model, and cut where it is whole."""
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +10,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ._full_state import broadcast, broadcast_object, is_first, own_rows, rows_alone, scatter, spec_like
-from ._misfits import agree, listed
+from ._misfits import agree, kind_of, listed
 from ._optim_names import Names, in_order, match_groups
 from ._unit import local_of
+
+_DENSE = (torch.strided, False, False)
 
 
 class Remote(NamedTuple):
@@ -43,8 +46,15 @@ class Source:
         self.state: Any = state
         self.mesh = mesh
         self.tensors: list[torch.Tensor] = []
+        self.unsent = ""
         if mesh is not None:
-            self.state = broadcast_object(self._without_tensors(state) if is_first(mesh) else None, mesh)
+            packed = b""
+            if is_first(mesh):
+                try:
+                    packed = pickle.dumps((self._without_tensors(state), ""))
+                except Exception as error:  # the others wait for something
+                    packed = pickle.dumps((None, f"the first rank's state can't be sent: {type(error).__name__}: {error}"))
+            self.state, self.unsent = pickle.loads(broadcast_object(packed, mesh))
 
     def _without_tensors(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -53,7 +63,7 @@ class Source:
             return type(value)(self._without_tensors(item) for item in value)
         if isinstance(value, DTensor):
             return Remote(-1, tuple(value.shape), value.dtype)
-        if isinstance(value, torch.Tensor) and value.ndim:
+        if isinstance(value, torch.Tensor) and value.ndim and kind_of(value) == _DENSE:
             self.tensors.append(value)
             return Remote(len(self.tensors) - 1, tuple(value.shape), value.dtype)
         return value.cpu() if isinstance(value, torch.Tensor) else value
@@ -78,7 +88,10 @@ def import_state(
     saved = source.state
     problems: list[str] = []
     order: list[int] = []
-    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+    if source.unsent:
+        problems.append(source.unsent)
+        saved = {"state": {}}
+    elif not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
         problems.append(f'an optimizer state is a dict with "state" and "param_groups", not {_shown(saved)}')
         saved = {"state": {}}
     elif "param_groups" in saved:
@@ -192,6 +205,8 @@ def _misfit(where: str, value: Any, home: Home, current: Any, dtype: torch.dtype
             what = f"a {type(value).__name__}" if not isinstance(value, torch.Tensor) else "a single value"
             return f"{where} is {what}, the optimizer has a tensor of shape {tuple(current.shape)}"
         return None
+    if isinstance(value, torch.Tensor) and kind_of(value) != _DENSE:
+        return f"{where} is of another kind ({value.layout}, {value.dtype}) than the parameter's shards"
     shape, own = tuple(value.shape), tuple(parameter.shape)
     known = _has_elements(current)
     if known:
