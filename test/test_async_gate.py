@@ -288,6 +288,29 @@ def test_another_thread_trains(tmp_path: Path) -> None:
     run_ranks(_another_thread, 1, str(tmp_path))
 
 
+def _compiled(rank: int, path: str) -> None:
+    run = _Run(rank)
+    step = torch.compile(lambda: run.optimizer.step(), backend="eager")
+    for i in range(3):  # the first one is traced without a save in flight
+        run.gradients(i)
+        state = run.state()
+        expected = run.leaves(state)
+        if i == 0:
+            step()
+            continue
+        with _Late():
+            future = h.async_save(state, checkpoint_id=f"{path}/{i}")
+            assert not future.staging_completion.done()
+            step()
+        future.result(60)
+        assert future.step_wait_seconds > _LATE / 2
+        run.saved_is(f"{path}/{i}", expected)
+
+
+def test_a_compiled_step_waits_too(tmp_path: Path) -> None:
+    run_ranks(_compiled, 1, str(tmp_path))
+
+
 def _on_gpu(rank: int, path: str) -> None:
     run = _Run(rank, "cuda")
     for step in range(4):

@@ -42,6 +42,7 @@ class AsyncSave(Future[Any]):
     def __init__(self) -> None:
         super().__init__()
         self.staging_completion: Future[None] = Future()
+        self.staging_completion.set_running_or_notify_cancel()  # nobody can cancel what the save is written from
         self.staged_bytes = 0
         self.step_wait_seconds = 0.0
 

@@ -29,6 +29,7 @@ def hold() -> None:
         pending.hold()
 
 
+@torch._disable_dynamo  # part of a compiled step it would be traced, and no step would ever wait again
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _optimizers.add(optimizer)
     hold()
