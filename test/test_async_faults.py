@@ -173,6 +173,59 @@ def test_a_call_interrupted_while_it_waits_leaves_the_save_before_alone(tmp_path
         assert torch.equal(loaded(tmp_path / name, 3 << 20), torch.full((3 << 20,), value))
 
 
+class _Interrupting:
+    def state_dict(self) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def _interrupted_call(rank: int, path: str) -> None:
+    """Ctrl-C in one rank's call is raised there, and fails the save on every rank; nothing hangs, nothing stays shut."""
+    parameter = nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.9)
+    for value in (1.0, 2.0):
+        parameter.grad = torch.ones(10)
+        optimizer.step()
+        state = {"w": torch.full((50_000,), value), "optim": optimizer.state_dict()}
+        h.async_save(state, checkpoint_id=path).result(60)
+        if rank == 1:
+            with pytest.raises(KeyboardInterrupt):
+                h.async_save(state | {"it": _Interrupting()}, checkpoint_id=path)
+        else:
+            future = h.async_save(state | {"it": 1}, checkpoint_id=path)
+            assert isinstance(future.exception(60), h.CheckpointError)
+        optimizer.step()
+        with pytest.raises(h.CheckpointError, match=r"rank 1: .*the call was interrupted \(KeyboardInterrupt\)"):
+            h.async_save(state, checkpoint_id=path)
+        assert torch.equal(loaded(path), torch.full((50_000,), value))
+        dist.barrier()
+
+
+def test_a_call_that_is_interrupted_on_one_rank(tmp_path: Path) -> None:
+    run_ranks(_interrupted_call, 2, str(tmp_path / "c"))
+
+
+def test_calls_of_several_threads_take_turns(tmp_path: Path) -> None:
+    """They share the memory that is written from."""
+    wrong: list[Any] = []
+
+    def save(number: int) -> None:
+        for i in range(10):
+            value, path = float(100 * number + i), tmp_path / f"{number}-{i}"
+            h.async_save({"w": torch.full((2_000_000,), value)}, checkpoint_id=path).result(60)
+            if not torch.equal(loaded(path, 2_000_000), torch.full((2_000_000,), value)):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(os.listdir(tmp_path)) == 30
+
+
 class _Clamped(nn.Module):
     def __init__(self) -> None:
         super().__init__()

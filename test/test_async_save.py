@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from training import loss_of, wrap
 
 import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _C
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
@@ -146,6 +147,59 @@ def _failing(rank: int, path: str) -> None:
 
 def test_failures_forks_and_many_saves(tmp_path: Path) -> None:
     run_ranks(_failing, 4, str(tmp_path / "checkpoint"))
+
+
+def _futures(rank: int, path: str) -> None:
+    """Of two process groups at a time; callbacks, a caller that keeps no future, groups that are destroyed meanwhile."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    name, value = f"{path}/pair{rank // 2}", float(rank // 2)
+    state = {"w": torch.full((300_000,), value), f"rank{rank}": torch.full((7,), float(rank))}
+    for _ in range(2):
+        future = h.async_save(state, checkpoint_id=name, process_group=pairs[rank // 2])
+        of_all = h.async_save({"w": torch.ones(5)}, checkpoint_id=f"{path}/all")
+        assert future.done()  # one save in flight, of whatever group
+        target = {"w": torch.zeros(300_000), f"rank{rank}": torch.zeros(7)}
+        h.load(target, checkpoint_id=name, process_group=pairs[rank // 2])
+        assert _equal(target, state)
+        of_all.result(60)
+
+    seen: list[Any] = []
+    go_on, last = threading.Event(), threading.Event()
+
+    def raises(future: Any) -> None:
+        seen.append(threading.current_thread() is threading.main_thread())
+        raise ValueError("the callback's own")
+
+    def save_again(future: Any) -> None:
+        h.async_save({"w": torch.full((9,), 2.0)}, checkpoint_id=f"{path}/again").add_done_callback(lambda _: last.set())
+
+    _C._inject_fault(lambda op, path: 0 if op != "pwrite" or go_on.wait(60) else 0)
+    future = h.async_save({"w": torch.ones(300_000)}, checkpoint_id=f"{path}/all")
+    for callback in (raises, seen.append, save_again):
+        future.add_done_callback(callback)
+    with pytest.raises(TimeoutError):
+        future.result(0.05)
+    assert not future.cancel()
+    assert not future.staging_completion.cancel()  # else what is still to be copied would be written as it is
+    assert not future.done()
+    go_on.set()
+    assert last.wait(60)
+    _C._inject_fault(None)
+    assert seen == [False, future]
+    future.add_done_callback(lambda _: seen.append(threading.current_thread() is threading.main_thread()))
+    assert seen == [False, future, True]
+
+    future = h.async_save({"w": torch.full((300_000,), 3.0)}, checkpoint_id=f"{path}/end")
+    dist.destroy_process_group()
+    future.result(60)
+    for where, expected in (("again", torch.full((9,), 2.0)), ("end", torch.full((300_000,), 3.0))):
+        target = {"w": torch.zeros_like(expected)}
+        h.load(target, checkpoint_id=f"{path}/{where}")
+        assert torch.equal(target["w"], expected)
+
+
+def test_futures_and_groups(tmp_path: Path) -> None:
+    run_ranks(_futures, 4, str(tmp_path))
 
 
 def test_a_save_in_flight_is_finished_at_exit(tmp_path: Path) -> None:

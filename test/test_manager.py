@@ -159,6 +159,26 @@ def test_metadata_is_gone_for_good_before_any_data_file(tmp_path: Path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 
+def test_what_a_link_leads_to_is_not_deleted(tmp_path: Path) -> None:
+    """Somebody has moved a checkpoint to another disk; and other things lie in the root."""
+    manager = h.CheckpointManager(tmp_path / "run", keep_last=1)
+    manager.save(1, _state(1))
+    (tmp_path / "run" / "step-000001").rename(tmp_path / "archive")
+    (tmp_path / "run" / "step-000001").symlink_to(tmp_path / "archive")
+    for name in ("step-1", "step-0000002", "step-000003x", "notes"):
+        (tmp_path / "run" / name).mkdir()
+    (tmp_path / "run" / "step-000004").write_text("a file")
+    assert manager.steps() == [1]
+    target = _state(0)
+    assert manager.restore_latest(target) == 1
+    manager.save(5, _state(5))
+    assert manager.steps() == [5]
+    left = ["notes", "step-000003x", "step-000004", "step-0000002", "step-000005", "step-1"]
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(left)
+    h.load(target, checkpoint_id=tmp_path / "archive")
+    assert target["note"] == "step 1"
+
+
 def _run(rank: int, root: Path, asynchronous: bool) -> None:
     shape = (2, 2)
     model = wrap(even_net(), shape)
@@ -235,6 +255,22 @@ def _run(rank: int, root: Path, asynchronous: bool) -> None:
         manager.close()
         dist.barrier()
         assert manager.steps() == [1, 2]
+        # With SIGTERM the last step is saved first, since the process is to end.
+        with h.CheckpointManager(root / "failing", save_every=2, sigterm_deadline=60.0, asynchronous=True) as manager:
+            if rank == 2:
+                _C._inject_fault(lambda op, path: -28 if op == "fsync" and path.endswith(".distcp") else 0)
+            assert manager.save(4, state)
+            assert manager._in_flight is not None
+            assert isinstance(manager._in_flight.exception(60), OSError)
+            _C._inject_fault(None)
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert not manager.save(5, state)
+            with pytest.raises(OSError, match="rank 2"):
+                manager.save(7, state)
+            assert manager.preempted
+            assert manager.steps() == [1, 2, 7]
+            assert not manager.save(9, state)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

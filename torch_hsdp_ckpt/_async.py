@@ -1,7 +1,10 @@
 """``async_save``: planned at the call, copied behind a gate, written and committed in the background."""
 
+import functools
 import os
-from typing import Any, Literal
+import threading
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -20,12 +23,14 @@ from ._writer import FileSystemWriter
 from .errors import CheckpointError
 
 InFlight = Literal["wait", "raise", "replace"]
+_P, _T = ParamSpec("_P"), TypeVar("_T")
 
 
 class _InFlight:
     """The process's save in flight, and the memory that it writes from."""
 
     def __init__(self) -> None:
+        self.call = threading.Lock()  # a call of another thread would take the memory of a save that has yet to be in flight
         self.pool = StagingPool()
         self.job: Job | None = None
 
@@ -79,6 +84,16 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+def _one_at_a_time(call: Callable[_P, _T]) -> Callable[_P, _T]:
+    @functools.wraps(call)
+    def locked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _in_flight.call:
+            return call(*args, **kwargs)
+
+    return locked
+
+
+@_one_at_a_time
 def async_save(
     state_dict: dict[str, Any],
     *,
@@ -96,7 +111,7 @@ def async_save(
 ) -> Any:
     """Saves the state at the call while training goes on; ``torch.distributed.checkpoint.async_save``'s arguments and more.
 
-    Called by all ranks of ``process_group``, whose backend may be any. The checkpoint is the state at the call, bit for bit.
+    Called by all ranks of ``process_group``, whose backend may be any, on any thread: calls of several take turns. The checkpoint is the state at the call, bit for bit.
     Each rank copies what it will write, 1/R of its shard, into host memory that is kept for the next save. The parameters of
     this package's wrapped modules and the states of optimizers that have made a step are copied while training goes on, and the
     next ``optimizer.step()`` (as our own loading and ``summon_full_params``) waits for what is not copied yet; on CUDA its

@@ -77,6 +77,7 @@ class Job:
         # Held while the thread is started: one that runs Python code meanwhile keeps the call waiting for the interpreter's
         # lock, 5 ms each time.
         self._call = threading.Lock()
+        self._running = False
         self._opened = self._staged = False
         self._call_waits = False  # for the gate: what must be copied before the call returns has no place in memory
         self._captured: Captured | None = None  # where nothing but the ranks' agreement is needed to plan
@@ -95,6 +96,32 @@ class Job:
 
     def start(self, state_dict: dict[str, Any]) -> None:
         """Raises only what every rank raises, and Ctrl-C."""
+        try:
+            interrupt = self._prepare(state_dict)
+            self.started = True
+        finally:
+            if not self.started:
+                self._open_gate()
+        # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is finished.
+        try:
+            with self._call:
+                threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
+        except BaseException as error:
+            # No thread is to be had, or Ctrl-C came before it ran: then here and now, since the peers wait for this rank.
+            self._run()
+            if not isinstance(error, RuntimeError):
+                raise
+        if self._call_waits:
+            try:
+                self.future.staging_completion.result()
+            except BaseException:
+                self._given_up = CheckpointError(f"{self._writer.path}: interrupted while its state was being copied")
+                raise
+        if interrupt is not None:
+            raise interrupt
+
+    def _prepare(self, state_dict: dict[str, Any]) -> BaseException | None:
+        """All that the call does itself. Returns Ctrl-C, which the caller gets; the peers, and the next call, are told of it."""
         agreement = self._agreement
         try:
             state_dict, failure = values_of(state_dict)
@@ -114,7 +141,6 @@ class Job:
                 try:
                     self._open()
                 except BaseException:
-                    self._open_gate()
                     self._save.abandon()
                     raise
             try:
@@ -122,21 +148,11 @@ class Job:
             except BaseException as error:
                 self._error = error
                 self._open_gate()
-        # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is finished.
-        self.started = True
-        try:
-            with self._call:
-                threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
-        except RuntimeError:  # no thread is to be had: then here and now, since the peers wait for this rank
-            self._run()
-        if self._call_waits:
-            try:
-                self.future.staging_completion.result()
-            except BaseException:
-                self._given_up = CheckpointError(f"{self._writer.path}: interrupted while its state was being copied")
-                raise
-        if self._error is not None and not isinstance(self._error, Exception):
-            raise self._error  # Ctrl-C; the thread tells the peers
+        if self._error is None or isinstance(self._error, Exception):
+            return None
+        interrupt = self._error
+        self._error = CheckpointError(f"{self._writer.path}: the call was interrupted ({type(interrupt).__name__})")
+        return interrupt
 
     def _split(self, captured: Captured) -> None:
         """Which tensors have to be copied now; the gate for the others. Objects are copied."""
@@ -222,7 +238,9 @@ class Job:
 
     def _run(self) -> None:
         with self._call:
-            pass
+            if self._running:
+                return
+            self._running = True
         vote = b""
         try:
             # Before anything is copied: nobody loses time to a peer on this host that is still in its call.

@@ -91,8 +91,11 @@ def remove(checkpoint: Path) -> None:
 
     ``.metadata`` goes first, and that is on disk before a data file is touched: else a power loss could bring it back without
     the files it names. From then on the directory is plainly incomplete, which is what an interrupted delete leaves; the next
-    prune ends it.
+    prune ends it. Of a link to a checkpoint only the link goes: what it leads to is not this run's.
     """
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     metadata = checkpoint / ".metadata"
     if metadata.exists():
         metadata.unlink()

@@ -82,8 +82,8 @@ class CheckpointManager:
         ``state``: what ``dcp.save`` takes, its ``Stateful`` objects included, or a function that makes it, called only if there
         is something to save. After a SIGTERM that all ranks have agreed on, saves once more if the deadline has not passed.
 
-        Raises what the save raises, with ``asynchronous`` what the save before has raised, on every rank; the checkpoints that
-        are there stay.
+        Raises what the save raises, with ``asynchronous`` what the save before has raised (after a SIGTERM when this step has
+        been saved), on every rank; the checkpoints that are there stay.
         """
         remaining = None if self._preemption is None or self.preempted else self._preemption.remaining()
         last = remaining is not None
@@ -97,7 +97,13 @@ class CheckpointManager:
             return False
         if callable(state):
             state = state()
-        self._wait()
+        failed: Exception | None = None
+        try:
+            self._wait()
+        except Exception as error:
+            if not last:
+                raise
+            failed = error  # the process is to end: this step is saved first
         path = checkpoints.path_of(self.root, step)
         if not self.asynchronous:
             save(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
@@ -116,6 +122,8 @@ class CheckpointManager:
             future.add_done_callback(functools.partial(self._done, step, self._settled))
             if last:
                 self._wait()  # the process is to end; the deadline is for the whole save
+        if failed is not None:
+            raise failed
         return True
 
     def _done(self, step: int, settled: threading.Event, future: "Future[Any]") -> None:
