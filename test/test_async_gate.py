@@ -53,6 +53,7 @@ class _Run:
 
     def __init__(self, rank: int, device: str = "cpu") -> None:
         self.rank, self.device, self.net = rank, device, even_net()
+        self.ema: list[torch.Tensor] = []
         self.model = wrap(even_net(), (2, 2) if dist.get_world_size() == 4 else (1, 1), device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.gradients(0)
@@ -286,6 +287,78 @@ def _another_thread(rank: int, path: str) -> None:
 
 def test_another_thread_trains(tmp_path: Path) -> None:
     run_ranks(_another_thread, 1, str(tmp_path))
+
+
+class _Around:
+    """Somebody's own optimizer, which is none of torch's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def _ways_to_change(rank: int, path: str) -> None:
+    """Steps of any kind wait; averages that are saved along, and states that get other memory, do not have to."""
+
+    def scaled(run: _Run) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler.scale(torch.ones(()))
+        scaler.step(run.optimizer)
+
+    def in_a_thread(run: _Run) -> None:
+        thread = threading.Thread(target=run.optimizer.step)
+        thread.start()
+        thread.join()
+
+    def other_states(run: _Run) -> None:
+        state = copy.deepcopy(run.optimizer.state_dict())
+        for moments in state["state"].values():
+            moments["exp_avg"].add_(1)
+        run.optimizer.load_state_dict(state)
+
+    def averaged(run: _Run) -> None:
+        torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)(run.ema, list(run.model.parameters()), 1)
+
+    def changed(run: _Run, name: str, change: Callable[[_Run], Any]) -> float:
+        run.gradients(1)
+        run.ema = [p.detach() + 1 for p in run.model.parameters()]
+        state = run.state() | {"ema": {str(i): p for i, p in enumerate(run.ema)}}
+        expected, ema = run.leaves(run.state()), run.leaves(state["ema"])
+        with _Late():
+            future = h.async_save(state, checkpoint_id=f"{path}/{name}")
+            assert not future.staging_completion.done()
+            change(run)
+        future.result(60)
+        run.saved_is(f"{path}/{name}", expected)
+        target = {"ema": {name: torch.zeros_like(value) for name, value in state["ema"].items()}}
+        h.load(target, checkpoint_id=f"{path}/{name}")
+        assert all(torch.equal(a, b) for a, b in zip(run.leaves(target), ema, strict=True)), name
+        after = run.leaves(run.state()) + run.leaves({"ema": run.ema})
+        assert not all(torch.equal(a, b) for a, b in zip(after, expected + ema, strict=True)), name
+        return future.step_wait_seconds
+
+    run = _Run(rank)
+    for change in (
+        scaled,
+        in_a_thread,
+        lambda run: _Around(run.optimizer).step(),
+        lambda run: torch.no_grad()(run.optimizer.step)(),
+    ):
+        assert changed(run, f"waits-{change.__name__}", change) > _LATE / 2, change.__name__
+    for options in ({"fused": True}, {"foreach": True}, {"foreach": False, "fused": False}):
+        run = _Run(rank)
+        run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.1, **options)
+        run.optimizer.step()
+        assert changed(run, "-".join(options), lambda run: run.optimizer.step()) > _LATE / 2, options
+    run = _Run(rank)
+    for change in (averaged, other_states):
+        assert changed(run, change.__name__, change) == 0.0, change.__name__
+
+
+def test_ways_to_change_what_is_being_saved(tmp_path: Path) -> None:
+    run_ranks(_ways_to_change, 4, str(tmp_path))
 
 
 def _compiled(rank: int, path: str) -> None:
