@@ -173,7 +173,7 @@ def _futures(rank: int, path: str) -> None:
     def save_again(future: Any) -> None:
         h.async_save({"w": torch.full((9,), 2.0)}, checkpoint_id=f"{path}/again").add_done_callback(lambda _: last.set())
 
-    _C._inject_fault(lambda op, path: 0 if op != "pwrite" or go_on.wait(60) else 0)
+    _C._inject_fault(lambda op, path: 0 * (op == "pwrite" and go_on.wait(60)))
     future = h.async_save({"w": torch.ones(300_000)}, checkpoint_id=f"{path}/all")
     for callback in (raises, seen.append, save_again):
         future.add_done_callback(callback)

@@ -23,7 +23,8 @@ from ._writer import FileSystemWriter
 from .errors import CheckpointError
 
 InFlight = Literal["wait", "raise", "replace"]
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class _InFlight:
@@ -111,12 +112,12 @@ def async_save(
 ) -> Any:
     """Saves the state at the call while training goes on; ``torch.distributed.checkpoint.async_save``'s arguments and more.
 
-    Called by all ranks of ``process_group``, whose backend may be any, on any thread: calls of several take turns. The checkpoint is the state at the call, bit for bit.
-    Each rank copies what it will write, 1/R of its shard, into host memory that is kept for the next save. The parameters of
-    this package's wrapped modules and the states of optimizers that have made a step are copied while training goes on, and the
-    next ``optimizer.step()`` (as our own loading and ``summon_full_params``) waits for what is not copied yet; on CUDA its
-    stream does. Everything else is copied before the call returns. A thread then writes, votes and commits, over a Gloo group
-    of its own, exactly as :func:`save` does. Returns an :class:`AsyncSave`.
+    Called by all ranks of ``process_group``, whose backend may be any, on any thread: several take turns. The checkpoint
+    is the state at the call, bit for bit. Each rank copies what it will write, 1/R of its shard, into host memory that is kept
+    for the next save. The parameters of this package's wrapped modules and the states of optimizers that have made a step are
+    copied while training goes on, and the next ``optimizer.step()`` (as our own loading and ``summon_full_params``) waits for
+    what is not copied yet; on CUDA its stream does. Everything else is copied before the call returns. A thread then writes,
+    votes and commits, over a Gloo group of its own, exactly as :func:`save` does. Returns an :class:`AsyncSave`.
 
     ``async_stager``, process mode, and whatever :func:`save` leaves to DCP go to torch's own ``async_save``; the log says so.
 

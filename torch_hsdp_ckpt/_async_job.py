@@ -121,7 +121,7 @@ class Job:
             raise interrupt
 
     def _prepare(self, state_dict: dict[str, Any]) -> BaseException | None:
-        """All that the call does itself. Returns Ctrl-C, which the caller gets; the peers, and the next call, are told of it."""
+        """All that the call does itself. Returns Ctrl-C, for the caller; the peers, and the next call, are told of it."""
         agreement = self._agreement
         try:
             state_dict, failure = values_of(state_dict)

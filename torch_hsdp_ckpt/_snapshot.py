@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from . import _C
@@ -29,7 +30,7 @@ def hold() -> None:
         pending.hold()
 
 
-@torch._disable_dynamo  # part of a compiled step it would be traced, and no step would ever wait again
+@_disable_dynamo  # part of a compiled step it would be traced, and no step would ever wait again
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _optimizers.add(optimizer)
     hold()
