@@ -226,6 +226,30 @@ def test_calls_of_several_threads_take_turns(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 30
 
 
+def test_optimizers_that_are_new_while_a_save_asks_for_all_of_them(tmp_path: Path) -> None:
+    made: list[torch.optim.Optimizer] = []
+    stop, interval = threading.Event(), sys.getswitchinterval()
+
+    def train() -> None:
+        while not stop.is_set():
+            parameter = nn.Parameter(torch.ones(2))
+            parameter.grad = torch.ones(2)
+            made.append(torch.optim.SGD([parameter], lr=0.1, momentum=0.9))
+            made[-1].step()
+            del made[:-1000]
+
+    thread = threading.Thread(target=train)
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        for i in range(50):
+            h.async_save({"n": i}, checkpoint_id=tmp_path / "c").result(60)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
 class _Clamped(nn.Module):
     def __init__(self) -> None:
         super().__init__()

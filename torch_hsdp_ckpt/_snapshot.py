@@ -19,8 +19,9 @@ from .errors import CheckpointError
 
 # Units of wrapped modules; they add themselves. Not those with one shard: there the whole parameter is the shard's own memory,
 # and a forward that changes it in place (``clamp_`` of a logit scale) passes no gate and moves no counter of the shard.
-units: "weakref.WeakSet[Any]" = weakref.WeakSet()
-_optimizers: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()  # whose steps the hook has announced
+# By id, and no WeakSet: that can't be listed while another thread adds to it.
+units: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+_optimizers: "weakref.WeakValueDictionary[int, Optimizer]" = weakref.WeakValueDictionary()  # whose steps the hook has announced
 _pending: "Snapshot | None" = None  # what training has to wait for; one at a time
 
 
@@ -32,7 +33,7 @@ def hold() -> None:
 
 @_disable_dynamo  # part of a compiled step it would be traced, and no step would ever wait again
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _optimizers.add(optimizer)
+    _optimizers[id(optimizer)] = optimizer
     hold()
 
 
@@ -45,7 +46,8 @@ def find_guarded(live: _C.LiveState) -> tuple[_C.Watch, list[int], int]:
     They share their memory with a parameter of one of our units that an announced optimizer updates, or with a tensor of such
     an optimizer's state.
     """
-    return live.find_guarded([unit.sharded for unit in units], list(_optimizers))
+    sharded = [unit.sharded for ref in units.valuerefs() if (unit := ref()) is not None]
+    return live.find_guarded(sharded, [it for ref in _optimizers.valuerefs() if (it := ref()) is not None])
 
 
 def forget_in_child() -> None:

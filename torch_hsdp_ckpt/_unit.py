@@ -122,7 +122,7 @@ class ShardedUnit:
         self.showing_full = True
         self.show_sharded()
         if mesh.size(mesh.ndim - 1) > 1:
-            _snapshot.units.add(self)
+            _snapshot.units[id(self)] = self
 
     def _check(self, parameters: list[nn.Parameter], device: torch.device) -> None:
         for name, places, p in zip(self.names, self.slots, parameters, strict=True):
