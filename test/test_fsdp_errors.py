@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap
 
-from torch_hsdp_ckpt import FullyShardedDataParallel, ShardingStrategy
+from torch_hsdp_ckpt import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
 
 class EitherBlock(nn.Module):
@@ -51,6 +51,74 @@ def _kept_gradients(rank: int) -> None:
             ours(x[rank], "a").square().mean().backward()
         ours(x[rank], "b").square().mean().backward()
         assert_close(grads(ours), mean_grads(net, loss))
+
+
+def _kept_gradients_of_changed_parameters(rank: int) -> None:
+    """Unfreezing and converting in the middle of an accumulation lose nothing; freezing what has a gradient is refused."""
+    net = NETS["uneven"]()
+    net.head.bias.requires_grad_(False)
+    for change in ("unfreeze", "convert"):
+        ours, single = wrap(copy.deepcopy(net)), copy.deepcopy(net)
+        dtype = torch.float64 if change == "convert" else torch.float32
+        with ours.no_sync():
+            loss_of(ours, batch(net, 0, rank)).backward()
+        for r in range(4):
+            (loss_of(single, batch(net, 0, r)) / 4).backward()
+        for model in (ours, single):
+            model.double() if change == "convert" else model.head.bias.requires_grad_(True)
+        loss_of(ours, batch(net, 1, rank).to(dtype)).backward()
+        for r in range(4):
+            (loss_of(single, batch(net, 1, r).to(dtype)) / 4).backward()
+        assert_close(grads(ours), {name: p.grad for name, p in single.named_parameters()})
+
+    ours = wrap(copy.deepcopy(net))
+    with ours.no_sync():
+        loss_of(ours, batch(net, 0, rank)).backward()
+    ours.head.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"of unit \(outermost\) \(Net\) holds a gradient that has not been reduced"):
+        ours(batch(net, 0, rank))
+    ours.zero_grad()
+    loss_of(ours, batch(net, 1, rank)).backward()
+    assert ours.head.weight.grad is None
+
+    def fail(grad: torch.Tensor) -> None:
+        raise KeyError("asked for")
+
+    # A backward that raised has left gradients too, of half a unit. Those nobody wants.
+    up = ours.blocks[1].up
+    handle = up.register_forward_hook(lambda _, args, out: out.register_hook(fail) and None)
+    with pytest.raises(KeyError, match="asked for"):
+        loss_of(ours, batch(net, 0, rank)).backward()
+    handle.remove()
+    ours.zero_grad()
+    ours.blocks[1].down.requires_grad_(False)
+    loss_of(ours, batch(net, 1, rank)).backward()
+    assert ours.blocks[1].down.weight.grad is None and ours.blocks[1].up.weight.grad is not None
+
+
+def _zero_grad_of_what_waits(rank: int) -> None:
+    """The model's zero_grad forgets what no_sync, or a backward without an all-reduce, has kept; a wrapper's inside its own."""
+    net = NETS["uneven"]()
+    once = mean_grads(net, lambda n, r: loss_of(n, batch(net, 1, r)))
+    face = copy.deepcopy(net)
+    for module in (*face.blocks, face):
+        fully_shard(module, mesh=mesh_of((2, 2)))
+    for set_to_none in (True, False):
+        for keep in (face.set_requires_gradient_sync, face.set_requires_all_reduce):
+            keep(False)
+            loss_of(face, batch(net, 0, rank)).backward()
+            keep(True)
+            face.zero_grad(set_to_none)
+            loss_of(face, batch(net, 1, rank)).backward()
+            assert_close(grads(face), once)
+            face.zero_grad()
+    ours = wrap(copy.deepcopy(net))
+    with ours.no_sync():
+        loss_of(ours, batch(net, 0, rank)).backward()
+    ours.blocks[1].zero_grad()
+    loss_of(ours, batch(net, 1, rank)).backward()
+    both = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r)) + loss_of(n, batch(net, 1, r)))
+    assert_close(grads(ours), {name: (once if name.startswith("blocks.1.") else both)[name] for name in both})
 
 
 def _nothing_left_behind(rank: int) -> None:
@@ -137,7 +205,8 @@ def _refusals(rank: int) -> None:
 
 
 def test_after_errors_and_around_them() -> None:
-    run_checks(4, _kept_gradients, _nothing_left_behind, _groups_are_made_once, _norms, _ignored, _refusals)
+    checks = (_kept_gradients, _kept_gradients_of_changed_parameters, _zero_grad_of_what_waits)
+    run_checks(4, *checks, _nothing_left_behind, _groups_are_made_once, _norms, _ignored, _refusals)
 
 
 # -- one rank's own error, and ranks that part ways

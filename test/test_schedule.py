@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from models import Net, batch
-from ranks import run_checks
+from ranks import memory_of, run_checks
 from torch import nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -129,6 +129,22 @@ def _what_forward_frees(rank: int) -> None:
         assert _in_memory(units) == "..."
 
 
+def _memory_of_what_backward_skips(rank: int) -> None:
+    """Units that no rank's backward reaches are gathered all the same, in case a peer's does; never all at once."""
+    layers = 24
+    net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(layers)], nn.Linear(1024, 4))  # 4 MiB each, but for the last
+    for layer in net[:layers]:
+        fully_shard(layer.requires_grad_(False), mesh=mesh_of((2,)))
+    ours = fully_shard(net, mesh=mesh_of((2,)))
+
+    def step() -> None:
+        ours(torch.ones(2, 1024)).sum().backward()
+
+    for _ in range(2):
+        step()
+    assert memory_of(step) < layers * (4 << 20) * 3 // 4
+
+
 def _not_the_last_backward(rank: int) -> None:
     torch.manual_seed(0)
     net = Net(6, 10, 3, blocks=1)
@@ -183,5 +199,6 @@ def test_when_units_gather_free_and_reduce() -> None:
         _gathers_are_started_ahead,
         _gathers_are_started_as_told,
         _what_forward_frees,
+        _memory_of_what_backward_skips,
         _not_the_last_backward,
     )

@@ -121,6 +121,33 @@ def _read_inside(rank: int, face: str) -> None:
         assert torch.equal(p.grad._local_tensor, q.grad._local_tensor)
 
 
+def _settings_wait(rank: int) -> None:
+    """Another thread's unshard() and reshard() wait for the backward that is under way here, which computes what it would."""
+    x = batch(NETS["uneven"](), 0, rank)
+    model, reference = (_wrapped_as("function", "uneven") for _ in range(2))
+    reference(x).square().mean().backward()
+    for ask in (model.blocks[0].reshard, model.blocks[0].unshard):
+        with ThreadPoolExecutor() as threads:
+            waiting: list[Future] = []
+
+            def look(*_: object, ask=ask, waiting=waiting, threads=threads) -> None:
+                waiting.append(threads.submit(ask))
+                with pytest.raises(TimeoutError):
+                    waiting[0].result(timeout=0.2)
+
+            handle = model.blocks[1].up.register_full_backward_hook(look)
+            model.zero_grad()
+            model(x).square().mean().backward()
+            handle.remove()
+            waiting[0].result()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            if isinstance(p, DTensor):  # the first block's are whole now
+                assert torch.equal(p.grad._local_tensor, q.grad._local_tensor)
+    assert not isinstance(model.blocks[0].up.weight, DTensor)
+    model.blocks[0].reshard()
+    assert isinstance(model.blocks[0].up.weight, DTensor)
+
+
 class _Asks:
     """A key of an optimizer's state: what is done when its name is asked for, which is on the way to the gathers."""
 
@@ -182,6 +209,7 @@ def _read_while_it_runs(rank: int) -> None:
     for face in ("class", "function"):
         _read_beside(rank, face)
         _read_inside(rank, face)
+    _settings_wait(rank)
     _gathers_in_its_turn(rank)
     _roots_of_two_models(rank)
 

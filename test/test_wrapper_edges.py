@@ -245,6 +245,113 @@ def _gradient_penalty(rank: int) -> None:
         assert not any(p.grad.requires_grad for p in ours.parameters())
 
 
+class Either(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Block(6, 10), Block(6, 10)
+
+    def forward(self, x: torch.Tensor, use: str) -> torch.Tensor:
+        return getattr(self, use)(x)
+
+
+def _penalty_of_a_unit_that_ran_before(rank: int) -> None:
+    """The graph of gradients needs a unit that no later forward runs, with the values that it had; then it runs again."""
+    torch.manual_seed(0)
+    net = Either()
+
+    def loss(model: nn.Module, r: int) -> torch.Tensor:
+        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(r), requires_grad=True)
+        (inner,) = torch.autograd.grad(model(x, "a").square().sum(), x, create_graph=True)
+        with torch.no_grad():
+            model(x, "b")
+        return inner.square().mean()
+
+    for ours in (wrap(copy.deepcopy(net)), wrap(copy.deepcopy(net), backward_prefetch=None)):
+        single = copy.deepcopy(net)
+        for _ in range(3):
+            ours.zero_grad()
+            loss(ours, rank).backward()
+            assert_close(grads(ours), mean_grads(single, loss))
+            with torch.no_grad():
+                for p, q in zip(ours.parameters(), single.parameters(), strict=True):
+                    p.mul_(0.9)
+                    q.mul_(0.9)
+        assert sum(p.untyped_storage().nbytes() for _, runner in named_runners(ours) for p in runner.unit.full) == 0
+
+
+class Forces(nn.Module):
+    """Gradients of its blocks within its forward, with parameters of its own before and after."""
+
+    def __init__(self, create_graph: bool, backward: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.scale, self.head = Block(6, 10), Block(6, 10), nn.Parameter(torch.ones(6)), nn.Linear(6, 2)
+        self.create_graph, self.backward = create_graph, backward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x * self.scale).detach().requires_grad_()
+        with torch.enable_grad():
+            energy = self.b(self.a(x) * self.scale).square().sum()
+            if self.backward:
+                (0.5 * energy).backward(retain_graph=True)
+            (force,) = torch.autograd.grad(energy, x, create_graph=self.create_graph)
+        return self.head(self.a(force * self.scale))
+
+
+def _gradients_within_a_forward(rank: int) -> None:
+    """Between steps an evaluation without gradients does the same. FSDP2 has put its shards back by then."""
+    for create_graph, backward in ((True, False), (False, False), (False, True)):
+        torch.manual_seed(0)
+        net = Forces(create_graph, backward)
+        x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+        singles = [copy.deepcopy(net) for _ in range(4)]  # not mean_grads, which divides losses: not what forward adds itself
+        for single, own in zip(singles, x, strict=True):
+            loss_of(single, own).backward()
+        expected = {
+            name: None if own[0].grad is None else torch.stack([p.grad for p in own]).mean(0)
+            for (name, _), *own in zip(net.named_parameters(), *(single.parameters() for single in singles), strict=True)
+        }
+        for ours in (wrap(copy.deepcopy(net)), wrap(copy.deepcopy(net), (4,))):
+            for _ in range(2):
+                ours.zero_grad()
+                loss_of(ours, x[rank]).backward()
+                assert_close(grads(ours), expected)
+                if not backward:
+                    with torch.no_grad():
+                        torch.testing.assert_close(ours(x[rank]), net(x[rank]))
+                assert all(isinstance(p, DTensor) for p in ours.parameters())
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(6, 6) / 3), nn.Parameter(torch.randn(6, 6) / 3)
+
+    def forward(self, x: torch.Tensor, use: bool) -> torch.Tensor:
+        return x @ self.one + (x @ self.two if use else 0.0)
+
+
+def _roots_of_their_own(rank: int) -> None:
+    """Units of one size without a wrapper around them: a rank that lacks a gradient in one reduces it later than its peers,
+    after another one's, and neither gets the other one's gradient."""
+    torch.manual_seed(0)
+    net = nn.ModuleList(Part() for _ in range(4))
+    for shape in ((4,), (2, 2)):
+        ours = copy.deepcopy(net)
+        for part in ours:
+            fully_shard(part, mesh=mesh_of(shape))
+
+        def loss(parts: nn.ModuleList, r: int) -> torch.Tensor:
+            x = torch.randn(3, 6, generator=torch.Generator().manual_seed(r))
+            for i, part in enumerate(parts):
+                x = part(x, r % 2 == 0 or i != 2)
+            return x.square().mean()
+
+        for _ in range(3):
+            ours.zero_grad()
+            loss(ours, rank).backward()
+            assert_close(grads(ours), mean_grads(net, loss))
+
+
 def _dtypes_that_nothing_computes_in(rank: int) -> None:
     net = NETS["even"]()
     for dtypes in ({"param_dtype": torch.int8}, {"reduce_dtype": torch.float8_e5m2}):
@@ -340,5 +447,6 @@ def test_edges_of_arguments_and_methods() -> None:
     run_checks(
         4,
         _synchronised_buffers, _written_gradients, _some_ranks, _lambda_policy, _forward_methods, _tensor_parallel,
-        _gradient_penalty, _dtypes_that_nothing_computes_in, _changing_the_import,
+        _gradient_penalty, _penalty_of_a_unit_that_ran_before, _gradients_within_a_forward, _roots_of_their_own,
+        _dtypes_that_nothing_computes_in, _changing_the_import,
     )  # fmt: skip

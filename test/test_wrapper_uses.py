@@ -1,8 +1,12 @@
 """What training scripts do around a wrapped module: autocast, loss scaling, compiling, conversions, hooks, odd settings."""
 
 import copy
+import dataclasses
 import os
+from collections import OrderedDict, UserDict, UserList
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -283,6 +287,95 @@ def _dtypes_of_buffers_inputs_and_scaled_gradients(rank: int) -> None:
         torch.testing.assert_close(before[name] - full(p), expected[name], rtol=2e-2, atol=2e-3)
 
 
+class Named(dict):
+    """A dict of another class, as libraries return them; no pytree."""
+
+
+@dataclasses.dataclass
+class Result:
+    inner: Any = None
+    other: Any = None
+
+
+RESULTS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]] = {
+    "dict's subclass": (lambda y: Named(out=y), lambda result: result["out"]),
+    "OrderedDict's subclass": (lambda y: type("Ordered", (OrderedDict,), {})(out=y), lambda result: result["out"]),
+    "UserDict in a list": (lambda y: [None, UserDict(out=y)], lambda result: result[1]["out"]),
+    "set": (lambda y: {y}, lambda result: next(iter(result))),
+    "list's subclass": (lambda y: type("Items", (list,), {})([y]), lambda result: result[0]),
+    "UserList": (lambda y: UserList([y]), lambda result: result[0]),
+    "dataclass": (lambda y: Result(None, {"a": [Named(out=y)]}), lambda result: result.other["a"][0]["out"]),
+    "packed": (lambda y: nn.utils.rnn.pack_padded_sequence(y[None], [3], batch_first=True), lambda result: result.data),
+}
+
+
+class Returning(nn.Module):
+    """Its backward needs the full parameters, which only what it returns announces."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner, self.kind = nn.Linear(6, 6), kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return RESULTS[self.kind][0](torch.tanh(self.inner(torch.tanh(self.inner(x)))))
+
+
+class TakingApart(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Returning(kind) for _ in range(2))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = RESULTS[part.kind][1](part(x))
+        return self.head(x)
+
+
+def _results_of_any_kind(rank: int) -> None:
+    x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+    for kind in RESULTS:
+        torch.manual_seed(0)
+        net = TakingApart(kind)
+        expected = mean_grads(net, lambda n, r: loss_of(n, x[r]))
+        face = copy.deepcopy(net)
+        for module in (*face.parts, face):
+            fully_shard(module, mesh=mesh_of((2, 2)), reshard_after_forward=True)
+        for ours in (face, wrap(copy.deepcopy(net), policy=ModuleWrapPolicy({Returning}))):
+            for _ in range(2):
+                ours.zero_grad()
+                loss_of(ours, x[rank]).backward()
+                assert_close(grads(ours), expected)
+
+
+def _converted_past_the_wrapper(rank: int) -> None:
+    """``to`` and its kin of a plain module inside a unit: the unit follows, with the values that come after."""
+    net = NETS["uneven"]()
+    for make in (wrap, shard):
+        ours, plain = make(copy.deepcopy(net)), copy.deepcopy(net)
+        loss_of(ours, batch(net, 0, rank)).backward()
+        ours.zero_grad()
+        ours.blocks[0].up.double()
+        ours.blocks[0].up.float()
+        (ours.module if make is wrap else ours).head.double()
+        plain.head.double()
+        with torch.no_grad():
+            for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+                p.mul_(0.5)
+                q.mul_(0.5)
+
+        def loss(n: nn.Module, r: int) -> torch.Tensor:
+            handle = n.head.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+            try:
+                return loss_of(n, batch(net, 1, r))
+            finally:
+                handle.remove()
+
+        loss(ours, rank).backward()
+        assert ours.head.weight.dtype == ours.head.weight.grad.dtype == torch.float64
+        assert_close(grads(ours), mean_grads(plain, loss))
+
+
 def _given_initialisation(rank: int) -> None:
     def fill(module: nn.Module) -> None:
         module.to_empty(device="cpu", recurse=False)
@@ -388,11 +481,13 @@ def _other_shapes_of_use(rank: int) -> None:
 
 
 def test_around_a_step() -> None:
-    run_checks(4, _retain_graph, _autocast_and_scaler, _half, _dtypes_of_buffers_inputs_and_scaled_gradients)
+    run_checks(
+        4, _results_of_any_kind, _retain_graph, _autocast_and_scaler, _half, _dtypes_of_buffers_inputs_and_scaled_gradients
+    )
 
 
 def test_settings_and_construction() -> None:
-    run_checks(4, _given_initialisation, _more_settings, _other_shapes_of_use)
+    run_checks(4, _given_initialisation, _more_settings, _other_shapes_of_use, _converted_past_the_wrapper)
 
 
 def test_compiled() -> None:

@@ -64,10 +64,7 @@ class FSDPModule:
 
     def reshard(self) -> None:
         """Frees this module's full parameters, if they are there, and puts the sharded ones into the module."""
-        runner = _runner(self)
-        if runner.root is not None:
-            runner.root.schedule.release(runner.unit.core)
-        runner.unit.show_sharded()
+        _runner(self).free()
 
     def set_requires_gradient_sync(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
         """Whether the next backwards reduce gradients, or keep them whole on this rank; the same on all ranks."""
@@ -168,8 +165,9 @@ class FSDPModule:
             yield runner.unit
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left the full ones in place."""
-        _runner(self).reset()
+        """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left the full ones in place;
+        and of gradients that wait for a backward that reduces them, which an optimizer's ``zero_grad`` does not know of."""
+        _runner(self).drop_gradients()
         super().zero_grad(set_to_none)  # type: ignore[misc]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

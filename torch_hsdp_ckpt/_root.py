@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections import UserList
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,8 @@ from ._unit import ShardedUnit, _weak
 _reduce_group_names: "WeakKeyDictionary[dist.ProcessGroup, str]" = WeakKeyDictionary()
 _peer_group_names: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], str]]" = WeakKeyDictionary()
 
+_next_channel = 0  # of the next root: above all that any of its ranks has given to one
+
 _TEXT_WORDS = 64  # of 8 bytes: what a rank says about a module that others don't have
 
 
@@ -32,11 +35,12 @@ class Root:
     backward. Collective over the mesh; raises RuntimeError on every rank if the ranks have wrapped different modules."""
 
     def __init__(self, units: list[ShardedUnit], prefetch: int) -> None:
+        global _next_channel
         self.units = units
         try:
             peers = _peers(units[0].mesh)
             if peers is not None:
-                _check_same(peers, units)
+                _next_channel = _check_same(peers, units)
         except _DifferentModules:
             raise
         except RuntimeError as error:
@@ -52,7 +56,9 @@ class Root:
             names = groups[unit.mesh]
             if names is not None:
                 unit.collectives.set_reduce_groups(*names)
+            unit.collectives.set_channel(_next_channel)
             unit.bind(self.schedule)
+        _next_channel += 1
 
     @staticmethod
     def in_backward() -> bool:
@@ -62,6 +68,16 @@ class Root:
     def _end_backward(self) -> None:
         for unit in self.units:
             unit.show_sharded()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within the block forwards and backwards of other threads wait; it waits for them, not for this thread's own."""
+        first = self.schedule.take_turn()
+        try:
+            yield
+        finally:
+            if first:
+                self.schedule.end_read()
 
     @contextmanager
     def reading(self, whole: str = "", put_back: bool = True) -> Iterator[None]:
@@ -166,14 +182,15 @@ def _words(data: bytes) -> list[int]:
     return [int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, len(data), 8)]
 
 
-def _check_same(peers: _C.Peers, units: list[ShardedUnit]) -> None:
-    """All ranks have the same units, in the same order; RuntimeError on every rank with the first one that differs."""
+def _check_same(peers: _C.Peers, units: list[ShardedUnit]) -> int:
+    """All ranks have the same units, in the same order; RuntimeError on every rank with the first one that differs. Returns a
+    channel that none of the ranks has used."""
     described = [unit.describe() for unit in units]
     digests = [hashlib.sha256(text.encode()).digest() for text in described]
-    everyone = peers.exchange([len(units), *_words(hashlib.sha256(b"".join(digests)).digest())])
-    if all(words == everyone[0] for words in everyone):
-        return
-    count = max(words[0] for words in everyone)
+    everyone = peers.exchange([_next_channel, len(units), *_words(hashlib.sha256(b"".join(digests)).digest())])
+    if all(words[1:] == everyone[0][1:] for words in everyone):
+        return max(words[0] for words in everyone)
+    count = max(words[1] for words in everyone)
     short = [_words(digest)[0] for digest in digests] + [0] * (count - len(digests))
     by_rank = peers.exchange(short)
     first = next(i for i in range(count) if len({words[i] for words in by_rank}) > 1)
@@ -190,7 +207,7 @@ def _check_same(peers: _C.Peers, units: list[ShardedUnit]) -> None:
 
 
 def flat_tensors(outputs: Any) -> list[torch.Tensor]:
-    """The tensors in a module's result, whatever pytree or dataclass they are in."""
+    """The tensors in a module's result, whatever pytrees, dataclasses, mappings, lists and sets they are in."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
     found: list[torch.Tensor] = []
@@ -200,4 +217,8 @@ def flat_tensors(outputs: Any) -> list[torch.Tensor]:
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             for field in dataclasses.fields(leaf):
                 found += flat_tensors(getattr(leaf, field.name))
+        elif isinstance(leaf, Mapping):  # subclasses of dict are no pytrees
+            found += flat_tensors(list(leaf.values()))
+        elif isinstance(leaf, (list, tuple, Set, UserList)):
+            found += flat_tensors(list(leaf))
     return found

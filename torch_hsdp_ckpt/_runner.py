@@ -56,9 +56,18 @@ class Runner:
     def hold(self, wait: bool) -> None:
         """Gathers outside of a forward; with ``wait`` the module shows the full parameters when this returns."""
         root = self.root or self.make_root()
-        root.schedule.hold(self.unit.core, wait)
-        if wait:
-            self.unit.show_full()
+        with root.turn():
+            root.schedule.hold(self.unit.core, wait)
+            if wait:
+                self.unit.show_full()
+
+    def free(self) -> None:
+        """Ends ``hold``, or what a setting has kept after forward or backward."""
+        if self.root is None:
+            return
+        with self.root.turn():
+            self.root.schedule.release(self.unit.core)
+            self.unit.show_sharded()
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the module can be used again."""
@@ -141,6 +150,14 @@ class Runner:
         """The sharded parameters are in their slots and nothing derived from them is in flight."""
         if self.root is not None:
             self.root.reset()
+
+    def drop_gradients(self) -> None:
+        """Before ``zero_grad``: forgets gradients that wait for a backward that reduces, here and in wrapped modules inside."""
+        self.reset()
+        for reference in self.modules:
+            if (module := reference()) is not None:
+                for _, runner in named_runners(module):
+                    runner.unit.core.drop_kept()
 
     def apply_to_shards(self, apply: Callable[[], Any]) -> None:
         """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again afterwards."""

@@ -20,6 +20,7 @@ from . import _C, _snapshot
 
 # What gradients can be reduced in, and mixed precision can compute in.
 REDUCED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LOCAL = operator.attrgetter("_local_tensor")
 _OWNER = "_hsdp_ckpt_owner"  # on an original parameter: the unit that has sharded it
 
 
@@ -205,18 +206,19 @@ class ShardedUnit:
                 schedule.end_read()
 
     def _bind(self, schedule: _C.Schedule) -> None:
-        self.schedule = schedule
-        self._flags = [p.requires_grad for p in self.sharded]
-        self._trainable = [i for i, flag in enumerate(self._flags) if flag]
+        flags = [p.requires_grad for p in self.sharded]
+        trainable = [i for i, flag in enumerate(flags) if flag]
         if self._grad_dtype is not None:
-            for i in self._trainable:
+            for i in trainable:
                 self.sharded[i].grad_dtype = self._grad_dtype  # autograd's leave to have a gradient of another dtype
         # Not as inference tensors, if the first forward happens to be an evaluation: a later one may need gradients.
         with torch.inference_mode(False), torch.no_grad():
             pairs = zip(self.core.empty_full(), self.sharded, strict=True)
-            self.full = [nn.Parameter(full, requires_grad=sharded.requires_grad) for full, sharded in pairs]
-        for full, attributes in zip(self.full, self._attributes, strict=True):
+            every_full = [nn.Parameter(full, requires_grad=sharded.requires_grad) for full, sharded in pairs]
+        for full, attributes in zip(every_full, self._attributes, strict=True):
             full.__dict__.update(attributes)
+        schedule.add(self.core, every_full, trainable)  # first: where it refuses, all is as it was
+        self.schedule, self.full, self._flags, self._trainable = schedule, every_full, flags, trainable
         every = [(slot, full) for places, full in zip(self.slots, self.full, strict=True) for slot in places]
         plain = [type(slot.module).__setattr__ is nn.Module.__setattr__ for slot, _ in every]
         self._fast = [(slot.module._parameters, slot.name, p) for (slot, p), ok in zip(every, plain, strict=True) if ok]
@@ -225,7 +227,6 @@ class ShardedUnit:
         self._slow_shown = [p for p, ok in zip(kept, plain, strict=True) if not ok]
         self._slow = [pair for pair, ok in zip(every, plain, strict=True) if not ok]
         self._forget_gradients()
-        schedule.add(self.core, self.full, self._trainable)
 
     def describe(self) -> str:
         """One line of all that has to be the same on every rank."""
@@ -247,6 +248,8 @@ class ShardedUnit:
         if not self.showing_full and self._shown is not None:
             if not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
                 self._raise_replaced(self._shown)
+        if not all(map(operator.is_, map(_LOCAL, self.sharded), self._bound)):
+            self.rebind()  # to(), double() and the like of a module inside, past the wrapper
         if self._flags != [p.requires_grad for p in self.sharded] and self.schedule is not None:
             self.bind(self.schedule)
 

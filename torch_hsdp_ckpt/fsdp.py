@@ -237,8 +237,9 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         return [f for f in found if id(f) not in inner]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left the full ones in place."""
-        self._reset()
+        """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left the full ones in place;
+        and of what ``no_sync`` has kept, which an optimizer's ``zero_grad`` does not know of."""
+        self._runner.drop_gradients()
         super().zero_grad(set_to_none)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:

@@ -14,7 +14,6 @@ using OpPtr = c10::intrusive_ptr<c10d::ReduceOp>;
 using Works = Collectives::Works;
 
 constexpr int64_t kDefaultTimeout = -1;  // what the group was made with
-constexpr int64_t kTag = 0x4853;         // so that a user's own messages in a mesh's group are not taken for ours
 
 // On a CUDA stream the backend orders the operation itself; only the CPU has somebody to wait for.
 bool Async(const at::Tensor& tensor) { return tensor.is_cpu(); }
@@ -27,14 +26,14 @@ auto FindOp(const char* name) {
 }
 
 // The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup were renamed in between.
-void Send(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, Works& works) {
+void Send(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, int64_t tag, Works& works) {
   static const auto op = FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::send");
-  if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, kTag));
+  if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, tag));
 }
 
-void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, Works& works) {
+void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, int64_t tag, Works& works) {
   static const auto op = FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::recv_");
-  if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, kTag));
+  if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, tag));
 }
 
 }  // namespace
@@ -74,11 +73,11 @@ Works Collectives::AllGather(const std::vector<Cut>& runs) const {
     // other one's first.
     for (int64_t step = 1; step < shards_; ++step) {
       const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
-      for (const Cut& cut : runs) Receive(cut.piece(peer), group, peer, works);
+      for (const Cut& cut : runs) Receive(cut.piece(peer), group, peer, tag_, works);
     }
     for (int64_t step = 1; step < shards_; ++step) {
       const int64_t peer = (shard_rank_ + step) % shards_;
-      for (const Cut& cut : runs) Send(cut.piece(shard_rank_), group, peer, works);
+      for (const Cut& cut : runs) Send(cut.piece(shard_rank_), group, peer, tag_, works);
     }
     return works;
   }
@@ -122,11 +121,11 @@ Works Collectives::ExchangePieces(const std::vector<Cut>& runs, const std::vecto
   Works works;
   for (int64_t step = 1; step < shards_; ++step) {
     const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
-    for (const at::Tensor& piece : inbox.at(static_cast<size_t>(peer))) Receive(piece, group, peer, works);
+    for (const at::Tensor& piece : inbox.at(static_cast<size_t>(peer))) Receive(piece, group, peer, tag_, works);
   }
   for (int64_t step = 1; step < shards_; ++step) {
     const int64_t peer = (shard_rank_ + step) % shards_;
-    for (const Cut& cut : runs) Send(cut.piece(peer), group, peer, works);
+    for (const Cut& cut : runs) Send(cut.piece(peer), group, peer, tag_, works);
   }
   return works;
 }
@@ -135,8 +134,8 @@ Works Collectives::SwapReplicas(const at::Tensor& output, const at::Tensor& inbo
   const GroupPtr group = c10d::resolve_process_group(replica_group_.value());
   const int64_t peer = 1 - group->getRank();
   Works works;
-  Receive(inbox, group, peer, works);
-  Send(output, group, peer, works);
+  Receive(inbox, group, peer, tag_, works);
+  Send(output, group, peer, tag_, works);
   return works;
 }
 

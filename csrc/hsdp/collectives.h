@@ -53,6 +53,9 @@ class Collectives {
 
   /// Groups of the same ranks for the reductions alone. Until this is called the reductions use the groups given above.
   void SetReduceGroups(std::string shard_group, std::optional<std::string> replica_group);
+  /// A number for what is sent point to point, the same on all ranks of the groups and another one for every outermost
+  /// module: the ranks agree on an order of messages within each of these, not between them.
+  void SetChannel(int64_t channel) { tag_ = kFirstTag + channel; }
 
   int64_t rank() const { return rank_; }
   int64_t shards() const { return shards_; }
@@ -84,11 +87,14 @@ class Collectives {
   double pre_scale(at::ScalarType dtype) const;
 
  private:
+  static constexpr int64_t kFirstTag =
+      0x4853'0000;  // so that a user's own messages in a mesh's group are not taken for ours
+
   bool backend_is(const char* name, c10::DeviceType device) const;
 
   std::string gather_group_, reduce_group_;
   std::optional<std::string> replica_group_;
-  int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1;
+  int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1, tag_ = kFirstTag;
 };
 
 /// Waits for all `works` and forgets them. The first failure is thrown at once, as torch's DistBackendError; the group is

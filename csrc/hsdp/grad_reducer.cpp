@@ -288,6 +288,10 @@ bool GradReducer::has_partial() const {
   return std::any_of(buckets_.begin(), buckets_.end(), [](const auto& bucket) { return bucket->partial.defined(); });
 }
 
+void GradReducer::DropPartial() {
+  for (const auto& bucket : buckets_) bucket->partial.reset();
+}
+
 std::vector<size_t> GradReducer::Unused() const {
   std::vector<size_t> unused;
   if (std::find(used_here_.begin(), used_here_.end(), false) == used_here_.end()) return unused;

@@ -58,6 +58,7 @@ class GradReducer {
   bool Keep();
   /// Whether sums over the shards wait for an all-reduce, or will when the reduction under way is over.
   bool has_partial() const;
+  void DropPartial();
   /// Indices of parameters that no rank had a gradient for. Empty without looking if this rank had them all.
   std::vector<size_t> Unused() const;
   /// Tensors for the sharded gradients: this rank's rows of every parameter, uninitialised, slices of one buffer a dtype.

@@ -186,6 +186,15 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
   TORCH_CHECK(!reducer_ || !reducer_->has_partial(), "unit ", name_,
               " holds gradients that are summed over its shards and not yet over the replicas: run a backward with "
               "set_requires_all_reduce(True) before its parameters' dtype, device or requires_grad change");
+  // What backwards without a reduction have left here is for a later one, with the parameters that are there then.
+  std::vector<at::Tensor> kept(full.size());
+  for (const size_t i : trainable_) kept[i] = full_[i].grad();
+  for (size_t i = 0; i < kept.size(); ++i) {
+    const bool trained = std::find(trainable.begin(), trainable.end(), i) != trainable.end();
+    TORCH_CHECK(trained || !kept[i].defined(), "parameter ", i, " of unit ", name_,
+                " holds a gradient that has not been reduced: run a backward that reduces (outside of no_sync, with "
+                "set_requires_gradient_sync(True)), or call the model's zero_grad(), before the parameter is frozen");
+  }
   Reshard();
   full_ = std::move(full);
   trainable_ = std::move(trainable);
@@ -197,6 +206,7 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
     const size_t i = trainable_[slot];
     sizes.push_back(sizes_.at(i));
     const at::ScalarType computed = FullDtype(i);
+    if (kept[i].defined()) full_[i].mutable_grad() = kept[i].to(full_[i].options());
     dtypes.push_back({computed, precision_.reduce_dtype.value_or(computed),
                       precision_.keep_low_precision_grads ? computed : dtypes_.at(i)});
     auto accumulator = torch::autograd::impl::grad_accumulator(full_[i]);
@@ -288,6 +298,11 @@ void ParamGroup::StartReduce() {
 
 void ParamGroup::DropGrads() {
   for (const size_t i : trainable_) full_[i].mutable_grad().reset();
+}
+
+void ParamGroup::DropKept() {
+  DropGrads();
+  if (reducer_) reducer_->DropPartial();
 }
 
 }  // namespace hsdp_ckpt

@@ -60,8 +60,8 @@ class ParamGroup {
   /// Full-size tensors without memory, in the dtypes of the computation, for the caller to make Parameters of.
   std::vector<at::Tensor> EmptyFull() const;
   /// Those Parameters. From here on unsharding fills them; `on_grad` is called by autograd each time that parameter
-  /// `trainable[i]`'s gradient is accumulated, without the GIL. Throws c10::Error while partial sums wait for an
-  /// all-reduce.
+  /// `trainable[i]`'s gradient is accumulated, without the GIL. Gradients that wait for a reduction are taken over. Throws
+  /// c10::Error while partial sums wait for an all-reduce, or where such a gradient's parameter is no longer trained.
   void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable, std::function<void(size_t)> on_grad);
 
   State state() const { return state_; }
@@ -76,6 +76,8 @@ class ParamGroup {
   void StartReduce();
   /// Forgets what autograd has accumulated: after a backward that raised.
   void DropGrads();
+  /// Forgets what backwards without a reduction, or without an all-reduce, have left for a later one.
+  void DropKept();
   GradReducer& reducer() { return *reducer_; }
   ReduceOptions& reduce_options() { return reduce_options_; }
   const std::vector<size_t>& trainable() const { return trainable_; }

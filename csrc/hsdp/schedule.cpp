@@ -60,6 +60,7 @@ auto Schedule::Naming(const Unit& unit, const char* what, Step step) const {
 
 void Schedule::Add(const std::shared_ptr<Unit>& unit, std::vector<at::Tensor> full, std::vector<size_t> trainable) {
   if (!Contains(units_, unit)) units_.push_back(unit);
+  if (in_backward_ && !InBackward()) unit->group->DropGrads();  // of one that raised
   unit->frozen = trainable.size() < full.size();
   unit->group->BindFull(std::move(full), std::move(trainable),
                         [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](size_t slot) {
@@ -82,7 +83,7 @@ void Schedule::EnterForward(const std::shared_ptr<Unit>& unit, bool grad_enabled
   if (active_.empty()) BeginForward(unit);
   active_.push_back({unit, grad_enabled});
   Follow(unit);
-  Naming(*unit, "all-gather", [&] { unit->group->StartGather(); });
+  StartGather(*unit);
   PrefetchForward(*unit);
   Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
   if (!grad_enabled) return;
@@ -97,7 +98,9 @@ void Schedule::BeginForward(const std::shared_ptr<Unit>& outermost) {
     Reset();
   } else {
     for (const auto& unit : units_) {
-      if (!unit->held && unit->reshard_after_backward) unit->group->Reshard();
+      const bool kept = unit->held || !unit->reshard_after_backward;
+      unit->outdated = differentiates_ && !kept;
+      if (!differentiates_ && !kept) unit->group->Reshard();
     }
   }
   if (backward_done_) {
@@ -127,14 +130,22 @@ void Schedule::Follow(const std::shared_ptr<Unit>& unit) {
   recorded_.push_back(unit);
 }
 
+// For a forward.
+void Schedule::StartGather(Unit& unit) {
+  if (std::exchange(unit.outdated, false)) unit.group->Reshard();
+  Naming(unit, "all-gather", [&] { unit.group->StartGather(); });
+}
+
 void Schedule::PrefetchForward(const Unit& unit) {
+  const auto prefetch = [this](Unit& next) {
+    if (!next.outdated) StartGather(next);  // it may not come, and what it was kept for would lack it
+  };
   for (const auto& weak : unit.forward_prefetch) {
-    if (const auto next = weak.lock()) Naming(*next, "all-gather", [&] { next->group->StartGather(); });
+    if (const auto next = weak.lock()) prefetch(*next);
   }
   const Sequence& sequence = sequences_[outermost_];
   if (!unit.forward_prefetch.empty() || position_ >= sequence.size()) return;
-  const Unit& next = *sequence[position_];
-  Naming(next, "all-gather", [&] { next.group->StartGather(); });
+  prefetch(*sequence[position_]);
 }
 
 void Schedule::LeaveForward(const std::shared_ptr<Unit>& unit, const std::vector<at::Tensor>& outputs) {
@@ -193,20 +204,26 @@ void Schedule::AbortForward(const std::shared_ptr<Unit>& unit) {
 
 void Schedule::Hold(const std::shared_ptr<Unit>& unit, bool wait) {
   unit->held = true;
-  Naming(*unit, "all-gather", [&] { wait ? unit->group->Unshard() : unit->group->StartGather(); });
+  StartGather(*unit);
+  if (wait) Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
 }
 
 void Schedule::Release(const std::shared_ptr<Unit>& unit) {
-  unit->held = false;
+  unit->held = unit->outdated = false;
   unit->group->Reshard();
 }
 
 // -- backward
 
+bool Schedule::Runs(const Unit& unit) const {
+  return std::any_of(active_.begin(), active_.end(), [&](const Call& call) { return call.unit.get() == &unit; });
+}
+
 void Schedule::BeginBackward() {
   if (in_backward_) return;
   const std::shared_ptr<void> until_over = turn_->BeginBackward();
   in_backward_ = true;
+  in_forward_too_ = !active_.empty();
   differentiates_ = false;
   error_ = nullptr;
   gather_queue_.clear();
@@ -216,7 +233,9 @@ void Schedule::BeginBackward() {
     unit->arrivals = unit->inputs_arrived = 0;
     unit->ready = unit->complete = false;
   }
-  const auto reduces = [](const Unit& unit) { return unit.sync && !unit.group->trainable().empty(); };
+  const auto reduces = [this](const Unit& unit) {
+    return unit.sync && !in_forward_too_ && !unit.group->trainable().empty();
+  };
   for (auto unit = participants_.rbegin(); unit != participants_.rend(); ++unit) {
     if ((*unit)->group->state() == ParamGroup::State::kSharded) gather_queue_.push_back(*unit);
     if (reduces(**unit)) reduce_queue_.push_back(*unit);
@@ -302,7 +321,8 @@ void Schedule::InputArrived(const std::shared_ptr<Unit>& unit) {
 // A parameter that is trained has been used for the last time when its gradient arrives. A frozen one may still be needed
 // for the gradients of the unit's inputs.
 void Schedule::FreeIfOver(Unit& unit) {
-  if (!unit.reshard_after_backward || differentiates_ || (!unit.complete && !unit.group->trainable().empty())) return;
+  if (!unit.reshard_after_backward || differentiates_ || Runs(unit)) return;
+  if (!unit.complete && !unit.group->trainable().empty()) return;
   if (unit.frozen && unit.inputs_arrived < unit.inputs) return;
   unit.held = false;
   unit.group->Reshard();
@@ -319,7 +339,7 @@ void Schedule::GradArrived(const std::shared_ptr<Unit>& unit, size_t slot) {
   unit->complete = true;
   FreeIfOver(*unit);
   if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPost) PrefetchBackward(*unit);
-  if (!unit->sync) return;
+  if (!unit->sync || in_forward_too_) return;
   unit->ready = true;
   if (Contains(reduce_queue_, unit)) {
     LaunchReady();
@@ -399,26 +419,33 @@ void Schedule::AwaitReduction(const Unit& unit) {
 }
 
 void Schedule::EndBackward() {
-  // Gathers that this rank had no use for come first: peers may wait for them before they can join a reduction.
-  if (!gather_queue_.empty()) StartGathersUntil(gather_queue_.back());
+  const auto frees = [this](const Unit& unit) { return unit.reshard_after_backward && !differentiates_ && !Runs(unit); };
+  // Gathers that this rank had no use for come first: peers may wait for them before they can join a reduction. Two at a
+  // time: each holds a whole unit.
+  for (std::shared_ptr<Unit> last; !gather_queue_.empty();) {
+    const auto before = std::exchange(last, gather_queue_.front());
+    StartGathersUntil(last);
+    if (before && frees(*before)) Release(before);
+  }
   for (auto& unit : reduce_queue_) unit->ready = true;
   LaunchReady();
   AdvanceReductions(last_backward_ ? 0 : kReductionsInFlight);
   for (const auto& unit : units_) {
-    if (unit->reshard_after_backward && !differentiates_) Release(unit);
+    if (frees(*unit)) Release(unit);
     if (last_backward_ && !unit->group->trainable().empty()) unit->group->reducer().Join();
   }
   // What was not reduced has to be, by a later backward and perhaps of units that it does not run.
   for (const auto& unit : participants_) {
     if (!Contains(owing_, unit)) owing_.push_back(unit);
   }
-  std::erase_if(owing_, [](const auto& unit) {
-    return unit->group->trainable().empty() || (unit->sync && !unit->group->reducer().has_partial());
+  std::erase_if(owing_, [this](const auto& unit) {
+    return unit->group->trainable().empty() || (unit->sync && !in_forward_too_ && !unit->group->reducer().has_partial());
   });
   ahead_.reset();
   in_backward_ = false;
-  backward_done_ = true;
+  backward_done_ = backward_done_ || !in_forward_too_;
   on_backward_end_();
+  for (const Call& call : active_) call.unit->on_backward();
   turn_->EndBackward();
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }

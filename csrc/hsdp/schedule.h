@@ -39,6 +39,7 @@ struct Unit {
   // What the Schedule keeps here.
   bool frozen = false;        // some parameter is: its memory is needed until the inputs' gradients are computed
   bool held = false;          // unsharded by the user, for a forward to come
+  bool outdated = false;      // kept for a graph of an earlier backward: a forward has to gather anew
   std::vector<bool> arrived;  // by trainable parameter, in this backward
   size_t arrivals = 0;
   bool complete = false;                  // every trainable parameter's gradient has arrived in this backward
@@ -56,7 +57,9 @@ struct Unit {
 ///  - reductions in that same reverse order; a unit that is not ready holds later ones back until the end of backward.
 ///    Every unit whose forward ran since the last backward's end takes part, with zeros where it has no gradient.
 /// A backward with create_graph frees nothing, as the graph that it makes is one that no hook of a unit announces: the next
-/// backward does, the next forward gathers anew.
+/// backward does; a forward gathers anew what it runs itself.
+/// A backward that a forward calls leaves the units of that forward as they are and reduces nothing: the next one around
+/// does.
 /// What a rank frees after forward therefore depends on the calls alone, never on what its outputs look like.
 /// Errors of one rank (gradients that can't be taken, hooks that raise) are kept until its peers have what they wait for,
 /// and raised at the end of backward. Errors of collectives name this rank and the unit.
@@ -111,6 +114,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void WatchInputs(const std::shared_ptr<Unit>& unit, const std::vector<at::Tensor>& inputs);
   void BeginForward(const std::shared_ptr<Unit>& outermost);
   void Follow(const std::shared_ptr<Unit>& unit);
+  void StartGather(Unit& unit);
   void PrefetchForward(const Unit& unit);
   void EndForward();
   void Agree(const Unit* unit);
@@ -124,6 +128,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void Launch(const std::shared_ptr<Unit>& unit);
   void AdvanceReductions(size_t keep);
   void AwaitReduction(const Unit& unit);
+  bool Runs(const Unit& unit) const;
   void EndBackward();
   void KeepError();
   int64_t IndexOf(const Unit* unit) const;
@@ -147,6 +152,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   Sequence participants_;                      // units with a forward since the last backward ended, by first call
   Sequence owing_;                             // units that keep gradients which have not been reduced
   bool in_backward_ = false;
+  bool in_forward_too_ = false;  // the backward was begun within a forward
   bool backward_done_ = false;
   bool last_backward_ = true;
   bool differentiates_ = false;  // the last backward has made a graph of its own, which uses the full parameters

@@ -21,7 +21,8 @@ void BindHsdp(py::module_& module) {
   py::class_<Collectives, std::shared_ptr<Collectives>>(module, "Collectives")
       .def(py::init<std::string, std::optional<std::string>, int64_t>(), py::arg("shard_group"), py::arg("replica_group"),
            py::arg("rank"))
-      .def("set_reduce_groups", &Collectives::SetReduceGroups, py::arg("shard_group"), py::arg("replica_group"));
+      .def("set_reduce_groups", &Collectives::SetReduceGroups, py::arg("shard_group"), py::arg("replica_group"))
+      .def("set_channel", &Collectives::SetChannel, py::arg("channel"));
 
   py::class_<Peers, std::shared_ptr<Peers>>(module, "Peers")
       .def(py::init<std::string, std::vector<int64_t>>(), py::arg("group"), py::arg("ranks"))
@@ -81,6 +82,8 @@ void BindHsdp(py::module_& module) {
           },
           py::arg("shards"), py::arg("device"), NoGil())
       .def("empty_full", [](const Unit& unit) { return unit.group->EmptyFull(); })
+      .def(
+          "drop_kept", [](Unit& unit) { unit.group->DropKept(); }, NoGil())
       .def("join_grads", [](Unit& unit) { unit.group->reducer().Join(); })
       .def("empty_grads", [](const Unit& unit) { return unit.group->reducer().EmptyShards(); })
       .def(
@@ -107,6 +110,8 @@ void BindHsdp(py::module_& module) {
       .def("release", &Schedule::Release, py::arg("unit"), NoGil())
       .def("set_last_backward", &Schedule::SetLastBackward, py::arg("last"))
       .def("finish_reductions", &Schedule::FinishReductions, NoGil())
+      .def(
+          "take_turn", [](Schedule& schedule) { return schedule.turn().BeginRead().value(); }, NoGil())
       .def("begin_read", &Schedule::BeginRead, py::arg("only_if_quiet") = false, NoGil())
       .def("end_read", [](Schedule& schedule) { schedule.turn().EndRead(); })
       .def("running_here", [](Schedule& schedule) { return schedule.turn().running_here(); })
