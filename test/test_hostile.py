@@ -1,7 +1,5 @@
 """Checkpoints that nobody has to trust: flipped bits, foreign files, ways out, code in pickles; and ``verify``."""
 
-import codecs
-import io
 import os
 import pickle
 import random
@@ -9,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +22,6 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt._metadata import encode_metadata, read_metadata
-from torch_hsdp_ckpt._objects import load_object
 
 LARGE = (520, 512)  # above a megabyte: its payload is page-aligned and has many checksum blocks
 
@@ -237,6 +233,18 @@ def test_records_of_other_sizes_than_metadata_says(tmp_path: Path, writer: Calla
         assert {p.record for p in h.verify(tmp_path / "other").problems} == {name}
 
 
+def test_targets_that_can_not_be_written_are_named_before_any_is(tmp_path: Path) -> None:
+    path = _save(tmp_path)
+    for name, target, why in (
+        ("small", torch.zeros(5, 1).expand(5, 7), "expanded"),
+        ("half", torch.zeros(3).to_sparse(), "of layout"),
+    ):
+        state = _blank() | {name: target}
+        with pytest.raises(h.CheckpointError, match=rf"distcp: {name}: the target is {why}"):
+            h.load(state, checkpoint_id=path, no_dist=True)
+        assert not state["large"].any()
+
+
 class Code:
     """A pickle that makes a file."""
 
@@ -367,57 +375,6 @@ def test_tensors_made_of_metadata_are_no_larger_than_the_files(
         assert "allocat" not in f"{raised.value}{caplog.text}"
 
 
-class Calls:
-    """Pickles as a call of a function that torch.load(weights_only=True) lets a pickle call."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-@pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
-def test_objects_that_their_bytes_do_not_explain(tmp_path: Path, writer: Callable[..., Any]) -> None:
-    plain = {
-        "b": [b"text", b"a", b"a", bytes(range(256))],
-        "a": [bytearray(b"text"), bytearray(), bytearray(b"a"), bytearray(b"a")],
-    }
-    text = "x" * 1000
-    hostile = {
-        "bytearray of a number": Calls(bytearray, 3 << 30),
-        "a bytearray in a list": [Calls(bytearray, b"a"), Calls(bytearray, 3 << 30)],
-        "one text, often": [Calls(codecs.encode, text, "latin1") for _ in range(10)],
-    }
-    for i, (kind, value) in enumerate(hostile.items()):
-        path = tmp_path / str(i)
-        dcp.save({"plain": plain, "evil": value}, storage_writer=writer(path), no_dist=True)
-        with pytest.raises(h.CorruptCheckpointError, match=r"(?s)evil.*makes"):
-            h.load({"evil": None}, checkpoint_id=path, no_dist=True)
-        with pytest.raises(CheckpointException, match=r"(?s)evil.*makes"):
-            dcp.load({"evil": None}, storage_reader=h.FileSystemReader(path), no_dist=True)
-        state: dict[str, Any] = {"plain": {"b": None, "a": None}}
-        h.load(state, checkpoint_id=path, no_dist=True)
-        assert state["plain"] == plain, kind
-
-
-def test_compressed_objects_and_objects_of_the_old_format(tmp_path: Path) -> None:
-    """The first may be a bomb; the second is what torch wrote before 1.6."""
-    stream, old = io.BytesIO(), io.BytesIO()
-    torch.save({"zeros": torch.zeros(1 << 20), "b": b"text"}, stream)
-    torch.save({"zeros": torch.zeros(4), "b": b"text"}, old, _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(stream) as archive, zipfile.ZipFile(tmp_path / "z", "w", zipfile.ZIP_DEFLATED) as packed:
-        for entry in archive.infolist():
-            packed.writestr(entry.filename, archive.read(entry))
-    with pytest.raises(h.CorruptCheckpointError, match="compressed"):
-        load_object((tmp_path / "z").read_bytes(), "here", trust=False)
-    assert load_object(old.getvalue(), "here", trust=False)["b"] == b"text"
-    bomb = io.BytesIO()
-    torch.save([Calls(bytearray, 3 << 30)], bomb, _use_new_zipfile_serialization=False)
-    with pytest.raises(h.CorruptCheckpointError, match="makes bytes from"):
-        load_object(bomb.getvalue(), "here", trust=False)
-
-
 # ---- verify and the command line -----------------------------------------------------------------------------------------
 PROGRAM = Path(h.__file__).parent / "hsdp-ckpt"
 
@@ -464,6 +421,26 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
     for command in ("verify", "inspect"):
         done = _run(command, path)
         assert done.returncode == 1 and ".metadata" in done.stdout + done.stderr, command
+
+
+def test_what_the_program_shows_of_hostile_metadata(tmp_path: Path) -> None:
+    path = _save(tmp_path)
+    metadata = read_metadata(path / ".metadata")
+    metadata.version = "1\x1b[2J\x9b2J\u00e9"
+    for info in metadata.storage_data.values():
+        info.length = (1 << 63) - 1 - info.offset
+    (path / ".metadata").write_bytes(encode_metadata(metadata))
+    shown = _run("inspect", path)
+    assert shown.returncode == 0 and "format version  1?[2J??2J\u00e9\n" in shown.stdout
+    assert re.search(r"files +1, 70368744\d{6}\.\d MiB of records", shown.stdout), shown.stdout
+    assert _run("verify", path).returncode == 1
+    os.truncate(path / ".metadata", 1 << 40)  # of which nearly all is a hole
+    with pytest.raises(h.CheckpointError, match=r"\.metadata: \d+ bytes are too many"):
+        _load(path)
+    assert "too many" in h.verify(path).problems[0].message
+    for command in ("verify", "inspect"):
+        done = _run(command, path)
+        assert done.returncode == 1 and "too many" in done.stdout + done.stderr, command
 
 
 def test_the_program_is_installed_as_pip_installs_scripts(tmp_path: Path) -> None:

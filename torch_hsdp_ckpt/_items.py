@@ -123,6 +123,7 @@ def prepare_items(reader: _C.CheckpointReader, directory: str | os.PathLike[str]
         if answer is None:
             torch_only.append((item, file))
         elif not isinstance(answer, bool):
+            _check_writable(item, directory)
             strided.append((item, file, answer))
     staged = list(_parts(strided, directory))
     whole = hashlib.sha256(plan.digest)
@@ -173,6 +174,17 @@ def _landing(item: Item, directory: str | os.PathLike[str]) -> tuple[str | None,
     if not target.is_contiguous() or target.is_conj() or target.is_neg():
         return None, 0
     return RECORD_DTYPES.get(target.dtype), target.data_ptr()
+
+
+def _check_writable(item: Item, directory: str) -> None:
+    """CheckpointError for a target that torch could not copy a dense record to."""
+    problem = ""
+    if item.target.layout != torch.strided:
+        problem = f"of layout {item.target.layout}, the record is dense"
+    elif torch._debug_has_internal_overlap(item.target) == 1:
+        problem = "expanded, several of its elements share memory"
+    if problem:
+        raise CheckpointError(f"{directory}/{item.file}: {item.fqn}: the target is {problem}")
 
 
 def _parts(
@@ -270,9 +282,11 @@ def _load_with_torch(reader: _C.CheckpointReader, item: Item, file: int, directo
     """A tensor of a kind that only torch can rebuild, from bytes that have passed their checksums."""
     what = f"{directory}/{item.file}: {item.fqn}"
     (data,) = reader.read_objects([(item.fqn, file, item.offset, item.length)], 1)
-    check_explained(data, what)
     try:
+        check_explained(data, what)
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except CorruptCheckpointError:
+        raise
     except Exception as error:
         raise CorruptCheckpointError(f"{what}: torch.load refuses the record: {error}") from error
     if not isinstance(tensor, Tensor):

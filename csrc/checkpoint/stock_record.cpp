@@ -17,11 +17,11 @@ void CheckCrc(const ZipEntry& entry, std::span<const std::byte> bytes, const std
   }
 }
 
-bool IsZip(const File& file, const std::string& name, int64_t offset, int64_t length) {
-  if (length < static_cast<int64_t>(ZipEnd::kSize)) return false;
+bool IsZip(const ZipSource& source, uint64_t length) {
+  if (length < ZipEnd::kSize) return false;
   std::vector<std::byte> first(4), last(ZipEnd::kSize);
-  file.ReadAt(first, offset, name);
-  file.ReadAt(last, offset + length - static_cast<int64_t>(last.size()), name);
+  source(first, 0);
+  source(last, length - last.size());
   // Either end is enough: a zip with one damaged end is a damaged zip and not something else.
   return ByteReader(first, "", "").Get<uint32_t>() == ZipLocalHeader::kSignature || LooksLikeZip(last);
 }
@@ -30,11 +30,11 @@ bool IsZip(const File& file, const std::string& name, int64_t offset, int64_t le
 
 StockRecord OpenStockRecord(const File& file, const std::string& name, int64_t offset, int64_t length) {
   StockRecord record;
-  record.is_zip = IsZip(file, name, offset, length);
-  if (!record.is_zip) return record;
   const auto source = [&](std::span<std::byte> target, uint64_t at) {
     file.ReadAt(target, offset + static_cast<int64_t>(at), name);
   };
+  record.is_zip = IsZip(source, static_cast<uint64_t>(length));
+  if (!record.is_zip) return record;
   record.entries = ReadZipDirectory(source, static_cast<uint64_t>(length), file.path(), name);
 
   // The archive's name, then one of these; anything else makes it no plain tensor.
@@ -67,17 +67,20 @@ StockRecord OpenStockRecord(const File& file, const std::string& name, int64_t o
   return record;
 }
 
+void CheckZip(std::span<const std::byte> bytes, const std::string& path, const std::string& name) {
+  const auto source = [&](std::span<std::byte> target, uint64_t at) {
+    std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), target.size(), target.begin());
+  };
+  if (!IsZip(source, bytes.size())) return;
+  for (const ZipEntry& entry : ReadZipDirectory(source, bytes.size(), path, name)) {
+    CheckCrc(entry, bytes.subspan(entry.data_offset, entry.size), path, name);
+  }
+}
+
 std::vector<std::byte> ReadStockBytes(const File& file, const std::string& name, int64_t offset, int64_t length) {
   std::vector<std::byte> bytes(static_cast<size_t>(length));
   file.ReadAt(bytes, offset, name);
-  if (!IsZip(file, name, offset, length)) return bytes;
-  const std::span<const std::byte> all(bytes);
-  const auto source = [&](std::span<std::byte> target, uint64_t at) {
-    std::copy_n(all.begin() + static_cast<std::ptrdiff_t>(at), target.size(), target.begin());
-  };
-  for (const ZipEntry& entry : ReadZipDirectory(source, bytes.size(), file.path(), name)) {
-    CheckCrc(entry, all.subspan(entry.data_offset, entry.size), file.path(), name);
-  }
+  CheckZip(bytes, file.path(), name);
   return bytes;
 }
 
