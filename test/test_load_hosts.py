@@ -1,7 +1,9 @@
 """``load`` across hosts, by fewer replicas than saved, and with parts of the checkpoint gone."""
 
+import logging
 import os
 import pickle
+import resource
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -97,6 +102,44 @@ def _shards_on_a_host(rank: int, path: str) -> list[str]:
 
 def test_replicas_of_a_host_share_memory_when_asked_to(tmp_path: Path) -> None:
     assert all(kinds == ["_Shared", "_Network"] for kinds in run_ranks(_shards_on_a_host, 4, str(tmp_path)))
+
+
+def _no_shared_memory(rank: int, path: str) -> list[str]:
+    """Rank 0 gets none from the system: no file of it may be larger than a megabyte, nor may one in memory."""
+    kinds = _exchanges_seen()
+    lines: list[str] = []
+    logging.getLogger("torch_hsdp_ckpt._exchange").addFilter(lambda record: lines.append(record.getMessage()) is None)
+    _exchange._C.is_in_memory = lambda path: False  # wherever the tests' directory is
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    state = {"w": torch.zeros(1200, 1000)}
+    h.load(state, checkpoint_id=path)
+    assert (state["w"] == 1).all()
+    assert any("they exchange over Gloo" in line for line in lines), lines
+    assert rank != 0 or any("no memory shared with other ranks: [Errno 27]" in line for line in lines), lines
+    with pytest.raises(h.CheckpointError, match="can't share memory; use 'network' or 'off'"):
+        h.load(state, checkpoint_id=path, exchange="shared")
+    return kinds
+
+
+def test_without_shared_memory_they_exchange_over_gloo_and_say_so(tmp_path: Path) -> None:
+    h.save({"w": torch.ones(1200, 1000)}, checkpoint_id=tmp_path, no_dist=True)
+    assert run_ranks(_no_shared_memory, 2, str(tmp_path)) == 2 * [["_Network"]]
+
+
+def _made_of_metadata(rank: int, path: str) -> None:
+    """Up to torch 2.11 dcp.load says no more than that there is no metadata, and the reader's log the rest."""
+    with pytest.raises(CheckpointException, match=r"w: expected records of 4398046511104 bytes|metadata is None"):
+        _load_state_dict({}, h.FileSystemReader(path), planner=_EmptyStateDictLoadPlanner())
+
+
+def test_sizes_that_files_do_not_explain_under_stock_load_on_several_ranks(tmp_path: Path) -> None:
+    h.save({"w": torch.ones(3000)}, checkpoint_id=tmp_path, no_dist=True)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    metadata.state_dict_metadata["w"].size = torch.Size([1 << 40])
+    metadata.state_dict_metadata["w"].chunks[0].sizes = torch.Size([1 << 40])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    run_ranks(_made_of_metadata, 2, str(tmp_path))
 
 
 def _save_hybrid(rank: int, path: str) -> None:
