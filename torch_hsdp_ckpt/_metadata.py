@@ -18,7 +18,7 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
     Raises:
         OSError: the file can't be read.
-        CheckpointError: it is no regular file.
+        CheckpointError: it is no regular file, or of 4 GiB or more.
         CorruptCheckpointError: the bytes are no such pickle, differ from their checksum, or name files outside the directory.
         CheckpointError: the file names a class that is neither DCP's nor plain data; the message says which.
     """
@@ -26,12 +26,16 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
 
 def read_metadata_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a `.metadata` file. Raises OSError, and CheckpointError for what is no file, such as a FIFO."""
+    """The bytes of a `.metadata` file. Raises OSError, and CheckpointError for what is no file, such as a FIFO, or
+    is larger than the decoder takes."""
     # Without O_NONBLOCK the open of a FIFO waits for a writer, for ever. It changes nothing for a file.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{os.fspath(path)}: not a regular file")
+        if status.st_size > _C.MAX_METADATA_BYTES:
+            raise CheckpointError(f"{os.fspath(path)}: {status.st_size} bytes are too many for metadata")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -38,6 +39,17 @@ void FutexWait(uint32_t* word, uint32_t seen) {
 }
 void FutexWake(uint32_t* word) {
   ::syscall(SYS_futex, word, FUTEX_WAKE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
+}
+
+bool HasEnded(pid_t process) {
+  if (::kill(process, 0) != 0 && errno == ESRCH) return true;
+  // A process that nobody has waited for yet still takes signals; a descriptor of it tells.
+  const int fd = static_cast<int>(::syscall(SYS_pidfd_open, process, 0));
+  if (fd < 0) return false;
+  pollfd ended{fd, POLLIN, 0};
+  const bool has_ended = ::poll(&ended, 1, 0) > 0;
+  ::close(fd);
+  return has_ended;
 }
 
 }  // namespace
@@ -129,7 +141,7 @@ void SharedExchange::Wait(uint32_t* word, int peer, const Reached& reached) {
     }
     for (int m = 0; m < members_; ++m) {
       if (m == member_ || (peer >= 0 && m != peer)) continue;
-      if (::kill(header_->pids[m], 0) != 0 && errno == ESRCH) {
+      if (HasEnded(header_->pids[m])) {
         throw Error("process " + std::to_string(header_->pids[m]) +
                     ", a rank that reads the same files on this host, has died");
       }

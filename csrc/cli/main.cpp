@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "checkpoint/data_file_name.h"
+#include "checkpoint/metadata_file.h"
 #include "checkpoint/verify.h"
 #include "io/file.h"
 #include "metadata/metadata.h"
@@ -27,15 +27,19 @@ constexpr const char* kUsage =
 
 // Names come from the checkpoint: nothing in them is to move the cursor or worse.
 std::string Printable(std::string text) {
-  for (char& c : text) {
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+  for (size_t i = 0; i < text.size(); ++i) {
+    const auto c = static_cast<unsigned char>(text[i]);
+    // U+0080 to U+009F, two bytes in UTF-8, are control characters as well.
+    const bool second = i + 1 < text.size() && c == 0xc2 && static_cast<unsigned char>(text[i + 1]) < 0xa0;
+    if (c < 0x20 || c == 0x7f || second) text[i] = '?';
+    if (second) text[++i] = '?';
   }
   return text;
 }
 
-std::string Mebibytes(int64_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%.1f MiB", static_cast<double>(bytes) / 1048576.0);
+std::string Mebibytes(double bytes) {
+  char text[64];
+  std::snprintf(text, sizeof(text), "%.1f MiB", bytes / 1048576.0);
   return text;
 }
 
@@ -50,8 +54,8 @@ int RunVerify(const std::string& directory, int threads) {
   for (const std::string& name : report.leftovers)
     std::printf("leftover   %s (of a save that did not end)\n", Printable(name).c_str());
   std::printf("%s: %" PRId64 " tensors and %" PRId64 " objects in %" PRId64 " files, %s read, %zu problems\n",
-              directory.c_str(), report.tensors, report.objects, report.files, Mebibytes(report.bytes).c_str(),
-              report.problems.size());
+              directory.c_str(), report.tensors, report.objects, report.files,
+              Mebibytes(static_cast<double>(report.bytes)).c_str(), report.problems.size());
   return report.problems.empty() ? 0 : 1;
 }
 
@@ -61,17 +65,17 @@ int RunInspect(const std::string& directory, bool all) {
     std::printf("WRONG      .metadata: no .metadata: no checkpoint is here, or its save did not end\n");
     return 1;
   }
-  const File file = File::OpenInside(PosixFileSystem(), directory, ".metadata", OpenMode::kRead);
-  std::vector<std::byte> bytes(static_cast<size_t>(file.Size()));
-  file.ReadAt(bytes, 0, "metadata");
-  const Metadata metadata = DecodeMetadata(bytes, file.path());
-  const bool ours = CheckMetadataTrailer(bytes, file.path()).checked;
-  std::map<std::string, std::pair<int64_t, int64_t>> files;  // records and their bytes
+  const std::vector<std::byte> bytes = ReadMetadataFile(PosixFileSystem(), directory, ".metadata");
+  const std::string path = JoinPath(directory, ".metadata");
+  const Metadata metadata = DecodeMetadata(bytes, path);
+  const bool ours = CheckMetadataTrailer(bytes, path).checked;
+  // Records and their bytes, which hostile lengths add up to any sum.
+  std::map<std::string, std::pair<int64_t, double>> files;
   if (metadata.storage_data) {
     for (const auto& [index, place] : *metadata.storage_data) {
       auto& [records, size] = files[place.relative_path];
       ++records;
-      size += place.length;
+      size += static_cast<double>(place.length);
     }
   }
   size_t tensors = 0, chunks = 0;
@@ -92,10 +96,10 @@ int RunInspect(const std::string& directory, bool all) {
   }
   std::printf("written by      %s\n",
               ours ? "torch_hsdp_ckpt (its metadata has a checksum)" : "torch.distributed.checkpoint");
-  if (metadata.version) std::printf("format version  %s\n", metadata.version->c_str());
+  if (metadata.version) std::printf("format version  %s\n", Printable(*metadata.version).c_str());
   std::printf("tensors         %zu in %zu chunks\nobjects         %zu\n", tensors, chunks,
               metadata.state_dict_metadata.size() - tensors);
-  int64_t total = 0;
+  double total = 0;
   for (const auto& [name, counts] : files) total += counts.second;
   std::printf("files           %zu, %s of records\n", files.size(), Mebibytes(total).c_str());
   size_t shown = 0;

@@ -125,6 +125,9 @@ struct Metadata {
 /// NUL.
 bool IsInsideDirectory(std::string_view relative_path);
 
+/// Of a `.metadata` file: its values are numbered with 32 bits. A million chunks make about 100 MiB.
+inline constexpr int64_t kMaxMetadataBytes = (int64_t{1} << 32) - 2;
+
 /// Decodes the bytes of a `.metadata` file, written by this package or by stock torch. `path` only names the file in
 /// errors. The input is not trusted: nothing in it can run, and memory and time are bounded by a multiple of its size.
 /// Throws CorruptionError where bytes are not what the format or our trailer says, Error for a class that is neither DCP's

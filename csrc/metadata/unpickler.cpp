@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "base/error.h"
+#include "metadata/metadata.h"
 #include "metadata/opcodes.h"
 #include "metadata/text.h"
 #include "metadata/types.h"
@@ -86,8 +87,8 @@ class Unpickler {
       : input_(reinterpret_cast<const char*>(pickle.data()), pickle.size()), path_(path) {}
 
   PickleGraph Run() {
-    // Node ids and lengths are 32 bits wide; a million chunks make about 100 MiB.
-    if (input_.size() >= kNoId)
+    static_assert(kMaxMetadataBytes < kNoId);
+    if (input_.size() > static_cast<uint64_t>(kMaxMetadataBytes))
       throw Error(path_ + ": " + std::to_string(input_.size()) + " bytes are too many for metadata");
     while (true) {
       op_at_ = at_;

@@ -246,6 +246,7 @@ py::object MetadataToPython(const Metadata& metadata) {
 }
 
 void BindMetadata(py::module_& module) {
+  module.attr("MAX_METADATA_BYTES") = kMaxMetadataBytes;
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
   module.def("metadata_files", &Files, py::arg("file"), py::arg("path"));
   module.def("encode_metadata", &Encode, py::arg("metadata"));

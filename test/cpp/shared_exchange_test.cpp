@@ -3,6 +3,8 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <numeric>
 #include <thread>
@@ -66,6 +68,26 @@ TEST_F(SharedExchangeTest, EveryMemberGetsAllAndEveryByteIsReadOnce) {
     }
     EXPECT_NEAR(static_cast<double>(read), static_cast<double>(plans[0]->bytes()), 64 * ReadPlan::kPage);
   }
+}
+
+TEST_F(SharedExchangeTest, AMemberThatHasEndedIsNoticedBeforeItsParentKnows) {
+  SharedExchange first = SharedExchange::Create(2);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const SharedExchange second = SharedExchange::Join(first.path(), 1, 2);
+    ::_exit(0);
+  }
+  siginfo_t info{};
+  ASSERT_EQ(::waitid(P_PID, static_cast<id_t>(child), &info, WEXITED | WNOWAIT), 0);  // it stays a zombie
+  std::vector<int32_t> target;
+  const auto plan = PlanInto(target);
+  try {
+    first.Run(*plan, 2, 60);
+    FAIL() << "nobody has read the other half";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("has died"));
+  }
+  ::waitpid(child, nullptr, 0);
 }
 
 TEST_F(SharedExchangeTest, AMemberThatDoesNotGoOnIsAnErrorAfterTheTimeout) {
