@@ -198,6 +198,21 @@ def _futures(rank: int, path: str) -> None:
         assert torch.equal(target["w"], expected)
 
 
+def test_a_call_within_a_call_is_an_error(tmp_path: Path) -> None:
+    class Nested:
+        def state_dict(self) -> dict[str, Any]:
+            h.async_save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "inner")
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    with pytest.raises(RuntimeError, match="called within a call of its own"):
+        h.async_save({"nested": Nested()}, checkpoint_id=tmp_path / "outer").result()
+    with pytest.raises(RuntimeError):  # once more, at the next call
+        h.async_save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "outer")
+    h.async_save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "outer").result()
+
+
 def test_futures_and_groups(tmp_path: Path) -> None:
     run_ranks(_futures, 4, str(tmp_path))
 

@@ -31,7 +31,8 @@ class _InFlight:
     """The process's save in flight, and the memory that it writes from."""
 
     def __init__(self) -> None:
-        self.call = threading.Lock()  # a call of another thread would take the memory of a save that has yet to be in flight
+        self.call = threading.RLock()  # a call of another thread would take the memory of a save that has yet to be in flight
+        self.calling = False
         self.pool = StagingPool()
         self.job: Job | None = None
 
@@ -88,8 +89,15 @@ os.register_at_fork(after_in_child=_forget_in_child)
 def _one_at_a_time(call: Callable[_P, _T]) -> Callable[_P, _T]:
     @functools.wraps(call)
     def locked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with _in_flight.call:
-            return call(*args, **kwargs)
+        in_flight = _in_flight
+        with in_flight.call:
+            if in_flight.calling:
+                raise RuntimeError("async_save: called within a call of its own, by a signal handler or a Stateful object")
+            in_flight.calling = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                in_flight.calling = False
 
     return locked
 
