@@ -58,6 +58,8 @@ def _rank(call: bytes, rank: int, world_size: int, store: str, backend: str, sen
     one_gloo_thread()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
+        if "cuda" in backend or "nccl" in backend:  # before a mesh takes LOCAL_RANK's, of which there may be fewer than ranks
+            torch.cuda.set_device(rank % torch.cuda.device_count())
         fn, args = pickle.loads(call)
         dist.init_process_group(backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
         outcome = (True, fn(rank, *args))

@@ -78,6 +78,9 @@ class Job:
         # lock, 5 ms each time.
         self._call = threading.Lock()
         self._running = False
+        # The thread's too: a new one's is 0, where each rank would take some hundred MiB beside the rank that trains there.
+        on_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._device = torch.cuda.current_device() if on_device else None
         self._opened = self._staged = False
         self._call_waits = False  # for the gate: what must be copied before the call returns has no place in memory
         self._captured: Captured | None = None  # where nothing but the ranks' agreement is needed to plan
@@ -243,6 +246,8 @@ class Job:
             self._running = True
         vote = b""
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)
             # Before anything is copied: nobody loses time to a peer on this host that is still in its call.
             if not self._opened:
                 self._save.failed_before = self._error or self._given_up

@@ -36,7 +36,7 @@ class _Batch:
     parts: list[tuple[str, str, Sequence[int], int, int, int]] = dataclasses.field(default_factory=list)
     kept: list[Tensor] = dataclasses.field(default_factory=list)  # what the parts' addresses point to
     copied: int = 0  # bytes of block memory in use
-    copies_done: torch.cuda.Event | None = None  # on CUDA, once all copies have been started
+    copies_done: list[torch.cuda.Event] = dataclasses.field(default_factory=list)  # of each device, once all are started
 
 
 class DataFile:
@@ -74,7 +74,7 @@ class DataFile:
         self._block = -(-(block or COPY_BLOCK) // _ALIGNMENT) * _ALIGNMENT
         self._batch = _Batch()
         self._started: _Batch | None = None  # the CUDA batch before: its copies run, nothing of it is written yet
-        self._stream: torch.cuda.Stream | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pinned: list[Tensor] = []
         self._pageable: Tensor | None = None
         self.places: list[tuple[int, int]] = []  # offset and length in bytes, a record each
@@ -127,9 +127,8 @@ class DataFile:
 
     def _next_batch(self) -> None:
         batch, self._batch = self._batch, _Batch()
-        if self._stream is not None:
-            batch.copies_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            batch.copies_done.record(self._stream)
+        if self._streams:
+            batch.copies_done = [stream.record_event() for stream in self._streams.values()]  # type: ignore[no-untyped-call]
             batch, self._started = self._started or _Batch(), batch  # the new one's copies run while the older is written
             self._pinned.reverse()  # the next batch's go to the older one's block, which the write below is done with
         self._write(batch)
@@ -141,8 +140,8 @@ class DataFile:
             self._write(batch)
 
     def _write(self, batch: _Batch) -> None:
-        if batch.copies_done is not None:
-            batch.copies_done.synchronize()
+        for event in batch.copies_done:
+            event.synchronize()  # type: ignore[no-untyped-call]
         if batch.parts:
             self.places += self._writer.write_tensors(batch.parts)
 
@@ -155,12 +154,14 @@ class DataFile:
 
     def _pin(self, part: Tensor) -> Tensor:
         """Starts the copy of a CUDA tensor to this batch's pinned block."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
+        if not self._pinned:
             size = self._block + _ALIGNMENT
             self._pinned = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
-        self._stream.wait_stream(torch.cuda.current_stream(part.device))  # what computes the tensor
-        with torch.cuda.stream(self._stream):
+        if part.device not in self._streams:  # a stream orders its own device's work only
+            self._streams[part.device] = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
+        stream = self._streams[part.device]
+        stream.wait_stream(torch.cuda.current_stream(part.device))  # what computes the tensor
+        with torch.cuda.stream(stream):
             source = part.resolve_conj().resolve_neg()
             raw = self._pinned[0][self._batch.copied : self._batch.copied + part.nbytes]
             copy = raw.view(part.dtype).view(part.shape)

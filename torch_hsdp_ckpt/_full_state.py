@@ -70,7 +70,9 @@ def gather(
         if first_only and any((mesh.get_coordinate() or [0])[:-1]):
             continue
         shards = mesh.size(mesh.ndim - 1)
-        local = local_of(value).detach().to(mesh.device_type)
+        local = local_of(value).detach()
+        if local.device.type != mesh.device_type:  # else where it is: the current device may be another one's, in a new thread
+            local = local.to(mesh.device_type)
         if shards == 1:
             out[i] = finish(local.clone())
         elif local.nbytes >= _LARGE and value.shape[0] % shards == 0:
@@ -80,9 +82,9 @@ def gather(
             bucket = buckets.setdefault((mesh, local.device), [])
             bucket.append(i)
             if sum(_chunk_bytes(values[j]) for j in bucket) >= _BUCKET:
-                _gather_bucket(values, buckets.pop((mesh, local.device)), first_only, finish, out)
-    for bucket in buckets.values():
-        _gather_bucket(values, bucket, first_only, finish, out)
+                _gather_bucket(values, buckets.pop((mesh, local.device)), local.device, first_only, finish, out)
+    for (_, device), bucket in buckets.items():
+        _gather_bucket(values, bucket, device, first_only, finish, out)
     return out
 
 
@@ -116,13 +118,14 @@ def _chunk_bytes(value: DTensor) -> int:
 def _gather_bucket(
     values: Sequence[DTensor],
     bucket: list[int],
+    device: torch.device,
     first_only: bool,
     finish: Callable[[torch.Tensor], torch.Tensor],
     out: list[torch.Tensor | None],
 ) -> None:
     mesh = values[bucket[0]].device_mesh
     sizes = [_chunk_bytes(values[i]) for i in bucket]
-    packed = torch.zeros(sum(sizes), dtype=torch.uint8, device=mesh.device_type)
+    packed = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     for i, piece in zip(bucket, torch.split(packed, sizes), strict=True):
         local = local_of(values[i]).detach().to(packed.device).contiguous().reshape(-1).view(torch.uint8)
         piece[: local.numel()].copy_(local)

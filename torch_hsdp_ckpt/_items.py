@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -230,10 +231,10 @@ def _read_staged(reader: _C.CheckpointReader, parts: Sequence[_Staged], execute:
     blocks = (
         [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)] if device else [scratch(size)]
     )
-    copied: list[torch.cuda.Event | None] = [None] * len(blocks)
+    copied: list[list[torch.cuda.Event]] = [[] for _ in blocks]
     for number, batch in enumerate(_batches(parts)):
         turn = number % len(blocks)
-        if (event := copied[turn]) is not None:
+        for event in copied[turn]:
             event.synchronize()  # type: ignore[no-untyped-call]
         memory, start = [], 0
         for part in batch:
@@ -250,13 +251,16 @@ def _read_staged(reader: _C.CheckpointReader, parts: Sequence[_Staged], execute:
         for part, filled in zip(batch, memory, strict=True):
             source = filled.as_strided(part.lengths, part.stride, filled.storage_offset())
             part.target.copy_(source, non_blocking=part.target.is_cuda)
-        if any(part.target.is_cuda for part in batch):
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()  # type: ignore[no-untyped-call]
-            copied[turn] = event
-    for event in copied:
-        if event is not None:
-            event.synchronize()  # type: ignore[no-untyped-call]
+        # Of the targets' devices: the current one may be another, as device 0 is in every new thread.
+        copied[turn] = [_event_on(device) for device in {part.target.device for part in batch if part.target.is_cuda}]
+    for event in itertools.chain(*copied):
+        event.synchronize()  # type: ignore[no-untyped-call]
+
+
+def _event_on(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _staged_bytes(part: _Staged) -> int:

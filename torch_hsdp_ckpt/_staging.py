@@ -1,7 +1,8 @@
 """Host memory that a snapshot is copied to: laid out as the files that will be written from it, kept from save to save."""
 
+import mmap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,7 @@ class StagingPool:
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._pinned = False
 
     def image(self, layout: Layout, pinned: bool, limit: int | None = None) -> Image:
         """Memory for a layout, contents undefined. Raises OSError (RuntimeError if pinned) without memory.
@@ -96,11 +98,23 @@ class StagingPool:
         ``limit``: bytes; an older block that is larger is given back.
         """
         size = layout.size + PAGE if layout.size else 0
-        small = self._block.numel() < size or (pinned and size > 0 and not self._block.is_pinned())
+        small = self._block.numel() < size or (pinned and size > 0 and not self._pinned)
         if small or (limit is not None and self._block.numel() > limit):
-            self._block = torch.empty(0, dtype=torch.uint8, device="cpu")  # the old one goes first: never two at a time
+            self._free()  # the old one goes first: never two at a time
             if pinned and size:
-                self._block = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+                # Not torch's: that comes in powers of two, up to twice of what is asked for, and never goes back. Shared: after
+                # a fork, a write to private memory would leave the device with pages that this process no longer has.
+                self._block = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+                cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+                torch.cuda.check_error(cudart.cudaHostRegister(self._block.data_ptr(), size, 1))  # 1: for all devices
+                self._pinned = True
             elif size:
                 self._block = scratch(size, huge=True)
         return Image(self._block, layout)
+
+    def _free(self) -> None:
+        if self._pinned:
+            self._pinned = False
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(cudart.cudaHostUnregister(self._block.data_ptr()))
+        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
