@@ -53,7 +53,13 @@ GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> siz
   }
 }
 
-GradReducer::~GradReducer() = default;
+GradReducer::~GradReducer() {
+  try {
+    Join();
+  } catch (const std::exception&) {
+    // The device is gone, and what was held with it.
+  }
+}
 
 void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) const {
   const ShardLayout& layout = bucket.layout;
@@ -210,19 +216,22 @@ void GradReducer::StartScatter() {
                                     !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
   }
   stage_ = Stage::kScatter;
-  // With streams the all-reduce queues up behind on its own; the host has nothing to wait for.
-  if (!device_.is_cpu()) StartAllReduce();
+  // With streams the all-reduce queues up behind on its own, unless there is work to wait for (Gloo's): that is over only
+  // when peers have come, who may be waiting for a gather that this rank has still to start.
+  const auto queued = [](const auto& bucket) {
+    return std::all_of(bucket->works.begin(), bucket->works.end(), [](const auto& work) { return !work; });
+  };
+  if (!device_.is_cpu() && std::all_of(buckets_.begin(), buckets_.end(), queued)) StartAllReduce();
 }
 
 void GradReducer::StartAllReduce() {
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
   for (const auto& bucket : buckets_) {
     Await(bucket->works, collectives_->rank(), [&] { return "the reduce-scatter of unit '" + unit_ + "'"; });
-    // Allocated on the compute stream, read on this one.
-    for (const at::Tensor& grad : bucket->grads) streams_->Uses(grad);
-    if (bucket->input.defined()) streams_->Uses(bucket->input);
-    bucket->grads.clear();
-    bucket->input.reset();
+    if (device_.is_cpu()) {  // else this stream still reads them: see Hold
+      bucket->grads.clear();
+      bucket->input.reset();
+    }
     bucket->AddPartial();
     const bool is_last = options_.all_reduce || collectives_->replicas() == 1;
     if (is_last && collectives_->replicas() > 1) {
@@ -250,6 +259,8 @@ bool GradReducer::Advance(bool wait) {
         return false;
     }
     for (const auto& bucket : buckets_) {
+      if (bucket->works.empty()) continue;
+      const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
       Await(bucket->works, collectives_->rank(), [&] { return "the reduction of unit '" + unit_ + "'"; });
     }
     return true;
@@ -278,7 +289,12 @@ bool GradReducer::Advance(bool wait) {
 
 bool GradReducer::Keep() {
   if (stage_ != Stage::kDone || options_.all_reduce || collectives_->replicas() == 1) return false;
-  for (const auto& bucket : buckets_) bucket->partial = std::exchange(bucket->output, {});
+  const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
+  for (const auto& bucket : buckets_) {
+    bucket->partial = std::exchange(bucket->output, {});
+    streams_->Uses(bucket->partial);  // of one shard it is the packed input, which is the compute stream's
+  }
+  Hold();
   stage_ = Stage::kIdle;
   return true;
 }
@@ -385,16 +401,33 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets, c
       BatchedCopy(device_, copies, bucket->reduced, to, PostScale(*bucket), accumulate[like]);
     }
   }
-  written_ = streams_->Record(DeviceStreams::Stream::kReduce);
   Drop();
+}
+
+// What the compute stream has allocated and the reduce stream reads goes back in Join, when the one has waited for the
+// other. Left to the allocator, it would go back when the host finds that both have passed: the host is a whole backward
+// ahead, and all gradients of the model would be held at once.
+void GradReducer::Hold() {
+  written_ = streams_->Record(DeviceStreams::Stream::kReduce);
+  if (!written_) return;
+  for (const auto& bucket : buckets_) {
+    held_.insert(held_.end(), bucket->grads.begin(), bucket->grads.end());
+    if (bucket->input.defined()) held_.push_back(bucket->input);
+    bucket->grads.clear();
+    bucket->input.reset();
+  }
 }
 
 void GradReducer::Drop() {
   if (stage_ == Stage::kScatter || stage_ == Stage::kReduce) Advance(true);
+  Hold();
   for (const auto& bucket : buckets_) bucket->Clear();
   stage_ = Stage::kIdle;
 }
 
-void GradReducer::Join() { streams_->Join(std::exchange(written_, nullptr).get()); }
+void GradReducer::Join() {
+  streams_->Join(std::exchange(written_, nullptr).get());
+  for (const at::Tensor& tensor : std::exchange(held_, {})) streams_->Uses(tensor);
+}
 
 }  // namespace hsdp_ckpt

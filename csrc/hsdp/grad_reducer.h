@@ -68,7 +68,7 @@ class GradReducer {
   void Write(const std::vector<std::optional<at::Tensor>>& targets, const std::vector<bool>& accumulate);
   /// Forgets a reduction whose result nobody wants, after it has ended on the wire.
   void Drop();
-  /// The current stream waits for all that has been written.
+  /// The current stream waits for all that has been written; the memory that this has taken goes back to it.
   void Join();
 
  private:
@@ -81,6 +81,7 @@ class GradReducer {
   void StartScatter();
   void StartAllReduce();
   void CallHook(Bucket& bucket);
+  void Hold();
   double PostScale(const Bucket& bucket) const;
 
   const std::string unit_;
@@ -96,6 +97,7 @@ class GradReducer {
   Stage stage_ = Stage::kIdle;
   std::future<void> exchanged_;  // where pieces are exchanged: the end of it all
   std::unique_ptr<DeviceStreams::Mark> written_;
+  std::vector<at::Tensor> held_;  // until Join
 };
 
 }  // namespace hsdp_ckpt

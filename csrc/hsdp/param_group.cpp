@@ -132,8 +132,10 @@ std::vector<at::Tensor> ParamGroup::ShardTensors() const {
   for (size_t i = 0; i < sizes_.size(); ++i) {
     const std::vector<int64_t> sizes = ShardSizes(sizes_[i], layout_->shard_rows(i, collectives_->shard_rank()));
     // A storage of its own that keeps the flat buffer: saving or copying the tensor takes its own bytes only.
+    // The device is named: asked of the address, a shard without elements at the buffer's end has another one, or none.
     shards.push_back(at::from_blob(
-        Bytes(flat_) + layout_->offset(i), sizes, [flat = flat_](void*) {}, at::TensorOptions(dtypes_[i]).device(device_)));
+        Bytes(flat_) + layout_->offset(i), sizes, [flat = flat_](void*) {}, at::TensorOptions(dtypes_[i]).device(device_),
+        flat_.device()));
   }
   return shards;
 }
@@ -239,9 +241,8 @@ void ParamGroup::StartGather() {
       runs.push_back({packed_, {}});
       for (int64_t r = 0; r <= collectives_->shards(); ++r) runs.back().bounds.push_back(r * packed_stride_);
     }
+    // Gloo's works are waited for at their use, on CUDA too: a peer may have to take part in a reduction of ours first.
     gather_works_ = collectives_->AllGather(runs);
-    // On CUDA a backend that returns work (Gloo) is waited for here, under the stream: the mark then says it all.
-    if (!flat_.is_cpu()) AwaitGather();
   }
   gather_mark_ = streams_->Record(DeviceStreams::Stream::kGather);
 }
@@ -259,7 +260,12 @@ void ParamGroup::Unshard() {
     AwaitGather();
     streams_->Join(gather_mark_.get());
     gather_mark_.reset();
-    if (packed_.defined()) Run(unpack_, packed_, lent_);
+    // The gather may have been started on another stream than the one that computes.
+    if (lent_.defined()) streams_->Uses(lent_);
+    if (packed_.defined()) {
+      streams_->Uses(packed_);
+      Run(unpack_, packed_, lent_);
+    }
     packed_.reset();
     if (lent_.defined()) Lend(Bytes(lent_), full_offsets_);
   }
@@ -280,6 +286,8 @@ void ParamGroup::Reshard() {
     AwaitGather();
     streams_->Join(gather_mark_.get());
     gather_mark_.reset();
+    if (lent_.defined()) streams_->Uses(lent_);
+    if (packed_.defined()) streams_->Uses(packed_);
   }
   state_ = State::kSharded;
   packed_.reset();

@@ -359,6 +359,12 @@ void Schedule::LaunchReady() {
 void Schedule::Launch(const std::shared_ptr<Unit>& unit) {
   unit->ready = false;
   if (Contains(reducing_, unit)) AdvanceReductions(0);
+  // On a device, whose results are taken on the host long before they are there, this is what bounds reductions in flight.
+  for (; joining_.size() >= kReductionsInFlight; joining_.pop_front()) {
+    const std::shared_ptr<Unit>& older = joining_.front();
+    if (!older->group->trainable().empty()) older->group->reducer().Join();
+  }
+  joining_.push_back(unit);
   const auto start = [&] { unit->group->StartReduce(); };
   try {
     Naming(*unit, "reduction", start);

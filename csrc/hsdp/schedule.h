@@ -157,8 +157,9 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   bool last_backward_ = true;
   bool differentiates_ = false;  // the last backward has made a graph of its own, which uses the full parameters
   std::deque<std::shared_ptr<Unit>> gather_queue_, reduce_queue_, reducing_;
-  std::shared_ptr<Unit> ahead_;  // whose gather backward has started ahead of its use
-  std::exception_ptr error_;     // this rank's first one in this backward
+  std::deque<std::shared_ptr<Unit>> joining_;  // the last ones to be reduced
+  std::shared_ptr<Unit> ahead_;                // whose gather backward has started ahead of its use
+  std::exception_ptr error_;                   // this rank's first one in this backward
 };
 
 }  // namespace hsdp_ckpt
