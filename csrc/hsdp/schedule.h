@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <exception>
@@ -134,7 +135,18 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   int64_t IndexOf(const Unit* unit) const;
   /// Runs `step`; what it throws is thrown on with this rank, the unit and `what` in its message.
   template <typename Step>
-  auto Naming(const Unit& unit, const char* what, Step step) const;
+  auto Naming(const Unit& unit, const char* what, Step step) const {
+    try {
+      return step();
+    } catch (...) {
+      Rethrow(unit, what);
+    }
+  }
+  [[noreturn]] void Rethrow(const Unit& unit, const char* what) const;
+  template <typename Container>
+  static bool Contains(const Container& units, const std::shared_ptr<Unit>& unit) {
+    return std::find(units.begin(), units.end(), unit) != units.end();
+  }
 
   const BackwardPrefetch backward_prefetch_;
   const int64_t rank_;
