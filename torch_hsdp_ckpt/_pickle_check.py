@@ -41,8 +41,7 @@ class _Value:
 
 class PickleCheck:
     """Checks pickles that share storages. ``limit``: bytes and items that they may make in all, besides those that they hold.
-    ``entries``: the archive's, as bytes by
-    name; without them the storages' sizes that the pickles give count towards the limit."""
+    ``entries``: the archive's, as bytes by name; without them the storages' sizes that the pickles give count as well."""
 
     def __init__(self, limit: int, entries: Mapping[str, int] | None = None) -> None:
         self._limit, self._entries = limit, entries
