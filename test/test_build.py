@@ -26,7 +26,8 @@ def test_stub_and_module_agree() -> None:
     stub = ast.parse(Path(inspect.getfile(torch_hsdp_ckpt)).with_name("_C.pyi").read_text())
     functions = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
     classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}
-    assert _public(_C) == set(functions) | set(classes)
+    constants = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+    assert _public(_C) == set(functions) | set(classes) | constants
     for name, node in classes.items():
         members = {child.name for child in node.body if isinstance(child, ast.FunctionDef)}
         members |= {child.target.id for child in node.body if isinstance(child, ast.AnnAssign)}  # type: ignore[union-attr]
