@@ -211,6 +211,8 @@ def _misfit(where: str, value: Any, home: Home, current: Any, dtype: torch.dtype
     known = _has_elements(current)
     if known:
         own, dtype = tuple(current.shape), current.dtype
+        if isinstance(value, DTensor) and not isinstance(current, DTensor):
+            return f"{where} is a DTensor, the optimizer has a plain tensor there: pass value.full_tensor()"
     # Without a state to compare with: as the parameter, or (Adafactor's) reduced over some dimensions, or (LBFGS's) of all
     # parameters end to end.
     reduced = len(shape) == len(own) and all(a in (b, 1) for a, b in zip(shape, own, strict=True))

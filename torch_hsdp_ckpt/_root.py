@@ -37,10 +37,11 @@ class Root:
     def __init__(self, units: list[ShardedUnit], prefetch: int) -> None:
         global _next_channel
         self.units = units
+        channel = _next_channel
         try:
             peers = _peers(units[0].mesh)
             if peers is not None:
-                _next_channel = _check_same(peers, units)
+                channel = _check_same(peers, units)
         except _DifferentModules:
             raise
         except RuntimeError as error:
@@ -48,6 +49,7 @@ class Root:
                 f"rank {dist.get_rank()} is at the first forward of module {units[0].core.name}, and the other ranks have not "
                 f"come there within the group's timeout: {error}"
             ) from error
+        _next_channel = max(_next_channel, channel + 1)  # another thread may have made a root meanwhile
         self.schedule = _C.Schedule(prefetch, dist.get_rank(), peers, _weak(self._end_backward))
         groups: dict[DeviceMesh, tuple[str, str | None] | None] = {}
         for unit in units:
@@ -56,9 +58,8 @@ class Root:
             names = groups[unit.mesh]
             if names is not None:
                 unit.collectives.set_reduce_groups(*names)
-            unit.collectives.set_channel(_next_channel)
+            unit.collectives.set_channel(channel)
             unit.bind(self.schedule)
-        _next_channel += 1
 
     @staticmethod
     def in_backward() -> bool:

@@ -154,10 +154,16 @@ class Runner:
     def drop_gradients(self) -> None:
         """Before ``zero_grad``: forgets gradients that wait for a backward that reduces, here and in wrapped modules inside."""
         self.reset()
-        for reference in self.modules:
-            if (module := reference()) is not None:
-                for _, runner in named_runners(module):
-                    runner.unit.core.drop_kept()
+        if (root := self.root) is None:
+            return
+        units = root.units if self.unit is root.units[0] else self._units_inside()
+        with root.turn():
+            for unit in units:
+                unit.core.drop_kept()
+
+    def _units_inside(self) -> list[ShardedUnit]:
+        modules = [module for reference in self.modules if (module := reference()) is not None]
+        return [runner.unit for module in modules for _, runner in named_runners(module)]
 
     def apply_to_shards(self, apply: Callable[[], Any]) -> None:
         """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again afterwards."""

@@ -119,6 +119,7 @@ class ShardedUnit:
         self._shown: list[nn.Parameter] | None = None  # by entry of _fast, as long as these are the sharded parameters
         self._flags: list[bool] = []
         self._trainable: list[int] = []
+        self._bound = [local_of(p) for p in self.sharded]
         self._forget_gradients()
         self.showing_full = True
         self.show_sharded()
@@ -237,9 +238,10 @@ class ShardedUnit:
         return f"module {self.core.name} on a mesh of {tuple(self.mesh.shape)}, with parameters: {parameters or 'none'}"
 
     def before_use(self) -> None:
-        """Follows what has happened to the sharded parameters' requires_grad since the last forward.
+        """Follows what has happened to the sharded parameters since the last forward: their requires_grad, their conversion by
+        a module inside.
 
-        Raises RuntimeError for a parameter that somebody has put into the module since it was wrapped.
+        Raises RuntimeError for a parameter that somebody has put into the module since it was wrapped, and as :meth:`rebind`.
         """
         if self.summoned:
             raise RuntimeError(
@@ -249,6 +251,7 @@ class ShardedUnit:
             if not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
                 self._raise_replaced(self._shown)
         if not all(map(operator.is_, map(_LOCAL, self.sharded), self._bound)):
+            _snapshot.hold()
             self.rebind()  # to(), double() and the like of a module inside, past the wrapper
         if self._flags != [p.requires_grad for p in self.sharded] and self.schedule is not None:
             self.bind(self.schedule)
@@ -313,6 +316,7 @@ class ShardedUnit:
         shards = [local_of(p) for p in current]
         same = [p is q for p, q in zip(current, self.sharded, strict=True)]
         if all(same) and [s.data_ptr() for s in shards] == self._addresses():
+            self._bound = shards
             return
         devices = {s.device for s in shards}
         if len(devices) > 1:
@@ -337,7 +341,6 @@ class ShardedUnit:
     # -- gradients
 
     def _forget_gradients(self) -> None:
-        self._bound = [local_of(p) for p in self.sharded]
         self._grads: list[DTensor] = []
         self._baseline: list[int] = []
 

@@ -12,7 +12,8 @@ namespace hsdp_ckpt {
 /// Rules that make the order right, all on the device, none on the host:
 ///  - work on a side stream begins after what the compute stream had been given when `Enter` was called;
 ///  - the compute stream goes on after a side stream's work only from `Join` on;
-///  - a tensor that one stream allocated and another one uses is passed to `Uses` before it is dropped.
+///  - a tensor that one stream allocated and another one uses is passed to `Uses` before it is dropped, or kept until the
+///    first one has waited for the other in `Join`.
 class DeviceStreams {
  public:
   enum class Stream { kGather, kReduce };

@@ -228,11 +228,15 @@ void GradReducer::StartAllReduce() {
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
   for (const auto& bucket : buckets_) {
     Await(bucket->works, collectives_->rank(), [&] { return "the reduce-scatter of unit '" + unit_ + "'"; });
-    if (device_.is_cpu()) {  // else this stream still reads them: see Hold
+    if (device_.is_cpu()) {
       bucket->grads.clear();
       bucket->input.reset();
     }
     bucket->AddPartial();
+  }
+  // Before the all-reduces: replicas may be far away, and nobody should wait for them to give memory back.
+  if (!device_.is_cpu() && collectives_->shards() > 1) HoldInputs();
+  for (const auto& bucket : buckets_) {
     const bool is_last = options_.all_reduce || collectives_->replicas() == 1;
     if (is_last && collectives_->replicas() > 1) {
       bucket->works = collectives_->AllReduce(
@@ -294,7 +298,8 @@ bool GradReducer::Keep() {
     bucket->partial = std::exchange(bucket->output, {});
     streams_->Uses(bucket->partial);  // of one shard it is the packed input, which is the compute stream's
   }
-  Hold();
+  written_ = streams_->Record(DeviceStreams::Stream::kReduce);
+  if (!device_.is_cpu()) HoldInputs();
   stage_ = Stage::kIdle;
   return true;
 }
@@ -401,33 +406,39 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets, c
       BatchedCopy(device_, copies, bucket->reduced, to, PostScale(*bucket), accumulate[like]);
     }
   }
+  written_ = streams_->Record(DeviceStreams::Stream::kReduce);
   Drop();
 }
 
-// What the compute stream has allocated and the reduce stream reads goes back in Join, when the one has waited for the
-// other. Left to the allocator, it would go back when the host finds that both have passed: the host is a whole backward
-// ahead, and all gradients of the model would be held at once.
-void GradReducer::Hold() {
-  written_ = streams_->Record(DeviceStreams::Stream::kReduce);
-  if (!written_) return;
+// What the compute stream has allocated and the reduce stream reads goes back in ReleaseInputs, when the one has waited for
+// the other. Left to the allocator, it would go back when the host finds that both have passed: the host is a whole
+// backward ahead, and all gradients of the model would be held at once.
+void GradReducer::HoldInputs() {
+  const size_t before = held_.size();
   for (const auto& bucket : buckets_) {
     held_.insert(held_.end(), bucket->grads.begin(), bucket->grads.end());
     if (bucket->input.defined()) held_.push_back(bucket->input);
     bucket->grads.clear();
     bucket->input.reset();
   }
+  if (held_.size() > before) read_ = streams_->Record(DeviceStreams::Stream::kReduce);
 }
 
 void GradReducer::Drop() {
   if (stage_ == Stage::kScatter || stage_ == Stage::kReduce) Advance(true);
-  Hold();
+  if (!device_.is_cpu()) HoldInputs();  // of one shard: the result, up to now
   for (const auto& bucket : buckets_) bucket->Clear();
   stage_ = Stage::kIdle;
 }
 
+void GradReducer::ReleaseInputs() {
+  streams_->Join(std::exchange(read_, nullptr).get());
+  for (const at::Tensor& tensor : std::exchange(held_, {})) streams_->Uses(tensor);
+}
+
 void GradReducer::Join() {
   streams_->Join(std::exchange(written_, nullptr).get());
-  for (const at::Tensor& tensor : std::exchange(held_, {})) streams_->Uses(tensor);
+  ReleaseInputs();
 }
 
 }  // namespace hsdp_ckpt

@@ -58,6 +58,7 @@ class GradReducer {
   bool Keep();
   /// Whether sums over the shards wait for an all-reduce, or will when the reduction under way is over.
   bool has_partial() const;
+  /// Forgets these sums.
   void DropPartial();
   /// Indices of parameters that no rank had a gradient for. Empty without looking if this rank had them all.
   std::vector<size_t> Unused() const;
@@ -68,7 +69,9 @@ class GradReducer {
   void Write(const std::vector<std::optional<at::Tensor>>& targets, const std::vector<bool>& accumulate);
   /// Forgets a reduction whose result nobody wants, after it has ended on the wire.
   void Drop();
-  /// The current stream waits for all that has been written; the memory that this has taken goes back to it.
+  /// The current stream waits until a device has read the gradients that it was given, whose memory goes back to it.
+  void ReleaseInputs();
+  /// The current stream waits for all that has been written, too.
   void Join();
 
  private:
@@ -81,7 +84,7 @@ class GradReducer {
   void StartScatter();
   void StartAllReduce();
   void CallHook(Bucket& bucket);
-  void Hold();
+  void HoldInputs();
   double PostScale(const Bucket& bucket) const;
 
   const std::string unit_;
@@ -96,8 +99,8 @@ class GradReducer {
   std::vector<bool> used_here_;
   Stage stage_ = Stage::kIdle;
   std::future<void> exchanged_;  // where pieces are exchanged: the end of it all
-  std::unique_ptr<DeviceStreams::Mark> written_;
-  std::vector<at::Tensor> held_;  // until Join
+  std::unique_ptr<DeviceStreams::Mark> read_, written_;
+  std::vector<at::Tensor> held_;  // until read_ has passed
 };
 
 }  // namespace hsdp_ckpt

@@ -155,6 +155,7 @@ std::vector<at::Tensor> ParamGroup::ShardFull(const std::vector<at::Tensor>& ful
 
 std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards, at::Device device) {
   TORCH_CHECK(shards.size() == sizes_.size(), "ParamGroup: ", shards.size(), " shards for ", sizes_.size(), " parameters");
+  CheckNoPartial();
   Reshard();
   const int64_t rank = collectives_->shard_rank();
   for (size_t i = 0; i < shards.size(); ++i) {
@@ -182,12 +183,16 @@ std::vector<at::Tensor> ParamGroup::EmptyFull() const {
   return full;
 }
 
-void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
-                          std::function<void(size_t)> on_grad) {
-  TORCH_CHECK(full.size() == sizes_.size(), "ParamGroup: ", full.size(), " tensors for ", sizes_.size(), " parameters");
+void ParamGroup::CheckNoPartial() const {
   TORCH_CHECK(!reducer_ || !reducer_->has_partial(), "unit ", name_,
               " holds gradients that are summed over its shards and not yet over the replicas: run a backward with "
               "set_requires_all_reduce(True) before its parameters' dtype, device or requires_grad change");
+}
+
+void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
+                          std::function<void(size_t)> on_grad) {
+  TORCH_CHECK(full.size() == sizes_.size(), "ParamGroup: ", full.size(), " tensors for ", sizes_.size(), " parameters");
+  CheckNoPartial();
   // What backwards without a reduction have left here is for a later one, with the parameters that are there then.
   std::vector<at::Tensor> kept(full.size());
   for (const size_t i : trainable_) kept[i] = full_[i].grad();

@@ -89,6 +89,7 @@ class ParamGroup {
     at::ScalarType src, dst;
   };
 
+  void CheckNoPartial() const;
   void MakeLayout();
   std::vector<at::Tensor> ShardTensors() const;
   at::ScalarType FullDtype(size_t i) const;

@@ -48,13 +48,14 @@ void Schedule::Rethrow(const Unit& unit, const char* what) const {
 void Schedule::Add(const std::shared_ptr<Unit>& unit, std::vector<at::Tensor> full, std::vector<size_t> trainable) {
   if (!Contains(units_, unit)) units_.push_back(unit);
   if (in_backward_ && !InBackward()) unit->group->DropGrads();  // of one that raised
-  unit->frozen = trainable.size() < full.size();
+  const bool frozen = trainable.size() < full.size();
   unit->group->BindFull(std::move(full), std::move(trainable),
                         [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](size_t slot) {
                           const auto self = weak.lock();
                           const auto alive = weak_unit.lock();
                           if (self && alive) self->GradArrived(alive, slot);
                         });
+  unit->frozen = frozen;
 }
 
 // -- forward
@@ -70,7 +71,7 @@ void Schedule::EnterForward(const std::shared_ptr<Unit>& unit, bool grad_enabled
   if (active_.empty()) BeginForward(unit);
   active_.push_back({unit, grad_enabled});
   Follow(unit);
-  StartGather(*unit);
+  GatherAnew(*unit);
   PrefetchForward(*unit);
   Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
   if (!grad_enabled) return;
@@ -86,7 +87,7 @@ void Schedule::BeginForward(const std::shared_ptr<Unit>& outermost) {
   } else {
     for (const auto& unit : units_) {
       const bool kept = unit->held || !unit->reshard_after_backward;
-      unit->outdated = differentiates_ && !kept;
+      unit->outdated = differentiates_ && !kept && unit->group->state() != ParamGroup::State::kSharded;
       if (!differentiates_ && !kept) unit->group->Reshard();
     }
   }
@@ -117,15 +118,14 @@ void Schedule::Follow(const std::shared_ptr<Unit>& unit) {
   recorded_.push_back(unit);
 }
 
-// For a forward.
-void Schedule::StartGather(Unit& unit) {
+void Schedule::GatherAnew(Unit& unit) {
   if (std::exchange(unit.outdated, false)) unit.group->Reshard();
   Naming(unit, "all-gather", [&] { unit.group->StartGather(); });
 }
 
 void Schedule::PrefetchForward(const Unit& unit) {
   const auto prefetch = [this](Unit& next) {
-    if (!next.outdated) StartGather(next);  // it may not come, and what it was kept for would lack it
+    if (!next.outdated) GatherAnew(next);  // it may not come, and what it was kept for would lack it
   };
   for (const auto& weak : unit.forward_prefetch) {
     if (const auto next = weak.lock()) prefetch(*next);
@@ -150,9 +150,13 @@ void Schedule::LeaveForward(const std::shared_ptr<Unit>& unit, const std::vector
   // The outermost unit is needed first in backward, and so is the one that ran last: freeing them would only mean another
   // gather.
   const bool last = on_track_ && position_ == sequences_[outermost_].size() && recorded_.back() == unit;
-  const bool keep = grad_enabled && (differentiates_ || !unit->reshard_after_forward.value_or(!active_.empty() && !last));
+  // What a graph of gradients needs stays, whoever runs it meanwhile.
+  const bool keep = differentiates_ || (grad_enabled && !unit->reshard_after_forward.value_or(!active_.empty() && !last));
   if (!keep) Release(unit);
   if (!active_.empty()) return;
+  TORCH_CHECK(!in_backward_, "rank ", rank_, ": module ", unit->name(),
+              ": a backward within this forward has raised, and its error was caught there. What it has left can't be told "
+              "from a backward that goes on: let the error out of the forward");
   EndForward();
   turn_->EndForward();
 }
@@ -191,7 +195,7 @@ void Schedule::AbortForward(const std::shared_ptr<Unit>& unit) {
 
 void Schedule::Hold(const std::shared_ptr<Unit>& unit, bool wait) {
   unit->held = true;
-  StartGather(*unit);
+  GatherAnew(*unit);
   if (wait) Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
 }
 

@@ -59,8 +59,8 @@ struct Unit {
 ///    Every unit whose forward ran since the last backward's end takes part, with zeros where it has no gradient.
 /// A backward with create_graph frees nothing, as the graph that it makes is one that no hook of a unit announces: the next
 /// backward does; a forward gathers anew what it runs itself.
-/// A backward that a forward calls leaves the units of that forward as they are and reduces nothing: the next one around
-/// does.
+/// A backward that a forward calls leaves the units of that forward as they are and reduces nothing: the backward that runs
+/// after the forward does.
 /// What a rank frees after forward therefore depends on the calls alone, never on what its outputs look like.
 /// Errors of one rank (gradients that can't be taken, hooks that raise) are kept until its peers have what they wait for,
 /// and raised at the end of backward. Errors of collectives name this rank and the unit.
@@ -115,7 +115,11 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void WatchInputs(const std::shared_ptr<Unit>& unit, const std::vector<at::Tensor>& inputs);
   void BeginForward(const std::shared_ptr<Unit>& outermost);
   void Follow(const std::shared_ptr<Unit>& unit);
-  void StartGather(Unit& unit);
+  /// For a forward: of what the shards are now.
+  void GatherAnew(Unit& unit);
+  void GatherTheRest();
+  void LaunchBefore(const Unit& unit, size_t limit);
+  bool FreesAfterBackward(const Unit& unit) const;
   void PrefetchForward(const Unit& unit);
   void EndForward();
   void Agree(const Unit* unit);
@@ -169,7 +173,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   bool last_backward_ = true;
   bool differentiates_ = false;  // the last backward has made a graph of its own, which uses the full parameters
   std::deque<std::shared_ptr<Unit>> gather_queue_, reduce_queue_, reducing_;
-  std::deque<std::shared_ptr<Unit>> joining_;  // the last ones to be reduced
+  std::deque<std::shared_ptr<Unit>> joining_;  // the last reductions, whose inputs a device may still read
   std::shared_ptr<Unit> ahead_;                // whose gather backward has started ahead of its use
   std::exception_ptr error_;                   // this rank's first one in this backward
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <thread>
 #include <utility>
 
@@ -163,7 +164,7 @@ void Schedule::Launch(const std::shared_ptr<Unit>& unit) {
   // On a device, whose results are taken on the host long before they are there, this is what bounds reductions in flight.
   for (; joining_.size() >= kReductionsInFlight; joining_.pop_front()) {
     const std::shared_ptr<Unit>& older = joining_.front();
-    if (!older->group->trainable().empty()) older->group->reducer().Join();
+    if (!older->group->trainable().empty()) older->group->reducer().ReleaseInputs();
   }
   joining_.push_back(unit);
   const auto start = [&] { unit->group->StartReduce(); };
@@ -225,20 +226,45 @@ void Schedule::AwaitReduction(const Unit& unit) {
   advance(true);
 }
 
-void Schedule::EndBackward() {
-  const auto frees = [this](const Unit& unit) { return unit.reshard_after_backward && !differentiates_ && !Runs(unit); };
-  // Gathers that this rank had no use for come first: peers may wait for them before they can join a reduction. Two at a
-  // time: each holds a whole unit.
+bool Schedule::FreesAfterBackward(const Unit& unit) const {
+  return unit.reshard_after_backward && !differentiates_ && !Runs(unit);
+}
+
+// Gathers that this rank had no use for: peers may wait for them before they can join a reduction. Two at a time, since
+// each holds a whole unit; the older one is over when the peers have come to it too.
+void Schedule::GatherTheRest() {
   for (std::shared_ptr<Unit> last; !gather_queue_.empty();) {
-    const auto before = std::exchange(last, gather_queue_.front());
+    const auto older = std::exchange(last, gather_queue_.front());
     StartGathersUntil(last);
-    if (before && frees(*before)) Release(before);
+    if (!older || !FreesAfterBackward(*older)) continue;
+    // On their way there they reduce, and need this rank for that. Only afterwards may this rank wait for a reduction.
+    LaunchBefore(*older, kReductionsInFlight);
+    Release(older);
+    LaunchBefore(*older, SIZE_MAX);
   }
+}
+
+// Starts the reductions that come before `unit`'s, until `limit` are in flight.
+void Schedule::LaunchBefore(const Unit& unit, size_t limit) {
+  const auto place = [this](const Unit& wanted) {
+    const auto at = std::find_if(participants_.rbegin(), participants_.rend(),
+                                 [&](const auto& participant) { return participant.get() == &wanted; });
+    return at - participants_.rbegin();
+  };
+  while (!reduce_queue_.empty() && reducing_.size() < limit && place(*reduce_queue_.front()) < place(unit)) {
+    const std::shared_ptr<Unit> next = reduce_queue_.front();
+    reduce_queue_.pop_front();
+    Launch(next);
+  }
+}
+
+void Schedule::EndBackward() {
   for (auto& unit : reduce_queue_) unit->ready = true;
+  GatherTheRest();
   LaunchReady();
   AdvanceReductions(last_backward_ ? 0 : kReductionsInFlight);
   for (const auto& unit : units_) {
-    if (frees(*unit)) Release(unit);
+    if (FreesAfterBackward(*unit)) Release(unit);
     if (last_backward_ && !unit->group->trainable().empty()) unit->group->reducer().Join();
   }
   // What was not reduced has to be, by a later backward and perhaps of units that it does not run.
@@ -250,7 +276,7 @@ void Schedule::EndBackward() {
   });
   ahead_.reset();
   in_backward_ = false;
-  backward_done_ = backward_done_ || !in_forward_too_;
+  backward_done_ = !in_forward_too_;
   on_backward_end_();
   for (const Call& call : active_) call.unit->on_backward();
   turn_->EndBackward();

@@ -13,6 +13,12 @@ bool Turn::HasBackward() const {
          (thread_ == std::this_thread::get_id() || graph_task_ == torch::autograd::get_current_graph_task_id());
 }
 
+// On CUDA the hooks of a backward within a forward run in autograd's thread, for which the forward's waits.
+bool Turn::HasForward() const {
+  const bool within = graph_task_ != -1 && graph_task_ == torch::autograd::get_current_graph_task_id();
+  return holder_ == Holder::kForward && (within || thread_ == std::this_thread::get_id());
+}
+
 void Turn::Take(std::unique_lock<std::mutex>& lock, Holder holder) {
   TORCH_CHECK(holder_ != Holder::kReader || thread_ != std::this_thread::get_id(), who_(),
               "a wrapped module can't run inside of its own state_dict()");
@@ -22,6 +28,7 @@ void Turn::Take(std::unique_lock<std::mutex>& lock, Holder holder) {
   readers_waiting_ -= reads ? 1 : 0;
   holder_ = holder;
   thread_ = std::this_thread::get_id();
+  graph_task_ = -1;
 }
 
 void Turn::Give(Holder holder, std::optional<int64_t> backward) {
@@ -47,10 +54,14 @@ void Turn::EndForward() { Give(Holder::kForward); }
 
 std::shared_ptr<void> Turn::BeginBackward() {
   std::unique_lock lock(mutex_);
+  const int graph_task = torch::autograd::get_current_graph_task_id();
   // By its kind alone: on CUDA the backward within a forward runs in autograd's thread.
-  if (holder_ == Holder::kForward) return nullptr;
+  if (holder_ == Holder::kForward) {
+    graph_task_ = graph_task;
+    return nullptr;
+  }
   Take(lock, Holder::kBackward);
-  graph_task_ = torch::autograd::get_current_graph_task_id();
+  graph_task_ = graph_task;
   const int64_t number = ++backwards_;
   return {nullptr, [self = shared_from_this(), number](void*) { self->Give(Holder::kBackward, number); }};
 }

@@ -42,7 +42,7 @@ class Turn : public std::enable_shared_from_this<Turn> {
  private:
   enum class Holder { kNobody, kForward, kBackward, kReader };
 
-  bool HasForward() const { return holder_ == Holder::kForward && thread_ == std::this_thread::get_id(); }
+  bool HasForward() const;
   bool HasBackward() const;
   bool Runs() const { return holder_ == Holder::kForward || holder_ == Holder::kBackward; }
   void Take(std::unique_lock<std::mutex>& lock, Holder holder);
@@ -53,7 +53,7 @@ class Turn : public std::enable_shared_from_this<Turn> {
   std::condition_variable given_;
   Holder holder_ = Holder::kNobody;
   std::thread::id thread_;  // of the holder; a backward's first one
-  int graph_task_ = -1;     // of a backward
+  int graph_task_ = -1;     // of a backward, also of one within the forward that has the turn
   int64_t backwards_ = 0;
   int64_t readers_waiting_ = 0;
 };
