@@ -26,6 +26,10 @@ _MESSAGE_LIMIT = 4000  # characters of one rank's error that travel
 _NAMED_RANKS = 8  # failed ranks whose messages are repeated in the error
 
 
+class NestedCallError(RuntimeError):
+    """Of a call within a call, by a signal handler: it says nothing of the peers that the outer one talks to."""
+
+
 class _Failure(NamedTuple):
     """A rank's exception as plain data: the exception itself may hold tensors, or be of a class that peers do not have."""
 
@@ -176,6 +180,8 @@ class Agreement:
             raise CheckpointError(f"{self.purpose}, step {step!r}: rank {self.rank} has lost its peers in an earlier step")
         try:
             start().wait()  # without the GIL
+        except NestedCallError:
+            raise
         except RuntimeError as error:
             # The peers that wait for this rank see the connection close, and do not have to wait for their own timeout.
             self.broken, self._group = True, None

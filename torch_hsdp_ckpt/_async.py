@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from . import _snapshot
-from ._agreement import agreement_of
+from ._agreement import NestedCallError, agreement_of
 from ._async_job import AsyncSave, Job, SnapshotMode
 from ._save import _global_ranks, _say_once, _who_plans
 from ._staging import StagingPool
@@ -40,9 +40,9 @@ class _InFlight:
     def running(self) -> bool:
         return self.job is not None and not self.job.future.done()
 
-    def finish(self) -> None:
-        """Waits for the save before, if there is one, and raises its exception, once."""
-        if (before := self.job) is not None:
+    def finish(self, before: Job | None) -> None:
+        """Waits for a save, if there is one, and raises its exception, once."""
+        if before is not None:
             try:
                 before.future.result()
             finally:
@@ -50,7 +50,7 @@ class _InFlight:
 
     def _forget(self, job: Job) -> None:
         # Not after Ctrl-C in the wait: the job goes on, and the memory that it writes from is its own until it is done.
-        if job.future.done():
+        if self.job is job and job.future.done():
             self.job = None
 
     def replace(self) -> None:
@@ -70,8 +70,9 @@ _in_flight = _InFlight()
 
 def collect(future: AsyncSave) -> None:
     """Waits for a save and raises its exception, which the next call then does not raise again."""
-    if _in_flight.job is not None and _in_flight.job.future is future:
-        _in_flight.finish()
+    job = _in_flight.job
+    if job is not None and job.future is future:
+        _in_flight.finish(job)
     else:
         future.result()
 
@@ -92,7 +93,7 @@ def _one_at_a_time(call: Callable[_P, _T]) -> Callable[_P, _T]:
         in_flight = _in_flight
         with in_flight.call:
             if in_flight.calling:
-                raise RuntimeError("async_save: called within a call of its own, by a signal handler or a Stateful object")
+                raise NestedCallError("async_save: called within a call of its own, by a signal handler or a Stateful object")
             in_flight.calling = True
             try:
                 return call(*args, **kwargs)
@@ -165,7 +166,7 @@ def async_save(
             raise CheckpointError('the asynchronous save before is still in flight, and in_flight="raise"')
     if in_flight == "replace":
         _in_flight.replace()
-    _in_flight.finish()
+    _in_flight.finish(_in_flight.job)
     if reason:
         _say_once(f"torch makes this asynchronous save: {reason}")
         options: dict[str, Any] = {} if async_stager is None else {"async_stager": async_stager}

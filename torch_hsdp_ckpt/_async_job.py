@@ -105,6 +105,8 @@ class Job:
         finally:
             if not self.started:
                 self._open_gate()
+                if self._opened:
+                    self._save.abandon()
         # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is finished.
         try:
             with self._call:

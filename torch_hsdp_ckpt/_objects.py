@@ -2,11 +2,11 @@
 
 import io
 import pickle
-import zipfile
 from typing import Any
 
 import torch
 
+from . import _C
 from ._pickle_check import NAMES_A_GLOBAL, PickleCheck
 from .errors import CheckpointError, CorruptCheckpointError
 
@@ -44,27 +44,25 @@ def check_explained(data: bytes, what: str) -> None:
     calls = NAMES_A_GLOBAL.search(data) is not None  # else the walk is not worth its time
     try:
         if data.startswith(b"PK\3\4"):
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                entries = archive.infolist()
-                if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > len(data):
-                    raise ValueError("its entries are compressed, which torch.save's are not")
-                # torch finds an entry by what follows the first slash, in upper or lower case.
-                sizes = {e.filename.lower().partition("/")[2]: e.file_size for e in entries}
-                if len(sizes) != len(entries):
-                    raise ValueError("two of its entries have one name")
-                for entry in entries if calls else ():
-                    if entry.filename.lower().endswith("data.pkl"):
-                        PickleCheck(len(data), sizes).run(io.BytesIO(archive.read(entry)))
+            entries = _C.zip_entries(data, what)
+            # torch finds an entry by what follows the first slash, in upper or lower case.
+            sizes = {name.lower().partition(b"/")[2].decode(): size for name, _, size in entries}
+            if len(sizes) != len(entries):
+                raise ValueError("two of its entries have one name")
+            for name, offset, size in entries if calls else ():
+                if name.lower().endswith(b"data.pkl"):
+                    PickleCheck(_TIMES * len(data), sizes).run(io.BytesIO(data[offset : offset + size]))
         elif calls:  # one pickle after the other; what follows them are the tensors' bytes
-            stream, check = io.BytesIO(data), PickleCheck(len(data))
+            stream, check = io.BytesIO(data), PickleCheck(_TIMES * len(data))
             for _ in range(_LEGACY_PICKLES):
                 check.run(stream)
-    except pickle.UnpicklingError:
+    except (CorruptCheckpointError, pickle.UnpicklingError):
         raise
     except Exception as error:
         raise CorruptCheckpointError(f"{what}: the object is not loaded: {type(error).__name__}: {error}") from error
 
 
+_TIMES = 4  # an array passes through text and bytes on its way
 _LEGACY_PICKLES = 5  # magic, version, system, object, storage keys
 
 

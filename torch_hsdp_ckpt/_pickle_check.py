@@ -23,9 +23,13 @@ NAMES_A_GLOBAL = re.compile(rb"c[\w.]+\n[\w.]+\n")
 _CONSTANTS = frozenset(("NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"))
 _INTEGERS = frozenset(("BININT", "BININT1", "BININT2", "LONG1"))
 _BYTES = frozenset(("_codecs.encode", "builtins.bytearray"))
+_LATIN1 = frozenset(("latin1", "latin-1"))  # how pickle writes bytes: a byte a character
+# These go through a tensor's elements, or copy them, if they are given one.
+_ITERATORS = frozenset(("builtins.set", "collections.Counter", "collections.OrderedDict", "torch.Size"))
 _CLASSES = frozenset(f"{c.__module__}.{c.__name__}" for c in (*torch._tensor_classes, *torch._storage_classes, torch.Tensor))
 _REBUILD = "torch._utils._rebuild_"
 _STRIDED = frozenset(_REBUILD + name for name in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
+_COPIERS = tuple(_REBUILD + name for name in ("device", "sparse", "nested", "qtensor"))
 _PARAMETERS = frozenset(_REBUILD + name for name in ("parameter", "parameter_with_state"))
 
 
@@ -35,6 +39,7 @@ class _Value:
     text: str | None = None
     number: int | None = None
     length: int = 0  # characters, bytes, items
+    is_bytes: bool = False
     items: Sequence["_Value"] | None = None  # a tuple's
     elements: float | None = None  # a tensor's or a storage's
 
@@ -113,14 +118,17 @@ class PickleCheck:
                 raise pickle.UnpicklingError(f"opcode {name}")
 
     def _make(self, size: float) -> None:
-        self._limit -= math.ceil(min(size, 1 << 62))
+        self._limit -= math.ceil(min(size, _HUGE))
         if self._limit < 0:
             raise ValueError("its pickle makes more than its own size")
 
     def _storage(self, saved: _Value) -> _Value:
-        assert saved.items is not None
-        _, kind, key, _, number = saved.items[:5]
-        assert key.text is not None and number.number is not None
+        _, kind, key, _, number = (saved.items or ())[:5]
+        # As torch.save has them: in others an archive's entry can be named in several ways.
+        if key.text is None or not key.text.isascii() or not key.text.isdigit():
+            raise ValueError("its pickle names a storage by something that is no number")
+        if number.number is None or not 0 <= number.number < _HUGE:
+            raise ValueError(f"its pickle makes storage {key.text} of a size that none has")
         name = kind.name.rpartition(".")[2]
         unit = 1 if name == "UntypedStorage" else torch.storage._get_dtype_from_pickle_storage_type(name).itemsize
         size = number.number * unit
@@ -129,7 +137,7 @@ class PickleCheck:
             raise ValueError(f"its pickle has two sizes for storage {key.text}")
         if self._entries is None:
             self._make(size if first else 0)
-        elif size > (held := self._entries.get(f"data/{key.text.lower()}", 0)):
+        elif size > (held := self._entries.get(f"data/{key.text}", 0)):
             raise ValueError(f"its pickle makes storage {key.text} of {size} bytes, which has {held}")
         return _Value(elements=number.number)
 
@@ -138,30 +146,37 @@ class PickleCheck:
         if items is None:
             raise ValueError(f"its pickle calls {name} without arguments in a tuple")
         if name in _BYTES:
-            if items and items[0].text is None:
+            text = len(items) == 2 and items[0].text is not None and items[1].text in _LATIN1
+            if not text and not (name == "builtins.bytearray" and (not items or (len(items) == 1 and items[0].is_bytes))):
                 raise ValueError(f"its pickle makes bytes by {name}, not from bytes that it holds")
             size = items[0].length if items else 0
             self._make(size)
-            return _Value(text="", length=size)
+            return _Value(length=size, is_bytes=True)
         if name in _CLASSES:
             raise ValueError(f"its pickle makes a tensor by {name}, not from bytes that it holds")
         if name == "torch._tensor._rebuild_from_type_v2":
             made, state = self._call(items[0], items[2]), items[3]
             self._make(_weight([state]))
+            if made.elements is not None and state.length > 0:
+                made.elements = math.inf  # the state may hold other data for it
             return made
         weight = _weight(items)
-        elements = max((item.elements or 0 for item in items), default=0)
+        elements: float | None = None
+        given = [item for each in items for item in (each, *(each.items or ()))]
+        if name in _ITERATORS or name.startswith(_COPIERS):
+            weight += sum(item.elements or 0 for item in given)
         if name in _STRIDED:
             storage, offset, sizes, strides = items[:4]
             elements, last = _extent(sizes, strides)
             if elements > 0 and (storage.elements is None or (offset.number or 0) + last >= storage.elements):
                 raise ValueError("its pickle makes a tensor larger than its storage")
-        elif not name.startswith(_REBUILD) or name.startswith(_REBUILD + "device"):
-            weight += elements  # these may go through a tensor's elements, or copy them
-        elif name not in _PARAMETERS:
+            weight += elements if name.startswith(_COPIERS) else 0
+        elif name in _PARAMETERS:
+            elements = items[0].elements
+        elif name.startswith(_REBUILD):
             elements = math.inf
         self._make(weight)
-        return _Value(length=math.ceil(weight), elements=elements if name.startswith("torch") else None)
+        return _Value(length=math.ceil(weight), elements=elements)
 
 
 def _weight(values: Sequence[_Value]) -> float:
@@ -171,10 +186,15 @@ def _weight(values: Sequence[_Value]) -> float:
 
 def _extent(sizes: _Value, strides: _Value) -> tuple[float, int]:
     """A tensor's number of elements, and where in its storage the last one is, from its first one."""
-    assert sizes.items is not None and strides.items is not None
     elements, last = 1, 0
-    for size, stride in zip(sizes.items, strides.items, strict=True):
-        assert size.number is not None and stride.number is not None and size.number >= 0 and stride.number >= 0
-        elements *= size.number
+    for size, stride in zip(sizes.items or (), strides.items or (), strict=True):
+        for each in (size.number, stride.number):
+            if each is None or not 0 <= each < _HUGE:
+                raise ValueError("its pickle makes a tensor of a shape that none has")
+        assert size.number is not None and stride.number is not None
+        elements = min(elements * size.number, _HUGE)
         last += (size.number - 1) * stride.number
     return elements, last
+
+
+_HUGE = 1 << 62

@@ -218,7 +218,7 @@ class Save:
                 )
                 self._local = LocalState(self._planner)
                 digests = self._local.digests()
-            self._writer._make_directory()
+            _C.make_directories(str(self._writer.path), self._writer.sync_files)
             save_id = 0
             if self._agreement.is_coordinator:
                 save_id = self._writer._claim_directory()

@@ -90,7 +90,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return bool(self.transforms.extensions) or self.serialization_format != _stock.SerializationFormat.TORCH_SAVE
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        self._make_directory()
+        _C.make_directories(str(self.path), self.sync_files)
         metadata = self._own_metadata_path()
         if not self.overwrite and os.path.lexists(metadata):
             raise CheckpointError(f"{metadata}: there is a checkpoint already and overwrite=False; nothing was written")
@@ -186,11 +186,6 @@ class FileSystemWriter(_stock.FileSystemWriter):
             size = os.stat(os.path.join(self.path, info.relative_path)).st_size
             out.append(_FileWriteResult(result.index, result.size_in_bytes, info, size))
         return out
-
-    def _make_directory(self) -> None:
-        """Makes sure that the directory is there and durable in its parent; where there is a checkpoint in it, it is."""
-        if not os.path.lexists(self._own_metadata_path()):
-            _C.make_directories(str(self.path), self.sync_files)
 
     def _claim_directory(self) -> int:
         """Makes this the save that may commit here; the id of the save."""

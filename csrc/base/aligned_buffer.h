@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -23,12 +24,22 @@ class AlignedBuffer {
   /// `huge`: of huge pages where the system has them for who asks. That halves what a direct write of it costs the CPU, as
   /// the kernel takes hold of each page, but a first byte costs the zeroing of a whole one: for memory that will be filled.
   explicit AlignedBuffer(size_t size, bool huge = false) {
-    const size_t alignment = huge ? kHugePage : kAlignment;
-    size_ = (size + alignment - 1) / alignment * alignment;
+    const size_t unit = huge ? kHugePage : kAlignment;
+    size_ = (size + unit - 1) / unit * unit;
     if (size_ == 0) return;
-    data_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, size_)));
-    if (!data_) throw std::bad_alloc();
-    if (huge) ::madvise(data_.get(), size_, MADV_HUGEPAGE);  // an advice: nothing is lost where it is refused
+    if (!huge) {
+      data_.reset(static_cast<std::byte*>(std::aligned_alloc(kAlignment, size_)));
+      if (!data_) throw std::bad_alloc();
+      return;
+    }
+    // Not malloc's, which would keep it and hand it out in small pieces, with huge pages behind them.
+    const size_t mapped = size_ + kHugePage;
+    void* const start = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) throw std::bad_alloc();
+    const auto address = reinterpret_cast<uintptr_t>(start);
+    auto* const first = static_cast<std::byte*>(start) + (kHugePage - address % kHugePage) % kHugePage;
+    data_ = {first, Free{start, mapped}};
+    ::madvise(first, size_, MADV_HUGEPAGE);  // an advice: nothing is lost where it is refused
   }
 
   std::byte* data() const { return data_.get(); }
@@ -38,7 +49,13 @@ class AlignedBuffer {
 
  private:
   struct Free {
-    void operator()(std::byte* pointer) const { std::free(pointer); }
+    Free() : start(nullptr), mapped(0) {}
+    Free(void* begin, size_t size) : start(begin), mapped(size) {}
+    void* start;  // of a mapping, around the buffer
+    size_t mapped;
+    void operator()(std::byte* pointer) const {
+      mapped > 0 ? static_cast<void>(::munmap(start, mapped)) : std::free(pointer);
+    }
   };
   std::unique_ptr<std::byte, Free> data_;
   size_t size_ = 0;

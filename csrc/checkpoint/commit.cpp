@@ -114,21 +114,20 @@ bool IsCurrent(FileSystem& fs, const CommitRequest& request) {
   return std::equal(bytes.begin(), bytes.end(), request.metadata.begin());
 }
 
-// Whether another save may still commit files that concern this one: its claim is here and nobody has shown its coordinator
-// to be dead. Which files are its own is not asked: those of a planner that caches plans have other save ids than its
-// claim.
-bool IsSaveUnderWay(FileSystem& fs, const CommitRequest& request, const OwnerIsDead& owner_is_dead) {
-  const std::optional<int64_t> own_rank = RankOfMetadata(request.metadata_name);
+// Whose files may still be committed by another save: its claim is here and nobody has shown its coordinator to be dead. A
+// rank's for a save of that rank's own metadata, null for all ranks'. By save ids they can't be told: the files of a
+// planner that caches plans have others than their claim.
+std::set<std::optional<int64_t>> RanksUnderWay(FileSystem& fs, const CommitRequest& request,
+                                               const OwnerIsDead& owner_is_dead) {
+  std::set<std::optional<int64_t>> ranks;
   for (const std::string& name : ListDirectory(fs, request.directory)) {
     const auto claim = ParseClaim(name);
     if (!claim) continue;
-    const std::optional<int64_t> rank = RankOfMetadata(claim->metadata_name);
-    if (own_rank && rank && *rank != *own_rank) continue;  // a save of another rank's files alone
     FileStatus status;
     if (!GetStatus(fs, JoinPath(request.directory, name), &status)) continue;
-    if (!owner_is_dead(claim->writer.owner, status.modified)) return true;
+    if (!owner_is_dead(claim->writer.owner, status.modified)) ranks.insert(RankOfMetadata(claim->metadata_name));
   }
-  return false;
+  return ranks;
 }
 
 CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const OwnerIsDead& owner_is_dead) {
@@ -140,11 +139,11 @@ CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const Owner
     if (const auto parsed = DataFileName::Parse(file.name)) owners.push_back(parsed->owner);
   }
   std::vector<std::string> names;
-  bool under_way = false;
+  std::set<std::optional<int64_t>> under_way;
   try {
     // Candidates first: a save claims before it writes, so the claim of a candidate's save is in the second listing.
     names = ListDirectory(fs, request.directory);
-    under_way = IsSaveUnderWay(fs, request, owner_is_dead);
+    under_way = RanksUnderWay(fs, request, owner_is_dead);
     // Asked last. A save that has committed by now is noticed here; the claim of one that commits later was listed above.
     if (!IsCurrent(fs, request)) return result;
   } catch (const IoError& error) {
@@ -165,7 +164,8 @@ CommitResult RemoveOld(FileSystem& fs, const CommitRequest& request, const Owner
       // Nobody is certain to miss a file of another rank than a rank's own metadata is about: its rank's next save sees to
       // it.
       if (own_rank && *own_rank != data->rank) continue;
-      if (under_way || OthersMayName(data->rank, request.metadata_name, metadata_names)) continue;
+      if (under_way.contains(std::nullopt) || under_way.contains(data->rank)) continue;
+      if (OthersMayName(data->rank, request.metadata_name, metadata_names)) continue;
       old = std::find(owners.begin(), owners.end(), data->owner) != owners.end();
     }
     if (!old && (data || (claim && claim->metadata_name == request.metadata_name))) {

@@ -111,8 +111,6 @@ std::vector<std::byte> ShardFileReader::ReadBytes(const std::string& name, int64
   }
   bytes.erase(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(before));
   bytes.resize(size);
-  // What torch.load will make of it: several readers of one zip may see several contents if it is not a plain one.
-  CheckZip(bytes, file_.path(), name);
   return bytes;
 }
 

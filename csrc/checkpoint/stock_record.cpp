@@ -26,6 +26,17 @@ bool IsZip(const ZipSource& source, uint64_t length) {
   return ByteReader(first, "", "").Get<uint32_t>() == ZipLocalHeader::kSignature || LooksLikeZip(last);
 }
 
+// What torch.save wrote, if it is a zip: a plain one, with every entry's CRC.
+void CheckZip(std::span<const std::byte> bytes, const std::string& path, const std::string& name) {
+  const auto source = [&](std::span<std::byte> target, uint64_t at) {
+    std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), target.size(), target.begin());
+  };
+  if (!IsZip(source, bytes.size())) return;
+  for (const ZipEntry& entry : ReadZipDirectory(source, bytes.size(), path, name)) {
+    CheckCrc(entry, bytes.subspan(entry.data_offset, entry.size), path, name);
+  }
+}
+
 }  // namespace
 
 StockRecord OpenStockRecord(const File& file, const std::string& name, int64_t offset, int64_t length) {
@@ -65,16 +76,6 @@ StockRecord OpenStockRecord(const File& file, const std::string& name, int64_t o
   }
   record.payload = *payload;
   return record;
-}
-
-void CheckZip(std::span<const std::byte> bytes, const std::string& path, const std::string& name) {
-  const auto source = [&](std::span<std::byte> target, uint64_t at) {
-    std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), target.size(), target.begin());
-  };
-  if (!IsZip(source, bytes.size())) return;
-  for (const ZipEntry& entry : ReadZipDirectory(source, bytes.size(), path, name)) {
-    CheckCrc(entry, bytes.subspan(entry.data_offset, entry.size), path, name);
-  }
 }
 
 std::vector<std::byte> ReadStockBytes(const File& file, const std::string& name, int64_t offset, int64_t length) {

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -26,9 +25,6 @@ struct StockRecord {
 /// Describes the record of `length` bytes at `offset`, which lie within the file. `name` is the tensor's, for messages.
 /// Throws CorruptionError if it is a zip that can't be right.
 StockRecord OpenStockRecord(const File& file, const std::string& name, int64_t offset, int64_t length);
-
-/// Checks what torch.save wrote, if it is a zip: a plain one, with every entry's CRC. Throws CorruptionError.
-void CheckZip(std::span<const std::byte> bytes, const std::string& path, const std::string& name);
 
 /// All bytes of such a record, after the CRC of every entry has been checked if it is a zip.
 std::vector<std::byte> ReadStockBytes(const File& file, const std::string& name, int64_t offset, int64_t length);

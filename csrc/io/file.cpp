@@ -173,8 +173,7 @@ void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
   for (;;) {
     const int rc = fs.MakeDirectory(path);
     if (rc == -EINTR) continue;
-    // Another rank was faster. It syncs the parent before its own vote, without which nothing is committed.
-    if (rc == -EEXIST) return;
+    if (rc == -EEXIST) break;  // another rank was faster, or somebody who does not sync
     if (rc < 0) throw IoError("mkdir", path, -1, -rc);
     break;
   }

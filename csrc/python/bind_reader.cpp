@@ -1,11 +1,13 @@
 // The load engine for torch_hsdp_ckpt/_items.py: one call takes all items of a load. Targets cross as addresses: the caller
 // keeps them alive and contiguous until the plan has been read. The GIL is released for all that reads or waits.
+#include <algorithm>
 #include <cstring>
 
 #include "base/parallel.h"
 #include "checkpoint/checkpoint_reader.h"
 #include "io/file.h"
 #include "python/module.h"
+#include "record/zip.h"
 
 namespace py = pybind11;
 
@@ -81,9 +83,22 @@ py::list ReadObjects(CheckpointReader& reader, const std::vector<ObjectArgument>
   return out;
 }
 
+// Of what torch.save wrote: names, offsets and sizes of the entries, in a zip that every reader of zips sees alike.
+py::list ZipEntries(const py::bytes& data, const std::string& what) {
+  const auto bytes = std::as_bytes(std::span(std::string_view(data)));
+  const auto source = [&](std::span<std::byte> target, uint64_t at) {
+    std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), target.size(), target.begin());
+  };
+  py::list out;
+  for (const ZipEntry& entry : ReadZipDirectory(source, bytes.size(), what, "the object"))
+    out.append(py::make_tuple(py::bytes(entry.name), entry.data_offset, entry.size));
+  return out;
+}
+
 }  // namespace
 
 void BindReader(py::module_& module) {
+  module.def("zip_entries", &ZipEntries, py::arg("data"), py::arg("what"));
   module.def("is_in_memory", [](const std::string& path) { return PosixFileSystem().IsInMemory(path); }, py::arg("path"));
   const auto released = py::call_guard<py::gil_scoped_release>();
   py::class_<ReadPlan>(module, "ReadPlan")
