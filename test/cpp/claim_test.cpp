@@ -187,22 +187,30 @@ TEST(ClaimTest, EveryFailingCallIsReportedAndLeavesNoClaimItCanRemove) {
 // A data file of a save that may still commit stays, even when its rank has ended; without a claim it goes. The file's save
 // id is not the claim's where a planner caches plans.
 TEST(ClaimTest, FilesOfASaveUnderWayStay) {
-  for (const uint64_t claimed : {0u, 50u, 51u}) {
+  struct Case {
+    uint64_t claimed;
+    const char* metadata;
+    bool stays;
+  };
+  // The last one's files are of another rank than this one.
+  for (const auto& [claimed, metadata, stays] :
+       {Case{0, "", false}, Case{50, ".metadata", true}, Case{51, ".metadata", true}, Case{51, "__0.metadata", true},
+        Case{51, "__7.metadata", false}}) {
     FaultFileSystem fs;
     fs.MakeDirectory(kDirectory);
     const std::string name = DataOf(50).ToString();
     bool begun = false;
     // Between the first save's rename and its clean-up.
-    fs.set_fault([&](const std::string& op, const std::string&, int) {
+    fs.set_fault([&, claimed = claimed, metadata = metadata](const std::string& op, const std::string&, int) {
       if (op != "fsync directory" || begun) return 0;
       begun = true;
-      if (claimed != 0) ClaimDirectory(fs, kDirectory, ".metadata", claimed, true);
+      if (claimed != 0) ClaimDirectory(fs, kDirectory, metadata, claimed, true);
       File::Open(fs, JoinPath(kDirectory, name), OpenMode::kCreate).Close();
       return 0;
     });
     Save(fs, 1, {}, [](const ProcessIdentity& owner, int64_t) { return owner.pid == 50; });
     EXPECT_TRUE(begun);
-    EXPECT_EQ(fs.Bytes(kDirectory + "/" + name) != nullptr, claimed != 0);
+    EXPECT_EQ(fs.Bytes(kDirectory + "/" + name) != nullptr, stays) << claimed << metadata;
   }
 }
 
