@@ -1,5 +1,6 @@
 """What the tests of failing saves share: faults at one call of the file system, and what a save must leave as it was."""
 
+import errno
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from torch_hsdp_ckpt import _C
 Call = tuple[str, str]  # the operating system's call, and what it is about: "claim", "data", "metadata" or "directory"
 Scenario = tuple[int, int]  # the rank of a pair that is killed, and the number of the call
 OLD = torch.arange(50000.0)
+_ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 _PAIRS = 8  # scenarios at a time: each is two ranks of its own
 
 
@@ -40,6 +42,14 @@ def at_call(number: int, act: Callable[[str], int]) -> Callable[[], bool]:
 
     _C._inject_fault(fault)
     return lambda: len(calls) > number
+
+
+def errors_for(calls: Sequence[Call]) -> list[int]:
+    """What each of a save's calls is refused with, in turn. Of the first directory that is synced, the one above the
+    checkpoint's, EIO: other errors say that it is one that holds no entry of ours."""
+    errors = [_ERRORS[number % len(_ERRORS)] for number in range(len(calls))]
+    errors[calls.index(("fsync", "directory"))] = errno.EIO
+    return errors
 
 
 def no_fault() -> None:

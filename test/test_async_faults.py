@@ -19,6 +19,7 @@ from save_faults import (
     about_to_be_killed,
     at_call,
     calls_of,
+    errors_for,
     kill_at_every_call,
     loaded,
     no_fault,
@@ -31,7 +32,6 @@ import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
 from torch_hsdp_ckpt._async_job import Job
 
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 NEW = torch.arange(100_000.0) + 1
 
 
@@ -40,10 +40,8 @@ def _refused(rank: int, path: str) -> None:
     old, new, calls = over_an_older_one(path, lambda state: h.async_save(state, checkpoint_id=path).result())
     calls[0] = calls[0][: calls[0].index(("rename", "claim"))]
     files = sorted(os.listdir(path))
-    count = 0
     for failing in (0, 1):
-        for number, call in enumerate(calls[failing]):
-            error = ERRORS[(count := count + 1) % len(ERRORS)]
+        for number, (call, error) in enumerate(zip(calls[failing], errors_for(calls[failing]), strict=True)):
             if rank == failing:
                 at_call(number, lambda path, error=error: -error)  # type: ignore[misc]
             future = h.async_save(new, checkpoint_id=path)

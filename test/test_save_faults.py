@@ -15,13 +15,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
-from save_faults import OLD, at_call, calls_of, loaded, no_fault, over_an_older_one, pair_mesh, process_is_as_it_was, sharded
+from save_faults import (
+    OLD,
+    at_call,
+    calls_of,
+    errors_for,
+    loaded,
+    no_fault,
+    over_an_older_one,
+    pair_mesh,
+    process_is_as_it_was,
+    sharded,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C, _save
-
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
 def _refused(rank: int, path: str) -> int:
@@ -30,10 +39,8 @@ def _refused(rank: int, path: str) -> int:
     calls[0] = calls[0][: calls[0].index(("rename", "claim")) + 1]
     unchanged = process_is_as_it_was(path)
     dist.barrier()  # the next save's claim is one more file
-    count = 0
     for failing in (0, 1):
-        for number, call in enumerate(calls[failing]):
-            error = ERRORS[(count := count + 1) % len(ERRORS)]
+        for number, (call, error) in enumerate(zip(calls[failing], errors_for(calls[failing]), strict=True)):
             paths: list[str] = []
 
             def refuse(path: str, error: int = error, paths: list[str] = paths) -> int:
@@ -58,7 +65,7 @@ def _refused(rank: int, path: str) -> int:
             dist.barrier()
     h.save(new, checkpoint_id=path)
     assert len(os.listdir(path)) == 3
-    return count
+    return sum(map(len, calls))
 
 
 def _cut_short(rank: int, path: str) -> None:
