@@ -215,7 +215,7 @@ def _memory(rank: int, path: str) -> list[tuple[int, int]]:
     for i, limit in enumerate((None, 20 * _MIB)):
         heights = []
         for _ in range(4):
-            h._async._in_flight.finish()
+            h._async._in_flight.finish(h._async._in_flight.job)
             h._async._in_flight.pool._block = torch.empty(0, dtype=torch.uint8)
             dist.barrier()
             state = run.state()

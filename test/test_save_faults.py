@@ -117,7 +117,7 @@ def _vanishing(rank: int, path: str) -> None:
     old, new, calls = over_an_older_one(path, lambda state: h.save(state, checkpoint_id=path))
     rename = calls[0].index(("rename", "claim"))
     unchanged = process_is_as_it_was()
-    for failing, number in [(0, 1), (0, 2), (0, rename - 6), (0, rename - 2), (0, rename), (1, 3), (1, len(calls[1]) - 1)]:
+    for failing, number in [(0, 2), (0, 3), (0, rename - 6), (0, rename - 2), (0, rename), (1, 4), (1, len(calls[1]) - 1)]:
         away = f"{path}-{failing}-{number}"
         if rank == failing:
             at_call(number, lambda _, away=away: os.rename(path, away) or 0)  # type: ignore[misc,func-returns-value]
