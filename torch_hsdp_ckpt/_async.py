@@ -146,6 +146,7 @@ def async_save(
             future.
         ValueError: ``snapshot`` or ``in_flight`` is none of the above; ``max_staging_bytes`` is negative, or set where torch's
             own code saves, which has no such bound.
+        RuntimeError: called within a call of its own, by a signal handler or a ``Stateful`` object.
     """
     if snapshot not in ("lazy", "copy", "verify"):
         raise ValueError(f'snapshot={snapshot!r}: one of "lazy", "copy", "verify"')
