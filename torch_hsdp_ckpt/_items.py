@@ -252,15 +252,10 @@ def _read_staged(reader: _C.CheckpointReader, parts: Sequence[_Staged], execute:
             source = filled.as_strided(part.lengths, part.stride, filled.storage_offset())
             part.target.copy_(source, non_blocking=part.target.is_cuda)
         # Of the targets' devices: the current one may be another, as device 0 is in every new thread.
-        copied[turn] = [_event_on(device) for device in {part.target.device for part in batch if part.target.is_cuda}]
+        devices = {part.target.device for part in batch if part.target.is_cuda}
+        copied[turn] = [torch.cuda.current_stream(device).record_event() for device in devices]  # type: ignore[no-untyped-call]
     for event in itertools.chain(*copied):
         event.synchronize()  # type: ignore[no-untyped-call]
-
-
-def _event_on(device: torch.device) -> torch.cuda.Event:
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def _staged_bytes(part: _Staged) -> int:

@@ -162,9 +162,8 @@ class PickleCheck:
             return made
         weight = _weight(items)
         elements: float | None = None
-        given = [item for each in items for item in (each, *(each.items or ()))]
         if name in _ITERATORS or name.startswith(_COPIERS):
-            weight += sum(item.elements or 0 for item in given)
+            weight += sum(item.elements or 0 for each in items for item in (each, *(each.items or ())))
         if name in _STRIDED:
             storage, offset, sizes, strides = items[:4]
             elements, last = _extent(sizes, strides)
