@@ -38,12 +38,13 @@ struct FileImage {
 };
 
 struct WriterOptions {
-  int threads = 2;          ///< that assemble and write blocks
-  bool direct = true;       ///< past the page cache where the file system allows it
-  bool sync = true;         ///< the file's bytes are durable when Finish returns
-  int64_t reserve = 0;      ///< bytes to reserve at the start, 0: none; a full disk then says so before a byte is written
-  size_t block = 8u << 20;  ///< bytes of a write; a multiple of 4096
-  FileImage image{};        ///< blocks that lie in it as a whole are assembled and written there, without a second copy
+  int threads = 2;      ///< that assemble and write blocks
+  bool direct = true;   ///< past the page cache where the file system allows it
+  bool sync = true;     ///< the file's bytes are durable when Finish returns
+  int64_t reserve = 0;  ///< bytes to reserve at the start, 0: none; a full disk then says so before a byte is written
+  /// Bytes of a write, a multiple of 4096. A huge page, and what the workers of a host's ranks have in hand fits its cache.
+  size_t block = 2u << 20;
+  FileImage image{};  ///< blocks that lie in it as a whole are assembled and written there, without a second copy
 };
 
 struct WrittenFile {
