@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import memory_of, run_ranks
-from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -67,13 +68,9 @@ def test_the_metadata_hardly_grows_with_the_replicas(tmp_path: Path) -> None:
         ranks = range(replicas * 8)
         plan = _C.SavePlan(
             [([replicas, 8], ranks, (-1, 0), False)],
-            [(name, "float32", shape, 0) for name, shape in zip(names, shapes, strict=True)],
+            [(name, "float32", shape, 0, None, False) for name, shape in zip(names, shapes, strict=True)],
         )
-        entries = {
-            name: TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), [])
-            for name, shape in zip(names, shapes, strict=True)
-        }
-        built = plan.complete_metadata(Metadata(entries), [((1, 2, rank, 4), []) for rank in ranks], 1, True, True)
+        built = plan.complete_metadata(Metadata({}), None, [((1, 2, rank, 4), []) for rank in ranks], 1, True)
         assert built is not None
         assert len(built[1]) == len(ranks)
         sizes[replicas] = len(built[0])
@@ -116,11 +113,20 @@ def test_memory_on_top_of_the_state_is_bounded(tmp_path: Path) -> None:
 
 
 def _memory_of_many(rank: int, path: str) -> list[int]:
-    """A first save, which brings in what saves bring in once, then one over it and its metadata."""
-    state = {f"layers.{i}.weight": torch.ones(1024) for i in range(10_000)}
-    return [memory_of(lambda: h.save(state, checkpoint_id=path)) for _ in range(2)]
+    """A first save, which brings in what saves bring in once, then one over it and its metadata; the same of DTensors."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()))
+    extra = []
+    for sharded, count in ((False, 20_000), (True, 20_000)):
+        state: dict[str, torch.Tensor] = {f"layers.{i}.weight": torch.ones(2) for i in range(count)}
+        if sharded:
+            state = {k: DTensor.from_local(v, mesh, [Replicate(), Shard(0)], run_check=False) for k, v in state.items()}
+        for _ in range(2):
+            dist.barrier()
+            extra.append(memory_of(lambda state=state: h.save({"model": state}, checkpoint_id=path)))
+    return extra
 
 
-def test_many_small_tensors_take_no_more(tmp_path: Path) -> None:
-    (extra,) = run_ranks(_memory_of_many, 1, str(tmp_path))
-    assert max(extra) < 60 << 20, extra
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_many_small_tensors_take_no_more(tmp_path: Path, ranks: int) -> None:
+    extra = run_ranks(_memory_of_many, ranks, str(tmp_path))
+    assert all(size < 64 << 20 for each in extra for size in each), extra

@@ -10,12 +10,13 @@ from torch import Tensor
 from . import _C
 from ._staging import FileImage
 from ._tensors import RECORD_DTYPES, is_staged, scratch, staged
+from .errors import CheckpointError
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors take two such blocks, the
 # writer (threads + 1) of 2 MiB: together they stay below 64 MiB.
 COPY_BLOCK = 16 << 20
 # Records that are given to the writer at a time: each has some 2 KiB of framing and names there.
-_RECORDS = 4096
+_RECORDS = 1024
 _ALIGNMENT = 64  # of the parts in a pinned block: every dtype's, and a cache line
 
 
@@ -55,8 +56,10 @@ class DataFile:
         image: memory laid out as the file. What is added from its place there is written from there, with the rest of the file
             put around it.
         copies: what brought payloads there, which know their checksums. They are over when such a payload is added.
+        planned: where the first records have to come to lie. They are not among ``places``.
 
-    Raises OSError (errno, filename) from any method; after that only :meth:`discard` is left.
+    Raises CheckpointError for a record in another place than planned, and OSError (errno, filename) from any method; after that
+    only :meth:`discard` is left.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class DataFile:
         block: int = 0,
         image: FileImage = FileImage(),  # noqa: B008 (immutable)
         copies: Sequence[_C.StagingCopy] = (),
+        planned: _C.PlannedFile | None = None,
     ) -> None:
         self._writer = _C.ShardFileWriter(directory, name, max(2, threads), sync, reserve, image, copies)
         self._block = -(-(block or COPY_BLOCK) // _ALIGNMENT) * _ALIGNMENT
@@ -77,12 +81,14 @@ class DataFile:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pinned: list[Tensor] = []
         self._pageable: Tensor | None = None
+        self._name, self._planned = f"{directory}/{name}", planned
+        self.written = 0  # records
         self.places: list[tuple[int, int]] = []  # offset and length in bytes, a record each
 
     def add_objects(self, objects: Sequence[tuple[str, Any]]) -> None:
         """Names and bytes, or buffers."""
         self._write_all()
-        self.places += self._writer.write_objects(objects)
+        self._take(self._writer.write_objects(objects))
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """A plain tensor of a dtype that records have (see ``_tensors.is_plain``), on any device."""
@@ -143,7 +149,14 @@ class DataFile:
         for event in batch.copies_done:
             event.synchronize()  # type: ignore[no-untyped-call]
         if batch.parts:
-            self.places += self._writer.write_tensors(batch.parts)
+            self._take(self._writer.write_tensors(batch.parts))
+
+    def _take(self, places: list[tuple[int, int]]) -> None:
+        expected = [] if self._planned is None else self._planned.places(self.written, len(places))
+        if places[: len(expected)] != expected:
+            raise CheckpointError(f"{self._name}: its records are not where the plan has them")
+        self.written += len(places)
+        self.places += places[len(expected) :]
 
     def _copy(self, part: Tensor) -> Tensor:
         """A CPU tensor's elements in this batch's part of the block; what was there before has been written."""

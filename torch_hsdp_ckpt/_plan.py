@@ -6,7 +6,7 @@ nobody has to be told anything; ``csrc/checkpoint/save_plan`` then has every ran
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed.checkpoint.planner_helpers as _helpers
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -28,22 +28,25 @@ DIGEST_BYTES = 16
 # torch 2.15's tensors that say themselves which chunks of a larger one they hold.
 _is_checkpointable = getattr(_helpers, "_is_checkpointable_tensor", lambda value: False)
 
+# Before torch 2.15 the metadata says nothing of strides.
+_HAS_STRIDES = any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
+
 Piece = tuple[int, list[int], list[int]]  # tensor, offsets in the whole tensor, sizes
 
 
 class LocalState:
     """A rank's flattened state dict, sorted by who can plan it.
 
-    ``dtensors`` and ``tensors``: what the static plan takes, as (name, local CPU or CUDA tensor); each plain
-    tensor is written by one rank, whole. ``objects``: everything that is pickled. ``rest``: what only DCP's planning knows
-    how to divide: ShardedTensors, tensor subclasses, placements other than Shard and Replicate, a dimension cut twice.
+    All are names. ``dtensors`` and ``tensors``: what the static plan takes; each plain tensor is written by one rank, whole.
+    ``objects``: everything that is pickled. ``rest``: what only DCP's planning knows how to divide: ShardedTensors, tensor
+    subclasses, placements other than Shard and Replicate, a dimension cut twice.
     """
 
     def __init__(self, planner: DefaultSavePlanner, sort: bool = True) -> None:
         self.state: Mapping[str, Any] = planner.state_dict
         self.paths: Mapping[str, Any] | None = planner.mappings if planner.flatten_state_dict else None
-        self.dtensors: list[tuple[str, DTensor]] = []
-        self.tensors: list[tuple[str, Tensor]] = []
+        self.dtensors: list[str] = []
+        self.tensors: list[str] = []
         self.objects: list[str] = []
         self.rest: list[str] = []
         self._mesh_keys: dict[int, tuple[Any, ...]] = {}
@@ -62,14 +65,14 @@ class LocalState:
     def _sort(self, name: str, value: Any) -> None:
         if isinstance(value, DTensor):
             if type(value) is DTensor and self.sharding_of(value)[1] is not None and is_plain(value._local_tensor):
-                self.dtensors.append((name, value))
+                self.dtensors.append(name)
             else:
                 self.rest.append(name)
         elif isinstance(value, Tensor):
             plain = value.data if type(value) is torch.nn.Parameter else value
             if is_plain(plain) and not _is_checkpointable(value):
                 check_storage(plain, name)
-                self.tensors.append((name, plain.detach()))
+                self.tensors.append(name)
             else:
                 self.rest.append(name)
         elif isinstance(value, ShardedTensor) or hasattr(value, "__create_write_items__"):
@@ -94,13 +97,20 @@ class LocalState:
 
     def digests(self) -> bytes:
         """Two digests: equal on two ranks if they hold the same DTensors, and if they hold the same other values."""
-        sharded = [
-            (name, str(t.dtype), tuple(t.shape), *self._mesh_key(t.device_mesh), self.sharding_of(t)[1], self._path(name))
-            for name, t in self.dtensors
-        ]
-        others = [(name, str(t.dtype), tuple(t.shape), self._path(name)) for name, t in self.tensors]
-        others += [(name, type(self.state[name]).__qualname__, (), self._path(name)) for name in self.objects]
-        return _digest(sharded) + _digest(others)
+        return _digest(self._dtensor_keys()) + _digest(self._other_keys())
+
+    def _dtensor_keys(self) -> Iterator[tuple[Any, ...]]:
+        for name in self.dtensors:
+            t = self.state[name]
+            spec = (*self._mesh_key(t.device_mesh), self.sharding_of(t)[1])
+            yield name, str(t.dtype), tuple(t.shape), *spec, self._path(name)
+
+    def _other_keys(self) -> Iterator[tuple[Any, ...]]:
+        for name in self.tensors:
+            t = self.state[name]
+            yield name, str(t.dtype), tuple(t.shape), self._path(name)
+        for name in self.objects:
+            yield name, type(self.state[name]).__qualname__, (), self._path(name)
 
     def _mesh_key(self, mesh: DeviceMesh) -> tuple[Any, ...]:
         if (key := self._mesh_keys.get(id(mesh))) is None:
@@ -116,7 +126,7 @@ class LocalState:
         return None if self.paths is None else {name: self.paths[name] for name in names}
 
     def drop_values(self) -> None:
-        """Lets go of all tensors and objects; names and paths stay."""
+        """Lets go of all tensors and objects; paths stay."""
         self.state, self.dtensors, self.tensors, self.shardings = {}, [], [], {}
 
     def items_of(self, names: Iterable[str]) -> list[WriteItem]:
@@ -130,8 +140,22 @@ class LocalState:
         return items
 
 
-def _digest(values: list[Any]) -> bytes:
-    return hashlib.blake2b(repr(values).encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+def _digest(values: Iterable[Any]) -> bytes:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogatepass"))
+    return digest.digest()
+
+
+@dataclasses.dataclass
+class ShardOffsets:
+    """Where a rank's shards begin in the whole tensors, by the plan's numbers of these."""
+
+    plan: _C.SavePlan
+    rank: int
+
+    def __getitem__(self, tensor: int) -> list[int]:
+        return self.plan.shard_offsets(self.rank, tensor)
 
 
 @dataclasses.dataclass
@@ -139,17 +163,16 @@ class StaticPlan:
     """The part of a save that needs no talk. ``plan`` knows all ranks' records, ``pieces`` are this rank's."""
 
     plan: _C.SavePlan
-    pieces: list[Piece]
+    pieces: _C.PieceList
     names: list[str]  # of the plan's tensors
-    locals: list[Tensor]  # this rank's shard of each
-    offsets: dict[int, list[int]]  # of this rank's shards in the whole tensors
+    locals: list[Tensor]  # this rank's shard of each, which may need a gradient
+    offsets: ShardOffsets
     objects: list[str]  # pickled by the coordinator
-    skeleton: Metadata  # entries without chunks, for the coordinator
 
     def tensor_of(self, piece: Piece) -> Tensor:
         """The bytes of a piece: the local shard, or a part of it."""
         index, offsets, sizes = piece
-        tensor = self.locals[index]
+        tensor = self.locals[index].detach()
         if list(tensor.shape) == list(sizes):
             return tensor
         for dim, (offset, size, start) in enumerate(zip(offsets, sizes, self.offsets[index], strict=True)):
@@ -168,46 +191,44 @@ def make_static_plan(
     rank_in_group = {global_rank: i for i, global_rank in enumerate(group_ranks)}
     shardings: list[tuple[Sequence[int], Sequence[int], Sequence[int], bool]] = []
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-    names: list[str] = []
-    local: list[Tensor] = []
-    planned: list[tuple[str, str, Sequence[int], int]] = []
-    entries: dict[str, Any] = {}
-
-    def add(name: str, tensor: Tensor, size: torch.Size, sharding: int) -> None:
-        names.append(name)
-        local.append(tensor)
-        planned.append((name, RECORD_DTYPES[tensor.dtype], size, sharding))
-        if coordinator:
-            entries[name] = TensorStorageMetadata(TensorProperties.create_from_tensor(tensor), size, [])
-
-    for name, value in state.dtensors if dtensors else ():
-        mesh, dims = state.sharding_of(value)
+    for name in state.dtensors if dtensors else ():
+        mesh, dims = state.sharding_of(state.state[name])
         assert dims is not None
-        if (number := numbers.get((id(mesh), dims))) is None:
-            number = numbers[id(mesh), dims] = len(shardings)
+        if (id(mesh), dims) not in numbers:
+            numbers[id(mesh), dims] = len(shardings)
             ranks = [rank_in_group.get(r, -1) for r in mesh.mesh.flatten().tolist()]
             shardings.append((list(mesh.mesh.shape), ranks, dims, False))
-        tensor = value._local_tensor.detach()
-        check_storage(tensor, name)
-        add(name, tensor, value.shape, number)
     if others and state.tensors:
         # Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is one rank's, as in DCP.
         shardings.append(([len(group_ranks)], range(len(group_ranks)), (-1,), True))
-        for name, tensor in state.tensors:
-            add(name, tensor, tensor.shape, len(shardings) - 1)
-    objects = list(state.objects) if others else []
-    if coordinator:
-        entries.update((name, BytesStorageMetadata()) for name in objects)
-    plan = _C.SavePlan(shardings, planned)
-    offsets = {}
-    for index, start, sizes in plan.local_shards(rank):
-        offsets[index] = start
+    names: list[str] = []
+    local: list[Tensor] = []
+
+    def planned() -> Iterator[tuple[str, str, Sequence[int], int, Sequence[int] | None, bool]]:
+        """One by one into the plan, which then holds all of it."""
+        for name in (*(state.dtensors if dtensors else ()), *(state.tensors if others else ())):
+            value = state.state[name]
+            tensor, number = value, len(shardings) - 1
+            if isinstance(value, DTensor):
+                mesh, dims = state.sharding_of(value)
+                assert dims is not None
+                tensor, number = value._local_tensor, numbers[id(mesh), dims]
+                check_storage(tensor.detach(), name)
+            names.append(name)
+            local.append(tensor)
+            # What DCP's metadata says of a tensor, by the coordinator's.
+            strides, pinned = (tensor.stride() if _HAS_STRIDES else None, tensor.is_pinned()) if coordinator else (None, False)
+            yield name, RECORD_DTYPES[tensor.dtype], value.shape, number, strides, pinned
+
+    plan = _C.SavePlan(shardings, planned())
+    for index, _, sizes in plan.local_shards(rank):
         if sizes != list(local[index].shape):
             raise CheckpointError(
                 f"{names[index]}: rank {rank} holds a shard of shape {list(local[index].shape)}; its mesh and placements "
-                f"make it {sizes} of {list(planned[index][2])}"
+                f"make it {sizes} of {list(state.state[names[index]].shape)}"
             )
-    return StaticPlan(plan, plan.pieces(rank), names, local, offsets, objects, Metadata(entries))
+    objects = list(state.objects) if others else []
+    return StaticPlan(plan, plan.pieces(rank), names, local, ShardOffsets(plan, rank), objects)
 
 
 def plan_rest(plans: Sequence[SavePlan], flatten: bool) -> tuple[list[SavePlan], Metadata]:

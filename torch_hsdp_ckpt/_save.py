@@ -2,15 +2,15 @@
 
 import copy
 import dataclasses
-import functools
 import io
+import itertools
 import logging
 import os
 import pickle
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,7 +30,7 @@ from ._metadata import decode_metadata, encode_metadata, read_metadata_bytes
 from ._plan import DIGEST_BYTES, LocalState, StaticPlan, make_static_plan, plan_rest
 from ._result import SavedMetadata, SaveResult
 from ._staged import Objects, Staged, held_by, stage_tensors, write_files
-from ._staging import PlannedFile, StagingPool
+from ._staging import StagingPool
 from ._stateful import values_of
 from ._writer import FileSystemWriter, remove_quietly
 from .errors import CheckpointError
@@ -246,12 +246,12 @@ class Save:
         opening, local = self._opening, self._local
         if not self.agreed:
             local.sort()
-        names = list(local.rest)
-        if not opening.dtensors_agree:
-            names += [name for name, _ in local.dtensors]
-        if not opening.others_agree:
-            names += [name for name, _ in local.tensors] + local.objects
         if not self.agreed:
+            names = list(local.rest)
+            if not opening.dtensors_agree:
+                names += local.dtensors
+            if not opening.others_agree:
+                names += local.tensors + local.objects
             _say_once(
                 "planned through DCP, by the coordinator: "
                 + ", ".join(
@@ -345,17 +345,16 @@ class Save:
             self._seconds["plan"] = time.perf_counter() - self._start
         begin = time.perf_counter()
         static, objects = self._prepared
-        sources: Sequence[Any] = (
-            [functools.partial(static.tensor_of, piece) for piece in static.pieces]
+        tensors: Iterable[tuple[str, Any]] = (
+            ((static.names[piece[0]], static.tensor_of(piece)) for piece in static.pieces)
             if self._staged is None
-            else self._staged.records
+            else zip((static.names[piece[0]] for piece in static.pieces), self._staged.records, strict=True)
         )
-        names = (static.names[piece[0]] for piece in static.pieces)
         results, size = write_files(
             self._writer,
             lambda number: _C.data_file_name(self._agreement.rank, self._opening.save_id, number),
             self._files(static, objects),
-            [*objects, *zip(names, sources, strict=True)],
+            itertools.chain(objects, tensors),
             self._staged,
             self._rest.items,
             self._planner,
@@ -369,30 +368,27 @@ class Save:
         vote = _VOTE.pack(size, self._seconds["plan"], self._seconds["write"])
         return vote + (pickle.dumps(results) if results else b"")
 
-    def _files(self, static: StaticPlan, objects: Objects) -> list[PlannedFile]:
+    def _files(self, static: StaticPlan, objects: Objects) -> list[_C.PlannedFile]:
         return static.plan.layout(static.pieces, [len(data) for _, data in objects], self._writer.single_file_per_rank)
 
     def _start_metadata(self, static: StaticPlan, objects: list[tuple[str, int]]) -> None:
         """Begins to build the whole metadata on a thread, off the path of the bytes."""
-        opening, skeleton = self._opening, static.skeleton
-        skeleton.version = _stock.CURRENT_DCP_VERSION
-        skeleton.storage_meta = self._writer.storage_meta()
-        alone = not (opening.rest_anywhere or not opening.dtensors_agree or not opening.others_agree)
-        if alone:
-            skeleton.planner_data = self._local.paths_of([*static.names, *static.objects])
+        opening, names, paths = self._opening, [*static.names, *static.objects], self._local.paths
+        skeleton = Metadata({}, version=_stock.CURRENT_DCP_VERSION, storage_meta=self._writer.storage_meta())
         writers = [(owner, objects if rank == 0 else []) for rank, owner in enumerate(opening.owners)]
-        single = self._writer.single_file_per_rank
+        save_id, single = opening.save_id, self._writer.single_file_per_rank
 
         def build() -> tuple[Any, list[tuple[str, int]]]:
-            if alone and (built := static.plan.complete_metadata(skeleton, writers, opening.save_id, single, True)):
+            each = None if paths is None else (paths[name] for name in names)
+            if self.agreed and (built := static.plan.complete_metadata(skeleton, each, writers, save_id, single)):
                 return built
-            skeleton.planner_data = None  # what only pickle can write
-            built = static.plan.complete_metadata(skeleton, writers, opening.save_id, single, False)
-            if built is None or not isinstance(built[0], Metadata):
+            built = static.plan.complete_metadata(skeleton, None, writers, save_id, single)
+            if built is None:
                 raise CheckpointError("the state dict's metadata holds objects of classes that DCP does not have")
-            paths = self._local.paths_of([*static.names, *static.objects])
-            built[0].planner_data = None if paths is None else {**(self._rest_metadata.planner_data or {}), **paths}
-            return built
+            metadata = decode_metadata(built[0], self._writer.path)
+            if paths is not None:
+                metadata.planner_data = {**(self._rest_metadata.planner_data or {}), **{name: paths[name] for name in names}}
+            return metadata, built[1]
 
         metadata = self._metadata = Future()
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from . import _C
 from ._data_file import StagedRecord, checksum
 from ._snapshot import CHANGED
-from ._staging import FileImage, Image, Layout, PlannedFile, StagingPool
+from ._staging import FileImage, Image, Layout, StagingPool
 from ._unit import local_of
 from ._writer import FileSystemWriter, add_items, write_result
 from .errors import CheckpointError
@@ -58,7 +58,7 @@ class Staged:
 
 
 def stage_tensors(
-    tensors: Sequence[Tensor], files: Sequence[PlannedFile], objects: int, pool: StagingPool, limit: int | None
+    tensors: Sequence[Tensor], files: Sequence[_C.PlannedFile], objects: int, pool: StagingPool, limit: int | None
 ) -> Staged:
     """Copies plain tensors of any layout and device, those that find room. Complete on return; on CUDA devices the others
     are then what they are to be."""
@@ -86,8 +86,8 @@ def held_by(value: Any) -> float:
 def write_files(
     writer: FileSystemWriter,
     name: Callable[[int], str],
-    files: Sequence[PlannedFile],
-    records: Sequence[tuple[str, Any]],
+    files: Sequence[_C.PlannedFile],
+    records: Iterable[tuple[str, Any]],
     staged: Staged | None,
     rest: list[WriteItem],
     planner: SavePlanner,
@@ -98,28 +98,28 @@ def write_files(
 
     Args:
         name: of the file of a number. ``written_names`` is told the names of those that are finished.
-        records: names, each with an object's bytes, a tensor, a StagedRecord, or a function that makes a tensor.
+        records: the planned ones: names, each with an object's bytes, a tensor, or a StagedRecord.
         on_read: called once, when nothing more is read of the live tensors: at the start if there are none.
     """
     single = writer.single_file_per_rank
     groups = ([rest] if rest else []) if single else [[item] for item in rest]
-    if single and rest and not files:
-        files = [([], [], 0)]
     images, copies = ([], []) if staged is None else (staged.image.files, staged.copies)
-    first_staged = len(records) - (0 if staged is None else len(staged.records) - staged.in_place)
+    first_staged = sum(map(len, files)) - (0 if staged is None else len(staged.records) - staged.in_place)
     pending = [on_read]
     if staged is None or not staged.reads_state:
         pending.pop()()
     results: list[WriteResult] = []
     total = done = 0
-    count = len(files) + (0 if single else len(groups))
+    records = iter(records)
+    count = max(len(files), len(groups)) if single else len(files) + len(groups)
     for number in range(count):
-        places, _, planned = files[number] if number < len(files) else ([], [], 0)
+        planned = files[number] if number < len(files) else None
         items = groups[0 if single else number - len(files)] if rest and (single or number >= len(files)) else []
         image = images[number] if number < len(images) else FileImage()
-        file = writer._data_file(name(number), planned, image, copies)
+        size, last = (0, done) if planned is None else (planned.size, done + len(planned))
+        file = writer._data_file(name(number), size, image, copies, planned)
         try:
-            for i, (record, value) in enumerate(records[done : done + len(places)], done):
+            for i, (record, value) in zip(range(done, last), records, strict=False):
                 if pending and i == first_staged and staged is not None and not staged.rest_in_place:
                     file.flush()
                     pending.pop()()
@@ -128,20 +128,20 @@ def write_files(
                 elif isinstance(value, memoryview):
                     file.add_objects([(record, value)])
                 else:
-                    file.add_tensor(record, value if isinstance(value, Tensor) else value())
+                    file.add_tensor(record, value)
             written = add_items(file, items, planner)
             if pending and number + 1 == count:
                 file.flush()
                 pending.pop()()
-            size = file.finish()
+            file_size = file.finish()
         except BaseException:
             file.discard()
             raise
         written_names.append(name(number))
-        if file.places[: len(places)] != places or (not items and size != planned):
-            raise CheckpointError(f"{writer.path}/{name(number)}: its records are not where the plan has them")
-        done += len(places)
-        total += size
-        extra = zip(written, file.places[len(places) :], strict=True)
-        results += [write_result(item, name(number), place, size) for item, place in extra]
+        if planned is not None and (file.written < len(planned) or (not items and file_size != planned.size)):
+            raise CheckpointError(f"{writer.path}/{name(number)}: its records are not those of the plan")
+        done = last
+        total += file_size
+        extra = zip(written, file.places, strict=True)
+        results += [write_result(item, name(number), place, file_size) for item, place in extra]
     return results, total

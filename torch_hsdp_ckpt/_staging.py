@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _C
 from ._tensors import scratch
 
 PAGE = 4096  # direct I/O's: of addresses, offsets and sizes
 # A file's objects lie in its image only if they are few: they are in memory already.
 _FEW = 1 << 20
-
-PlannedFile = tuple[list[tuple[int, int]], list[int], int]  # as _C.SavePlan.layout has it
 
 
 class FileImage(NamedTuple):
@@ -36,17 +35,16 @@ class Layout:
     ``first``: the first record of a tensor that has a place. ``size``: of the memory, bytes.
     """
 
-    def __init__(self, files: Sequence[PlannedFile], objects: int, limit: int | None = None) -> None:
+    def __init__(self, files: Sequence[_C.PlannedFile], objects: int, limit: int | None = None) -> None:
         self.files = files
         # From the end: what comes last in the files is written last.
-        self.first = records = sum(len(places) for places, _, _ in files)
-        offsets = [-(-length // PAGE) * PAGE for _, _, length in files]
+        self.first = records = sum(map(len, files))
+        offsets = [-(-file.size // PAGE) * PAGE for file in files]
         room: float = float("inf") if limit is None else limit - PAGE
         full = False
         for number in reversed(range(len(files))):
-            places, _, _ = files[number]
             end = offsets[number]
-            for offset, _ in reversed(places):
+            for offset, _ in reversed(files[number].places()):
                 records -= 1
                 full = full or records < objects or end - offset // PAGE * PAGE > room
                 if full:
@@ -59,11 +57,11 @@ class Layout:
         self.images: list[FileImage] = []
         self.payloads: list[int] = []
         self.size = 0
-        for offset, (_, payloads, length) in zip(offsets, files, strict=True):
+        for offset, file in zip(offsets, files, strict=True):
             if offset < _FEW and limit is None:
                 offset = 0
-            self.images.append(FileImage(offset, self.size, -(-length // PAGE) * PAGE - offset))
-            self.payloads += [self.size + payload - offset for payload in payloads]
+            self.images.append(FileImage(offset, self.size, -(-file.size // PAGE) * PAGE - offset))
+            self.payloads += [self.size + payload - offset for payload in file.payloads]
             self.size += self.images[-1].size
 
 

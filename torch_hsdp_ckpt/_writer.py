@@ -149,9 +149,10 @@ class FileSystemWriter(_stock.FileSystemWriter):
         reserve: int,
         image: FileImage = FileImage(),  # noqa: B008 (immutable)
         copies: Sequence[_C.StagingCopy] = (),
+        planned: _C.PlannedFile | None = None,
     ) -> DataFile:
         block = min(self.per_thread_copy_ahead, COPY_BLOCK)
-        return DataFile(str(self.path), name, self.thread_count, self.sync_files, reserve, block, image, copies)
+        return DataFile(str(self.path), name, self.thread_count, self.sync_files, reserve, block, image, copies, planned)
 
     def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]

@@ -70,38 +70,39 @@ int64_t IndexEntrySize(int64_t payload, size_t dimensions) {
   return static_cast<int64_t>(kEntryFixed + 8 * dimensions + (blocks > 1 ? 4 * blocks : 0));
 }
 
-std::vector<std::byte> EncodeIndex(const FileIndex& index, int64_t index_offset) {
-  ByteWriter out;
-  for (const IndexEntry& entry : index.entries) {
-    out.Put(static_cast<uint64_t>(entry.offset));
-    out.Put(static_cast<uint64_t>(entry.payload));
-    out.Put(static_cast<uint32_t>(entry.head));
-    out.Put(static_cast<uint32_t>(entry.tail));
-    out.Put(entry.dtype == nullptr ? uint8_t{0} : entry.dtype->code);
-    out.Put(static_cast<uint8_t>(entry.shape.size()));
-    out.Put(uint16_t{0});
-    out.Put(entry.framing_crc);
-    out.Put(entry.payload_crc);
-    for (const int64_t size : entry.shape) out.Put(static_cast<uint64_t>(size));
-    if (entry.block_crcs.size() > 1) {
-      for (const uint32_t crc : entry.block_crcs) out.Put(crc);
-    }
+void IndexEncoder::Add(const IndexEntry& entry) {
+  ++entries_;
+  out_.Put(static_cast<uint64_t>(entry.offset));
+  out_.Put(static_cast<uint64_t>(entry.payload));
+  out_.Put(static_cast<uint32_t>(entry.head));
+  out_.Put(static_cast<uint32_t>(entry.tail));
+  out_.Put(entry.dtype == nullptr ? uint8_t{0} : entry.dtype->code);
+  out_.Put(static_cast<uint8_t>(entry.shape.size()));
+  out_.Put(uint16_t{0});
+  out_.Put(entry.framing_crc);
+  out_.Put(entry.payload_crc);
+  for (const int64_t size : entry.shape) out_.Put(static_cast<uint64_t>(size));
+  if (entry.block_crcs.size() > 1) {
+    for (const uint32_t crc : entry.block_crcs) out_.Put(crc);
   }
-  const uint32_t crc = Crc32(out.bytes());
-  const uint64_t size = out.size();
+}
+
+std::vector<std::byte> IndexEncoder::Finish(uint64_t save_id, int64_t index_offset) {
+  const uint32_t crc = Crc32(out_.bytes());
+  const uint64_t size = out_.size();
   ByteWriter tail;
   tail.Put(static_cast<uint64_t>(index_offset) + size + kIndexTail);  // the whole file's length
   tail.Put(static_cast<uint64_t>(index_offset));
   tail.Put(size);
-  tail.Put(uint64_t{index.entries.size()});
-  tail.Put(index.save_id);
+  tail.Put(entries_);
+  tail.Put(save_id);
   tail.Put(kVersion);
   tail.Put(static_cast<uint32_t>(kChecksumBlock));
   tail.Put(crc);
   tail.Put(Crc32(tail.bytes()));
   tail.Put(kMagic);
-  out.Put(tail.bytes());
-  return out.Take();
+  out_.Put(tail.bytes());
+  return out_.Take();
 }
 
 bool HasIndexMagic(std::span<const std::byte> tail) {

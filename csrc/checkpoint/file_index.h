@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "base/bytes.h"
 #include "record/dtype.h"
 
 namespace hsdp_ckpt {
@@ -38,8 +39,18 @@ constexpr int64_t kIndexTail = 64;  ///< bytes of the fixed part at the very end
 /// Bytes that a record takes in the index: known before a byte of the file is written.
 int64_t IndexEntrySize(int64_t payload, size_t dimensions);
 
-/// Index and tail for a file whose records end at or before `index_offset`.
-std::vector<std::byte> EncodeIndex(const FileIndex& index, int64_t index_offset);
+/// An index that is made while its file is written, as the bytes that it will be: an entry of it is five times as large.
+class IndexEncoder {
+ public:
+  /// Entries come by offset.
+  void Add(const IndexEntry& entry);
+  /// Index and tail for a file whose records end at or before `index_offset`. Once.
+  std::vector<std::byte> Finish(uint64_t save_id, int64_t index_offset);
+
+ private:
+  ByteWriter out_;
+  uint64_t entries_ = 0;
+};
 
 /// Where a file's records may end at the earliest for the index to begin there.
 inline int64_t IndexStart(int64_t records_end) { return (records_end + 7) / 8 * 8; }

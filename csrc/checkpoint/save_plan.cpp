@@ -1,14 +1,17 @@
 #include "checkpoint/save_plan.h"
 
 #include <algorithm>
+#include <charconv>
+#include <deque>
 #include <functional>
 #include <iterator>
 #include <map>
 #include <numeric>
-#include <unordered_map>
+#include <span>
 
 #include "base/error.h"
 #include "checkpoint/file_index.h"
+#include "metadata/encoder.h"
 #include "record/record.h"
 #include "record/tensor_pickle.h"
 
@@ -45,7 +48,7 @@ int64_t Grain(const Shape& sizes, int64_t element) {
 
 // The boxes that make up elements [from, to) of a contiguous box, in order. One where from and to are whole rows.
 void AddBoxes(size_t tensor, const Shape& offsets, const Shape& sizes, size_t dim, int64_t from, int64_t to,
-              std::vector<Piece>& out) {
+              PieceList& out) {
   const int64_t row = Product(sizes, dim + 1);
   const auto rows = [&](int64_t first, int64_t count) {
     Piece piece{tensor, offsets, sizes};
@@ -60,11 +63,36 @@ void AddBoxes(size_t tensor, const Shape& offsets, const Shape& sizes, size_t di
   const int64_t first = (from + row - 1) / row, last = to / row;
   if (first > last) return inside(last, from - last * row, to - last * row);
   if (from % row != 0) inside(first - 1, from % row, row);
-  if (last > first) out.push_back(rows(first, last - first));
+  if (last > first) {
+    const Piece whole = rows(first, last - first);
+    out.Add(tensor, whole.offsets, whole.sizes);
+  }
   if (to % row != 0) inside(last, 0, to % row);
 }
 
 }  // namespace
+
+void PieceList::Add(size_t tensor, const Shape& offsets, const Shape& sizes) {
+  heads_.push_back({static_cast<uint32_t>(tensor), static_cast<uint32_t>(sizes.size()), numbers_.size()});
+  numbers_.insert(numbers_.end(), offsets.begin(), offsets.end());
+  numbers_.insert(numbers_.end(), sizes.begin(), sizes.end());
+}
+
+void PieceList::Append(const PieceList& other) {
+  const size_t begin = numbers_.size();
+  numbers_.insert(numbers_.end(), other.numbers_.begin(), other.numbers_.end());
+  for (Head head : other.heads_) {
+    head.first += begin;
+    heads_.push_back(head);
+  }
+}
+
+Piece PieceList::operator[](size_t i) const {
+  const Head& head = heads_[i];
+  const auto first = numbers_.begin() + static_cast<std::ptrdiff_t>(head.first);
+  const auto middle = first + head.dimensions;
+  return {head.tensor, Shape(first, middle), Shape(middle, middle + head.dimensions)};
+}
 
 SavePlan::SavePlan(std::vector<Sharding> shardings, std::vector<PlannedTensor> tensors)
     : shardings_(std::move(shardings)), tensors_(std::move(tensors)), of_sharding_(shardings_.size()) {
@@ -127,20 +155,16 @@ std::vector<int64_t> SavePlan::Holders(const Sharding& sharding, const Coordinat
 }
 
 // What each of a shard's holders writes of the tensors of one sharding.
-std::vector<std::vector<Piece>> SavePlan::Split(size_t sharding, const Coordinates& at, size_t holders) const {
+std::vector<PieceList> SavePlan::Split(size_t sharding, const Coordinates& at, size_t holders) const {
   const std::vector<size_t>& tensors = of_sharding_[sharding];
   const bool first_shard = std::all_of(at.begin(), at.end(), [](int64_t c) { return c == 0; });
-  std::vector<Piece> boxes;
-  std::vector<int64_t> bytes;
+  Shape offsets, sizes;  // of the tensor at hand
   int64_t total = 0;
   for (const size_t index : tensors) {
-    Piece box{index, {}, {}};
-    Box(tensors_[index], at, &box.offsets, &box.sizes);
-    bytes.push_back(TensorBytes(*tensors_[index].dtype, box.sizes));
-    total += bytes.back();
-    boxes.push_back(std::move(box));
+    Box(tensors_[index], at, &offsets, &sizes);
+    total += TensorBytes(*tensors_[index].dtype, sizes);
   }
-  std::vector<std::vector<Piece>> out(holders);
+  std::vector<PieceList> out(holders);
   const auto parts = static_cast<int64_t>(holders);
   size_t holder = 0;
   const auto bound = [&](size_t after) {  // where the part of holder `after` ends
@@ -148,34 +172,35 @@ std::vector<std::vector<Piece>> SavePlan::Split(size_t sharding, const Coordinat
     return r == parts ? total : total / parts * r + total % parts * r / parts;
   };
   int64_t begin = 0;  // of the tensor at hand, in the shard's bytes end to end
-  for (size_t i = 0; i < boxes.size(); ++i) {
-    const Piece& box = boxes[i];
-    if (bytes[i] == 0) {
+  for (const size_t index : tensors) {
+    Box(tensors_[index], at, &offsets, &sizes);
+    const int64_t element = tensors_[index].dtype->size;
+    const int64_t bytes = TensorBytes(*tensors_[index].dtype, sizes);
+    if (bytes == 0) {
       // Other shards' empty parts say nothing; a tensor without elements has one chunk, so that it is in the checkpoint.
-      if (first_shard && Product(tensors_[box.tensor].size) == 0) out[holder].push_back(box);
+      if (first_shard && Product(tensors_[index].size) == 0) out[holder].Add(index, offsets, sizes);
       continue;
     }
-    const int64_t element = tensors_[box.tensor].dtype->size;
-    const int64_t grain = shardings_[sharding].whole ? bytes[i] : Grain(box.sizes, element) * element;
+    const int64_t grain = shardings_[sharding].whole ? bytes : Grain(sizes, element) * element;
     int64_t from = 0;
-    while (holder + 1 < holders && bound(holder) < begin + bytes[i]) {
+    while (holder + 1 < holders && bound(holder) < begin + bytes) {
       int64_t cut = std::max<int64_t>(bound(holder) - begin, 0);
       cut = (cut + grain / 2) / grain * grain;
       // Slivers are not worth a record, nor a chunk in the metadata.
-      if (cut < kCutMargin && cut < bytes[i] - cut) cut = 0;
-      if (bytes[i] - cut < kCutMargin && bytes[i] - cut <= cut) cut = bytes[i];
-      cut = std::clamp(cut, from, bytes[i]);
-      if (cut == bytes[i]) break;  // the whole rest is this holder's, the next one begins behind it
-      if (cut > from) AddBoxes(box.tensor, box.offsets, box.sizes, 0, from / element, cut / element, out[holder]);
+      if (cut < kCutMargin && cut < bytes - cut) cut = 0;
+      if (bytes - cut < kCutMargin && bytes - cut <= cut) cut = bytes;
+      cut = std::clamp(cut, from, bytes);
+      if (cut == bytes) break;  // the whole rest is this holder's, the next one begins behind it
+      if (cut > from) AddBoxes(index, offsets, sizes, 0, from / element, cut / element, out[holder]);
       from = cut;
       ++holder;
     }
     if (from == 0) {
-      out[holder].push_back(box);
+      out[holder].Add(index, offsets, sizes);
     } else {
-      AddBoxes(box.tensor, box.offsets, box.sizes, 0, from / element, bytes[i] / element, out[holder]);
+      AddBoxes(index, offsets, sizes, 0, from / element, bytes / element, out[holder]);
     }
-    begin += bytes[i];
+    begin += bytes;
     while (holder + 1 < holders && bound(holder) <= begin) ++holder;
   }
   return out;
@@ -194,30 +219,39 @@ std::optional<SavePlan::Coordinates> SavePlan::CoordinatesOf(const Sharding& sha
   return at;
 }
 
-std::vector<Piece> SavePlan::PiecesOf(int64_t rank) const {
-  std::vector<Piece> pieces;
+PieceList SavePlan::PiecesOf(int64_t rank) const {
+  PieceList pieces;
   for (size_t i = 0; i < shardings_.size(); ++i) {
     const auto at = of_sharding_[i].empty() ? std::nullopt : CoordinatesOf(shardings_[i], rank);
     if (!at) continue;
     const auto holders = Holders(shardings_[i], *at);
     const auto place = static_cast<size_t>(std::find(holders.begin(), holders.end(), rank) - holders.begin());
-    auto parts = Split(i, *at, holders.size());
-    std::move(parts[place].begin(), parts[place].end(), std::back_inserter(pieces));
+    pieces.Append(Split(i, *at, holders.size())[place]);
   }
   return pieces;
 }
 
-std::vector<Piece> SavePlan::LocalShards(int64_t rank) const {
-  std::vector<Piece> shards;
+PieceList SavePlan::LocalShards(int64_t rank) const {
+  PieceList shards;
+  Shape offsets, sizes;
   for (size_t i = 0; i < shardings_.size(); ++i) {
     const auto at = CoordinatesOf(shardings_[i], rank);
     if (!at) continue;
     for (const size_t index : of_sharding_[i]) {
-      auto& shard = shards.emplace_back(Piece{index, {}, {}});
-      Box(tensors_[index], *at, &shard.offsets, &shard.sizes);
+      Box(tensors_[index], *at, &offsets, &sizes);
+      shards.Add(index, offsets, sizes);
     }
   }
   return shards;
+}
+
+Shape SavePlan::ShardOffsets(int64_t rank, size_t tensor) const {
+  const PlannedTensor& planned = tensors_.at(tensor);
+  const auto at = CoordinatesOf(shardings_[planned.sharding], rank);
+  if (!at) throw Error(planned.fqn + ": rank " + std::to_string(rank) + " has no shard");
+  Shape offsets, sizes;
+  Box(planned, *at, &offsets, &sizes);
+  return offsets;
 }
 
 namespace {
@@ -235,94 +269,175 @@ class RecordSizes {
   std::map<std::pair<uint8_t, Shape>, RecordSize> known_;
 };
 
-std::vector<PlannedFile> LayoutFiles(const std::vector<PlannedTensor>& tensors, const std::vector<Piece>& pieces,
-                                     const std::vector<int64_t>& objects, bool single_file, RecordSizes& sizes) {
-  std::vector<PlannedFile> files;
-  int64_t position = 0, index = 0;  // where the next record may begin, and how long the index is by now
-  const auto close = [&] {
-    if (!files.empty()) files.back().size = IndexStart(position) + index + kIndexTail;
-  };
-  const auto add = [&](int64_t offset, int64_t length, int64_t head, int64_t payload, size_t dimensions) {
-    files.back().records.push_back({offset, length, offset + head});
-    position = offset + length;
-    index += IndexEntrySize(payload, dimensions);
-  };
-  const auto next = [&] {
-    if (!files.empty() && single_file) return;
-    close();
-    files.emplace_back();
-    position = index = 0;
-  };
-  for (const int64_t size : objects) {
-    next();
-    add(position, size, 0, size, 0);
+// A rank's files, record by record.
+class FileLayout {
+ public:
+  FileLayout(const std::vector<PlannedTensor>& tensors, bool single_file, RecordSizes& sizes)
+      : tensors_(tensors), single_file_(single_file), sizes_(sizes) {}
+
+  PlannedRecord AddObject(int64_t size) {
+    Next();
+    return Add(position_, size, 0, size, 0);
   }
-  for (const Piece& piece : pieces) {
-    next();
-    const RecordSize& size = sizes.Of(*tensors[piece.tensor].dtype, piece.sizes);
-    add(RecordStart(position, size), size.total(), size.head, size.payload, piece.sizes.size());
+  PlannedRecord AddPiece(const Piece& piece) {
+    Next();
+    const RecordSize& size = sizes_.Of(*tensors_[piece.tensor].dtype, piece.sizes);
+    return Add(RecordStart(position_, size), size.total(), size.head, size.payload, piece.sizes.size());
   }
-  close();
-  return files;
-}
+  size_t files() const { return files_; }  // so far; the last one holds what was added last
+  // Of the last file, if nothing more comes into it.
+  int64_t size() const { return IndexStart(position_) + index_ + kIndexTail; }
+
+ private:
+  PlannedRecord Add(int64_t offset, int64_t length, int64_t head, int64_t payload, size_t dimensions) {
+    position_ = offset + length;
+    index_ += IndexEntrySize(payload, dimensions);
+    return {offset, length, offset + head};
+  }
+  void Next() {
+    if (files_ > 0 && single_file_) return;
+    ++files_;
+    position_ = index_ = 0;
+  }
+
+  const std::vector<PlannedTensor>& tensors_;
+  const bool single_file_;
+  RecordSizes& sizes_;
+  size_t files_ = 0;
+  int64_t position_ = 0, index_ = 0;  // where the next record may begin, and how long the index is by now
+};
 
 }  // namespace
 
-std::vector<PlannedFile> SavePlan::Layout(const std::vector<Piece>& pieces, const std::vector<int64_t>& objects,
+std::vector<PlannedFile> SavePlan::Layout(const PieceList& pieces, const std::vector<int64_t>& objects,
                                           bool single_file) const {
   RecordSizes sizes;
-  return LayoutFiles(tensors_, pieces, objects, single_file, sizes);
+  FileLayout layout(tensors_, single_file, sizes);
+  std::vector<PlannedFile> files;
+  const auto take = [&](const PlannedRecord& record) {
+    files.resize(layout.files());
+    if (files.back().records.empty() && single_file) files.back().records.reserve(objects.size() + pieces.size());
+    files.back().records.push_back(record);
+    files.back().size = layout.size();
+  };
+  for (const int64_t size : objects) take(layout.AddObject(size));
+  for (const Piece& piece : pieces) take(layout.AddPiece(piece));
+  return files;
 }
 
-std::vector<std::pair<std::string, int64_t>> SavePlan::AddTo(Metadata& metadata, const std::vector<Writer>& writers,
-                                                             uint64_t save_id, bool single_file) const {
-  std::vector<std::vector<Piece>> by_rank(writers.size());
+std::vector<PieceList> SavePlan::PiecesByRank(size_t ranks) const {
+  std::vector<PieceList> by_rank(ranks);
   for (size_t i = 0; i < shardings_.size(); ++i) {
     if (of_sharding_[i].empty()) continue;
     ForEachShard(shardings_[i], [&](const Coordinates& at) {
       const auto holders = Holders(shardings_[i], at);
       if (holders.empty()) return;  // the constructor has seen that there is nothing to write
-      auto parts = Split(i, at, holders.size());
-      for (size_t r = 0; r < holders.size(); ++r) {
-        auto& own = by_rank.at(static_cast<size_t>(holders[r]));
-        std::move(parts[r].begin(), parts[r].end(), std::back_inserter(own));
-      }
+      const auto parts = Split(i, at, holders.size());
+      for (size_t r = 0; r < holders.size(); ++r) by_rank.at(static_cast<size_t>(holders[r])).Append(parts[r]);
     });
   }
-  std::unordered_map<std::string, TensorMetadata*> entries;
-  for (auto& [fqn, entry] : metadata.state_dict_metadata) {
-    if (auto* tensor = std::get_if<TensorMetadata>(&entry)) entries.emplace(fqn, tensor);
-  }
-  auto& storage = metadata.storage_data ? *metadata.storage_data : metadata.storage_data.emplace();
-  std::vector<std::pair<std::string, int64_t>> out;
-  RecordSizes sizes;
-  for (size_t rank = 0; rank < writers.size(); ++rank) {
-    const Writer& writer = writers[rank];
-    std::vector<int64_t> lengths;
-    for (const auto& object : writer.objects) lengths.push_back(object.second);
-    const auto files = LayoutFiles(tensors_, by_rank[rank], lengths, single_file, sizes);
-    size_t record = 0;
-    for (size_t number = 0; number < files.size(); ++number) {
-      const std::string name =
-          DataFileName{static_cast<int64_t>(rank), save_id, writer.owner, false, static_cast<int64_t>(number)}.ToString();
-      out.emplace_back(name, files[number].size);
-      for (const PlannedRecord& place : files[number].records) {
-        StorageInfo info{name, place.offset, place.length, std::nullopt};
-        if (record < writer.objects.size()) {
-          storage.emplace_back(MetadataIndex{writer.objects[record].first, std::nullopt, std::nullopt}, std::move(info));
-        } else {
-          Piece& piece = by_rank[rank][record - writer.objects.size()];
-          auto& chunks = entries.at(tensors_[piece.tensor].fqn)->chunks;
-          storage.emplace_back(
-              MetadataIndex{tensors_[piece.tensor].fqn, piece.offsets, static_cast<int64_t>(chunks.size())},
-              std::move(info));
-          chunks.push_back({std::move(piece.offsets), std::move(piece.sizes)});
-        }
-        ++record;
-      }
+  return by_rank;
+}
+
+namespace {
+
+void EncodePath(MetadataEncoder& encoder, std::string_view name, std::span<const PlannedPaths::Part> parts) {
+  std::vector<PathPart> path;
+  size_t at = 0;
+  for (const PlannedPaths::Part& part : parts) {
+    const std::string_view text = name.substr(at, part.bytes);
+    at += part.bytes + 1;
+    int64_t number = 0;
+    if (!part.is_index) {
+      path.emplace_back(text);
+    } else if (std::from_chars(text.data(), text.data() + text.size(), number).ec == std::errc()) {
+      path.emplace_back(number);
+    } else {
+      throw Error(std::string(name) + ": no index of a list at '" + std::string(text) + "'");
     }
   }
-  return out;
+  encoder.Path(name, path);
+}
+
+}  // namespace
+
+SavePlan::Encoded SavePlan::Encode(const std::vector<Writer>& writers, uint64_t save_id, bool single_file,
+                                   const PlannedPaths* paths, const std::optional<StorageMeta>& meta,
+                                   const std::optional<std::string>& version) const {
+  const std::vector<PieceList> by_rank = PiecesByRank(writers.size());
+  // Each tensor's chunks, by rank and place among the rank's pieces: those of tensor i end where those of i + 1 begin.
+  std::vector<size_t> first(tensors_.size() + 1);
+  for (const PieceList& pieces : by_rank) {
+    for (size_t i = 0; i < pieces.size(); ++i) ++first[pieces.tensor(i) + 1];
+  }
+  std::partial_sum(first.begin(), first.end(), first.begin());
+  std::vector<std::pair<uint32_t, uint32_t>> chunks(first.back());
+  std::vector<uint32_t> count(tensors_.size());
+  for (size_t rank = 0; rank < by_rank.size(); ++rank) {
+    for (size_t i = 0; i < by_rank[rank].size(); ++i) {
+      const size_t tensor = by_rank[rank].tensor(i);
+      chunks[first[tensor] + count[tensor]++] = {static_cast<uint32_t>(rank), static_cast<uint32_t>(i)};
+    }
+  }
+
+  MetadataEncoder encoder;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const PlannedTensor& planned = tensors_[i];
+    const auto dtype = DtypeFromName(planned.dtype->name);
+    if (!dtype) throw Error(planned.fqn + ": metadata has no dtype " + std::string(planned.dtype->name));
+    TensorMetadata entry;
+    entry.properties.dtype = *dtype;
+    entry.properties.pin_memory = planned.pinned;
+    entry.properties.strides = planned.strides;
+    entry.size = planned.size;
+    for (size_t at = first[i]; at < first[i + 1]; ++at) {
+      Piece piece = by_rank[chunks[at].first][chunks[at].second];
+      entry.chunks.push_back({std::move(piece.offsets), std::move(piece.sizes)});
+    }
+    encoder.Entry(planned.fqn, entry);
+  }
+  for (const Writer& writer : writers) {
+    for (const auto& object : writer.objects) encoder.Entry(object.first, BytesMetadata{});
+  }
+  if (paths == nullptr) {
+    encoder.PlannerData({});
+  } else {
+    encoder.BeginPaths();
+    size_t begin = 0, number = 0;
+    const auto path = [&](const std::string& name) {
+      const size_t parts = paths->counts.at(number++);
+      EncodePath(encoder, name, std::span(paths->parts).subspan(begin, parts));
+      begin += parts;
+    };
+    for (const PlannedTensor& planned : tensors_) path(planned.fqn);
+    for (const Writer& writer : writers) {
+      for (const auto& object : writer.objects) path(object.first);
+    }
+  }
+
+  encoder.BeginRecords();
+  std::deque<std::pair<std::string, int64_t>> files;  // the encoder has views of the names
+  RecordSizes sizes;
+  std::fill(count.begin(), count.end(), 0);
+  for (size_t rank = 0; rank < writers.size(); ++rank) {
+    const Writer& writer = writers[rank];
+    FileLayout layout(tensors_, single_file, sizes);
+    int64_t number = 0;
+    const auto record = [&](const PlannedRecord& place, const std::string& fqn, const std::optional<Shape>& offset,
+                            std::optional<int64_t> hint) {
+      if (static_cast<size_t>(number) < layout.files()) {
+        const DataFileName name{static_cast<int64_t>(rank), save_id, writer.owner, false, number++};
+        files.emplace_back(name.ToString(), 0);
+      }
+      files.back().second = layout.size();
+      encoder.Record(fqn, offset, hint, files.back().first, place.offset, place.length);
+    };
+    for (const auto& [fqn, size] : writer.objects) record(layout.AddObject(size), fqn, std::nullopt, std::nullopt);
+    for (const Piece& piece : by_rank[rank]) {
+      record(layout.AddPiece(piece), tensors_[piece.tensor].fqn, piece.offsets, count[piece.tensor]++);
+    }
+  }
+  return {encoder.Finish(meta, version), {std::make_move_iterator(files.begin()), std::make_move_iterator(files.end())}};
 }
 
 }  // namespace hsdp_ckpt

@@ -25,6 +25,9 @@ struct PlannedTensor {
   const DType* dtype = nullptr;
   Shape size;           ///< of the whole tensor, in elements
   size_t sharding = 0;  ///< which of the plan's
+  /// What the metadata says of the coordinator's local tensor.
+  std::optional<Shape> strides{};
+  bool pinned = false;
 };
 
 /// A box of a tensor that one rank writes as one record. It is contiguous in the rank's local shard.
@@ -32,6 +35,47 @@ struct Piece {
   size_t tensor = 0;
   Shape offsets;  ///< in the whole tensor
   Shape sizes;
+};
+
+/// Pieces, without a block of memory for each.
+class PieceList {
+ public:
+  void Add(size_t tensor, const Shape& offsets, const Shape& sizes);
+  void Append(const PieceList& other);
+  size_t size() const { return heads_.size(); }
+  bool empty() const { return heads_.empty(); }
+  size_t tensor(size_t i) const { return heads_[i].tensor; }
+  Piece operator[](size_t i) const;
+
+  struct Iterator {
+    const PieceList* list;
+    size_t at;
+    Piece operator*() const { return (*list)[at]; }
+    Iterator& operator++() { return ++at, *this; }
+    bool operator!=(const Iterator& other) const { return at != other.at; }
+  };
+  Iterator begin() const { return {this, 0}; }
+  Iterator end() const { return {this, size()}; }
+
+ private:
+  struct Head {
+    uint32_t tensor;
+    uint32_t dimensions;
+    size_t first;
+  };
+  std::vector<Head> heads_;
+  std::vector<int64_t> numbers_;  // offsets, then sizes
+};
+
+/// For each tensor, then for each object, the way to its value in the nested state dict. A name is the parts of its path,
+/// joined by dots, so these are kept as their lengths in it.
+struct PlannedPaths {
+  struct Part {
+    uint32_t bytes = 0;
+    bool is_index = false;  ///< of a list; else a key
+  };
+  std::vector<Part> parts;
+  std::vector<uint32_t> counts;  ///< of the parts of each path
 };
 
 /// A record's place in its data file.
@@ -64,21 +108,26 @@ class SavePlan {
 
   const std::vector<PlannedTensor>& tensors() const { return tensors_; }
   /// What `rank` writes, in the order of its records. Takes time in proportion to the tensors, not to the ranks.
-  std::vector<Piece> PiecesOf(int64_t rank) const;
+  PieceList PiecesOf(int64_t rank) const;
   /// The local shards on `rank` of the tensors whose mesh has it.
-  std::vector<Piece> LocalShards(int64_t rank) const;
+  PieceList LocalShards(int64_t rank) const;
+  /// Where the local shard on `rank` begins in the whole tensor. Throws Error for a tensor whose mesh does not have it.
+  Shape ShardOffsets(int64_t rank, size_t tensor) const;
   /// A rank's data files: `objects` are the sizes in bytes of the objects before the tensors; one file, or one a record.
-  std::vector<PlannedFile> Layout(const std::vector<Piece>& pieces, const std::vector<int64_t>& objects,
-                                  bool single_file) const;
+  std::vector<PlannedFile> Layout(const PieceList& pieces, const std::vector<int64_t>& objects, bool single_file) const;
 
   struct Writer {
     ProcessIdentity owner;
     std::vector<std::pair<std::string, int64_t>> objects;  ///< fqn and size in bytes of what it writes before its tensors
   };
-  /// Adds to `metadata` the chunks and the records of the whole save. It has an entry for each tensor and object already.
-  /// `writers`: one a rank of the saving group. Returns every rank's files and their sizes.
-  std::vector<std::pair<std::string, int64_t>> AddTo(Metadata& metadata, const std::vector<Writer>& writers,
-                                                     uint64_t save_id, bool single_file) const;
+  struct Encoded {
+    std::string metadata;                                ///< the whole `.metadata` file
+    std::vector<std::pair<std::string, int64_t>> files;  ///< every rank's, and their sizes
+  };
+  /// The metadata of the whole save: tensors in the plan's order, then the writers' objects. `writers`: one a rank of the
+  /// saving group. `paths`: null for a state dict that is not flattened. Throws as MetadataEncoder does.
+  Encoded Encode(const std::vector<Writer>& writers, uint64_t save_id, bool single_file, const PlannedPaths* paths,
+                 const std::optional<StorageMeta>& meta, const std::optional<std::string>& version) const;
 
  private:
   using Coordinates = std::vector<int64_t>;
@@ -86,7 +135,8 @@ class SavePlan {
   static std::optional<Coordinates> CoordinatesOf(const Sharding& sharding, int64_t rank);
   void Box(const PlannedTensor& tensor, const Coordinates& at, Shape* offsets, Shape* sizes) const;
   std::vector<int64_t> Holders(const Sharding& sharding, const Coordinates& at) const;
-  std::vector<std::vector<Piece>> Split(size_t sharding, const Coordinates& at, size_t holders) const;
+  std::vector<PieceList> Split(size_t sharding, const Coordinates& at, size_t holders) const;
+  std::vector<PieceList> PiecesByRank(size_t ranks) const;
 
   std::vector<Sharding> shardings_;
   std::vector<PlannedTensor> tensors_;

@@ -29,7 +29,7 @@ enum class Kind { kZeros, kHead, kPayload, kTail, kBytes };
 
 struct ShardFileWriter::Record {
   std::string name;
-  size_t entry = 0;
+  IndexEntry entry;
   int64_t given = 0;  // payload bytes that sources have brought
   std::vector<std::byte> head;
   std::vector<std::byte> tail;  // encoded when the payload's checksum is known
@@ -68,8 +68,7 @@ struct ShardFileWriter::Batch {
 
 ShardFileWriter::ShardFileWriter(FileSystem& fs, const std::string& directory, const DataFileName& name,
                                  const WriterOptions& options)
-    : fs_(fs), path_(JoinPath(directory, name.ToString())), options_(options) {
-  index_.save_id = name.save_id;
+    : fs_(fs), path_(JoinPath(directory, name.ToString())), save_id_(name.save_id), options_(options) {
   if (options.direct) {
     try {
       file_ = std::make_unique<File>(File::Open(fs_, path_, OpenMode::kCreateDirect));
@@ -100,8 +99,7 @@ ShardFileWriter::~ShardFileWriter() {
 ShardFileWriter::Record* ShardFileWriter::Begin(Batch& batch, const RecordSource& source, std::vector<Place>& places) {
   open_ = std::make_unique<Record>();
   open_->name = source.name;
-  open_->entry = index_.entries.size();
-  IndexEntry entry;
+  IndexEntry& entry = open_->entry;
   entry.dtype = source.dtype;
   entry.shape = source.shape;
   entry.payload = static_cast<int64_t>(source.data.size());
@@ -120,7 +118,6 @@ ShardFileWriter::Record* ShardFileWriter::Begin(Batch& batch, const RecordSource
   batch.Add(entry.offset - batch.end, Kind::kZeros, nullptr, {});
   batch.Add(entry.head, Kind::kHead, open_.get(), open_->head);
   places.push_back({entry.offset, entry.length()});
-  index_.entries.push_back(std::move(entry));
   return open_.get();
 }
 
@@ -135,7 +132,7 @@ std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const Recor
                   std::to_string(open_->given) + " of " + open_->name + " has to follow");
     }
     Record* record = open_ ? open_.get() : Begin(batch, source, places);
-    const IndexEntry& entry = index_.entries[record->entry];
+    const IndexEntry& entry = record->entry;
     if (source.first != record->given || size > entry.payload - record->given || (size == 0 && entry.payload > 0)) {
       throw Error(source.name + ": " + std::to_string(size) + " bytes at " + std::to_string(source.first) +
                   " for a payload of " + std::to_string(entry.payload));
@@ -150,6 +147,7 @@ std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const Recor
     batch.records.push_back(std::move(open_));
   }
   Flush(batch, /*last=*/false);
+  for (const auto& record : batch.records) index_.Add(record->entry);
   position_ = batch.end;
   return places;
 }
@@ -157,7 +155,7 @@ std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const Recor
 WrittenFile ShardFileWriter::Finish() {
   if (open_) throw Error(open_->name + ": the payload ends after " + std::to_string(open_->given) + " bytes");
   const int64_t start = IndexStart(position_);
-  const auto bytes = EncodeIndex(index_, start);
+  const auto bytes = index_.Finish(save_id_, start);
   Batch batch;
   batch.end = position_;
   batch.Add(start - position_, Kind::kZeros, nullptr, {});
@@ -335,7 +333,7 @@ void ShardFileWriter::PayloadDone(Batch& batch, Record& record, int64_t from, st
   }
   if (record.remaining > 0) return;
   std::sort(record.parts.begin(), record.parts.end(), [](const auto& a, const auto& b) { return a.from < b.from; });
-  IndexEntry& entry = index_.entries[record.entry];
+  IndexEntry& entry = record.entry;
   for (const Record::Part& part : record.parts) {
     if (part.from % kChecksumBlock == 0) {
       entry.block_crcs.push_back(part.crc);
@@ -348,7 +346,7 @@ void ShardFileWriter::PayloadDone(Batch& batch, Record& record, int64_t from, st
 
 // The checksums of the payload's blocks are there: what follows from them.
 void ShardFileWriter::Complete(Batch& batch, Record& record) {
-  IndexEntry& entry = index_.entries[record.entry];
+  IndexEntry& entry = record.entry;
   int64_t at = 0;
   for (const uint32_t crc : entry.block_crcs) {
     const int64_t size = std::min(kChecksumBlock, entry.payload - at);
@@ -364,7 +362,7 @@ void ShardFileWriter::Complete(Batch& batch, Record& record) {
 
 // A payload that was summed where it was copied into the image.
 void ShardFileWriter::TakeChecksums(Batch& batch, Record& record, const RecordSource& source) {
-  IndexEntry& entry = index_.entries[record.entry];
+  IndexEntry& entry = record.entry;
   const FileImage& image = options_.image;
   const bool whole = source.first == 0 && static_cast<int64_t>(source.data.size()) == entry.payload && entry.payload > 0;
   if (!whole || !image.checksums) return;

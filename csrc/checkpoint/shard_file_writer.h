@@ -103,8 +103,9 @@ class ShardFileWriter {
 
   FileSystem& fs_;
   const std::string path_;
+  const uint64_t save_id_;
   const WriterOptions options_;
-  FileIndex index_;
+  IndexEncoder index_;  // of the records that are complete
   std::unique_ptr<File> file_;
   std::unique_ptr<Record> open_;  // its payload is not complete yet
   bool finished_ = false;

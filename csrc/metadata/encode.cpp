@@ -4,7 +4,7 @@
 #include <unordered_map>
 
 #include "base/error.h"
-#include "metadata/metadata.h"
+#include "metadata/encoder.h"
 #include "metadata/opcodes.h"
 #include "metadata/trailer.h"
 
@@ -14,6 +14,7 @@ namespace {
 constexpr uint32_t kUnset = UINT32_MAX;
 constexpr int kMaxDepth = 200;  // the decoder's
 constexpr std::string_view kDcp = "torch.distributed.checkpoint.metadata";
+constexpr size_t kFrameSize = 8, kHeader = 3 + kFrameSize;  // bytes: of a frame's length, and before its first one
 
 struct ShapeHash {
   size_t operator()(const Shape& shape) const {
@@ -23,41 +24,113 @@ struct ShapeHash {
   }
 };
 
+}  // namespace
+
 // Strings and shapes come back many times (a chunk's offsets are also its key's) and cannot be changed by whoever loads
 // them, so each is written once and named after that: the file shrinks, and stock's load has fewer calls to make.
 // Instances are never shared.
-class Pickler {
+class MetadataEncoder::Pickler {
  public:
-  std::string Run(const Metadata& metadata) {
+  Pickler() {
+    out_.assign({'\x80', '\x04', static_cast<char>(Op::kFrame)});
+    out_.append(kFrameSize, '\0');
     Instance(kMetadata, kDcp, "Metadata");
-    Key("state_dict_metadata");
+    BeginDict("state_dict_metadata");
+  }
+
+  void Entry(std::string_view name, const EntryMetadata& entry) {
+    Str(name);
+    Entry(entry);
+  }
+  void PlannerData(const PlainData& data) {
+    EndDict();
+    Key("planner_data");
+    Plain(data);
+  }
+  void BeginDict(std::string_view key) {
+    EndDict();
+    Key(key);
     Put(Op::kEmptyDict);
     Put(Op::kMark);
-    for (const auto& [name, entry] : metadata.state_dict_metadata) {
-      Str(name);
-      Entry(entry);
+    in_dict_ = true;
+  }
+  void BeginRecords() {
+    BeginDict("storage_data");
+    has_records_ = true;
+  }
+  void Path(std::string_view name, std::span<const PathPart> path) {
+    Str(name);
+    if (path.empty()) return Put(Op::kEmptyTuple);
+    Put(Op::kMark);
+    for (const PathPart& part : path) {
+      if (const auto* key = std::get_if<std::string_view>(&part)) {
+        Str(*key);
+      } else {
+        Int(std::get<int64_t>(part));
+      }
     }
-    Put(Op::kSetItems);
-    Key("planner_data");
-    Plain(metadata.planner_data);
-    Key("storage_data");
-    StorageData(metadata.storage_data);
+    Put(Op::kTuple);
+  }
+  void Record(std::string_view fqn, const std::optional<Shape>& chunk_offset, std::optional<int64_t> hint,
+              std::string_view relative_path, int64_t offset, int64_t length,
+              const std::optional<std::vector<std::string>>& transform_descriptors) {
+    if (!IsInsideDirectory(relative_path) || offset < 0 || length < 0) {
+      throw Error(std::string(fqn) + ": " + std::to_string(length) + " bytes at " + std::to_string(offset) + " of '" +
+                  std::string(relative_path) + "' are no place inside a checkpoint's directory");
+    }
+    Instance(kIndex, kDcp, "MetadataIndex");
+    Key("fqn");
+    Str(fqn);
+    Key("index");
+    if (hint) {
+      Int(*hint);
+    } else {
+      Put(Op::kNone);
+    }
+    if (chunk_offset) {
+      Key("offset");
+      Size(*chunk_offset);
+    }
+    EndInstance();
+    Instance(kInfo, "torch.distributed.checkpoint.filesystem", "_StorageInfo");
+    Key("relative_path");
+    Str(relative_path);
+    Key("offset");
+    Int(offset);
+    Key("length");
+    Int(length);
+    if (transform_descriptors) {
+      Key("transform_descriptors");
+      StrList(*transform_descriptors);
+    }
+    EndInstance();
+  }
+  std::string Finish(const std::optional<StorageMeta>& meta, const std::optional<std::string>& version) {
+    EndDict();
+    if (!has_records_) {
+      Key("storage_data");
+      Put(Op::kNone);
+    }
     Key("storage_meta");
-    WriteStorageMeta(metadata.storage_meta);
+    WriteStorageMeta(meta);
     Key("version");
-    OptionalStr(metadata.version);
+    OptionalStr(version);
     EndInstance();
     Put(Op::kStop);
-
     // One frame around everything, so that an unpickler reads the file in one go.
-    std::string header{'\x80', '\x04', static_cast<char>(Op::kFrame)};
-    for (int i = 0; i < 8; ++i) header.push_back(static_cast<char>(out_.size() >> (8 * i)));
-    return header + out_;
+    const size_t size = out_.size() - kHeader;
+    for (size_t i = 0; i < kFrameSize; ++i) out_[kHeader - kFrameSize + i] = static_cast<char>(size >> (8 * i));
+    out_ += MetadataTrailer(std::as_bytes(std::span(out_)));
+    return std::move(out_);
   }
 
  private:
   enum Slot { kMetadata, kTensor, kBytes, kChunk, kProperties, kIndex, kMeta, kInfo, kSize, kGetLayout, kEncoding, kSlots };
 
+  void EndDict() {
+    if (in_dict_) Put(Op::kSetItems);
+    in_dict_ = false;
+  }
   void Put(Op op) { out_.push_back(static_cast<char>(op)); }
   void Bytes(uint64_t value, int count) {
     for (int i = 0; i < count; ++i) out_.push_back(static_cast<char>(value >> (8 * i)));
@@ -222,45 +295,6 @@ class Pickler {
     EndInstance();
   }
 
-  void StorageData(const std::optional<std::vector<std::pair<MetadataIndex, StorageInfo>>>& storage) {
-    if (!storage) return Put(Op::kNone);
-    Put(Op::kEmptyDict);
-    Put(Op::kMark);
-    for (const auto& [index, info] : *storage) {
-      if (!IsInsideDirectory(info.relative_path) || info.offset < 0 || info.length < 0) {
-        throw Error(index.fqn + ": " + std::to_string(info.length) + " bytes at " + std::to_string(info.offset) + " of '" +
-                    info.relative_path + "' are no place inside a checkpoint's directory");
-      }
-      Instance(kIndex, kDcp, "MetadataIndex");
-      Key("fqn");
-      Str(index.fqn);
-      Key("index");
-      if (index.index) {
-        Int(*index.index);
-      } else {
-        Put(Op::kNone);
-      }
-      if (index.offset) {
-        Key("offset");
-        Size(*index.offset);
-      }
-      EndInstance();
-      Instance(kInfo, "torch.distributed.checkpoint.filesystem", "_StorageInfo");
-      Key("relative_path");
-      Str(info.relative_path);
-      Key("offset");
-      Int(info.offset);
-      Key("length");
-      Int(info.length);
-      if (info.transform_descriptors) {
-        Key("transform_descriptors");
-        StrList(*info.transform_descriptors);
-      }
-      EndInstance();
-    }
-    Put(Op::kSetItems);
-  }
-
   void WriteStorageMeta(const std::optional<StorageMeta>& meta) {
     if (!meta) return Put(Op::kNone);
     Instance(kMeta, kDcp, "StorageMeta");
@@ -364,8 +398,10 @@ class Pickler {
   }
 
   std::string out_;
+  bool in_dict_ = false;  // whose items are being written, of the Metadata's own
+  bool has_records_ = false;
   uint32_t memo_count_ = 0;
-  std::unordered_map<std::string_view, uint32_t> strings_;  // views into the Metadata and into literals
+  std::unordered_map<std::string_view, uint32_t> strings_;  // views into what was given, and into literals
   std::unordered_map<Shape, uint32_t, ShapeHash> shapes_;
   std::array<uint32_t, kSlots> globals_ = Unset<kSlots>();
   std::array<uint32_t, 256> dtypes_ = Unset<256>();
@@ -375,12 +411,34 @@ class Pickler {
   std::vector<uint8_t> plain_shared_;
 };
 
-}  // namespace
+MetadataEncoder::MetadataEncoder() : pickler_(std::make_unique<Pickler>()) {}
+MetadataEncoder::~MetadataEncoder() = default;
+void MetadataEncoder::Entry(std::string_view name, const EntryMetadata& entry) { pickler_->Entry(name, entry); }
+void MetadataEncoder::PlannerData(const PlainData& data) { pickler_->PlannerData(data); }
+void MetadataEncoder::BeginPaths() { pickler_->BeginDict("planner_data"); }
+void MetadataEncoder::Path(std::string_view name, std::span<const PathPart> path) { pickler_->Path(name, path); }
+void MetadataEncoder::BeginRecords() { pickler_->BeginRecords(); }
+void MetadataEncoder::Record(std::string_view fqn, const std::optional<Shape>& chunk_offset, std::optional<int64_t> hint,
+                             std::string_view relative_path, int64_t offset, int64_t length,
+                             const std::optional<std::vector<std::string>>& transform_descriptors) {
+  pickler_->Record(fqn, chunk_offset, hint, relative_path, offset, length, transform_descriptors);
+}
+std::string MetadataEncoder::Finish(const std::optional<StorageMeta>& meta, const std::optional<std::string>& version) {
+  return pickler_->Finish(meta, version);
+}
 
 std::string EncodeMetadata(const Metadata& metadata) {
-  std::string file = Pickler().Run(metadata);
-  file += MetadataTrailer(std::as_bytes(std::span(file)));
-  return file;
+  MetadataEncoder encoder;
+  for (const auto& [name, entry] : metadata.state_dict_metadata) encoder.Entry(name, entry);
+  encoder.PlannerData(metadata.planner_data);
+  if (metadata.storage_data) {
+    encoder.BeginRecords();
+    for (const auto& [index, info] : *metadata.storage_data) {
+      encoder.Record(index.fqn, index.offset, index.index, info.relative_path, info.offset, info.length,
+                     info.transform_descriptors);
+    }
+  }
+  return encoder.Finish(metadata.storage_meta, metadata.version);
 }
 
 }  // namespace hsdp_ckpt

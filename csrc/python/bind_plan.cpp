@@ -1,10 +1,9 @@
-// The static plan of a save. Shapes and names cross as plain lists; the coordinator's whole metadata is made without the
-// GIL.
+// The static plan of a save. What there is of each tensor stays here, and crosses when it is asked for; the coordinator's
+// whole metadata is made without the GIL.
 #include <pybind11/stl.h>
 
 #include "checkpoint/save_plan.h"
 #include "python/metadata_from_python.h"
-#include "python/metadata_to_python.h"
 #include "python/module.h"
 
 namespace py = pybind11;
@@ -13,80 +12,116 @@ namespace hsdp_ckpt {
 namespace {
 
 using ShardingArgument = std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, bool>;
-using TensorArgument = std::tuple<std::string, std::string, Shape, size_t>;
+using TensorArgument = std::tuple<std::string, std::string, Shape, size_t, std::optional<Shape>, bool>;
 using PieceResult = std::tuple<size_t, Shape, Shape>;
-using FileResult = std::tuple<std::vector<std::pair<int64_t, int64_t>>, std::vector<int64_t>, int64_t>;
+using PlaceResult = std::pair<int64_t, int64_t>;
 using IdentityArgument = std::tuple<uint32_t, uint32_t, int64_t, uint64_t>;
 using WriterArgument = std::pair<IdentityArgument, std::vector<std::pair<std::string, int64_t>>>;
 
-std::unique_ptr<SavePlan> MakePlan(const std::vector<ShardingArgument>& shardings,
-                                   const std::vector<TensorArgument>& tensors) {
+// The tensors come one by one, so that there is no list of them besides the plan.
+std::unique_ptr<SavePlan> MakePlan(const std::vector<ShardingArgument>& shardings, const py::iterable& tensors) {
   std::vector<Sharding> plan_shardings;
   for (const auto& [mesh_shape, ranks, dims, whole] : shardings) plan_shardings.push_back({mesh_shape, ranks, dims, whole});
   std::vector<PlannedTensor> plan_tensors;
-  for (const auto& [fqn, dtype_name, size, sharding] : tensors) {
+  for (const py::handle tensor : tensors) {
+    auto [fqn, dtype_name, size, sharding, strides, pinned] = tensor.cast<TensorArgument>();
     const DType* dtype = FindDType(std::string_view(dtype_name));
     if (dtype == nullptr) throw py::value_error("no record format for dtype " + dtype_name);
-    plan_tensors.push_back({fqn, dtype, size, sharding});
+    plan_tensors.push_back({std::move(fqn), dtype, std::move(size), sharding, std::move(strides), pinned});
   }
   const py::gil_scoped_release release;
   return std::make_unique<SavePlan>(std::move(plan_shardings), std::move(plan_tensors));
 }
 
-std::vector<PieceResult> Results(const std::vector<Piece>& pieces) {
-  std::vector<PieceResult> out;
-  for (const Piece& piece : pieces) out.emplace_back(piece.tensor, piece.offsets, piece.sizes);
-  return out;
+PieceResult PieceAt(const PieceList& pieces, size_t i) {
+  if (i >= pieces.size()) throw py::index_error();
+  Piece piece = pieces[i];
+  return {piece.tensor, std::move(piece.offsets), std::move(piece.sizes)};
 }
 
-std::vector<FileResult> LayoutFiles(const SavePlan& plan, const std::vector<PieceResult>& pieces,
-                                    const std::vector<int64_t>& objects, bool single_file) {
-  std::vector<Piece> given;
-  for (const auto& [tensor, offsets, sizes] : pieces) given.push_back({tensor, offsets, sizes});
-  std::vector<FileResult> out;
-  for (const PlannedFile& file : plan.Layout(given, objects, single_file)) {
-    auto& [places, payloads, size] = out.emplace_back();
-    for (const PlannedRecord& record : file.records) {
-      places.emplace_back(record.offset, record.length);
-      payloads.push_back(record.payload);
-    }
-    size = file.size;
+std::vector<PlaceResult> Places(const PlannedFile& file, size_t first, size_t count) {
+  std::vector<PlaceResult> places;
+  for (size_t i = first; i < std::min(first + count, file.records.size()); ++i) {
+    places.emplace_back(file.records[i].offset, file.records[i].length);
   }
-  return out;
+  return places;
 }
 
-py::object CompleteMetadata(const SavePlan& plan, const py::object& skeleton, const std::vector<WriterArgument>& writers,
-                            uint64_t save_id, bool single_file, bool encode) {
-  std::optional<Metadata> metadata = MetadataFromPython(skeleton);
+std::vector<int64_t> Payloads(const PlannedFile& file) {
+  std::vector<int64_t> payloads;
+  for (const PlannedRecord& record : file.records) payloads.push_back(record.payload);
+  return payloads;
+}
+
+// The lengths of the parts of a path within its name. False for what DCP's default planner does not make: another type than
+// a key's or an index's, or parts that are not the name.
+bool AddPath(PlannedPaths& paths, std::string_view name, const py::handle& path) {
+  if (!PyTuple_CheckExact(path.ptr())) return false;
+  const auto parts = py::reinterpret_borrow<py::tuple>(path);
+  size_t at = 0;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const py::object part = parts[i];
+    const bool is_index = PyLong_CheckExact(part.ptr()) != 0;
+    if (!is_index && !PyUnicode_CheckExact(part.ptr())) return false;
+    const std::string text = py::str(part);
+    if (i > 0 && (at >= name.size() || name[at++] != '.')) return false;
+    if (name.substr(at, text.size()) != text || text.size() > UINT32_MAX || (is_index && text.size() > 18)) return false;
+    at += text.size();
+    paths.parts.push_back({static_cast<uint32_t>(text.size()), is_index});
+  }
+  paths.counts.push_back(static_cast<uint32_t>(parts.size()));
+  return at == name.size();
+}
+
+py::object CompleteMetadata(const SavePlan& plan, const py::object& skeleton, const std::optional<py::iterable>& paths,
+                            const std::vector<WriterArgument>& writers, uint64_t save_id, bool single_file) {
+  const std::optional<Metadata> metadata = MetadataFromPython(skeleton);
   if (!metadata) return py::none();
   std::vector<SavePlan::Writer> all;
   for (const auto& [identity, objects] : writers) {
     const auto& [host, boot, pid, start] = identity;
     all.push_back({{host, boot, pid, start}, objects});
   }
-  std::vector<std::pair<std::string, int64_t>> files;
-  std::string bytes;
+  PlannedPaths planned;
+  if (paths) {
+    std::vector<std::string_view> names;
+    for (const PlannedTensor& tensor : plan.tensors()) names.push_back(tensor.fqn);
+    for (const auto& writer : all) {
+      for (const auto& object : writer.objects) names.push_back(object.first);
+    }
+    for (const py::handle path : *paths) {
+      const size_t number = planned.counts.size();
+      if (number >= names.size() || !AddPath(planned, names[number], path)) return py::none();
+    }
+  }
+  SavePlan::Encoded encoded;
   {
     const py::gil_scoped_release release;
-    files = plan.AddTo(*metadata, all, save_id, single_file);
-    if (encode) bytes = EncodeMetadata(*metadata);
+    encoded = plan.Encode(all, save_id, single_file, paths ? &planned : nullptr, metadata->storage_meta, metadata->version);
   }
-  return py::make_tuple(encode ? py::object(py::bytes(bytes)) : MetadataToPython(*metadata), files);
+  return py::make_tuple(py::bytes(encoded.metadata), encoded.files);
 }
 
 }  // namespace
 
 void BindPlan(py::module_& module) {
+  py::class_<PieceList>(module, "PieceList")
+      .def("__len__", &PieceList::size)
+      .def("__getitem__", &PieceAt)
+      .def("__iter__", [](const py::object& self) { return py::reinterpret_steal<py::object>(PySeqIter_New(self.ptr())); });
+  py::class_<PlannedFile>(module, "PlannedFile")
+      .def("__len__", [](const PlannedFile& file) { return file.records.size(); })
+      .def_readonly("size", &PlannedFile::size)
+      .def("places", &Places, py::arg("first") = 0, py::arg("count") = SIZE_MAX / 2)
+      .def_property_readonly("payloads", &Payloads);
   py::class_<SavePlan>(module, "SavePlan")
       .def(py::init(&MakePlan), py::arg("shardings"), py::arg("tensors"))
-      .def(
-          "pieces", [](const SavePlan& plan, int64_t rank) { return Results(plan.PiecesOf(rank)); }, py::arg("rank"))
-      .def(
-          "local_shards", [](const SavePlan& plan, int64_t rank) { return Results(plan.LocalShards(rank)); },
-          py::arg("rank"))
-      .def("layout", &LayoutFiles, py::arg("pieces"), py::arg("objects"), py::arg("single_file"))
-      .def("complete_metadata", &CompleteMetadata, py::arg("skeleton"), py::arg("writers"), py::arg("save_id"),
-           py::arg("single_file"), py::arg("encode"));
+      .def("pieces", &SavePlan::PiecesOf, py::arg("rank"))
+      .def("local_shards", &SavePlan::LocalShards, py::arg("rank"))
+      .def("shard_offsets", &SavePlan::ShardOffsets, py::arg("rank"), py::arg("tensor"))
+      .def("layout", &SavePlan::Layout, py::arg("pieces"), py::arg("objects"), py::arg("single_file"))
+      .def("complete_metadata", &CompleteMetadata, py::arg("skeleton"), py::arg("paths"), py::arg("writers"),
+           py::arg("save_id"), py::arg("single_file"));
   module.def("process_identity", [] {
     const ProcessIdentity self = ThisProcess();
     return py::make_tuple(self.host, self.boot, self.pid, self.start);

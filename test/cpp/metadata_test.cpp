@@ -10,11 +10,14 @@
 #include <string>
 
 #include "base/error.h"
+#include "metadata/pickle_strings.h"
 #include "metadata/trailer.h"
 
 namespace hsdp_ckpt {
 namespace {
 
+using ::testing::Contains;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
 
@@ -119,6 +122,30 @@ TEST(MetadataTest, SurvivesTruncationAndFlippedBitsOfUncheckedFiles) {
   }
   EXPECT_GT(refused,
             static_cast<int>(file.size()));  // most of them; a changed letter of a name goes unseen without a checksum
+}
+
+TEST(PickleStringsTest, ArePassedInTheFilesOrder) {
+  const auto strings = [](std::string_view pickle) {
+    std::vector<std::string> found;
+    ForEachString(Bytes(pickle), "f", [&](std::string_view text) { found.emplace_back(text); });
+    return found;
+  };
+  // An opcode of every kind of argument, each with an S among its bytes that is no opcode's.
+  const std::string others = "\x80\x04\x95SSSSSSSSKSMSSJSSSSGSSSSSSSSqSrSSSShSjSSSSC\x01S\x8a\x01S" +
+                             std::string("B\x01\0\0\0S\x8b\x01\0\0\0S\x8e\x01\0\0\0\0\0\0\0S", 22) +
+                             "cS\nS\nIS\nFS\nLS\npS\ngS\n()]}\x94N";
+  const std::string texts = Short("a") + "VBB\n" + std::string("X\x03\0\0\0ccc\x8d\x02\0\0\0\0\0\0\0dd", 19);
+  EXPECT_THAT(strings(others + texts + others + "." + Short("behind")), ElementsAre("a", "BB", "ccc", "dd"));
+  for (const std::string name : {"stock_2.11.metadata", "stock_2.15.metadata"}) {
+    const std::string file = ReadFile(name);
+    const auto found = strings(file);
+    const Metadata metadata = Decode(file);
+    for (const auto& [index, info] : *metadata.storage_data) EXPECT_THAT(found, Contains(info.relative_path)) << name;
+    for (size_t length = 0; length < file.size(); ++length) {
+      EXPECT_THROW(strings(file.substr(0, length)), CorruptionError) << length;
+    }
+  }
+  EXPECT_THAT([&] { strings("\x80\x04S."); }, ThrowsMessage<CorruptionError>(HasSubstr("opcode 83")));
 }
 
 TEST(MetadataTrailerTest, SeesEveryChangedByte) {

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <random>
 
+#include "base/bytes.h"
 #include "base/error.h"
 #include "checkpoint/shard_file_writer.h"
 #include "fault_file_system.h"
@@ -29,7 +30,7 @@ Sharding Hybrid(int64_t replicas, int64_t shards, int64_t dim = 0) {
   return {{replicas, shards}, Ranks(replicas * shards), {-1, dim}};
 }
 
-int64_t BytesOf(const SavePlan& plan, const std::vector<Piece>& pieces) {
+int64_t BytesOf(const SavePlan& plan, const PieceList& pieces) {
   int64_t bytes = 0;
   for (const Piece& piece : pieces) bytes += TensorBytes(*plan.tensors()[piece.tensor].dtype, piece.sizes);
   return bytes;
@@ -164,15 +165,11 @@ TEST(SavePlanTest, FilesAreLaidOutAsTheWriterWritesThem) {
                                          {"odd", FindDType(std::string_view("uint8")), {1234567}, 0},
                                          {"last", kFloat, {2, 2}, 0}});
     const std::vector<std::byte> zeros(8 << 20);
-    Metadata metadata;
-    for (const auto& tensor : plan.tensors()) {
-      metadata.state_dict_metadata.emplace_back(tensor.fqn, TensorMetadata{{}, tensor.size, {}});
-    }
-    metadata.state_dict_metadata.emplace_back("object", BytesMetadata{});
     std::vector<SavePlan::Writer> writers(4);
     for (int i = 0; i < 4; ++i) writers[static_cast<size_t>(i)].owner = {1, 2, 3 + i, 4};
     writers[0].objects = {{"object", 777}};
-    const auto files = plan.AddTo(metadata, writers, 99, single);
+    const auto [file, files] = plan.Encode(writers, 99, single, nullptr, std::nullopt, std::nullopt);
+    const Metadata metadata = DecodeMetadata(AsBytes(file), "file");
     std::map<std::string, int64_t> sizes(files.begin(), files.end());
     std::map<std::string, std::vector<PlannedRecord>> places;
     for (const auto& [index, info] : *metadata.storage_data) {

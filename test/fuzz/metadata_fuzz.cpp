@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "metadata/metadata.h"
+#include "metadata/pickle_strings.h"
 #include "metadata/trailer.h"
 
 namespace hsdp_ckpt {
@@ -20,6 +21,9 @@ void TestOneInput(std::span<const std::byte> input) {
   } catch (const Error&) {
     return;
   }
+  size_t strings = 0;  // the two readers agree about where the opcodes are
+  ForEachString(CheckMetadataTrailer(input, "fuzz").pickle, "fuzz", [&](std::string_view) { ++strings; });
+  if (strings == 0) std::abort();
   const std::string file = EncodeMetadata(metadata);
   const std::span<const std::byte> bytes = std::as_bytes(std::span(file));
   if (!CheckMetadataTrailer(bytes, "fuzz").checked) std::abort();

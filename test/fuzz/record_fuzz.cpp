@@ -73,7 +73,9 @@ void Index(std::span<const std::byte> input) {
             static_cast<uint64_t>(entry.payload) / kChecksumBlock + (entry.payload % kChecksumBlock != 0 ? 1 : 0));
   }
   if (place.offset > INT64_MAX / 2) return;
-  const auto again = EncodeIndex(index, place.offset);
+  IndexEncoder encoder;
+  for (const IndexEntry& entry : index.entries) encoder.Add(entry);
+  const auto again = encoder.Finish(index.save_id, place.offset);
   Require(std::equal(bytes.begin(), bytes.end(), again.begin()));
 }
 
