@@ -42,7 +42,7 @@ def read_metadata_bytes(path: str | os.PathLike[str]) -> bytes:
         os.close(descriptor)
 
 
-def decode_metadata(file: bytes, path: str | os.PathLike[str]) -> Metadata:
+def decode_metadata(file: bytes | memoryview, path: str | os.PathLike[str]) -> Metadata:
     """As :func:`read_metadata`, for a file's bytes; ``path`` is for messages only."""
     return _C.decode_metadata(file, os.fspath(path))
 

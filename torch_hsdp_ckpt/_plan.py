@@ -125,9 +125,9 @@ class LocalState:
     def paths_of(self, names: Iterable[str]) -> dict[str, Any] | None:
         return None if self.paths is None else {name: self.paths[name] for name in names}
 
-    def drop_values(self) -> None:
-        """Lets go of all tensors and objects; paths stay."""
-        self.state, self.dtensors, self.tensors, self.shardings = {}, [], [], {}
+    def drop(self) -> None:
+        """Lets go of all tensors, objects, names and paths."""
+        self.state, self.paths, self.dtensors, self.tensors, self.shardings = {}, None, [], [], {}
 
     def items_of(self, names: Iterable[str]) -> list[WriteItem]:
         """What DCP's planner would have this rank write, before ranks that hold the same are told apart."""

@@ -101,10 +101,11 @@ def save(
     assert isinstance(writer, FileSystemWriter)
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
-    state_dict, failure = values_of(state_dict)
+    values, failure = values_of(state_dict)
     agreement = agreement_of(process_group, "save", no_dist)
     planner = planner if isinstance(planner, DefaultSavePlanner) else DefaultSavePlanner()
-    save = Save(state_dict, writer, planner, agreement, _global_ranks(process_group, no_dist))
+    save = Save(values, writer, planner, agreement, _global_ranks(process_group, no_dist))
+    del values
     save.failed_before = failure
     return save.run()
 
@@ -216,6 +217,7 @@ class Save:
                 self._planner.set_up_planner(
                     self._state_dict, storage_meta=self._writer.storage_meta(), is_coordinator=self._agreement.is_coordinator
                 )
+                self._state_dict = {}  # it is flat now
                 self._local = LocalState(self._planner)
                 digests = self._local.digests()
             _C.make_directories(str(self._writer.path), self._writer.sync_files)
@@ -296,6 +298,11 @@ class Save:
             objects = pickled(static.objects, self._local.state) if coordinator else []
         if coordinator:
             self._start_metadata(static, [(name, len(data)) for name, data in objects])
+        # Its tensors and names are in the plan. The live state goes when the caller lets it go, not when the save is done.
+        rest = {item.index.fqn for item in self._rest.items}
+        self._planner.state_dict, self._planner.mappings = {name: self._planner.state_dict[name] for name in rest}, {}
+        self._state_dict = {}
+        self._local.drop()
         return static, objects
 
     def stage(self, pool: StagingPool, limit: int | None = None, verify: bool = False) -> Staged:
@@ -304,7 +311,7 @@ class Save:
         With ``limit`` what takes no more bytes than that; the others :meth:`write` reads. ``verify``: see ``Staged.watch``.
         """
         static, objects = self._prepare()
-        rest = {name: self._planner.state_dict[name] for name in {item.index.fqn for item in self._rest.items}}
+        rest = self._planner.state_dict
         held = 0.0 if limit is None else sum(held_by(value) for value in rest.values())
         rest_in_place = limit is not None and held > limit
         if limit is not None:
@@ -315,9 +322,6 @@ class Save:
         if verify:
             self._staged.watch((static.names[piece[0]] for piece in static.pieces), tensors)
         self._planner.state_dict = rest if rest_in_place else {name: _copied(value) for name, value in rest.items()}
-        # The rest of the live state is of no use any more; it goes when the caller lets it go, not when the save is done.
-        self._state_dict = {}
-        self._local.drop_values()
         self._prepared = dataclasses.replace(static, locals=[]), objects
         return self._staged
 
@@ -327,8 +331,6 @@ class Save:
         self._staged = staged
         if verify:
             self._staged.watch((static.names[piece[0]] for piece in static.pieces), staged.records[: staged.in_place])
-        self._state_dict = self._planner.state_dict = {}
-        self._local.drop_values()
 
     def check_sources(self) -> None:
         """See ``Staged.check_sources``."""
@@ -373,21 +375,26 @@ class Save:
 
     def _start_metadata(self, static: StaticPlan, objects: list[tuple[str, int]]) -> None:
         """Begins to build the whole metadata on a thread, off the path of the bytes."""
-        opening, names, paths = self._opening, [*static.names, *static.objects], self._local.paths
+        opening, paths = self._opening, self._local.paths
         skeleton = Metadata({}, version=_stock.CURRENT_DCP_VERSION, storage_meta=self._writer.storage_meta())
         writers = [(owner, objects if rank == 0 else []) for rank, owner in enumerate(opening.owners)]
         save_id, single = opening.save_id, self._writer.single_file_per_rank
+        planned = None
+        if self.agreed and paths is not None:
+            planned = static.plan.paths(static.objects, map(paths.__getitem__, itertools.chain(static.names, static.objects)))
+        # What DCP has planned a part of has to be put together, and other paths than DCP makes are pickle's to write.
+        apart = not self.agreed or (planned is None and paths is not None)
+        planner_data = self._local.paths_of([*static.names, *static.objects]) if apart else None
 
         def build() -> tuple[Any, list[tuple[str, int]]]:
-            each = None if paths is None else (paths[name] for name in names)
-            if self.agreed and (built := static.plan.complete_metadata(skeleton, each, writers, save_id, single)):
-                return built
-            built = static.plan.complete_metadata(skeleton, None, writers, save_id, single)
+            built = static.plan.complete_metadata(skeleton, planned, writers, save_id, single)
             if built is None:
                 raise CheckpointError("the state dict's metadata holds objects of classes that DCP does not have")
+            if not apart:
+                return built
             metadata = decode_metadata(built[0], self._writer.path)
-            if paths is not None:
-                metadata.planner_data = {**(self._rest_metadata.planner_data or {}), **{name: paths[name] for name in names}}
+            if planner_data is not None:
+                metadata.planner_data = {**(self._rest_metadata.planner_data or {}), **planner_data}
             return metadata, built[1]
 
         metadata = self._metadata = Future()
@@ -409,7 +416,7 @@ class Save:
         votes = self._agreement.exchange("write", vote, error)
         heads = [_VOTE.unpack(each[: _VOTE.size]) for each in votes]
         self._names = []  # from here on they may be committed
-        encoded: list[bytes] = []
+        encoded: list[bytes | memoryview] = []
 
         def commit() -> bytes:
             assert self._metadata is not None
@@ -456,7 +463,7 @@ class Save:
         # The caller may keep what this save belongs to, and has dropped the model.
         self._state_dict, self._staged, self._prepared, self._planner.state_dict = {}, None, None, {}
         if hasattr(self, "_local"):
-            self._local.drop_values()
+            self._local.drop()
 
     def _end_thread(self) -> None:
         if self._thread is not None:
@@ -480,7 +487,7 @@ def _pickled(value: Any) -> memoryview:
     return stream.getbuffer()
 
 
-def _read_back(path: str, trailer: bytes, encoded: list[bytes]) -> Metadata:
+def _read_back(path: str, trailer: bytes, encoded: list[bytes | memoryview]) -> Metadata:
     if encoded:
         return decode_metadata(encoded[0], path)
     data = read_metadata_bytes(os.path.join(path, ".metadata"))

@@ -214,7 +214,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         assert claim is not None
         self._commit(claim, encode_metadata(metadata), list(files.values()))
 
-    def _commit(self, claim: str, metadata: bytes, files: list[tuple[str, int, bool]]) -> None:
+    def _commit(self, claim: str, metadata: bytes | memoryview, files: list[tuple[str, int, bool]]) -> None:
         """Makes a checkpoint of data files that are durable: names, sizes in bytes, and whether these are exact."""
         path = self._own_metadata_path()
         with _commit_lock:

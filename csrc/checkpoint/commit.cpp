@@ -103,15 +103,19 @@ bool IsCurrent(FileSystem& fs, const CommitRequest& request) {
   const std::string path = JoinPath(request.directory, request.metadata_name);
   FileStatus status;
   if (!GetStatus(fs, path, &status) || status.size != static_cast<int64_t>(request.metadata.size())) return false;
-  std::vector<std::byte> bytes(request.metadata.size());
+  std::vector<std::byte> block(std::min<size_t>(request.metadata.size(), 1 << 20));
   try {
     File file = File::Open(fs, path, OpenMode::kRead);
-    file.ReadAt(bytes, 0, "the metadata");
+    for (auto left = request.metadata; !left.empty(); left = left.subspan(block.size())) {
+      block.resize(std::min(block.size(), left.size()));
+      file.ReadAt(block, static_cast<int64_t>(request.metadata.size() - left.size()), "the metadata");
+      if (!std::equal(block.begin(), block.end(), left.begin())) return false;
+    }
     file.Close();
   } catch (const CorruptionError&) {
     return false;  // replaced by a shorter one meanwhile
   }
-  return std::equal(bytes.begin(), bytes.end(), request.metadata.begin());
+  return true;
 }
 
 // Whose files may still be committed by another save: its claim is here and nobody has shown its coordinator to be dead. A

@@ -380,7 +380,9 @@ SavePlan::Encoded SavePlan::Encode(const std::vector<Writer>& writers, uint64_t 
     }
   }
 
-  MetadataEncoder encoder;
+  size_t expected = 4096;
+  for (const PlannedTensor& planned : tensors_) expected += 128 + 2 * planned.fqn.size();
+  MetadataEncoder encoder(expected + 128 * chunks.size());
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const PlannedTensor& planned = tensors_[i];
     const auto dtype = DtypeFromName(planned.dtype->name);

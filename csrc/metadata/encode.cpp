@@ -1,6 +1,8 @@
 // From `Metadata` to a protocol 4 pickle that stock torch loads into an equal one, and our trailer behind it.
+#include <algorithm>
 #include <array>
 #include <bit>
+#include <functional>
 #include <unordered_map>
 
 #include "base/error.h"
@@ -24,6 +26,46 @@ struct ShapeHash {
   }
 };
 
+// Texts by the order in which they came, those that come again found in a table of one block: there are two of a tensor,
+// and a node for each would be three times as large.
+class TextTable {
+ public:
+  // The number under which the text is remembered: kUnset at first, the caller's to set.
+  uint32_t& operator[](std::string_view text) {
+    if (slots_.size() < 2 * (used_ + 1)) Grow();
+    Slot& slot = Find(text);
+    if (slot.data == nullptr) {
+      slot = {text.data(), static_cast<uint32_t>(text.size()), kUnset};
+      ++used_;
+    }
+    return slot.number;
+  }
+
+ private:
+  struct Slot {
+    const char* data = nullptr;  // of none
+    uint32_t size = 0;
+    uint32_t number = kUnset;
+  };
+  Slot& Find(std::string_view text) {
+    size_t at = std::hash<std::string_view>()(text) & (slots_.size() - 1);
+    while (slots_[at].data != nullptr && std::string_view(slots_[at].data, slots_[at].size) != text) {
+      at = (at + 1) & (slots_.size() - 1);
+    }
+    return slots_[at];
+  }
+  void Grow() {
+    std::vector<Slot> old(std::max<size_t>(64, 2 * slots_.size()));
+    old.swap(slots_);
+    for (const Slot& slot : old) {
+      if (slot.data != nullptr) Find({slot.data, slot.size}) = slot;
+    }
+  }
+
+  std::vector<Slot> slots_;
+  size_t used_ = 0;
+};
+
 }  // namespace
 
 // Strings and shapes come back many times (a chunk's offsets are also its key's) and cannot be changed by whoever loads
@@ -31,7 +73,8 @@ struct ShapeHash {
 // Instances are never shared.
 class MetadataEncoder::Pickler {
  public:
-  Pickler() {
+  explicit Pickler(size_t expected) {
+    out_.reserve(expected);
     out_.assign({'\x80', '\x04', static_cast<char>(Op::kFrame)});
     out_.append(kFrameSize, '\0');
     Instance(kMetadata, kDcp, "Metadata");
@@ -155,7 +198,8 @@ class MetadataEncoder::Pickler {
     out_.append(text);
   }
   void Str(std::string_view text) {
-    uint32_t& slot = strings_.try_emplace(text, kUnset).first->second;
+    if (text.size() > UINT32_MAX) throw Error("metadata: a text of " + std::to_string(text.size()) + " bytes");
+    uint32_t& slot = strings_[text];
     if (Get(slot)) return;
     Text(text, Op::kShortBinUnicode, Op::kBinUnicode, Op::kBinUnicode8);
     Memoize(slot);
@@ -401,7 +445,7 @@ class MetadataEncoder::Pickler {
   bool in_dict_ = false;  // whose items are being written, of the Metadata's own
   bool has_records_ = false;
   uint32_t memo_count_ = 0;
-  std::unordered_map<std::string_view, uint32_t> strings_;  // views into what was given, and into literals
+  TextTable strings_;  // views into what was given, and into literals
   std::unordered_map<Shape, uint32_t, ShapeHash> shapes_;
   std::array<uint32_t, kSlots> globals_ = Unset<kSlots>();
   std::array<uint32_t, 256> dtypes_ = Unset<256>();
@@ -411,7 +455,7 @@ class MetadataEncoder::Pickler {
   std::vector<uint8_t> plain_shared_;
 };
 
-MetadataEncoder::MetadataEncoder() : pickler_(std::make_unique<Pickler>()) {}
+MetadataEncoder::MetadataEncoder(size_t expected) : pickler_(std::make_unique<Pickler>(expected)) {}
 MetadataEncoder::~MetadataEncoder() = default;
 void MetadataEncoder::Entry(std::string_view name, const EntryMetadata& entry) { pickler_->Entry(name, entry); }
 void MetadataEncoder::PlannerData(const PlainData& data) { pickler_->PlannerData(data); }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -22,7 +23,9 @@ using PathPart = std::variant<std::string_view, int64_t>;
 /// destruction is left.
 class MetadataEncoder {
  public:
-  MetadataEncoder();
+  /// `expected`: bytes of the file, or more. Memory that is not used is only reserved; a file that grows would be there
+  /// twice.
+  explicit MetadataEncoder(size_t expected = 0);
   ~MetadataEncoder();
   MetadataEncoder(const MetadataEncoder&) = delete;
   MetadataEncoder& operator=(const MetadataEncoder&) = delete;

@@ -97,11 +97,12 @@ std::pair<int64_t, bool> Finish(ShardFileWriter& writer) {
 }
 
 std::pair<std::vector<std::string>, std::vector<std::string>> CommitCheckpoint(
-    const std::string& directory, const std::string& metadata_name, const std::string& claim, const py::bytes& metadata,
+    const std::string& directory, const std::string& metadata_name, const std::string& claim, const py::buffer& metadata,
     const std::vector<std::tuple<std::string, int64_t, bool>>& files, const std::vector<std::string>& superseded,
     bool sync) {
-  const std::string_view bytes = metadata;
-  CommitRequest request{directory, metadata_name, claim, std::as_bytes(std::span(bytes)), {}, superseded, sync};
+  const py::buffer_info view = metadata.request();
+  const std::span bytes(static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize));
+  CommitRequest request{directory, metadata_name, claim, bytes, {}, superseded, sync};
   for (const auto& [name, size, exact] : files) request.files.push_back({name, size, exact});
   const py::gil_scoped_release release;
   auto result = Commit(PosixFileSystem(), request, IsProvablyDead);

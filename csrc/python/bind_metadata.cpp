@@ -16,9 +16,8 @@ namespace py = pybind11;
 namespace hsdp_ckpt {
 namespace {
 
-std::span<const std::byte> Span(const py::bytes& bytes) {
-  const std::string_view view = bytes;
-  return std::as_bytes(std::span(view));
+std::span<const std::byte> Span(const py::buffer_info& view) {
+  return {static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize)};
 }
 
 py::object Steal(PyObject* object) {
@@ -199,24 +198,24 @@ class PythonMetadata : DcpTypes {
   }
 };
 
-py::object Decode(const py::bytes& file, const std::string& path) {
+py::object Decode(const py::buffer& file, const std::string& path) {
+  const py::buffer_info view = file.request();
   Metadata metadata;
   {
-    const auto bytes = Span(file);
     py::gil_scoped_release released;
-    metadata = DecodeMetadata(bytes, path);
+    metadata = DecodeMetadata(Span(view), path);
   }
   return MetadataToPython(metadata);
 }
 
 // The data files that it may name, each once: as a string that ends as their names do, wherever it stands. What the file is
 // else would be decoded for nothing, at ten times its size.
-py::list Files(const py::bytes& file, const std::string& path) {
+py::list Files(const py::buffer& file, const std::string& path) {
+  const py::buffer_info view = file.request();
   std::set<std::string, std::less<>> files;
   {
-    const auto bytes = Span(file);
     const py::gil_scoped_release released;
-    ForEachString(CheckMetadataTrailer(bytes, path).pickle, path, [&](std::string_view text) {
+    ForEachString(CheckMetadataTrailer(Span(view), path).pickle, path, [&](std::string_view text) {
       if (text.ends_with(".distcp") && !files.contains(text)) files.emplace(text);
     });
   }
@@ -236,7 +235,7 @@ py::object Encode(const py::object& metadata) {
   return py::bytes(file);
 }
 
-py::bytes Trailer(const py::bytes& pickle) { return MetadataTrailer(Span(pickle)); }
+py::bytes Trailer(const py::buffer& pickle) { return MetadataTrailer(Span(pickle.request())); }
 
 }  // namespace
 

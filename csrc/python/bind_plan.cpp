@@ -53,6 +53,11 @@ std::vector<int64_t> Payloads(const PlannedFile& file) {
   return payloads;
 }
 
+// The bytes of a file that is too large to be there twice.
+struct EncodedMetadata {
+  std::string bytes;
+};
+
 // The lengths of the parts of a path within its name. False for what DCP's default planner does not make: another type than
 // a key's or an index's, or parts that are not the name.
 bool AddPath(PlannedPaths& paths, std::string_view name, const py::handle& path) {
@@ -73,7 +78,21 @@ bool AddPath(PlannedPaths& paths, std::string_view name, const py::handle& path)
   return at == name.size();
 }
 
-py::object CompleteMetadata(const SavePlan& plan, const py::object& skeleton, const std::optional<py::iterable>& paths,
+// Of the plan's tensors, then of the objects. None for paths that no plan has.
+std::optional<PlannedPaths> Paths(const SavePlan& plan, const std::vector<std::string>& objects,
+                                  const py::iterable& paths) {
+  PlannedPaths planned;
+  const size_t tensors = plan.tensors().size();
+  for (const py::handle path : paths) {
+    const size_t number = planned.counts.size();
+    if (number >= tensors + objects.size()) return std::nullopt;
+    const std::string& name = number < tensors ? plan.tensors()[number].fqn : objects[number - tensors];
+    if (!AddPath(planned, name, path)) return std::nullopt;
+  }
+  return planned;
+}
+
+py::object CompleteMetadata(const SavePlan& plan, const py::object& skeleton, const PlannedPaths* paths,
                             const std::vector<WriterArgument>& writers, uint64_t save_id, bool single_file) {
   const std::optional<Metadata> metadata = MetadataFromPython(skeleton);
   if (!metadata) return py::none();
@@ -82,24 +101,13 @@ py::object CompleteMetadata(const SavePlan& plan, const py::object& skeleton, co
     const auto& [host, boot, pid, start] = identity;
     all.push_back({{host, boot, pid, start}, objects});
   }
-  PlannedPaths planned;
-  if (paths) {
-    std::vector<std::string_view> names;
-    for (const PlannedTensor& tensor : plan.tensors()) names.push_back(tensor.fqn);
-    for (const auto& writer : all) {
-      for (const auto& object : writer.objects) names.push_back(object.first);
-    }
-    for (const py::handle path : *paths) {
-      const size_t number = planned.counts.size();
-      if (number >= names.size() || !AddPath(planned, names[number], path)) return py::none();
-    }
-  }
   SavePlan::Encoded encoded;
   {
     const py::gil_scoped_release release;
-    encoded = plan.Encode(all, save_id, single_file, paths ? &planned : nullptr, metadata->storage_meta, metadata->version);
+    encoded = plan.Encode(all, save_id, single_file, paths, metadata->storage_meta, metadata->version);
   }
-  return py::make_tuple(py::bytes(encoded.metadata), encoded.files);
+  const py::object file = py::cast(EncodedMetadata{std::move(encoded.metadata)});
+  return py::make_tuple(py::memoryview(file), encoded.files);
 }
 
 }  // namespace
@@ -114,8 +122,14 @@ void BindPlan(py::module_& module) {
       .def_readonly("size", &PlannedFile::size)
       .def("places", &Places, py::arg("first") = 0, py::arg("count") = SIZE_MAX / 2)
       .def_property_readonly("payloads", &Payloads);
+  py::class_<EncodedMetadata>(module, "EncodedMetadata", py::buffer_protocol()).def_buffer([](EncodedMetadata& file) {
+    return py::buffer_info(reinterpret_cast<const uint8_t*>(file.bytes.data()),
+                           static_cast<py::ssize_t>(file.bytes.size()));
+  });
+  py::class_<PlannedPaths>(module, "PlannedPaths");
   py::class_<SavePlan>(module, "SavePlan")
       .def(py::init(&MakePlan), py::arg("shardings"), py::arg("tensors"))
+      .def("paths", &Paths, py::arg("objects"), py::arg("paths"))
       .def("pieces", &SavePlan::PiecesOf, py::arg("rank"))
       .def("local_shards", &SavePlan::LocalShards, py::arg("rank"))
       .def("shard_offsets", &SavePlan::ShardOffsets, py::arg("rank"), py::arg("tensor"))

@@ -48,7 +48,8 @@ def _row(shards: int, rounds: int) -> list[str]:
         before.append(time.perf_counter() - start)
         start = time.perf_counter()
         assert local.paths is not None
-        paths = (local.paths[name] for name in static.names)
+        paths = static.plan.paths([], (local.paths[name] for name in static.names))
+        assert paths is not None
         writers = [((1, 2, rank, 4), []) for rank in range(world)]
         built = static.plan.complete_metadata(Metadata({}), paths, writers, 1, True)
         assert built is not None
