@@ -116,7 +116,7 @@ def _memory_of_many(rank: int, path: str) -> list[int]:
     """A first save, which brings in what saves bring in once, then one over it and its metadata; the same of DTensors."""
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()))
     extra = []
-    for sharded, count in ((False, 20_000), (True, 20_000)):
+    for sharded, count in ((False, 50_000), (True, 20_000)):
         state: dict[str, torch.Tensor] = {f"layers.{i}.weight": torch.ones(2) for i in range(count)}
         if sharded:
             state = {k: DTensor.from_local(v, mesh, [Replicate(), Shard(0)], run_check=False) for k, v in state.items()}

@@ -363,7 +363,7 @@ class Save:
             self._names,
             on_read,
         )
-        self._staged = None  # the next save has the memory
+        self._staged = self._prepared = None  # the next save has the memory
         if self._writer.sync_files and self._names:
             _C.sync_directory(str(self._writer.path))
         self._seconds["write"] = time.perf_counter() - begin

@@ -122,8 +122,8 @@ SavePlan::SavePlan(std::vector<Sharding> shardings, std::vector<PlannedTensor> t
 // Left to right over the mesh's dimensions, in chunks of ceil(size / parts), as DTensor and torch.chunk have it.
 void SavePlan::Box(const PlannedTensor& tensor, const Coordinates& at, Shape* offsets, Shape* sizes) const {
   const Sharding& sharding = shardings_[tensor.sharding];
-  offsets->assign(tensor.size.size(), 0);
-  *sizes = tensor.size;
+  offsets->assign(tensor.size->size(), 0);
+  *sizes = *tensor.size;
   for (size_t i = 0; i < at.size(); ++i) {
     if (sharding.shard_dims[i] < 0) continue;
     const auto dim = static_cast<size_t>(sharding.shard_dims[i]);
@@ -178,7 +178,7 @@ std::vector<PieceList> SavePlan::Split(size_t sharding, const Coordinates& at, s
     const int64_t bytes = TensorBytes(*tensors_[index].dtype, sizes);
     if (bytes == 0) {
       // Other shards' empty parts say nothing; a tensor without elements has one chunk, so that it is in the checkpoint.
-      if (first_shard && Product(tensors_[index].size) == 0) out[holder].Add(index, offsets, sizes);
+      if (first_shard && Product(*tensors_[index].size) == 0) out[holder].Add(index, offsets, sizes);
       continue;
     }
     const int64_t grain = shardings_[sharding].whole ? bytes : Grain(sizes, element) * element;
@@ -390,8 +390,8 @@ SavePlan::Encoded SavePlan::Encode(const std::vector<Writer>& writers, uint64_t 
     TensorMetadata entry;
     entry.properties.dtype = *dtype;
     entry.properties.pin_memory = planned.pinned;
-    entry.properties.strides = planned.strides;
-    entry.size = planned.size;
+    if (planned.strides) entry.properties.strides = *planned.strides;
+    entry.size = *planned.size;
     for (size_t at = first[i]; at < first[i + 1]; ++at) {
       Piece piece = by_rank[chunks[at].first][chunks[at].second];
       entry.chunks.push_back({std::move(piece.offsets), std::move(piece.sizes)});

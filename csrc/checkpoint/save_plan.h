@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -20,13 +21,16 @@ struct Sharding {
   bool whole = false;  ///< nothing says that replicas hold equal values: no tensor is put together from two of them
 };
 
+/// A shape that many tensors have: a model has few. Null for none.
+using SharedShape = std::shared_ptr<const Shape>;
+
 struct PlannedTensor {
   std::string fqn;
   const DType* dtype = nullptr;
-  Shape size;           ///< of the whole tensor, in elements
+  SharedShape size;     ///< of the whole tensor, in elements
   size_t sharding = 0;  ///< which of the plan's
   /// What the metadata says of the coordinator's local tensor.
-  std::optional<Shape> strides{};
+  SharedShape strides{};
   bool pinned = false;
 };
 

@@ -2,6 +2,8 @@
 // whole metadata is made without the GIL.
 #include <pybind11/stl.h>
 
+#include <map>
+
 #include "checkpoint/save_plan.h"
 #include "python/metadata_from_python.h"
 #include "python/module.h"
@@ -23,11 +25,18 @@ std::unique_ptr<SavePlan> MakePlan(const std::vector<ShardingArgument>& sharding
   std::vector<Sharding> plan_shardings;
   for (const auto& [mesh_shape, ranks, dims, whole] : shardings) plan_shardings.push_back({mesh_shape, ranks, dims, whole});
   std::vector<PlannedTensor> plan_tensors;
+  std::map<Shape, SharedShape> shapes;
+  const auto shared = [&](const Shape& shape) {
+    SharedShape& known = shapes[shape];
+    if (!known) known = std::make_shared<const Shape>(shape);
+    return known;
+  };
   for (const py::handle tensor : tensors) {
     auto [fqn, dtype_name, size, sharding, strides, pinned] = tensor.cast<TensorArgument>();
     const DType* dtype = FindDType(std::string_view(dtype_name));
     if (dtype == nullptr) throw py::value_error("no record format for dtype " + dtype_name);
-    plan_tensors.push_back({std::move(fqn), dtype, std::move(size), sharding, std::move(strides), pinned});
+    plan_tensors.push_back(
+        {std::move(fqn), dtype, shared(size), sharding, strides ? shared(*strides) : SharedShape(), pinned});
   }
   const py::gil_scoped_release release;
   return std::make_unique<SavePlan>(std::move(plan_shardings), std::move(plan_tensors));

@@ -30,6 +30,8 @@ Sharding Hybrid(int64_t replicas, int64_t shards, int64_t dim = 0) {
   return {{replicas, shards}, Ranks(replicas * shards), {-1, dim}};
 }
 
+SharedShape Shared(Shape shape) { return std::make_shared<const Shape>(std::move(shape)); }
+
 int64_t BytesOf(const SavePlan& plan, const PieceList& pieces) {
   int64_t bytes = 0;
   for (const Piece& piece : pieces) bytes += TensorBytes(*plan.tensors()[piece.tensor].dtype, piece.sizes);
@@ -41,7 +43,7 @@ void ExpectCovered(const SavePlan& plan, int64_t ranks) {
   std::map<size_t, std::vector<int>> counts;
   for (int64_t rank = 0; rank < ranks; ++rank) {
     for (const Piece& piece : plan.PiecesOf(rank)) {
-      const Shape& size = plan.tensors()[piece.tensor].size;
+      const Shape& size = *plan.tensors()[piece.tensor].size;
       auto& count = counts[piece.tensor];
       count.resize(static_cast<size_t>(TensorBytes(*FindDType(std::string_view("uint8")), size)));
       Shape at = piece.offsets;
@@ -72,17 +74,17 @@ TEST(SavePlanTest, EveryElementIsWrittenOnce) {
         Hybrid(replicas, shards), {{replicas * shards}, Ranks(replicas * shards), {-1}}, Hybrid(replicas, shards, 1)};
     for (int64_t i = 0; i < 12; ++i) {
       Shape size{pick(0, 1) == 0 ? 1 : pick(1, 300), pick(1, 400), pick(1, 3)};
-      tensors.push_back({"w" + std::to_string(i), kFloat, size, static_cast<size_t>(pick(0, 2))});
+      tensors.push_back({"w" + std::to_string(i), kFloat, Shared(size), static_cast<size_t>(pick(0, 2))});
     }
-    tensors.push_back({"scalar", kFloat, {}, 1});
-    tensors.push_back({"empty", kFloat, {0, 5}, 0});
+    tensors.push_back({"scalar", kFloat, Shared({}), 1});
+    tensors.push_back({"empty", kFloat, Shared({0, 5}), 0});
     ExpectCovered(SavePlan(shardings, tensors), replicas * shards);
   }
 }
 
 TEST(SavePlanTest, RowsLargerThanAGrainAreCutInside) {
   for (const Shape& size : {Shape{2, 3, 1 << 20}, Shape{1, 1, 5 << 20}, Shape{5 << 20}, Shape{1, 3, 2, 1 << 19}}) {
-    const SavePlan plan({{{4}, Ranks(4), {-1}}}, {{"w", kFloat, size, 0}});
+    const SavePlan plan({{{4}, Ranks(4), {-1}}}, {{"w", kFloat, Shared(size), 0}});
     ExpectCovered(plan, 4);
     const int64_t total = TensorBytes(*kFloat, size);
     for (int64_t rank = 0; rank < 4; ++rank) {
@@ -93,8 +95,10 @@ TEST(SavePlanTest, RowsLargerThanAGrainAreCutInside) {
 }
 
 TEST(SavePlanTest, TensorsWhoseReplicasMayDifferAreNotCut) {
-  const std::vector<PlannedTensor> tensors{
-      {"a", kFloat, {1 << 17}, 0}, {"b", kFloat, {3, 1 << 16}, 0}, {"c", kFloat, {}, 0}, {"d", kFloat, {5 << 16}, 0}};
+  const std::vector<PlannedTensor> tensors{{"a", kFloat, Shared({1 << 17}), 0},
+                                           {"b", kFloat, Shared({3, 1 << 16}), 0},
+                                           {"c", kFloat, Shared({}), 0},
+                                           {"d", kFloat, Shared({5 << 16}), 0}};
   for (const int64_t ranks : {1, 2, 3, 8}) {
     const SavePlan plan({{{ranks}, Ranks(ranks), {-1}, true}}, tensors);
     ExpectCovered(plan, ranks);
@@ -102,7 +106,7 @@ TEST(SavePlanTest, TensorsWhoseReplicasMayDifferAreNotCut) {
       EXPECT_FALSE(plan.PiecesOf(ranks - 1).empty()) << "nothing is left for the last rank";
     }
     for (int64_t rank = 0; rank < ranks; ++rank) {
-      for (const Piece& piece : plan.PiecesOf(rank)) EXPECT_EQ(piece.sizes, tensors[piece.tensor].size);
+      for (const Piece& piece : plan.PiecesOf(rank)) EXPECT_EQ(piece.sizes, *tensors[piece.tensor].size);
     }
   }
 }
@@ -117,7 +121,7 @@ TEST(SavePlanTest, RanksAreBalancedAndTheMetadataHardlyGrows) {
   for (const auto& state : states) {
     for (const int64_t replicas : {1, 2, 3, 8}) {
       std::vector<PlannedTensor> tensors;
-      for (const Shape& size : state) tensors.push_back({std::to_string(tensors.size()), kFloat, size, 0});
+      for (const Shape& size : state) tensors.push_back({std::to_string(tensors.size()), kFloat, Shared(size), 0});
       const SavePlan plan({Hybrid(replicas, 4)}, tensors);
       size_t pieces = 0, shards = 0;
       for (int64_t shard = 0; shard < 4; ++shard) {
@@ -143,27 +147,27 @@ TEST(SavePlanTest, RanksAreBalancedAndTheMetadataHardlyGrows) {
 TEST(SavePlanTest, OnlyRanksOfTheGroupWriteAndAShardNobodyHoldsIsAnError) {
   Sharding half = Hybrid(2, 2);
   half.ranks = {0, 1, -1, -1};  // one shard group saves
-  const SavePlan plan({half}, {{"w", kFloat, {1000, 1000}, 0}});
+  const SavePlan plan({half}, {{"w", kFloat, Shared({1000, 1000}), 0}});
   EXPECT_EQ(BytesOf(plan, plan.PiecesOf(0)), 2000000);
   EXPECT_EQ(BytesOf(plan, plan.PiecesOf(1)), 2000000);
   EXPECT_TRUE(plan.PiecesOf(2).empty());
   half.ranks = {0, -1, 1, -1};  // one replica group does
   try {
-    SavePlan({half}, {{"w", kFloat, {1000, 1000}, 0}});
+    SavePlan({half}, {{"w", kFloat, Shared({1000, 1000}), 0}});
     FAIL();
   } catch (const Error& error) {
     EXPECT_THAT(error.what(), testing::HasSubstr("w: no rank of the saving process group holds its shard at [500, 0]"));
   }
-  EXPECT_NO_THROW(SavePlan({half}, {{"w", kFloat, {1, 1000}, 0}})) << "the other shard is empty";
+  EXPECT_NO_THROW(SavePlan({half}, {{"w", kFloat, Shared({1, 1000}), 0}})) << "the other shard is empty";
 }
 
 // The places that the coordinator computes are those that the writer gives the records.
 TEST(SavePlanTest, FilesAreLaidOutAsTheWriterWritesThem) {
   for (const bool single : {true, false}) {
-    const SavePlan plan({Hybrid(2, 2)}, {{"large", kFloat, {1500, 1000}, 0},
-                                         {"small", kFloat, {10}, 0},
-                                         {"odd", FindDType(std::string_view("uint8")), {1234567}, 0},
-                                         {"last", kFloat, {2, 2}, 0}});
+    const SavePlan plan({Hybrid(2, 2)}, {{"large", kFloat, Shared({1500, 1000}), 0},
+                                         {"small", kFloat, Shared({10}), 0},
+                                         {"odd", FindDType(std::string_view("uint8")), Shared({1234567}), 0},
+                                         {"last", kFloat, Shared({2, 2}), 0}});
     const std::vector<std::byte> zeros(8 << 20);
     std::vector<SavePlan::Writer> writers(4);
     for (int i = 0; i < 4; ++i) writers[static_cast<size_t>(i)].owner = {1, 2, 3 + i, 4};
