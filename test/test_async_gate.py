@@ -162,7 +162,7 @@ def _gates(rank: int, path: str) -> None:
                 future.result(60)
         with pytest.raises(h.CheckpointError, match="it was changed"):
             h.async_save(run.state(), checkpoint_id=f"{path}/step")
-    check = Snapshot.check
+    check = Snapshot._check
 
     def write_unseen(snapshot: Snapshot, verify: bool) -> None:
         if rank == 1:  # of the first replica, whose half of the state has all parameters
@@ -170,11 +170,11 @@ def _gates(rank: int, path: str) -> None:
                 _local(parameter.detach()).numpy()[...] = 3
         check(snapshot, verify)
 
-    Snapshot.check = write_unseen  # type: ignore[method-assign]
+    Snapshot._check = write_unseen  # type: ignore[method-assign]
     future = h.async_save(run.state(), checkpoint_id=f"{path}/step", snapshot="verify")
     with pytest.raises(h.CheckpointError, match=r"rank 1: .*it was changed"):
         future.result(60)
-    Snapshot.check = check  # type: ignore[method-assign]
+    Snapshot._check = check  # type: ignore[method-assign]
     with pytest.raises(h.CheckpointError, match="it was changed"):
         h.async_save(run.state(), checkpoint_id=f"{path}/step")
     run.model.load_state_dict(elsewhere["model"])  # replicas are equal again
@@ -382,6 +382,32 @@ def _compiled(rank: int, path: str) -> None:
 
 def test_a_compiled_step_waits_too(tmp_path: Path) -> None:
     run_ranks(_compiled, 1, str(tmp_path))
+
+
+def _with_copies_only(rank: int, path: str) -> None:
+    """A step waits for the ranks' agreement and for copies: not for the save's own thread, which may be behind."""
+    run = _Run(rank)
+    stage, stepped = Job._stage, threading.Event()
+
+    def behind(job: Job) -> None:
+        assert stepped.wait(60), "the step waits for more than copies"
+        stage(job)
+
+    Job._stage = behind  # type: ignore[method-assign]
+    for i in range(3):
+        stepped.clear()
+        run.gradients(i)
+        state = run.state()
+        expected = run.leaves(state)
+        future = h.async_save(state, checkpoint_id=f"{path}/{i}")
+        run.optimizer.step()
+        stepped.set()
+        future.result(60)
+        run.saved_is(f"{path}/{i}", expected)
+
+
+def test_a_step_waits_for_copies_alone(tmp_path: Path) -> None:
+    run_ranks(_with_copies_only, 4, str(tmp_path))
 
 
 def _on_gpu(rank: int, path: str) -> None:

@@ -250,8 +250,10 @@ class Job:
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)
-            # Before anything is copied: nobody loses time to a peer on this host that is still in its call.
+            # Before the CPU copies anything: a peer on this host that is still in its call loses no time to it. Devices copy
+            # meanwhile.
             if not self._opened:
+                self._queue_copies()
                 self._save.failed_before = self._error or self._given_up
                 self._open()
             try:
@@ -276,17 +278,29 @@ class Job:
         else:
             self.future.set_result(metadata)
 
-    def _begin_copy(self) -> None:
-        captured = self._captured
-        assert captured is not None
+    def _queue_copies(self) -> None:
+        """What devices copy, if the ranks agree as they did; nothing else has to have been done for it."""
+        if self._error is None and not self._staged and self._captured is not None and self._device_copy is not None:
+            try:
+                self._make_copies(self._captured)
+            except BaseException as error:
+                self._error = error
+
+    def _make_copies(self, captured: Captured) -> None:
         if self._image is None:
             self._make_image(captured)
         self._copy, sources, targets = self._copies(captured, now=False)
         self._summed.append(self._copy)
         if self._device_copy is not None:
             self._device_copy.start(sources, targets)
+
+    def _begin_copy(self) -> None:
+        assert self._captured is not None
+        if self._copy is None:
+            self._make_copies(self._captured)
+        assert self._copy is not None
         if self._snapshot is not None:
-            self._snapshot.begin(self._copy, self._device_copy)
+            self._snapshot.begin(self._copy, self._device_copy, self._mode == "lazy" and self._in_place == 0)
         # Beside this one, which may have to write some in its place first.
         threading.Thread(target=self._copy.run, name="torch_hsdp_ckpt_copy").start()
 
@@ -301,18 +315,17 @@ class Job:
         else:  # planned otherwise than this rank has assumed; the gate is still shut
             if self._device_copy is not None:
                 self._device_copy.wait_ready()
-                self._device_copy = None
+                self._device_copy.synchronize()  # its memory is used again
+            self._copy = self._device_copy = self._image = None
             self.future.staged_bytes = self._save.stage(self._pool, self._limit, verify).copied_bytes
 
     def _finish_copy(self) -> None:
         """What was to be read in its place has been; waits for the copies, and opens the gate."""
         if not self.future.staging_completion.done():
-            if self._copy is not None:
-                self._copy.finish()
             if self._snapshot is not None:
-                self._snapshot.check(self._mode == "verify" and self._copy is not None)
-                self._save.check_sources()
-                self._snapshot.release()
+                self._snapshot.settle(self._mode == "verify" and self._copy is not None, self._save.check_sources)
+            elif self._copy is not None:
+                self._copy.finish()
             if self._device_copy is not None:
                 self._device_copy.synchronize()
                 if self._snapshot is not None:

@@ -4,6 +4,7 @@ The contract is a gate, not a guess: what is copied late is only what is changed
 global hook announces, and by this package. Both wait at the gate. Version counters are looked at besides.
 """
 
+import contextlib
 import threading
 import time
 import weakref
@@ -60,7 +61,7 @@ class Snapshot:
     """The part of one save that is copied after the call has returned.
 
     ``watch``: the guarded tensors that it reads; ``name``: what a tensor of the state is called. A thread calls :meth:`begin`,
-    :meth:`check`, :meth:`release` and :meth:`close`, in this order; training meets :meth:`hold`.
+    :meth:`settle` or :meth:`release`, and :meth:`close`, in this order; training meets :meth:`hold`.
     """
 
     def __init__(self, watch: _C.Watch, name: Callable[[int], str], on_wait: Callable[[float], None]) -> None:
@@ -70,17 +71,38 @@ class Snapshot:
         self._begun, self._released = threading.Event(), threading.Event()
         self._copy: _C.StagingCopy | None = None
         self._device_copy: DeviceCopy | None = None
+        self._copies_all = False
+        self._settling = threading.Lock()
+        self._settled = False
+        self._error: CheckpointError | None = None
         self._on_wait = on_wait  # is told the seconds that training has waited
         self.passed = False  # whether training has been at the gate, and may change things now
         _pending = self
 
-    def begin(self, copy: _C.StagingCopy, device_copy: "DeviceCopy | None" = None) -> None:
-        """From here on, who waits helps to copy."""
-        self._copy, self._device_copy = copy, device_copy
+    def begin(self, copy: _C.StagingCopy, device_copy: "DeviceCopy | None", copies_all: bool) -> None:
+        """From here on, who waits helps to copy. ``copies_all``: nothing else is read of the state, so that who waits need not
+        wait for the save's own thread, but opens the gate."""
+        self._copy, self._device_copy, self._copies_all = copy, device_copy, copies_all
         self._begun.set()
 
-    def check(self, verify: bool) -> None:
-        """After copying: CheckpointError if a tensor has changed since the call, as far as that can be seen."""
+    def settle(self, verify: bool = False, more: Callable[[], None] = lambda: None) -> None:
+        """Waits for the CPU's copies, and opens the gate. CheckpointError, for all who ask, if a tensor has changed since the
+        call, as far as that can be seen by counters, with ``verify`` by reading again, and by ``more``."""
+        with self._settling:
+            if not self._settled:
+                if (copy := self._copy) is not None:
+                    copy.finish()
+                try:
+                    self._check(verify)
+                    more()
+                except CheckpointError as error:
+                    self._error = error
+                self.release()
+                self._settled = True  # not before: after Ctrl-C in here the other one does it again
+        if self._error is not None:
+            raise self._error
+
+    def _check(self, verify: bool) -> None:
         self._refuse(self._changed())
         if verify and self._copy is not None:
             changed = self._copy.first_change(2)
@@ -90,13 +112,14 @@ class Snapshot:
             raise CheckpointError(f"a tensor on a device: {CHANGED}")
 
     def check_unless_passed(self) -> None:
-        """After :meth:`release`: the same again, of the counters alone, if training has changed nothing by right."""
+        """After :meth:`settle`: the counters again, if training has changed nothing by right."""
         changed = self._changed()  # looked at first: who passes after it may change things
         if not self.passed:
             self._refuse(changed)
 
     def _changed(self) -> int:
-        return self._watch.changed() if self._watch is not None else -1
+        watch = self._watch  # a save that has failed closes while somebody is at the gate
+        return watch.changed() if watch is not None else -1
 
     def _refuse(self, changed: int) -> None:
         if changed >= 0:
@@ -120,6 +143,9 @@ class Snapshot:
         self._begun.wait()
         if (copy := self._copy) is not None:
             copy.run()
+        if self._copies_all:
+            with contextlib.suppress(CheckpointError):  # the save's thread finds it too, and the save fails
+                self.settle()
         self._released.wait()
         if (device_copy := self._device_copy) is not None:
             device_copy.join_streams()
