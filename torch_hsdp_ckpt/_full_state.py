@@ -92,6 +92,10 @@ def _gather_large(value: DTensor, local: torch.Tensor, first_only: bool) -> torc
     """One tensor whose rows divide evenly. With ``first_only`` the others send their shards and receive nothing: an all-gather
     would need memory for the whole tensor on each of them, twice with Gloo, whose threads let go of it in their own time."""
     mesh, group = value.device_mesh, value.device_mesh.get_group(value.device_mesh.ndim - 1)
+    device: Any = local.device
+    backend: Any = group._get_backend(device)
+    if first_only and backend.name() == "gloo":
+        local = local.cpu()  # it sends from host memory only
     if first_only and not is_first(mesh):
         for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, local, group=group, group_peer=0)]):
             work.wait()
@@ -106,7 +110,7 @@ def _gather_large(value: DTensor, local: torch.Tensor, first_only: bool) -> torc
     own.copy_(local)
     for work in works:
         work.wait()
-    return full
+    return full.to(device)
 
 
 def _chunk_bytes(value: DTensor) -> int:
