@@ -406,7 +406,8 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
     with _flipped(data, places[0], 1), _flipped(data, places[1], 1), _flipped(data, places[-1], 2):
         report = h.verify(path)
         assert {p.record for p in report.problems} == ({"large", "small"} if len(places) == 3 else {"large"})
-        assert all(p.file == data.name for p in report.problems)
+        assert all(p.file == data.name and data.name not in p.message for p in report.problems)
+        assert f"VerifyReport(ok=False, problems={len(report.problems)}," in repr(report)
         done = _run("verify", path)
         assert done.returncode == 1 and f"WRONG      {data.name}: large" in done.stdout
     (path / "__9_0.distcp").write_bytes(b"what a dead save left")

@@ -74,7 +74,12 @@ class Verifier {
     report_.problems.push_back({file, record, message});
   }
   void Report(const std::string& file, const std::string& record, const std::exception& error) {
-    Report(file, record, std::string(error.what()));
+    // Errors name file and record themselves; here they stand beside the message.
+    std::string_view message = error.what();
+    for (const std::string& name : {JoinPath(directory_, file) + ": ", record + ": ", record + " "}) {
+      if (message.starts_with(name)) message.remove_prefix(name.size());
+    }
+    Report(file, record, std::string(message));
   }
 
   void ReadMetadata(const std::string& name, bool whole, std::set<std::string>& tensors, std::set<std::string>& objects) {

@@ -19,7 +19,7 @@ struct Problem {
 struct VerifyReport {
   std::vector<Problem> problems;       ///< none: the checkpoint loads, and every byte of it is what was written
   std::vector<std::string> unchecked;  ///< records that have no checksum and were only found to be there: "file: name"
-  std::vector<std::string> leftovers;  ///< data files that `.metadata` does not name, of saves that did not end
+  std::vector<std::string> leftovers;  ///< data files that `.metadata` does not name
   int64_t files = 0;
   int64_t tensors = 0;  ///< names, not chunks
   int64_t objects = 0;

@@ -52,7 +52,8 @@ int RunVerify(const std::string& directory, int threads) {
   for (const std::string& name : report.unchecked)
     std::printf("unchecked  %s (it has no checksum)\n", Printable(name).c_str());
   for (const std::string& name : report.leftovers)
-    std::printf("leftover   %s (of a save that did not end)\n", Printable(name).c_str());
+    std::printf("leftover   %s (.metadata does not name it: of a save that did not end, or of an older one)\n",
+                Printable(name).c_str());
   std::printf("%s: %" PRId64 " tensors and %" PRId64 " objects in %" PRId64 " files, %s read, %zu problems\n",
               directory.c_str(), report.tensors, report.objects, report.files,
               Mebibytes(static_cast<double>(report.bytes)).c_str(), report.problems.size());

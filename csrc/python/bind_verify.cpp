@@ -22,7 +22,15 @@ void BindVerify(py::module_& module) {
       .def_readonly("tensors", &VerifyReport::tensors)
       .def_readonly("objects", &VerifyReport::objects)
       .def_readonly("bytes", &VerifyReport::bytes)
-      .def_property_readonly("ok", [](const VerifyReport& report) { return report.problems.empty(); });
+      .def_property_readonly("ok", [](const VerifyReport& report) { return report.problems.empty(); })
+      .def("__repr__", [](const VerifyReport& report) {
+        return "VerifyReport(ok=" + std::string(report.problems.empty() ? "True" : "False") +
+               ", problems=" + std::to_string(report.problems.size()) +
+               ", unchecked=" + std::to_string(report.unchecked.size()) +
+               ", leftovers=" + std::to_string(report.leftovers.size()) + ", files=" + std::to_string(report.files) +
+               ", tensors=" + std::to_string(report.tensors) + ", objects=" + std::to_string(report.objects) +
+               ", bytes=" + std::to_string(report.bytes) + ")";
+      });
   module.def(
       "verify", [](const std::string& directory, int threads) { return Verify(PosixFileSystem(), directory, threads); },
       py::arg("directory"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
