@@ -47,8 +47,9 @@ class CMakeBuild(build_ext):
             "HSDP_CKPT_CUDA": env.get("HSDP_CKPT_CUDA") or "AUTO",
             "HSDP_CKPT_TESTS": "ON" if env.get("HSDP_CKPT_TESTS") == "1" else "OFF",
             "HSDP_CKPT_FETCH": "OFF" if env.get("HSDP_CKPT_FETCH") == "0" else "ON",
-            "HSDP_CKPT_WERROR": "ON" if env.get("HSDP_CKPT_WERROR") == "1" else "OFF",
         }
+        if "HSDP_CKPT_WERROR" in env:  # else as the build tree is: another flag would compile all of it again
+            options["HSDP_CKPT_WERROR"] = "ON" if env["HSDP_CKPT_WERROR"] == "1" else "OFF"
         # A build tree keeps its generator; a new one gets Ninja where there is one.
         generator = ["-G", "Ninja"] if shutil.which("ninja") and not (build / "CMakeCache.txt").exists() else []
         configure = [cmake, "-S", str(ROOT), "-B", str(build), *generator]
