@@ -89,11 +89,11 @@ class CheckpointManager:
         last = remaining is not None
         if last:
             self.preempted = True
-            _logger.warning("SIGTERM: step %d is the last to be saved, %.1f s are left", step, remaining)
+            self._say(logging.WARNING, "SIGTERM: step %d is the last to be saved, %.1f s are left", step, remaining)
         if step == self._saved or not (last or step % self.save_every == 0):
             return False
         if remaining is not None and remaining <= 0:
-            _logger.error("SIGTERM: the deadline has passed before step %d could be saved; nothing is", step)
+            self._say(logging.ERROR, "SIGTERM: the deadline has passed before step %d could be saved; nothing is", step)
             return False
         if callable(state):
             state = state()
@@ -151,6 +151,10 @@ class CheckpointManager:
                 raise
             self._in_flight = None
 
+    def _say(self, level: int, message: str, *args: Any) -> None:
+        """What every rank knows: in the coordinator's log; in the others' at DEBUG."""
+        _logger.log(level if self._agreement.is_coordinator else logging.DEBUG, message, *args)
+
     @property
     def _alone(self) -> bool:
         return self._agreement.size == 1
@@ -180,7 +184,7 @@ class CheckpointManager:
         self._wait()
         committed, incomplete = json.loads(self._agreement.verdict("list", self._listing))
         for step in incomplete:
-            _logger.warning("%s: its save did not come to an end, skipped", checkpoints.path_of(self.root, step))
+            self._say(logging.WARNING, "%s: its save did not come to an end, skipped", checkpoints.path_of(self.root, step))
         for step in reversed(committed):
             path = checkpoints.path_of(self.root, step)
             # One rank looks at the files first, so that a checkpoint that can't be whole is not begun with.
@@ -189,7 +193,7 @@ class CheckpointManager:
             if not problem:
                 self._saved = step
                 return int(step)
-            _logger.warning("%s: damaged, skipped: %s", path, problem)
+            self._say(logging.WARNING, "%s: damaged, skipped: %s", path, problem)
             self._damaged.add(step)
         if committed:
             raise CheckpointError(
