@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -129,12 +130,19 @@ def _failing(rank: int, path: str) -> None:
     dcp.load(target, storage_reader=h.FileSystemReader(path))
     assert target["n"] == 3
 
-    # A forked process has nothing in flight; the parent's save goes on.
+    # A forked process has nothing in flight, and saves what it likes; the parent's save goes on.
     future = h.async_save(state, checkpoint_id=path)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if h._async._in_flight.job is None else 1)
+    with h._writer._commit_lock:  # the fork may come in the midst of a commit
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            code = 1
+            if h._async._in_flight.job is None:
+                h.save(state, checkpoint_id=f"{path}-of-child-{rank}", no_dist=True)
+                code = 0
+            os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
+    assert h.verify(f"{path}-of-child-{rank}").ok
     future.result(60)
     # Many saves of changing shapes: no thread and no descriptor is left over.
     before = _open_and_running()

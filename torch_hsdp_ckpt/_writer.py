@@ -30,6 +30,15 @@ _commit_lock = threading.Lock()
 _used_save_ids: set[int] = set()
 
 
+def _forget_in_child() -> None:
+    """A forked process has none of the threads that would give the lock back."""
+    global _commit_lock
+    _commit_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
 @dataclasses.dataclass
 class _SaveStorage:
     """What the coordinator hands each rank through the plan: which rank's files these are, and in which save."""
