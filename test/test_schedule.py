@@ -43,11 +43,11 @@ def _pieces() -> nn.Sequential:
     return nn.Sequential(*[Piece(i) for i in range(4)])
 
 
-def _order(model: nn.Module, passes: int = 2) -> str:
-    """Marks and gathers (g) of the last of so many passes, in the order in which they are issued."""
+def _order(model: nn.Module, passes: int = 2, reductions: bool = False, inputs: tuple = ()) -> str:
+    """Marks, gathers (g) and ``reductions`` (r) of the last of so many passes, in the order in which they are issued."""
     for last in range(1, passes + 1):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-            model(torch.ones(2, 4)).sum().backward()
+            model(torch.ones(2, 4), *inputs).sum().backward()
         if last == passes:
             break
     found = []
@@ -55,9 +55,11 @@ def _order(model: nn.Module, passes: int = 2) -> str:
         if event.name.startswith("mark "):
             found.append(event.name.removeprefix("mark "))
         elif event.name == "gloo:recv":
-            index, rest = divmod(event.input_shapes[0][0], ROWS // 2 * 4 * 4)  # bytes; reductions have other sizes
+            index, rest = divmod(event.input_shapes[0][0], ROWS // 2 * 4 * 4)  # bytes; a reduction's are floats, and flags
             if rest == 0:
                 found.append(f"g{index - 1}")
+            elif reductions:
+                found.append(f"r{event.input_shapes[0][0] // (ROWS // 2 * 4) - 1}")
     return " ".join(found)
 
 
@@ -145,6 +147,37 @@ def _memory_of_what_backward_skips(rank: int) -> None:
     assert memory_of(step) < layers * (4 << 20) * 3 // 4
 
 
+class _Cut(nn.Module):
+    """Pieces; backward ends before the one with the index ``cut``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces = nn.ModuleList(Piece(i) for i in range(8))
+
+    def forward(self, x: torch.Tensor, cut: int) -> torch.Tensor:
+        for piece in self.pieces:
+            x = piece(x.detach() if piece.index == cut else x)
+        return x
+
+
+def _what_one_rank_skips(rank: int) -> None:
+    """The units that its peer's backward reaches it gathers and reduces too, in the peer's order, and no two reductions late:
+    the peer would wait for it at each of them, and it would hold all of them in memory."""
+    net = _Cut()
+    ours = copy.deepcopy(net)
+    for piece in ours.pieces:
+        fully_shard(piece, mesh=mesh_of((2,)))
+    fully_shard(ours, mesh=mesh_of((2,)))
+    forward = "g0 g1 f0 g2 f1 g3 f2 g4 f3 g5 f4 g6 f5 g7 f6 f7 o7 g6 v7 r7 o6 g5 v6 r6 "
+    reached = " ".join(f"o{i} g{i - 1} v{i} r{i}" if i else "o0 v0 r0" for i in range(5, -1, -1))
+    skipped = "g4 g3 r5 g2 r4 g1 r3 g0 r2 r1 r0"
+    found = _order(ours, reductions=True, inputs=(6 if rank else 0,))
+    assert found == forward + (skipped if rank else reached), found
+    ours.zero_grad()
+    ours(torch.ones(2, 4), 6 if rank else 0).sum().backward()
+    assert_close(grads(ours), mean_grads(net, lambda n, r: n(torch.ones(2, 4), 6 if r else 0).sum()))
+
+
 def _not_the_last_backward(rank: int) -> None:
     torch.manual_seed(0)
     net = Net(6, 10, 3, blocks=1)
@@ -200,5 +233,6 @@ def test_when_units_gather_free_and_reduce() -> None:
         _gathers_are_started_as_told,
         _what_forward_frees,
         _memory_of_what_backward_skips,
+        _what_one_rank_skips,
         _not_the_last_backward,
     )

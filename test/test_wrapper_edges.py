@@ -1,6 +1,7 @@
 """Arguments and methods at their edges: groups of some of the ranks, buffers that are sent, gradients that are written through
 ``summon_full_params``, methods that train, parameters that tensor parallelism has placed."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -248,10 +249,10 @@ def _gradient_penalty(rank: int) -> None:
 class Either(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = Block(6, 10), Block(6, 10)
+        self.a, self.b, self.scale = Block(6, 10), Block(6, 10), nn.Parameter(torch.full((6,), 0.8))
 
     def forward(self, x: torch.Tensor, use: str) -> torch.Tensor:
-        return getattr(self, use)(x)
+        return getattr(self, use)(x * self.scale)
 
 
 def _penalty_of_a_unit_that_ran_before(rank: int) -> None:
@@ -319,6 +320,37 @@ def _gradients_within_a_forward(rank: int) -> None:
                     with torch.no_grad():
                         torch.testing.assert_close(ours(x[rank]), net(x[rank]))
                 assert all(isinstance(p, DTensor) for p in ours.parameters())
+
+
+class Caught(nn.Module):
+    """A backward of its own, whose error it does not let out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fails = Block(6, 10), Block(6, 10), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fails:
+            inner = self.a(x)
+            inner.register_hook(lambda gradient: gradient[5:].sum(1))  # of the wrong shape
+            with contextlib.suppress(RuntimeError):
+                inner.sum().backward()
+        return self.b(self.a(x))
+
+
+def _an_error_that_a_forward_catches(rank: int) -> None:
+    torch.manual_seed(0)
+    net = Caught()
+    ours = wrap(copy.deepcopy(net))
+    x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+    for _ in range(2):
+        ours.module.fails = True
+        with pytest.raises(RuntimeError, match="let the error out of the forward"):
+            ours(x[rank])
+        ours.module.fails = False
+        ours.zero_grad()
+        loss_of(ours, x[rank]).backward()
+        assert_close(grads(ours), mean_grads(net, lambda n, r: loss_of(n, x[r])))
 
 
 class Part(nn.Module):
@@ -447,6 +479,7 @@ def test_edges_of_arguments_and_methods() -> None:
     run_checks(
         4,
         _synchronised_buffers, _written_gradients, _some_ranks, _lambda_policy, _forward_methods, _tensor_parallel,
-        _gradient_penalty, _penalty_of_a_unit_that_ran_before, _gradients_within_a_forward, _roots_of_their_own,
+        _gradient_penalty, _penalty_of_a_unit_that_ran_before, _gradients_within_a_forward,
+        _an_error_that_a_forward_catches, _roots_of_their_own,
         _dtypes_that_nothing_computes_in, _changing_the_import,
     )  # fmt: skip
