@@ -130,6 +130,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void PrefetchBackward(const Unit& current);
   void OrderGathers();
   void LaunchReady();
+  void LaunchNext();
   void Launch(const std::shared_ptr<Unit>& unit);
   void AdvanceReductions(size_t keep);
   void AwaitReduction(const Unit& unit);

@@ -151,11 +151,13 @@ void Schedule::GradArrived(const std::shared_ptr<Unit>& unit, size_t slot) {
 }
 
 void Schedule::LaunchReady() {
-  while (!reduce_queue_.empty() && reduce_queue_.front()->ready) {
-    const std::shared_ptr<Unit> unit = reduce_queue_.front();
-    reduce_queue_.pop_front();
-    Launch(unit);
-  }
+  while (!reduce_queue_.empty() && reduce_queue_.front()->ready) LaunchNext();
+}
+
+void Schedule::LaunchNext() {
+  const std::shared_ptr<Unit> unit = reduce_queue_.front();
+  reduce_queue_.pop_front();
+  Launch(unit);
 }
 
 void Schedule::Launch(const std::shared_ptr<Unit>& unit) {
@@ -252,9 +254,7 @@ void Schedule::LaunchBefore(const Unit& unit, size_t limit) {
     return at - participants_.rbegin();
   };
   while (!reduce_queue_.empty() && reducing_.size() < limit && place(*reduce_queue_.front()) < place(unit)) {
-    const std::shared_ptr<Unit> next = reduce_queue_.front();
-    reduce_queue_.pop_front();
-    Launch(next);
+    LaunchNext();
   }
 }
 
