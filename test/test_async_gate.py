@@ -404,6 +404,18 @@ def _with_copies_only(rank: int, path: str) -> None:
         stepped.set()
         future.result(60)
         run.saved_is(f"{path}/{i}", expected)
+    # A change that the step itself finds at the gate fails the save on all ranks, and not the step.
+    stepped.clear()
+    future = h.async_save(run.state(), checkpoint_id=f"{path}/changed")
+    if rank == 2:
+        with torch.no_grad():
+            next(run.model.parameters()).mul_(2)
+    run.optimizer.step()
+    stepped.set()
+    with pytest.raises(h.CheckpointError, match=r"rank 2: .* it was changed while it was being saved"):
+        future.result(60)
+    with pytest.raises(h.CheckpointError, match="it was changed"):
+        h.async_save(run.state(), checkpoint_id=f"{path}/changed")
 
 
 def test_a_step_waits_for_copies_alone(tmp_path: Path) -> None:

@@ -43,7 +43,13 @@ def _train(rank: int, path: Path, manager: h.CheckpointManager, saves: int, at_t
 def _killed(rank: int, path: Path, seconds: float) -> None:
     manager = h.CheckpointManager(path / "run", save_every=_EVERY, keep_last=2, asynchronous=True)
     # Any thread of the process may be in the midst of anything.
-    _train(rank, path, manager, 4, threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start)
+    end = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    try:
+        _train(rank, path, manager, 4, end.start)
+    except (h.CheckpointError, RuntimeError):
+        if not end.is_alive():
+            raise
+        end.join()  # the peer was first
 
 
 def _restored(path: Path) -> tuple[int, int]:

@@ -137,10 +137,12 @@ def _failing(rank: int, path: str) -> None:
         if child == 0:
             signal.alarm(60)
             code = 1
-            if h._async._in_flight.job is None:
-                h.save(state, checkpoint_id=f"{path}-of-child-{rank}", no_dist=True)
-                code = 0
-            os._exit(code)
+            try:
+                if h._async._in_flight.job is None:
+                    h.save(state, checkpoint_id=f"{path}-of-child-{rank}", no_dist=True)
+                    code = 0
+            finally:
+                os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
     assert h.verify(f"{path}-of-child-{rank}").ok
     future.result(60)

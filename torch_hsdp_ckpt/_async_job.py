@@ -253,7 +253,7 @@ class Job:
             # Before the CPU copies anything: a peer on this host that is still in its call loses no time to it. Devices copy
             # meanwhile.
             if not self._opened:
-                self._queue_copies()
+                self._prepare_copies()
                 self._save.failed_before = self._error or self._given_up
                 self._open()
             try:
@@ -278,10 +278,11 @@ class Job:
         else:
             self.future.set_result(metadata)
 
-    def _queue_copies(self) -> None:
-        """What devices copy, if the ranks agree as they did; nothing else has to have been done for it."""
-        if self._error is None and not self._staged and self._captured is not None and self._device_copy is not None:
+    def _prepare_copies(self) -> None:
+        """As if the ranks agreed, which they mostly do."""
+        if self._error is None and not self._staged and self._captured is not None:
             try:
+                self._captured.hand_to_planner()
                 self._make_copies(self._captured)
             except BaseException as error:
                 self._error = error

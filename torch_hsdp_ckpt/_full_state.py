@@ -92,25 +92,25 @@ def _gather_large(value: DTensor, local: torch.Tensor, first_only: bool) -> torc
     """One tensor whose rows divide evenly. With ``first_only`` the others send their shards and receive nothing: an all-gather
     would need memory for the whole tensor on each of them, twice with Gloo, whose threads let go of it in their own time."""
     mesh, group = value.device_mesh, value.device_mesh.get_group(value.device_mesh.ndim - 1)
-    device: Any = local.device
-    backend: Any = group._get_backend(device)
-    if first_only and backend.name() == "gloo":
-        local = local.cpu()  # it sends from host memory only
-    if first_only and not is_first(mesh):
+    sends = first_only
+    if first_only and local.is_cuda:
+        backend: Any = group._get_backend(local.device)
+        sends = backend.name() != "gloo"  # it gathers from devices, but sends from host memory only
+    if sends and not is_first(mesh):
         for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, local, group=group, group_peer=0)]):
             work.wait()
         return None
     full = torch.empty(value.shape, dtype=value.dtype, device=local.device)
-    if not first_only:
+    if not sends:
         dist.all_gather_into_tensor(full, local, group=group)
-        return full
+        return None if first_only and not is_first(mesh) else full
     own, *others = full.chunk(dist.get_world_size(group))
     receives = [dist.P2POp(dist.irecv, part, group=group, group_peer=peer) for peer, part in enumerate(others, 1)]
     works = dist.batch_isend_irecv(receives)
     own.copy_(local)
     for work in works:
         work.wait()
-    return full.to(device)
+    return full
 
 
 def _chunk_bytes(value: DTensor) -> int:

@@ -72,8 +72,6 @@ class Snapshot:
         self._copy: _C.StagingCopy | None = None
         self._device_copy: DeviceCopy | None = None
         self._copies_all = False
-        self._settling = threading.Lock()
-        self._settled = False
         self._error: CheckpointError | None = None
         self._on_wait = on_wait  # is told the seconds that training has waited
         self.passed = False  # whether training has been at the gate, and may change things now
@@ -88,22 +86,20 @@ class Snapshot:
     def settle(self, verify: bool = False, more: Callable[[], None] = lambda: None) -> None:
         """Waits for the CPU's copies, and opens the gate. CheckpointError, for all who ask, if a tensor has changed since the
         call, as far as that can be seen by counters, with ``verify`` by reading again, and by ``more``."""
-        with self._settling:
-            if not self._settled:
-                if (copy := self._copy) is not None:
-                    copy.finish()
-                try:
-                    self._check(verify)
-                    more()
-                except CheckpointError as error:
-                    self._error = error
-                self.release()
-                self._settled = True  # not before: after Ctrl-C in here the other one does it again
+        # No lock, though several may come at a time: a signal handler may want to pass in the midst of it.
+        if (copy := self._copy) is not None:
+            copy.finish()
+        try:
+            self._check(verify)
+            more()
+        except CheckpointError as error:
+            self._error = error
+        self.release()
         if self._error is not None:
             raise self._error
 
     def _check(self, verify: bool) -> None:
-        self._refuse(self._changed())
+        self.check_unless_passed()
         if verify and self._copy is not None:
             changed = self._copy.first_change(2)
             if changed >= 0:
@@ -112,17 +108,10 @@ class Snapshot:
             raise CheckpointError(f"a tensor on a device: {CHANGED}")
 
     def check_unless_passed(self) -> None:
-        """After :meth:`settle`: the counters again, if training has changed nothing by right."""
-        changed = self._changed()  # looked at first: who passes after it may change things
-        if not self.passed:
-            self._refuse(changed)
-
-    def _changed(self) -> int:
+        """CheckpointError if a counter has moved, unless training has been at the gate, and changed things by right."""
         watch = self._watch  # a save that has failed closes while somebody is at the gate
-        return watch.changed() if watch is not None else -1
-
-    def _refuse(self, changed: int) -> None:
-        if changed >= 0:
+        changed = watch.changed() if watch is not None else -1  # looked at first: who passes after it may change things
+        if changed >= 0 and not self.passed:
             raise CheckpointError(f"{self._name(changed)}: {CHANGED}")
 
     def release(self) -> None:
@@ -203,8 +192,9 @@ class DeviceCopy:
             torch.cuda.current_stream(device).wait_event(done)
 
     def synchronize(self) -> None:
-        for done in self._done:
-            done.synchronize()
+        """Returns when nothing is copied any more, also of what a failed :meth:`start` has queued."""
+        for device in self._ready:
+            _side_stream(device).synchronize()
 
     def unchanged(self) -> bool:
         self.synchronize()

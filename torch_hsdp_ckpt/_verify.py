@@ -19,8 +19,7 @@ def verify(checkpoint_id: str | os.PathLike[str], *, threads: int | None = None)
     Returns:
         A report: ``ok``; ``problems``, each with ``file`` (relative), ``record`` (a tensor's or object's name, or "") and
         ``message``; ``unchecked``, records that have no checksum (stock torch's objects in other formats, and what extensions
-        wrote); ``leftovers``, data files that ``.metadata`` does not name: of saves that did not end, or of older ones, which
-        the next save deletes; and the numbers of ``files``, ``tensors``, ``objects`` and ``bytes`` read. Damage is reported,
-        not raised.
+        wrote); ``leftovers``, data files that ``.metadata`` does not name: of saves that did not end, or of older ones;
+        and the numbers of ``files``, ``tensors``, ``objects`` and ``bytes`` read. Damage is reported, not raised.
     """
     return _C.verify(os.fspath(checkpoint_id), threads or max(2, min(8, len(os.sched_getaffinity(0)))))

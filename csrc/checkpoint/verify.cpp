@@ -76,9 +76,13 @@ class Verifier {
   void Report(const std::string& file, const std::string& record, const std::exception& error) {
     // Errors name file and record themselves; here they stand beside the message.
     std::string_view message = error.what();
-    for (const std::string& name : {JoinPath(directory_, file) + ": ", record + ": ", record + " "}) {
-      if (message.starts_with(name)) message.remove_prefix(name.size());
-    }
+    const auto drop = [&](const std::string& prefix) {
+      const bool there = message.starts_with(prefix);
+      if (there) message.remove_prefix(prefix.size());
+      return there;
+    };
+    drop(JoinPath(directory_, file) + ": ");
+    if (!record.empty() && !drop(record + ": ")) drop(record + " ");
     Report(file, record, std::string(message));
   }
 
