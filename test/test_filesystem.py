@@ -116,6 +116,38 @@ def test_saving_again_replaces_and_removes(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_names_of_tensors_are_no_names_of_files(tmp_path: Path) -> None:
+    """Only what the older metadata names as a record's file goes with it."""
+    dcp.save({"__7_0.distcp": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
+    (tmp_path / "__7_0.distcp").write_text("somebody's")
+    h.save({"a": torch.ones(2)}, checkpoint_id=tmp_path, no_dist=True)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert "__7_0.distcp" in files and "__0_0.distcp" not in files, files
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), 3])
+@pytest.mark.parametrize("save", [h.save, h.async_save])
+def test_a_name_without_utf8_is_refused_by_name(tmp_path: Path, save: Callable[..., Any], value: Any) -> None:
+    path = tmp_path / "checkpoint"
+    with pytest.raises(h.CheckpointError, match=r"'\\udc80': a name that has no UTF-8"):
+        saved = save({"\udc80": value}, checkpoint_id=path, no_dist=True)
+        saved.result(60)
+    assert not path.exists() or not list(path.iterdir())
+
+
+class _OwnPath(type(Path())):  # type: ignore[misc]
+    pass
+
+
+@pytest.mark.parametrize("save", [h.save, lambda state, **where: dcp.save(state, storage_writer=h.FileSystemWriter(**where))])
+def test_a_directory_of_any_class_that_names_one(tmp_path: Path, save: Callable[..., Any]) -> None:
+    where = {"checkpoint_id" if save is h.save else "path": _OwnPath(tmp_path / "checkpoint")}
+    save({"a": torch.ones(2)}, **where)
+    meta = dcp.FileSystemReader(tmp_path / "checkpoint").read_metadata()
+    assert meta.storage_meta is not None
+    assert type(meta.storage_meta.checkpoint_id) is str
+
+
 def test_damage_anywhere_is_noticed(tmp_path: Path) -> None:
     state = _state()
     _save(state, tmp_path)

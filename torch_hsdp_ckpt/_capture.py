@@ -141,7 +141,7 @@ def _structure_of(
     for index, offsets, sizes in static.pieces:
         whole = static.locals[index]
         first = 0
-        for offset, start, extent in zip(offsets, static.offsets[index], whole.shape, strict=True):
+        for offset, start, extent in zip(offsets, static.shard_start(index), whole.shape, strict=True):
             first = first * extent + offset - start
         size = math.prod(sizes) * whole.itemsize
         kind = RECORD_DTYPES[whole.dtype]

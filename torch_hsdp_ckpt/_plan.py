@@ -63,6 +63,10 @@ class LocalState:
                 self._sort(name, value)
 
     def _sort(self, name: str, value: Any) -> None:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{name!r}: a name that has no UTF-8 can't be saved") from None
         if isinstance(value, DTensor):
             if type(value) is DTensor and self.sharding_of(value)[1] is not None and is_plain(value._local_tensor):
                 self.dtensors.append(name)
@@ -148,17 +152,6 @@ def _digest(values: Iterable[Any]) -> bytes:
 
 
 @dataclasses.dataclass
-class ShardOffsets:
-    """Where a rank's shards begin in the whole tensors, by the plan's numbers of these."""
-
-    plan: _C.SavePlan
-    rank: int
-
-    def __getitem__(self, tensor: int) -> list[int]:
-        return self.plan.shard_offsets(self.rank, tensor)
-
-
-@dataclasses.dataclass
 class StaticPlan:
     """The part of a save that needs no talk. ``plan`` knows all ranks' records, ``pieces`` are this rank's."""
 
@@ -166,8 +159,12 @@ class StaticPlan:
     pieces: _C.PieceList
     names: list[str]  # of the plan's tensors
     locals: list[Tensor]  # this rank's shard of each, which may need a gradient
-    offsets: ShardOffsets
+    rank: int
     objects: list[str]  # pickled by the coordinator
+
+    def shard_start(self, tensor: int) -> list[int]:
+        """Where this rank's shard begins in the whole tensor."""
+        return self.plan.shard_offsets(self.rank, tensor)
 
     def tensor_of(self, piece: Piece) -> Tensor:
         """The bytes of a piece: the local shard, or a part of it."""
@@ -175,7 +172,7 @@ class StaticPlan:
         tensor = self.locals[index].detach()
         if list(tensor.shape) == list(sizes):
             return tensor
-        for dim, (offset, size, start) in enumerate(zip(offsets, sizes, self.offsets[index], strict=True)):
+        for dim, (offset, size, start) in enumerate(zip(offsets, sizes, self.shard_start(index), strict=True)):
             tensor = tensor.narrow(dim, offset - start, size)
         return tensor
 
@@ -228,7 +225,7 @@ def make_static_plan(
                 f"make it {sizes} of {list(state.state[names[index]].shape)}"
             )
     objects = list(state.objects) if others else []
-    return StaticPlan(plan, plan.pieces(rank), names, local, ShardOffsets(plan, rank), objects)
+    return StaticPlan(plan, plan.pieces(rank), names, local, rank, objects)
 
 
 def plan_rest(plans: Sequence[SavePlan], flatten: bool) -> tuple[list[SavePlan], Metadata]:

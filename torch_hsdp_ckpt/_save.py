@@ -300,7 +300,8 @@ class Save:
             self._start_metadata(static, [(name, len(data)) for name, data in objects])
         # Its tensors and names are in the plan. The live state goes when the caller lets it go, not when the save is done.
         rest = {item.index.fqn for item in self._rest.items}
-        self._planner.state_dict, self._planner.mappings = {name: self._planner.state_dict[name] for name in rest}, {}
+        state = self._planner.state_dict
+        self._planner.state_dict, self._planner.mappings = {name: state[name] for name in rest if name in state}, {}
         self._state_dict = {}
         self._local.drop()
         return static, objects
@@ -347,6 +348,7 @@ class Save:
             self._seconds["plan"] = time.perf_counter() - self._start
         begin = time.perf_counter()
         static, objects = self._prepared
+        assert self._staged is None or len(self._staged.records) == len(static.pieces)
         tensors: Iterable[tuple[str, Any]] = (
             ((static.names[piece[0]], static.tensor_of(piece)) for piece in static.pieces)
             if self._staged is None
@@ -375,21 +377,20 @@ class Save:
 
     def _start_metadata(self, static: StaticPlan, objects: list[tuple[str, int]]) -> None:
         """Begins to build the whole metadata on a thread, off the path of the bytes."""
-        opening, paths = self._opening, self._local.paths
+        opening, paths, plan = self._opening, self._local.paths, static.plan  # and not the tensors that are in `static`
         skeleton = Metadata({}, version=_stock.CURRENT_DCP_VERSION, storage_meta=self._writer.storage_meta())
         writers = [(owner, objects if rank == 0 else []) for rank, owner in enumerate(opening.owners)]
         save_id, single = opening.save_id, self._writer.single_file_per_rank
         planned = None
         if self.agreed and paths is not None:
-            planned = static.plan.paths(static.objects, map(paths.__getitem__, itertools.chain(static.names, static.objects)))
+            planned = plan.paths(static.objects, map(paths.__getitem__, itertools.chain(static.names, static.objects)))
         # What DCP has planned a part of has to be put together, and other paths than DCP makes are pickle's to write.
         apart = not self.agreed or (planned is None and paths is not None)
         planner_data = self._local.paths_of([*static.names, *static.objects]) if apart else None
 
         def build() -> tuple[Any, list[tuple[str, int]]]:
-            built = static.plan.complete_metadata(skeleton, planned, writers, save_id, single)
-            if built is None:
-                raise CheckpointError("the state dict's metadata holds objects of classes that DCP does not have")
+            built = plan.complete_metadata(skeleton, planned, writers, save_id, single)
+            assert built is not None
             if not apart:
                 return built
             metadata = decode_metadata(built[0], self._writer.path)

@@ -7,12 +7,12 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import torch
 import torch.distributed.checkpoint.filesystem as _stock
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -222,6 +222,13 @@ class FileSystemWriter(_stock.FileSystemWriter):
         claim, self._claim = self._claim, None
         assert claim is not None
         self._commit(claim, encode_metadata(metadata), list(files.values()))
+
+    def storage_meta(self) -> StorageMeta | None:
+        """As DCP's; a checkpoint's directory as a string if it is of a class that readers may not have."""
+        meta = super().storage_meta()
+        if meta is not None and meta.checkpoint_id is not None and type(meta.checkpoint_id) not in (str, PosixPath):
+            meta.checkpoint_id = str(os.fspath(meta.checkpoint_id))
+        return meta
 
     def _commit(self, claim: str, metadata: bytes | memoryview, files: list[tuple[str, int, bool]]) -> None:
         """Makes a checkpoint of data files that are durable: names, sizes in bytes, and whether these are exact."""

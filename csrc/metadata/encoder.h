@@ -19,7 +19,7 @@ using PathPart = std::variant<std::string_view, int64_t>;
 
 /// Writes a `.metadata` file value by value, so that what it is made from need not be a whole `Metadata` at any time:
 /// entries first, then planner data or paths, then records, then Finish. A text that comes back is named, not written
-/// again: names, paths and file names must stay where they are until Finish. Not thread-safe; after an exception only
+/// again: all texts that are passed in must stay where they are until Finish. Not thread-safe; after an exception only
 /// destruction is left.
 class MetadataEncoder {
  public:

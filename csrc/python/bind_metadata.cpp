@@ -17,6 +17,7 @@ namespace hsdp_ckpt {
 namespace {
 
 std::span<const std::byte> Span(const py::buffer_info& view) {
+  if (view.ndim != 1 || view.strides[0] != view.itemsize) throw py::value_error("a buffer that is not contiguous");
   return {static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize)};
 }
 
@@ -208,15 +209,20 @@ py::object Decode(const py::buffer& file, const std::string& path) {
   return MetadataToPython(metadata);
 }
 
-// The data files that it may name, each once: as a string that ends as their names do, wherever it stands. What the file is
-// else would be decoded for nothing, at ten times its size.
+// The data files that it may name, each once: strings that end as their names do and come with the records, not before
+// them, where tensors may be called so. What the file is else would be decoded for nothing, at ten times its size.
 py::list Files(const py::buffer& file, const std::string& path) {
   const py::buffer_info view = file.request();
-  std::set<std::string, std::less<>> files;
+  const std::span<const std::byte> bytes = Span(view);
+  std::set<std::string, std::less<>> files, others;
   {
     const py::gil_scoped_release released;
-    ForEachString(CheckMetadataTrailer(Span(view), path).pickle, path, [&](std::string_view text) {
-      if (text.ends_with(".distcp") && !files.contains(text)) files.emplace(text);
+    bool in_records = false;
+    ForEachString(CheckMetadataTrailer(bytes, path).pickle, path, [&](std::string_view text) {
+      in_records = in_records || text == "storage_data";
+      if (!text.ends_with(".distcp") || others.contains(text)) return;
+      auto& seen = in_records ? files : others;
+      if (!seen.contains(text)) seen.emplace(text);
     });
   }
   py::list names;
