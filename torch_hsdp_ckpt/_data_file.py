@@ -13,7 +13,7 @@ from ._tensors import RECORD_DTYPES, is_staged, scratch, staged
 from .errors import CheckpointError
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors take two such blocks, the
-# writer (threads + 1) of 2 MiB: together they stay below 64 MiB.
+# writer (threads + 1) of a huge page, 2 MiB: together they stay below 64 MiB.
 COPY_BLOCK = 16 << 20
 # Records that are given to the writer at a time: each has some 2 KiB of framing and names there.
 _RECORDS = 1024

@@ -42,8 +42,8 @@ struct WriterOptions {
   bool direct = true;   ///< past the page cache where the file system allows it
   bool sync = true;     ///< the file's bytes are durable when Finish returns
   int64_t reserve = 0;  ///< bytes to reserve at the start, 0: none; a full disk then says so before a byte is written
-  /// Bytes of a write, a multiple of 4096. A huge page, and what the workers of a host's ranks have in hand fits its cache.
-  size_t block = 2u << 20;
+  /// Bytes of a write, a multiple of 4096. Small: what the workers of a host's ranks have in hand is to stay in its cache.
+  size_t block = 1u << 20;
   FileImage image{};  ///< blocks that lie in it as a whole are assembled and written there, without a second copy
 };
 
