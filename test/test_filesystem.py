@@ -135,6 +135,18 @@ def test_a_name_without_utf8_is_refused_by_name(tmp_path: Path, save: Callable[.
     assert not path.exists() or not list(path.iterdir())
 
 
+def test_a_directory_that_nobody_may_write_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DCP asks for a directory above that may be written to, and finds no storage writer without one."""
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    _C._inject_fault(lambda op, path: -13 if op == "mkdir" else 0)
+    try:
+        with pytest.raises(PermissionError) as error:
+            h.save({"a": torch.ones(2)}, checkpoint_id=str(tmp_path / "checkpoint"), no_dist=True)
+    finally:
+        _C._inject_fault(None)
+    assert error.value.filename == str(tmp_path / "checkpoint")
+
+
 class _OwnPath(type(Path())):  # type: ignore[misc]
     pass
 

@@ -407,6 +407,7 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
         report = h.verify(path)
         assert {p.record for p in report.problems} == ({"large", "small"} if len(places) == 3 else {"large"})
         assert all(p.file == data.name and data.name not in p.message for p in report.problems)
+        assert report.bytes > 0  # a damaged file's are counted too
         assert f"VerifyReport(ok=False, problems={len(report.problems)}," in repr(report)
         done = _run("verify", path)
         assert done.returncode == 1 and f"WRONG      {data.name}: large" in done.stdout

@@ -119,7 +119,8 @@ def _who_plans(
     """Why DCP has to plan, or "" if it need not; and who writes: for a directory a :class:`FileSystemWriter`, whoever plans.
     None where DCP has to find a writer."""
     if storage_writer is None:
-        if checkpoint_id is None or not FileSystemWriter.validate_checkpoint_id(checkpoint_id):
+        # Not by validate_checkpoint_id, which also refuses what this process may not write to, without an errno or a path.
+        if checkpoint_id is None or "://" in str(checkpoint_id):
             return "the checkpoint is in no local file system", None
         storage_writer = FileSystemWriter(checkpoint_id)
     if type(storage_writer) is not FileSystemWriter or storage_writer._uses_torch():

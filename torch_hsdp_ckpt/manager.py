@@ -192,6 +192,7 @@ class CheckpointManager:
             problem = seen or self._load(path, state)
             if not problem:
                 self._saved = step
+                self._say(logging.INFO, "%s: restored", path)
                 return int(step)
             self._say(logging.WARNING, "%s: damaged, skipped: %s", path, problem)
             self._damaged.add(step)

@@ -151,11 +151,14 @@ class Verifier {
     if (ReadAll(file, name, reads, threads)) return;
     // Something is wrong: one record at a time says in which of them.
     for (const PlannedRead& read : reads) {
+      ReadPlan plan(file, {read});
       try {
-        ReadPlan(file, {read}).ReadAll(threads);
+        plan.ReadAll(threads);
       } catch (const Error& error) {
         Report(name, read.read.name, error);
       }
+      const std::lock_guard lock(mutex_);
+      report_.bytes += plan.bytes_read();
     }
   }
 
