@@ -174,11 +174,11 @@ def _differing(rank: int, path: str, log: str) -> dict[str, Any]:
         h.save(state, checkpoint_id=f"{path}/group", process_group=mesh.get_group("shard"))
         _check_loads(f"{path}/group", FULL)
         out["files"] = len(list(Path(f"{path}/group").glob("*.distcp")))
-    replicas = mesh.get_group("replicate")
+    replicas, half = mesh.get_group("replicate"), f"{path}/half{mesh.get_local_rank('shard')}"  # of each group its own
     with pytest.raises(h.CheckpointError, match="w2: no rank of the saving process group holds its shard at"):
-        h.save({k: v for k, v in state["model"].items() if k != "w1"}, checkpoint_id=f"{path}/half", process_group=replicas)
-    if os.path.isdir(f"{path}/half"):
-        out["left"] = os.listdir(f"{path}/half")
+        h.save({k: v for k, v in state["model"].items() if k != "w1"}, checkpoint_id=half, process_group=replicas)
+    dist.barrier()
+    assert not os.path.isdir(half) or os.listdir(half) == []
     return out
 
 
