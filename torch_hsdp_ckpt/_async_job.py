@@ -252,8 +252,8 @@ class Job:
                 torch.cuda.set_device(self._device)
             # Before the CPU copies anything: a peer on this host that is still in its call loses no time to it. Devices copy
             # meanwhile.
+            self._prepare_copies()
             if not self._opened:
-                self._prepare_copies()
                 self._save.failed_before = self._error or self._given_up
                 self._open()
             try:
@@ -280,25 +280,21 @@ class Job:
 
     def _prepare_copies(self) -> None:
         """As if the ranks agreed, which they mostly do."""
-        if self._error is None and not self._staged and self._captured is not None:
-            try:
-                self._captured.hand_to_planner()
-                self._make_copies(self._captured)
-            except BaseException as error:
-                self._error = error
-
-    def _make_copies(self, captured: Captured) -> None:
-        if self._image is None:
-            self._make_image(captured)
-        self._copy, sources, targets = self._copies(captured, now=False)
-        self._summed.append(self._copy)
-        if self._device_copy is not None:
-            self._device_copy.start(sources, targets)
+        captured = self._captured
+        if self._error is not None or self._staged or captured is None:
+            return
+        try:
+            captured.hand_to_planner()
+            if self._image is None:
+                self._make_image(captured)
+            self._copy, sources, targets = self._copies(captured, now=False)
+            self._summed.append(self._copy)
+            if self._device_copy is not None:
+                self._device_copy.start(sources, targets)
+        except BaseException as error:
+            self._error = error
 
     def _begin_copy(self) -> None:
-        assert self._captured is not None
-        if self._copy is None:
-            self._make_copies(self._captured)
         assert self._copy is not None
         if self._snapshot is not None:
             self._snapshot.begin(self._copy, self._device_copy, self._mode == "lazy" and self._in_place == 0)

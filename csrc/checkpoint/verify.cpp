@@ -151,14 +151,15 @@ class Verifier {
     if (ReadAll(file, name, reads, threads)) return;
     // Something is wrong: one record at a time says in which of them.
     for (const PlannedRead& read : reads) {
-      ReadPlan plan(file, {read});
+      std::optional<ReadPlan> plan;
       try {
-        plan.ReadAll(threads);
+        plan.emplace(file, std::vector{read});
+        plan->ReadAll(threads);
       } catch (const Error& error) {
         Report(name, read.read.name, error);
       }
       const std::lock_guard lock(mutex_);
-      report_.bytes += plan.bytes_read();
+      if (plan) report_.bytes += plan->bytes_read();
     }
   }
 
