@@ -25,7 +25,7 @@ CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 .DEFAULT_GOAL := test
 
 demo: build
-	$(IN) python -m torch_hsdp_ckpt demo $(ARGS)
+	$(IN) python -m examples.demo $(ARGS)
 
 test: lint build-tests
 	$(MAKE) sanitize

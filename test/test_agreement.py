@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt._agreement import Agreement, agreement_of
+from torch_hsdp_ckpt.common.agreement import Agreement, agreement_of
 
 
 def _fail(error: BaseException) -> bytes:

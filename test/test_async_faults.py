@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt._async_job import Job
+from torch_hsdp_ckpt.checkpoint.save.async_job import Job
 
 NEW = torch.arange(100_000.0) + 1
 

@@ -18,8 +18,8 @@ from training import loss_of, mesh_of, wrap
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt._async_job import Job
-from torch_hsdp_ckpt._snapshot import Snapshot
+from torch_hsdp_ckpt.checkpoint.save.async_job import Job
+from torch_hsdp_ckpt.common.gate import Snapshot
 
 _LATE = 0.3  # seconds before anything is copied behind the gate: whoever does not wait changes what is not copied yet
 

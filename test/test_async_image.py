@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt._save import Save
-from torch_hsdp_ckpt._snapshot import Snapshot
+from torch_hsdp_ckpt.checkpoint.save.save import Save
+from torch_hsdp_ckpt.common.gate import Snapshot
 
 _TAIL = 64  # the end of a data file: the save's id and a checksum over it
 _MIB = 1 << 20

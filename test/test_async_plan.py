@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from training import loss_of, wrap
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt import _C, _capture, _staged
+from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.checkpoint.save import capture as _capture
+from torch_hsdp_ckpt.checkpoint.snapshot import staged as _staged
 
 
 def _local(value: Any) -> Any:

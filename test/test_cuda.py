@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecision
 from torch.profiler import ProfilerActivity, profile
 from training import assert_close, full, grads, loss_of, mean_grads, wrap, wrap_fsdp2
 
-from torch_hsdp_ckpt._staging import Layout, StagingPool
+from torch_hsdp_ckpt.checkpoint.storage.staging import Layout, StagingPool
 
 pytestmark = pytest.mark.gpu
 

@@ -14,13 +14,13 @@ from ranks import run_ranks
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from torch_hsdp_ckpt import _checkpoints as checkpoints
-from torch_hsdp_ckpt.__main__ import main
-from torch_hsdp_ckpt._metadata import encode_metadata
-from torch_hsdp_ckpt.demo import data, launch, plot, report, run, train
-from torch_hsdp_ckpt.demo.crash import Crash
-from torch_hsdp_ckpt.demo.journal import Journal, Tail
-from torch_hsdp_ckpt.demo.progress import Progress
+from examples.demo import data, launch, plot, report, run, train
+from examples.demo.__main__ import main
+from examples.demo.crash import Crash
+from examples.demo.journal import Journal, Tail
+from examples.demo.progress import Progress
+from torch_hsdp_ckpt.checkpoint.storage.metadata import encode_metadata
+from torch_hsdp_ckpt.training import run_directory as checkpoints
 
 SMALL = ("--width", "32", "--layers", "1", "--length", "32")
 
@@ -60,7 +60,7 @@ def short_file(path: Path) -> str:
 def test_wrong_arguments_get_one_line(
     arguments: list[str | Callable[[Path], str]], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["demo", "--dir", str(tmp_path / "run")] + [a if isinstance(a, str) else a(tmp_path) for a in arguments]
+    argv = ["--dir", str(tmp_path / "run")] + [a if isinstance(a, str) else a(tmp_path) for a in arguments]
     try:
         code = main(argv)
     except SystemExit as exit:  # argparse's own errors

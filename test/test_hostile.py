@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt._metadata import encode_metadata, read_metadata
+from torch_hsdp_ckpt.checkpoint.storage.metadata import encode_metadata, read_metadata
 
 LARGE = (520, 512)  # above a megabyte: its payload is page-aligned and has many checksum blocks
 

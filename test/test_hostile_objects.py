@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt._objects import load_object
+from torch_hsdp_ckpt.checkpoint.storage.objects import load_object
 
 
 class Calls:

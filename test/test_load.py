@@ -20,7 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt import _C, _exchange, _load
+from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.checkpoint.load import exchange as _exchange
+from torch_hsdp_ckpt.checkpoint.load import load as _load
 
 ROWS = {"even": 512, "uneven": 301, "few": 3, "one": 1}
 

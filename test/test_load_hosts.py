@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt import _exchange
+from torch_hsdp_ckpt.checkpoint.load import exchange as _exchange
 
 HYBRID = [Replicate(), Shard(0)]
 
@@ -108,7 +108,9 @@ def _no_shared_memory(rank: int, path: str) -> list[str]:
     """Rank 0 gets none from the system: no file of it may be larger than a megabyte, nor may one in memory."""
     kinds = _exchanges_seen()
     lines: list[str] = []
-    logging.getLogger("torch_hsdp_ckpt._exchange").addFilter(lambda record: lines.append(record.getMessage()) is None)
+    logging.getLogger("torch_hsdp_ckpt.checkpoint.load.exchange").addFilter(
+        lambda record: lines.append(record.getMessage()) is None
+    )
     _exchange._C.is_in_memory = lambda path: False  # wherever the tests' directory is
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from training import loss_of, wrap
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt import _C, _checkpoints
+from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.training import run_directory as _checkpoints
 
 
 class Counter:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from torch_hsdp_ckpt import _C, CheckpointError, CorruptCheckpointError
-from torch_hsdp_ckpt._metadata import decode_metadata, encode_metadata, read_metadata
+from torch_hsdp_ckpt.checkpoint.storage.metadata import decode_metadata, encode_metadata, read_metadata
 
 DATA = Path(__file__).parent / "data" / "metadata"
 DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)

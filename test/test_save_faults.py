@@ -30,7 +30,8 @@ from save_faults import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt import _C, _save
+from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.checkpoint.save import save as _save
 
 
 def _refused(rank: int, path: str) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt._metadata import read_metadata
+from torch_hsdp_ckpt.checkpoint.storage.metadata import read_metadata
 
 TENSORS = {
     "float32": torch.arange(35.0).reshape(5, 7),

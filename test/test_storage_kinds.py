@@ -27,7 +27,7 @@ from torch.distributed.tensor import Shard as ShardOn
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt import _save
+from torch_hsdp_ckpt.checkpoint.save import save as _save
 
 WRITERS: dict[str, Any] = {"ours": h.FileSystemWriter, "stock": dcp.FileSystemWriter}
 READERS: dict[str, Any] = {"ours": h.FileSystemReader, "stock": dcp.FileSystemReader}

@@ -32,8 +32,8 @@ from torch_hsdp_ckpt import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch_hsdp_ckpt._fully_shard import _NOT_SERVED
-from torch_hsdp_ckpt._runner import named_runners
+from torch_hsdp_ckpt.hsdp.fully_shard import _NOT_SERVED
+from torch_hsdp_ckpt.hsdp.runner import named_runners
 
 summon = FullyShardedDataParallel.summon_full_params
 

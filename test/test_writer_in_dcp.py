@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt._data_file import DataFile
+from torch_hsdp_ckpt.checkpoint.storage.data_file import DataFile
 
 FULL = torch.arange(40000.0).reshape(200, 200)
 

@@ -23,16 +23,16 @@ from torch.distributed.fsdp import (
 )
 
 from ._build import build_info  # isort: skip  (first: it says what is wrong if the extension does not load)
-from ._async import AsyncSave, async_save
-from ._fully_shard import FSDPModule, UnshardHandle, fully_shard, register_fsdp_forward_method
-from ._load import load
-from ._result import SaveResult
-from ._save import save
-from ._verify import Problem, VerifyReport, verify
+from .checkpoint.load.load import load
+from .checkpoint.save.async_save import AsyncSave, async_save
+from .checkpoint.save.result import SaveResult
+from .checkpoint.save.save import save
+from .checkpoint.verify import Problem, VerifyReport, verify
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
-from .fsdp import FullyShardedDataParallel
-from .manager import CheckpointManager
+from .hsdp.fsdp import FullyShardedDataParallel
+from .hsdp.fully_shard import FSDPModule, UnshardHandle, fully_shard, register_fsdp_forward_method
+from .training.manager import CheckpointManager
 
 __all__ = [
     "AsyncSave",

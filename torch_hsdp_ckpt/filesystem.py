@@ -4,7 +4,7 @@ What the writer here writes, stock torch reads, and the reader here reads what s
 bytes and the order of steps that makes a save atomic.
 """
 
-from ._reader import FileSystemReader
-from ._writer import FileSystemWriter
+from .checkpoint.storage.reader import FileSystemReader
+from .checkpoint.storage.writer import FileSystemWriter
 
 __all__ = ["FileSystemReader", "FileSystemWriter"]

@@ -24,8 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import torch_hsdp_ckpt
-from torch_hsdp_ckpt import _C, _load
-from torch_hsdp_ckpt._metadata import encode_metadata
+from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.checkpoint.load import load as _load
+from torch_hsdp_ckpt.checkpoint.storage.metadata import encode_metadata
 
 
 def _timed(work: Callable[[], Any], rounds: int) -> list[float]:

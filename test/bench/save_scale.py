@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt._agreement import _SLOT
-from torch_hsdp_ckpt._plan import LocalState, make_static_plan
+from torch_hsdp_ckpt.checkpoint.save.plan import LocalState, make_static_plan
+from torch_hsdp_ckpt.common.agreement import _SLOT
 
 REPLICAS, TENSORS = 8, 1000
 

@@ -1,0 +1,205 @@
+"""One data file on its way to disk: tensors from any device and of any layout, in bounded memory."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from ...common.tensors import RECORD_DTYPES, is_staged, scratch, staged
+from ...errors import CheckpointError
+from .staging import FileImage
+
+# Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors take two such blocks, the
+# writer (threads + 1) of a huge page, 2 MiB: together they stay below 64 MiB.
+COPY_BLOCK = 16 << 20
+# Records that are given to the writer at a time: each has some 2 KiB of framing and names there.
+_RECORDS = 1024
+_ALIGNMENT = 64  # of the parts in a pinned block: every dtype's, and a cache line
+
+
+@dataclasses.dataclass(slots=True)
+class StagedRecord:
+    """A record's payload in a staging image: its dtype as records call it, its shape, where it is, its bytes."""
+
+    kind: str
+    shape: Sequence[int]
+    address: int
+    size: int
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Records, or parts of some, whose bytes are in CPU memory or on their way there."""
+
+    parts: list[tuple[str, str, Sequence[int], int, int, int]] = dataclasses.field(default_factory=list)
+    kept: list[Tensor] = dataclasses.field(default_factory=list)  # what the parts' addresses point to
+    copied: int = 0  # bytes of block memory in use
+    copies_done: list[torch.cuda.Event] = dataclasses.field(default_factory=list)  # of each device, once all are started
+
+
+class DataFile:
+    """Writes records in the order they are added; end it with :meth:`finish`, or with :meth:`discard` after an error.
+
+    What lies contiguous in CPU memory is written from where it is. Everything else is copied a block at a time: strided CPU
+    tensors to one block of pageable memory; CUDA tensors to two pinned blocks in turn, one of which is filled on a side stream
+    while the other is written. No tensor may change before :meth:`finish` returns.
+
+    Args:
+        directory, name: where; ``name`` as ``_C.data_file_name`` gives it. There is no such file yet.
+        threads: that checksum and write; at least two are used, one copying while the other writes.
+        sync: the bytes are durable when :meth:`finish` returns.
+        reserve: bytes to reserve at the start; 0 for none.
+        block: bytes that are copied at a time; 0 for ``COPY_BLOCK``.
+        image: memory laid out as the file. What is added from its place there is written from there, with the rest of the file
+            put around it.
+        copies: what brought payloads there, which know their checksums. They are over when such a payload is added.
+        planned: where the first records have to come to lie. They are not among ``places``.
+
+    Raises CheckpointError for a record in another place than planned, and OSError (errno, filename) from any method; after that
+    only :meth:`discard` is left.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        name: str,
+        threads: int = 2,
+        sync: bool = True,
+        reserve: int = 0,
+        block: int = 0,
+        image: FileImage = FileImage(),  # noqa: B008 (immutable)
+        copies: Sequence[_C.StagingCopy] = (),
+        planned: _C.PlannedFile | None = None,
+    ) -> None:
+        self._writer = _C.ShardFileWriter(directory, name, max(2, threads), sync, reserve, image, copies)
+        self._block = -(-(block or COPY_BLOCK) // _ALIGNMENT) * _ALIGNMENT
+        self._batch = _Batch()
+        self._started: _Batch | None = None  # the CUDA batch before: its copies run, nothing of it is written yet
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._pinned: list[Tensor] = []
+        self._pageable: Tensor | None = None
+        self._name, self._planned = f"{directory}/{name}", planned
+        self.written = 0  # records
+        self.places: list[tuple[int, int]] = []  # offset and length in bytes, a record each
+
+    def add_objects(self, objects: Sequence[tuple[str, Any]]) -> None:
+        """Names and bytes, or buffers."""
+        self._write_all()
+        self._take(self._writer.write_objects(objects))
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """A plain tensor of a dtype that records have (see ``_tensors.is_plain``), on any device."""
+        self._make_room()
+        kind, shape, first = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape), 0
+        if is_staged(tensor):
+            self._batch.parts.append((name, kind, shape, tensor.data_ptr(), 0, tensor.nbytes))
+            self._batch.kept.append(tensor)
+            return
+        for part in _parts(tensor, self._block):
+            used = -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+            if self._batch.copied and self._batch.copied + used > self._block:
+                self._next_batch()
+            copy = self._pin(part) if part.device.type == "cuda" else self._copy(part)
+            self._batch.parts.append((name, kind, shape, copy.data_ptr(), first, copy.nbytes))
+            self._batch.kept += [part, copy]
+            self._batch.copied += used
+            first += copy.nbytes
+
+    def add_staged(self, name: str, record: "StagedRecord") -> None:
+        """A tensor whose bytes are in host memory already, and stay there."""
+        self._make_room()
+        self._batch.parts.append((name, record.kind, record.shape, record.address, 0, record.size))
+
+    def flush(self) -> None:
+        """Nothing that was added is read any more when it returns."""
+        self._write_all()
+
+    def finish(self) -> int:
+        """Writes what is left and the index, makes the file durable, closes it. Its length in bytes."""
+        self._write_all()
+        size, _ = self._writer.finish()
+        return size
+
+    def discard(self) -> None:
+        """Closes and removes the file: an error's frames would keep it, and the space it takes, as long as the error lives."""
+        del self._writer
+
+    def _make_room(self) -> None:
+        if len(self._batch.parts) >= _RECORDS:
+            self._next_batch()
+
+    def _next_batch(self) -> None:
+        batch, self._batch = self._batch, _Batch()
+        if self._streams:
+            batch.copies_done = [stream.record_event() for stream in self._streams.values()]  # type: ignore[no-untyped-call]
+            batch, self._started = self._started or _Batch(), batch  # the new one's copies run while the older is written
+            self._pinned.reverse()  # the next batch's go to the older one's block, which the write below is done with
+        self._write(batch)
+
+    def _write_all(self) -> None:
+        self._next_batch()
+        if self._started is not None:
+            batch, self._started = self._started, None
+            self._write(batch)
+
+    def _write(self, batch: _Batch) -> None:
+        for event in batch.copies_done:
+            event.synchronize()  # type: ignore[no-untyped-call]
+        if batch.parts:
+            self._take(self._writer.write_tensors(batch.parts))
+
+    def _take(self, places: list[tuple[int, int]]) -> None:
+        expected = [] if self._planned is None else self._planned.places(self.written, len(places))
+        if places[: len(expected)] != expected:
+            raise CheckpointError(f"{self._name}: its records are not where the plan has them")
+        self.written += len(places)
+        self.places += places[len(expected) :]
+
+    def _copy(self, part: Tensor) -> Tensor:
+        """A CPU tensor's elements in this batch's part of the block; what was there before has been written."""
+        if self._pageable is None:
+            self._pageable = scratch(self._block + _ALIGNMENT)
+        raw = self._pageable[self._batch.copied : self._batch.copied + part.nbytes]
+        return raw.view(part.dtype).view(part.shape).copy_(part)
+
+    def _pin(self, part: Tensor) -> Tensor:
+        """Starts the copy of a CUDA tensor to this batch's pinned block."""
+        if not self._pinned:
+            size = self._block + _ALIGNMENT
+            self._pinned = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
+        if part.device not in self._streams:  # a stream orders its own device's work only
+            self._streams[part.device] = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
+        stream = self._streams[part.device]
+        stream.wait_stream(torch.cuda.current_stream(part.device))  # what computes the tensor
+        with torch.cuda.stream(stream):
+            source = part.resolve_conj().resolve_neg()
+            raw = self._pinned[0][self._batch.copied : self._batch.copied + part.nbytes]
+            copy = raw.view(part.dtype).view(part.shape)
+            copy.copy_(source, non_blocking=True)
+        return copy
+
+
+def checksum(source: Tensor | StagedRecord) -> int:
+    """The CRC-32 of a record's payload."""
+    if isinstance(source, StagedRecord):
+        return _C.crc32(source.address, source.size, 0)
+    crc = 0
+    for part in _parts(source, COPY_BLOCK):
+        copy = staged(part)
+        crc = _C.crc32(copy.data_ptr(), copy.nbytes, crc)
+    return crc
+
+
+def _parts(tensor: Tensor, limit: int) -> Iterator[Tensor]:
+    """Pieces of at most ``limit`` bytes that, one after the other, are the elements in row-major order."""
+    if tensor.nbytes <= limit or tensor.dim() == 0:
+        yield tensor
+    elif tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), max(1, limit // tensor.itemsize))
+    else:
+        rows = max(1, limit * tensor.shape[0] // tensor.nbytes)
+        for part in torch.split(tensor, rows):
+            yield from _parts(part, limit) if part.shape[0] > 1 else _parts(part.squeeze(0), limit)

@@ -1,0 +1,118 @@
+"""Host memory that a snapshot is copied to: laid out as the files that will be written from it, kept from save to save."""
+
+import mmap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from ...common.tensors import scratch
+
+PAGE = 4096  # direct I/O's: of addresses, offsets and sizes
+# A file's objects lie in its image only if they are few: they are in memory already.
+_FEW = 1 << 20
+
+
+class FileImage(NamedTuple):
+    """Memory of ``size`` bytes at ``address`` that is laid out as a data file is from ``offset`` on; multiples of a page."""
+
+    offset: int = 0
+    address: int = 0
+    size: int = 0
+
+
+class Layout:
+    """Where the records of a rank's files lie in memory that is laid out as the files are, each from a page on.
+
+    Args:
+        files: as planned.
+        objects: how many of the first records are objects.
+        limit: bytes that the memory may take. If it is too small, the first tensors have no place in it. None: no limit.
+
+    ``images``: for each file the memory, by addresses from 0 on. ``payloads``: of each record, objects among them.
+    ``first``: the first record of a tensor that has a place. ``size``: of the memory, bytes.
+    """
+
+    def __init__(self, files: Sequence[_C.PlannedFile], objects: int, limit: int | None = None) -> None:
+        self.files = files
+        # From the end: what comes last in the files is written last.
+        self.first = records = sum(map(len, files))
+        offsets = [-(-file.size // PAGE) * PAGE for file in files]
+        room: float = float("inf") if limit is None else limit - PAGE
+        full = False
+        for number in reversed(range(len(files))):
+            end = offsets[number]
+            for offset, _ in reversed(files[number].places()):
+                records -= 1
+                full = full or records < objects or end - offset // PAGE * PAGE > room
+                if full:
+                    break
+                self.first, offsets[number] = records, offset // PAGE * PAGE
+            room -= end - offsets[number]
+            if full:
+                break
+        self.first = max(self.first, objects)
+        self.images: list[FileImage] = []
+        self.payloads: list[int] = []
+        self.size = 0
+        for offset, file in zip(offsets, files, strict=True):
+            if offset < _FEW and limit is None:
+                offset = 0
+            self.images.append(FileImage(offset, self.size, -(-file.size // PAGE) * PAGE - offset))
+            self.payloads += [self.size + payload - offset for payload in file.payloads]
+            self.size += self.images[-1].size
+
+
+class Image:
+    """A layout in memory, with real addresses."""
+
+    def __init__(self, block: Tensor, layout: Layout) -> None:
+        self.layout, self._block = layout, block
+        self._start = -block.data_ptr() % PAGE
+        self.base = block.data_ptr() + self._start
+        self.files = [FileImage(image.offset, self.base + image.address, image.size) for image in layout.images]
+
+    def view(self, record: int, like: Tensor) -> Tensor:
+        """A record's place, as a contiguous tensor of the dtype and the shape of ``like``."""
+        start = self._start + self.layout.payloads[record]
+        return self._block[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+class StagingPool:
+    """One block of host memory, as large as the largest image so far; pinned if one was for a CUDA device's tensors.
+
+    One image at a time: :meth:`image` hands out the memory of the one before again.
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._pinned = False
+
+    def image(self, layout: Layout, pinned: bool, limit: int | None = None) -> Image:
+        """Memory for a layout, contents undefined. Raises OSError (RuntimeError if pinned) without memory.
+
+        ``limit``: bytes; an older block that is larger is given back.
+        """
+        size = layout.size + PAGE if layout.size else 0
+        small = self._block.numel() < size or (pinned and size > 0 and not self._pinned)
+        if small or (limit is not None and self._block.numel() > limit):
+            self._free()  # the old one goes first: never two at a time
+            if pinned and size:
+                # Not torch's: that comes in powers of two, up to twice of what is asked for, and never goes back. Shared: after
+                # a fork, a write to private memory would leave the device with pages that this process no longer has.
+                self._block = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+                cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+                torch.cuda.check_error(cudart.cudaHostRegister(self._block.data_ptr(), size, 1))  # 1: for all devices
+                self._pinned = True
+            elif size:
+                self._block = scratch(size, huge=True)
+        return Image(self._block, layout)
+
+    def _free(self) -> None:
+        if self._pinned:
+            self._pinned = False
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(cudart.cudaHostUnregister(self._block.data_ptr()))
+        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
