@@ -1,9 +1,8 @@
 """Builds the C++ side with CMake and hands the extension module to setuptools.
 
-Environment: HSDP_CKPT_CUDA (0: without CUDA, 1: insist on it), TORCH_CUDA_ARCH_LIST, HSDP_CKPT_TESTS=1 (C++ tests too),
-HSDP_CKPT_WERROR=1 (warnings are errors), HSDP_CKPT_FETCH=0 (fetch no missing third-party source),
-HSDP_CKPT_BUILD_DIR (default build/cmake), MAX_JOBS.
-"""
+Environment: HSDP_CKPT_CUDA (0: without CUDA, 1: insist on it), TORCH_CUDA_ARCH_LIST,
+HSDP_CKPT_TESTS=1 (C++ tests too), HSDP_CKPT_WERROR=1 (warnings are errors), HSDP_CKPT_FETCH=0
+(fetch no missing third-party source), HSDP_CKPT_BUILD_DIR (default build/cmake), MAX_JOBS."""
 
 import os
 import shutil
@@ -36,7 +35,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
-            raise SystemExit("torch_hsdp_ckpt: CMake 3.24 or newer is needed to build: pip install cmake ninja")
+            raise SystemExit(
+                "torch_hsdp_ckpt: CMake 3.24 or newer is needed to build: pip install cmake ninja"
+            )
         env = dict(os.environ)
         cuda_home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
         if cuda_home and "CUDACXX" not in env and (Path(cuda_home) / "bin" / "nvcc").exists():
@@ -48,12 +49,20 @@ class CMakeBuild(build_ext):
             "HSDP_CKPT_TESTS": "ON" if env.get("HSDP_CKPT_TESTS") == "1" else "OFF",
             "HSDP_CKPT_FETCH": "OFF" if env.get("HSDP_CKPT_FETCH") == "0" else "ON",
         }
-        if "HSDP_CKPT_WERROR" in env:  # else as the build tree is: another flag would compile all of it again
+        if (
+            "HSDP_CKPT_WERROR" in env
+        ):  # else as the build tree is: another flag would compile all of it again
             options["HSDP_CKPT_WERROR"] = "ON" if env["HSDP_CKPT_WERROR"] == "1" else "OFF"
         # A build tree keeps its generator; a new one gets Ninja where there is one.
-        generator = ["-G", "Ninja"] if shutil.which("ninja") and not (build / "CMakeCache.txt").exists() else []
+        generator = (
+            ["-G", "Ninja"]
+            if shutil.which("ninja") and not (build / "CMakeCache.txt").exists()
+            else []
+        )
         configure = [cmake, "-S", str(ROOT), "-B", str(build), *generator]
-        subprocess.run([*configure, *(f"-D{k}={v}" for k, v in options.items())], check=True, env=env)
+        subprocess.run(
+            [*configure, *(f"-D{k}={v}" for k, v in options.items())], check=True, env=env
+        )
         subprocess.run([cmake, "--build", str(build), "-j", str(_jobs())], check=True, env=env)
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         install = [cmake, "--install", str(build), "--component", "python", "--prefix", str(target)]
@@ -65,7 +74,8 @@ class CMakeBuild(build_ext):
 
 
 class Programs(build_scripts):
-    """The command line is a program and no script: it is copied as it is to where pip installs scripts."""
+    """The command line is a program and no script: it is copied as it is to where pip installs
+    scripts."""
 
     def run(self) -> None:
         self.mkpath(self.build_dir)

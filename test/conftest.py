@@ -5,7 +5,8 @@ import torch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped without a CUDA device, unless HSDP_CKPT_REQUIRE_GPU=1: then they fail."""
+    """Tests marked ``gpu`` are skipped without a CUDA device, unless HSDP_CKPT_REQUIRE_GPU=1: then
+    they fail."""
     if torch.cuda.is_available() or os.environ.get("HSDP_CKPT_REQUIRE_GPU") == "1":
         return
     for item in items:

@@ -1,4 +1,5 @@
-"""Small models that the tests share: one whose rows divide evenly over the ranks, one where nothing does."""
+"""Small models that the tests share: one whose rows divide evenly over the ranks, one where nothing
+does."""
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks (one unit each under ``ModuleWrapPolicy({Block})``) and a head that belongs to the root unit."""
+    """Blocks (one unit each under ``ModuleWrapPolicy({Block})``) and a head that belongs to the
+    root unit."""
 
     def __init__(self, width: int, hidden: int, classes: int, blocks: int = 2) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""What the tests of failing saves share: faults at one call of the file system, and what a save must leave as it was."""
+"""What the tests of failing saves share: faults at one call of the file system, and what a save
+must leave as it was."""
 
 import errno
 import os
@@ -17,7 +18,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
 
-Call = tuple[str, str]  # the operating system's call, and what it is about: "claim", "data", "metadata" or "directory"
+Call = tuple[
+    str, str
+]  # the operating system's call, and what it is about: "claim", "data", "metadata" or "directory"
 Scenario = tuple[int, int]  # the rank of a pair that is killed, and the number of the call
 OLD = torch.arange(50000.0)
 _ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES)
@@ -28,12 +31,19 @@ def about(path: str) -> str:
     name = os.path.basename(path)
     if name.endswith(".tmp"):
         return "claim"
-    return "data" if name.endswith(".distcp") else "metadata" if name.endswith(".metadata") else "directory"
+    return (
+        "data"
+        if name.endswith(".distcp")
+        else "metadata"
+        if name.endswith(".metadata")
+        else "directory"
+    )
 
 
 def at_call(number: int, act: Callable[[str], int]) -> Callable[[], bool]:
-    """From now on this process's file system calls are counted, and ``act`` is asked, with the call's path, what number
-    ``number`` shall do: 0, a negative errno, or a number of bytes. Returns whether it was reached."""
+    """From now on this process's file system calls are counted, and ``act`` is asked, with the
+    call's path, what number ``number`` shall do: 0, a negative errno, or a number of bytes. Returns
+    whether it was reached."""
     calls: list[str] = []
 
     def fault(op: str, path: str) -> int:
@@ -45,8 +55,9 @@ def at_call(number: int, act: Callable[[str], int]) -> Callable[[], bool]:
 
 
 def errors_for(calls: Sequence[Call]) -> list[int]:
-    """What each of a save's calls is refused with, in turn. Of the first directory that is synced, the one above the
-    checkpoint's, EIO: other errors say that it is one that holds no entry of ours."""
+    """What each of a save's calls is refused with, in turn. Of the first directory that is synced,
+    the one above the checkpoint's, EIO: other errors say that it is one that holds no entry of
+    ours."""
     errors = [_ERRORS[number % len(_ERRORS)] for number in range(len(calls))]
     errors[calls.index(("fsync", "directory"))] = errno.EIO
     return errors
@@ -65,8 +76,11 @@ def calls_of(work: Callable[[], Any]) -> list[Call]:
     return calls
 
 
-def over_an_older_one(path: str, save: Callable[[Any], Any]) -> tuple[dict[str, Any], dict[str, Any], list[list[Call]]]:
-    """Two ranks: an older checkpoint in ``path``, what is saved over it, and the calls that either rank's ``save`` makes."""
+def over_an_older_one(
+    path: str, save: Callable[[Any], Any]
+) -> tuple[dict[str, Any], dict[str, Any], list[list[Call]]]:
+    """Two ranks: an older checkpoint in ``path``, what is saved over it, and the calls that either
+    rank's ``save`` makes."""
     mesh = pair_mesh()
     old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
     h.save(old, checkpoint_id=path)
@@ -76,8 +90,8 @@ def over_an_older_one(path: str, save: Callable[[Any], Any]) -> tuple[dict[str, 
 
 
 def about_to_be_killed(rank: int, scenarios: Sequence[Scenario]) -> tuple[str, Any]:
-    """For pairs of ranks, a scenario each: the name of its directory and the pair's process group. From now on the call of the
-    rank that the scenario names kills it."""
+    """For pairs of ranks, a scenario each: the name of its directory and the pair's process group.
+    From now on the call of the rank that the scenario names kills it."""
     pair, role = divmod(rank, 2)
     group = dist.new_group([2 * pair, 2 * pair + 1], use_local_synchronization=True)
     who, call = scenarios[pair]
@@ -87,8 +101,11 @@ def about_to_be_killed(rank: int, scenarios: Sequence[Scenario]) -> tuple[str, A
     return f"{who}-{call}", group
 
 
-def kill_at_every_call(root: Path, calls: Sequence[Sequence[Call]], save: Callable[[int, str, Any], None]) -> list[Scenario]:
-    """Runs ``save(rank, root, scenarios)`` over a copy of ``root``/old for each call of either rank. Returns all scenarios."""
+def kill_at_every_call(
+    root: Path, calls: Sequence[Sequence[Call]], save: Callable[[int, str, Any], None]
+) -> list[Scenario]:
+    """Runs ``save(rank, root, scenarios)`` over a copy of ``root``/old for each call of either
+    rank. Returns all scenarios."""
     scenarios = [(who, call) for who in (0, 1) for call in range(len(calls[who]))]
     for who, call in scenarios:
         shutil.copytree(root / "old", root / f"{who}-{call}")
@@ -114,8 +131,8 @@ def loaded(path: str | Path, size: int = 50000, name: str = "w") -> torch.Tensor
 
 
 def process_is_as_it_was(path: str | None = None) -> Callable[[], bool]:
-    """Whether no descriptor and no thread is new (those of earlier tests may go meanwhile), and the directory, if one is given,
-    is the same."""
+    """Whether no descriptor and no thread is new (those of earlier tests may go meanwhile), and the
+    directory, if one is given, is the same."""
 
     def now() -> tuple[set[str], set[str], set[str]]:
         files = set() if path is None else set(os.listdir(path))

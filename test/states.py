@@ -1,4 +1,5 @@
-"""What the tests of state dicts share: a model that has been trained a little, tensors by path, and a count of what moves."""
+"""What the tests of state dicts share: a model that has been trained a little, tensors by path, and
+a count of what moves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,14 @@ def trained(
 _SHAPES: dict[str, Net] = {}
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str, number: int, rank: int, device: str = "cpu") -> None:
+def step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+    number: int,
+    rank: int,
+    device: str = "cpu",
+) -> None:
     net = _SHAPES.setdefault(kind, NETS[kind]())
 
     def closure() -> torch.Tensor:
@@ -107,7 +115,11 @@ class Moves(TorchDispatchMode):
             if "c10d" not in name:
                 targets = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
                 # Once a tensor: a DTensor's operator comes by again as its local tensor's.
-                self.bytes += sum(t.nbytes for t in tree_leaves(targets) if isinstance(t, torch.Tensor) and not _is_sharded(t))
+                self.bytes += sum(
+                    t.nbytes
+                    for t in tree_leaves(targets)
+                    if isinstance(t, torch.Tensor) and not _is_sharded(t)
+                )
         return func(*args, **(kwargs or {}))
 
     def sent(self) -> list[str]:

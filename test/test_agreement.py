@@ -1,4 +1,5 @@
-"""The ranks' exchanges: payloads of any length, failures that reach every rank, peers that die or stop."""
+"""The ranks' exchanges: payloads of any length, failures that reach every rank, peers that die or
+stop."""
 
 import datetime
 import os
@@ -41,7 +42,9 @@ def _exchanges(rank: int) -> None:
         assert agreement.verdict("commit", lambda n=length: b"v" * n) == b"v" * length  # type: ignore[misc]
 
     with pytest.raises(OSError, match=r"disk on fire .rank 2, step 'write'.") as full:
-        agreement.run("write", lambda: _fail(OSError(28, "disk on fire", "/some/file")) if rank == 2 else b"")
+        agreement.run(
+            "write", lambda: _fail(OSError(28, "disk on fire", "/some/file")) if rank == 2 else b""
+        )
     assert (full.value.errno, full.value.filename) == (28, "/some/file")
     assert (full.value.__cause__ is not None) == (rank == 2)
     with pytest.raises(h.CorruptCheckpointError, match="rank 1: bad record; rank 3: KeyError: 'w'"):
@@ -55,7 +58,10 @@ def _exchanges(rank: int) -> None:
 
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     half = agreement_of(halves[rank // 2], "save")
-    assert half.exchange("half", bytes([rank])) == [bytes([rank // 2 * 2]), bytes([rank // 2 * 2 + 1])]
+    assert half.exchange("half", bytes([rank])) == [
+        bytes([rank // 2 * 2]),
+        bytes([rank // 2 * 2 + 1]),
+    ]
     if rank < 2:  # calls that only one half makes do not disturb what all make later
         odd = dist.new_group([0, 1], use_local_synchronization=True)
         assert len(agreement_of(odd, "save").exchange("odd")) == 2

@@ -1,4 +1,5 @@
-"""Asynchronous saves that fail: every call refused, SIGKILL at every call, exceptions, forks and spawns, hundreds in a row."""
+"""Asynchronous saves that fail: every call refused, SIGKILL at every call, exceptions, forks and
+spawns, hundreds in a row."""
 
 import errno
 import os
@@ -36,12 +37,17 @@ NEW = torch.arange(100_000.0) + 1
 
 
 def _refused(rank: int, path: str) -> None:
-    """Every call of either rank up to the rename is refused in turn: on the future, and at the next call, of both ranks."""
-    old, new, calls = over_an_older_one(path, lambda state: h.async_save(state, checkpoint_id=path).result())
+    """Every call of either rank up to the rename is refused in turn: on the future, and at the next
+    call, of both ranks."""
+    old, new, calls = over_an_older_one(
+        path, lambda state: h.async_save(state, checkpoint_id=path).result()
+    )
     calls[0] = calls[0][: calls[0].index(("rename", "claim"))]
     files = sorted(os.listdir(path))
     for failing in (0, 1):
-        for number, (call, error) in enumerate(zip(calls[failing], errors_for(calls[failing]), strict=True)):
+        for number, (call, error) in enumerate(
+            zip(calls[failing], errors_for(calls[failing]), strict=True)
+        ):
             if rank == failing:
                 at_call(number, lambda path, error=error: -error)  # type: ignore[misc]
             future = h.async_save(new, checkpoint_id=path)
@@ -96,10 +102,15 @@ class _Numbers(torch.utils.data.Dataset[int]):
 
 
 def _in_a_row(rank: int, path: str) -> None:
-    """200 saves back to back with changing shapes, while forked and spawned workers live: no memory, no thread is left."""
+    """200 saves back to back with changing shapes, while forked and spawned workers live: no
+    memory, no thread is left."""
     resting = 0
-    forked = torch.utils.data.DataLoader(_Numbers(), num_workers=1, multiprocessing_context="fork", persistent_workers=True)
-    spawned = torch.utils.data.DataLoader(_Numbers(), num_workers=1, multiprocessing_context="spawn", persistent_workers=True)
+    forked = torch.utils.data.DataLoader(
+        _Numbers(), num_workers=1, multiprocessing_context="fork", persistent_workers=True
+    )
+    spawned = torch.utils.data.DataLoader(
+        _Numbers(), num_workers=1, multiprocessing_context="spawn", persistent_workers=True
+    )
     future = h.async_save({"w": torch.ones(500_000)}, checkpoint_id=path)
     loaders = [iter(forked), iter(spawned)]  # begun while a save is in flight
     for i in range(200):
@@ -127,17 +138,24 @@ def test_hundreds_in_a_row_with_workers_alive(tmp_path: Path) -> None:
     here = Path(__file__).parent
     main = tmp_path / "main.py"
     main.write_text(f"if __name__ == '__main__':\n    {code}\n")
-    subprocess.run([sys.executable, str(main), str(here), str(tmp_path / "c")], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, str(main), str(here), str(tmp_path / "c")], check=True, timeout=120
+    )
 
 
-@pytest.mark.parametrize("end", ["raise ValueError('the end')", "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"])
+@pytest.mark.parametrize(
+    "end", ["raise ValueError('the end')", "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"]
+)
 def test_a_save_is_finished_when_the_program_fails(tmp_path: Path, end: str) -> None:
     code = (
         "import os, signal, time, torch, torch_hsdp_ckpt as h\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever the tests were started by
+        # whatever the tests were started by
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"h.async_save({{'w': torch.arange(1e7)}}, checkpoint_id={str(tmp_path / 'c')!r})\n{end}"
     )
-    ended = subprocess.run([sys.executable, "-c", code], timeout=120, stderr=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], timeout=120, stderr=subprocess.PIPE, text=True, check=False
+    )
     assert ended.returncode != 0
     assert ("the end" if "raise" in end else "KeyboardInterrupt") in ended.stderr
     assert torch.equal(loaded(tmp_path / "c", 10**7), torch.arange(1e7))
@@ -153,16 +171,28 @@ def test_a_call_interrupted_while_it_waits_leaves_the_save_before_alone(tmp_path
         return 0
 
     _C._inject_fault(slow)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs are started without
+    handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background jobs are started without
     try:
-        first = h.async_save({"w": torch.full((3 << 20,), 1.0)}, checkpoint_id=tmp_path / "one", snapshot="copy")
+        first = h.async_save(
+            {"w": torch.full((3 << 20,), 1.0)}, checkpoint_id=tmp_path / "one", snapshot="copy"
+        )
         assert writing.wait(60)
-        threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        threading.Timer(
+            0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+        ).start()
         with pytest.raises(KeyboardInterrupt):
-            h.async_save({"w": torch.full((3 << 20,), 2.0)}, checkpoint_id=tmp_path / "two", snapshot="copy")
+            h.async_save(
+                {"w": torch.full((3 << 20,), 2.0)}, checkpoint_id=tmp_path / "two", snapshot="copy"
+            )
         threading.Timer(0.3, go_on.set).start()
-        second = h.async_save({"w": torch.full((3 << 20,), 3.0)}, checkpoint_id=tmp_path / "two", snapshot="copy")
-        assert first.done(), "the memory that the first one writes from was the second one's too early"
+        second = h.async_save(
+            {"w": torch.full((3 << 20,), 3.0)}, checkpoint_id=tmp_path / "two", snapshot="copy"
+        )
+        assert first.done(), (
+            "the memory that the first one writes from was the second one's too early"
+        )
         second.result()
     finally:
         _C._inject_fault(None)
@@ -179,7 +209,8 @@ class _Interrupting:
 
 
 def _interrupted_call(rank: int, path: str) -> None:
-    """Ctrl-C in one rank's call is raised there, and fails the save on every rank; nothing hangs, nothing stays shut."""
+    """Ctrl-C in one rank's call is raised there, and fails the save on every rank; nothing hangs,
+    nothing stays shut."""
     parameter = nn.Parameter(torch.ones(10))
     optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.9)
     for value in (1.0, 2.0):
@@ -194,7 +225,9 @@ def _interrupted_call(rank: int, path: str) -> None:
             future = h.async_save(state | {"it": 1}, checkpoint_id=path)
             assert isinstance(future.exception(60), h.CheckpointError)
         optimizer.step()
-        with pytest.raises(h.CheckpointError, match=r"rank 1: .*the call was interrupted \(KeyboardInterrupt\)"):
+        with pytest.raises(
+            h.CheckpointError, match=r"rank 1: .*the call was interrupted \(KeyboardInterrupt\)"
+        ):
             h.async_save(state, checkpoint_id=path)
         assert torch.equal(loaded(path), torch.full((50_000,), value))
         dist.barrier()
@@ -261,9 +294,12 @@ class _Clamped(nn.Module):
 
 
 def _in_place_in_forward(rank: int, path: str) -> None:
-    """With one shard the full parameter is the shard's own memory, so that a forward may change it."""
+    """With one shard the full parameter is the shard's own memory, so that a forward may change
+    it."""
     model = h.FullyShardedDataParallel(
-        _Clamped(), device_mesh=init_device_mesh("cpu", (1, 1)), sharding_strategy=h.ShardingStrategy.NO_SHARD
+        _Clamped(),
+        device_mesh=init_device_mesh("cpu", (1, 1)),
+        sharding_strategy=h.ShardingStrategy.NO_SHARD,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     model(torch.ones(2, 64)).backward()

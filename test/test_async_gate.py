@@ -1,4 +1,5 @@
-"""What holds training back while a state is being copied, what notices a write past that, and what a further call does."""
+"""What holds training back while a state is being copied, what notices a write past that, and what
+a further call does."""
 
 import copy
 import threading
@@ -21,7 +22,9 @@ from torch_hsdp_ckpt import _C
 from torch_hsdp_ckpt.checkpoint.save.async_job import Job
 from torch_hsdp_ckpt.common.gate import Snapshot
 
-_LATE = 0.3  # seconds before anything is copied behind the gate: whoever does not wait changes what is not copied yet
+# seconds before anything is copied behind the gate: whoever does not wait changes what is not
+# copied yet
+_LATE = 0.3
 
 
 class _Late:
@@ -41,7 +44,9 @@ class _Late:
 
 
 def _plain(state: Any) -> list[Any]:
-    return copy.deepcopy([v for v in torch.utils._pytree.tree_leaves(state) if not isinstance(v, torch.Tensor)])
+    return copy.deepcopy(
+        [v for v in torch.utils._pytree.tree_leaves(state) if not isinstance(v, torch.Tensor)]
+    )
 
 
 def _local(value: Any) -> Any:
@@ -68,10 +73,16 @@ class _Run:
         return {"model": weights, "optim": moments}
 
     def leaves(self, state: dict[str, Any]) -> list[torch.Tensor]:
-        return [_local(v).clone() for v in torch.utils._pytree.tree_leaves(state) if isinstance(v, torch.Tensor)]
+        return [
+            _local(v).clone()
+            for v in torch.utils._pytree.tree_leaves(state)
+            if isinstance(v, torch.Tensor)
+        ]
 
     def saved_is(self, path: str, expected: list[torch.Tensor]) -> None:
-        target = torch.utils._pytree.tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v, self.state())
+        target = torch.utils._pytree.tree_map(
+            lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v, self.state()
+        )
         h.load(target, checkpoint_id=path)
         for a, b in zip(self.leaves(target), expected, strict=True):
             assert torch.equal(a, b), path
@@ -90,7 +101,9 @@ def _until_given_up(job: Job) -> None:
 def _gates(rank: int, path: str) -> None:
     run = _Run(rank)
     elsewhere = run.state()
-    elsewhere = torch.utils._pytree.tree_map(lambda v: v.clone() + 1 if isinstance(v, torch.Tensor) else v, elsewhere)
+    elsewhere = torch.utils._pytree.tree_map(
+        lambda v: v.clone() + 1 if isinstance(v, torch.Tensor) else v, elsewhere
+    )
     h.save(elsewhere, checkpoint_id=f"{path}/elsewhere")
 
     def summon() -> None:
@@ -116,21 +129,28 @@ def _gates(rank: int, path: str) -> None:
         future.result(60)
         assert future.step_wait_seconds > _LATE / 2, name
         run.saved_is(f"{path}/{name}", expected)
-        assert not all(torch.equal(a, b) for a, b in zip(run.leaves(run.state()), expected, strict=True)), name
+        assert not all(
+            torch.equal(a, b) for a, b in zip(run.leaves(run.state()), expected, strict=True)
+        ), name
         staged = future.staged_bytes
     # Each replica copies 1/R of its shard: together the ranks copy every byte of the state once.
-    leaves = [v for v in torch.utils._pytree.tree_leaves(run.state()) if isinstance(v, torch.Tensor)]
+    leaves = [
+        v for v in torch.utils._pytree.tree_leaves(run.state()) if isinstance(v, torch.Tensor)
+    ]
     whole = sum(v.numel() * v.element_size() for v in leaves)
     total = torch.tensor(staged)
     dist.all_reduce(total)
     assert int(total) == whole
 
-    # What nothing holds back is copied before the call returns, however much it is: 1/R of it, once the ranks have agreed.
+    # What nothing holds back is copied before the call returns, however much it is: 1/R of it, once
+    # the ranks have agreed.
     placements = next(run.model.parameters()).placements
     ema = DTensor.from_local(torch.full((500_000,), float(rank % 2)), mesh_of((2, 2)), placements)
     plain, expected = torch.arange(400_000.0), run.leaves(run.state())
     with _Late():
-        future = h.async_save({**run.state(), "ema": ema, "plain": plain}, checkpoint_id=f"{path}/large")
+        future = h.async_save(
+            {**run.state(), "ema": ema, "plain": plain}, checkpoint_id=f"{path}/large"
+        )
         ema._local_tensor.fill_(7)
         plain.fill_(7)
         assert not future.staging_completion.done()
@@ -151,14 +171,21 @@ def _gates(rank: int, path: str) -> None:
     _C._inject_fault(None)
     run.optimizer.step()
 
-    # Writes past the gate: seen by version counters, or by reading again; the save fails on all ranks and the older one stays.
+    # Writes past the gate: seen by version counters, or by reading again; the save fails on all
+    # ranks and the older one stays.
     weight = next(p for n, p in run.model.named_parameters() if n.endswith("up.weight"))
-    for mode, change in (("lazy", lambda: _local(weight).add_(1)), ("lazy", lambda: weight.mul_(2))):
+    for mode, change in (
+        ("lazy", lambda: _local(weight).add_(1)),
+        ("lazy", lambda: weight.mul_(2)),
+    ):
         with _Late(), torch.no_grad():
             future = h.async_save(run.state(), checkpoint_id=f"{path}/step", snapshot=mode)
             if rank == 1:
                 change()
-            with pytest.raises(h.CheckpointError, match=r"rank 1: .*up.weight: it was changed while it was being saved"):
+            with pytest.raises(
+                h.CheckpointError,
+                match=r"rank 1: .*up.weight: it was changed while it was being saved",
+            ):
                 future.result(60)
         with pytest.raises(h.CheckpointError, match="it was changed"):
             h.async_save(run.state(), checkpoint_id=f"{path}/step")
@@ -184,7 +211,8 @@ def _gates(rank: int, path: str) -> None:
     future.result(60)
     run.saved_is(f"{path}/verified", expected)
 
-    # in_flight: the same outcome on all ranks, though the save is in flight on some longer than on others.
+    # in_flight: the same outcome on all ranks, though the save is in flight on some longer than on
+    # others.
     state = run.state()
     expected = run.leaves(state)
     with _Late() if rank == 3 else torch.no_grad():
@@ -213,7 +241,8 @@ def test_the_gate_and_what_passes_it(tmp_path: Path) -> None:
 
 
 def _changed_by_any_means(rank: int, path: str) -> None:
-    """With everything copied in the call nothing waits for anything: what comes after it can't be in the checkpoint."""
+    """With everything copied in the call nothing waits for anything: what comes after it can't be
+    in the checkpoint."""
     run = _Run(rank)
     placements = next(run.model.parameters()).placements
     ema = DTensor.from_local(torch.full((300_000,), float(rank % 2)), mesh_of((2, 2)), placements)
@@ -226,8 +255,15 @@ def _changed_by_any_means(rank: int, path: str) -> None:
     }
     for name, change in means.items():
         go_on = threading.Event()
-        _C._inject_fault(lambda op, path, go_on=go_on: go_on.wait(60) and 0 if op == "pwrite" else 0)  # nothing is written yet
-        extra = {"ema": ema, "plain": torch.arange(300_000.0), "strided": torch.ones(40, 30).t(), "objects": [1, {"two": [2]}]}
+        _C._inject_fault(
+            lambda op, path, go_on=go_on: go_on.wait(60) and 0 if op == "pwrite" else 0
+        )  # nothing is written yet
+        extra = {
+            "ema": ema,
+            "plain": torch.arange(300_000.0),
+            "strided": torch.ones(40, 30).t(),
+            "objects": [1, {"two": [2]}],
+        }
         state = {**run.state(), **extra}
         expected, objects = run.leaves(state), _plain(state)
         future = h.async_save(state, checkpoint_id=f"{path}/{name}", snapshot="copy")
@@ -245,10 +281,13 @@ def _changed_by_any_means(rank: int, path: str) -> None:
         future.result(60)
         _C._inject_fault(None)
         target = torch.utils._pytree.tree_map(
-            lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None, {**run.state(), **extra}
+            lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None,
+            {**run.state(), **extra},
         )
         h.load(target, checkpoint_id=f"{path}/{name}")
-        assert all(torch.equal(a, b) for a, b in zip(run.leaves(target), expected, strict=True)), name
+        assert all(torch.equal(a, b) for a, b in zip(run.leaves(target), expected, strict=True)), (
+            name
+        )
         assert _plain(target) == objects, name
         run.gradients(1)
 
@@ -259,7 +298,9 @@ def test_snapshot_copy_is_the_state_at_the_call_whatever_comes_after(tmp_path: P
 
 def _another_thread(rank: int, path: str) -> None:
     run = _Run(rank)
-    between = threading.Lock()  # async_save is called between two steps, as its caller has to see to
+    between = (
+        threading.Lock()
+    )  # async_save is called between two steps, as its caller has to see to
     stop = threading.Event()
 
     def train() -> None:
@@ -278,7 +319,9 @@ def _another_thread(rank: int, path: str) -> None:
             expected = run.leaves(state)
             future = h.async_save(state, checkpoint_id=f"{path}/{i}")
         future.result(60)
-        target = torch.utils._pytree.tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v, state)
+        target = torch.utils._pytree.tree_map(
+            lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v, state
+        )
         h.load(target, checkpoint_id=f"{path}/{i}")
         assert all(torch.equal(a, b) for a, b in zip(run.leaves(target), expected, strict=True)), i
     stop.set()
@@ -300,7 +343,8 @@ class _Around:
 
 
 def _ways_to_change(rank: int, path: str) -> None:
-    """Steps of any kind wait; averages that are saved along, and states that get other memory, do not have to."""
+    """Steps of any kind wait; averages that are saved along, and states that get other memory, do
+    not have to."""
 
     def scaled(run: _Run) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
@@ -351,7 +395,9 @@ def _ways_to_change(rank: int, path: str) -> None:
         run = _Run(rank)
         run.optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.1, **options)
         run.optimizer.step()
-        assert changed(run, "-".join(options), lambda run: run.optimizer.step()) > _LATE / 2, options
+        assert changed(run, "-".join(options), lambda run: run.optimizer.step()) > _LATE / 2, (
+            options
+        )
     run = _Run(rank)
     for change in (averaged, other_states):
         assert changed(run, change.__name__, change) == 0.0, change.__name__
@@ -385,7 +431,8 @@ def test_a_compiled_step_waits_too(tmp_path: Path) -> None:
 
 
 def _with_copies_only(rank: int, path: str) -> None:
-    """A step waits for the ranks' agreement and for copies: not for the save's own thread, which may be behind."""
+    """A step waits for the ranks' agreement and for copies: not for the save's own thread, which
+    may be behind."""
     run = _Run(rank)
     stage, stepped = Job._stage, threading.Event()
 
@@ -412,7 +459,9 @@ def _with_copies_only(rank: int, path: str) -> None:
             next(run.model.parameters()).mul_(2)
     run.optimizer.step()
     stepped.set()
-    with pytest.raises(h.CheckpointError, match=r"rank 2: .* it was changed while it was being saved"):
+    with pytest.raises(
+        h.CheckpointError, match=r"rank 2: .* it was changed while it was being saved"
+    ):
         future.result(60)
     with pytest.raises(h.CheckpointError, match="it was changed"):
         h.async_save(run.state(), checkpoint_id=f"{path}/changed")
@@ -428,7 +477,9 @@ def _on_gpu(rank: int, path: str) -> None:
         run.gradients(step)
         state = run.state()
         expected = run.leaves(state)
-        future = h.async_save(state, checkpoint_id=f"{path}/{step}", snapshot="verify" if step == 3 else "lazy")
+        future = h.async_save(
+            state, checkpoint_id=f"{path}/{step}", snapshot="verify" if step == 3 else "lazy"
+        )
         run.optimizer.step()  # its kernels are queued behind the copies
         future.result(60)
         run.saved_is(f"{path}/{step}", expected)

@@ -1,4 +1,5 @@
-"""What asynchronous saves hold in memory: laid out as the files will be, bounded where a bound is set, never growing."""
+"""What asynchronous saves hold in memory: laid out as the files will be, bounded where a bound is
+set, never growing."""
 
 import os
 import threading
@@ -47,14 +48,19 @@ class _Run:
         return {"model": weights, "optim": moments}
 
     def saved_is(self, path: str, expected: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        target = torch.utils._pytree.tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v, state)
+        target = torch.utils._pytree.tree_map(
+            lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v, state
+        )
         h.load(target, checkpoint_id=path)
         assert_same(bits(target), expected, path)
 
 
 def _files(path: str | Path, rank: int) -> list[bytes]:
     """A rank's data files up to what names the save."""
-    names = sorted((name for name in os.listdir(path) if name.startswith(f"__{rank}_")), key=lambda name: (len(name), name))
+    names = sorted(
+        (name for name in os.listdir(path) if name.startswith(f"__{rank}_")),
+        key=lambda name: (len(name), name),
+    )
     return [(Path(path) / name).read_bytes()[:-_TAIL] for name in names]
 
 
@@ -75,9 +81,13 @@ def _mixed() -> dict[str, Any]:
 
 
 def _same_bytes(rank: int, path: str) -> None:
-    """The files are a synchronous save's, byte for byte, whichever way the bytes were copied and however many were not."""
+    """The files are a synchronous save's, byte for byte, whichever way the bytes were copied and
+    however many were not."""
     run = _Run(300, 700)
-    plain = {"mixed": _mixed(), f"rank{rank}": torch.arange(500_000.0) + rank}  # DCP plans the plain tensors of this one
+    plain = {
+        "mixed": _mixed(),
+        f"rank{rank}": torch.arange(500_000.0) + rank,
+    }  # DCP plans the plain tensors of this one
     states = {"trained": run.state() | {"step": 7}, "mixed": _mixed(), "ranks": run.state() | plain}
     for name, state in states.items():
         for single in (True, False):
@@ -86,14 +96,27 @@ def _same_bytes(rank: int, path: str) -> None:
             h.save(state, storage_writer=writer(f"{where}-sync"))
             expected = _files(f"{where}-sync", rank)
             assert expected, (name, rank)
-            for mode, limit in (("lazy", None), ("copy", None), ("lazy", _MIB), ("copy", 3 * _MIB), ("verify", 0)):
+            for mode, limit in (
+                ("lazy", None),
+                ("copy", None),
+                ("lazy", _MIB),
+                ("copy", 3 * _MIB),
+                ("verify", 0),
+            ):
                 to = f"{where}-{mode}-{limit}"
-                saving = h.async_save(state, storage_writer=writer(to), snapshot=mode, max_staging_bytes=limit)  # type: ignore[arg-type]
+                saving = h.async_save(
+                    state, storage_writer=writer(to), snapshot=mode, max_staging_bytes=limit
+                )  # type: ignore[arg-type]
                 saving.result(60)
                 assert _files(to, rank) == expected, (name, single, mode, limit)
                 assert limit is None or saving.staged_bytes <= limit
                 block = h._async._in_flight.pool._block.numel()
-                assert saving.staged_bytes <= block and (limit is None or block <= limit), (name, mode, limit, block)
+                assert saving.staged_bytes <= block and (limit is None or block <= limit), (
+                    name,
+                    mode,
+                    limit,
+                    block,
+                )
 
 
 def test_the_files_are_those_of_a_synchronous_save(tmp_path: Path) -> None:
@@ -104,7 +127,7 @@ class _WritesWait:
     """Nothing is written before training has come to the gate, and that takes its time."""
 
     def __enter__(self) -> None:
-        self._hold, reached = Snapshot.hold, threading.Event()
+        self._hold, reached = Snapshot.wait_at_gate, threading.Event()
 
         def hold(snapshot: Snapshot) -> None:
             reached.set()
@@ -116,16 +139,17 @@ class _WritesWait:
                 time.sleep(0.1)
             return 0
 
-        Snapshot.hold = hold  # type: ignore[method-assign]
+        Snapshot.wait_at_gate = hold  # type: ignore[method-assign]
         _C._inject_fault(slow)
 
     def __exit__(self, *_: object) -> None:
-        Snapshot.hold = self._hold  # type: ignore[method-assign]
+        Snapshot.wait_at_gate = self._hold  # type: ignore[method-assign]
         _C._inject_fault(None)
 
 
 def _bounded(rank: int, path: str) -> None:
-    """What does not fit is written while training waits: at the gate, or in the call if nothing guards it."""
+    """What does not fit is written while training waits: at the gate, or in the call if nothing
+    guards it."""
     run = _Run(1024, 2048)  # 25 MiB for each rank to write: three blocks and more
     whole = h.async_save(run.state(), checkpoint_id=f"{path}/whole")
     whole.result(60)
@@ -135,12 +159,20 @@ def _bounded(rank: int, path: str) -> None:
             expected = bits(state)
             to = f"{path}/{mode}-{limit}"
             with _WritesWait():
-                saving = h.async_save(state, checkpoint_id=to, snapshot=mode, max_staging_bytes=limit)  # type: ignore[arg-type]
+                saving = h.async_save(
+                    state, checkpoint_id=to, snapshot=mode, max_staging_bytes=limit
+                )  # type: ignore[arg-type]
                 run.step()
                 saving.staging_completion.result(60)
-                assert saving.step_wait_seconds > 0.05, (limit, mode)  # a write of the part that has no room
+                assert saving.step_wait_seconds > 0.05, (
+                    limit,
+                    mode,
+                )  # a write of the part that has no room
                 saving.result(60)
-            assert limit / 2 <= saving.staged_bytes <= limit < whole.staged_bytes, (limit, saving.staged_bytes)
+            assert limit / 2 <= saving.staged_bytes <= limit < whole.staged_bytes, (
+                limit,
+                saving.staged_bytes,
+            )
             run.saved_is(to, expected, run.state())
 
     # Nothing guards these: the call returns when they have been read.
@@ -149,7 +181,9 @@ def _bounded(rank: int, path: str) -> None:
     state = run.state() | {"ema": ema, "plain": torch.arange(400_000.0)}
     expected = bits(state)
     for mode, limit in (("lazy", 2 * _MIB), ("copy", 2 * _MIB), ("copy", 0)):
-        saving = h.async_save(state, checkpoint_id=f"{path}/ema", snapshot=mode, max_staging_bytes=limit)  # type: ignore[arg-type]
+        saving = h.async_save(
+            state, checkpoint_id=f"{path}/ema", snapshot=mode, max_staging_bytes=limit
+        )  # type: ignore[arg-type]
         ema._local_tensor.fill_(7)
         state["plain"].fill_(7)
         saving.result(60)
@@ -168,15 +202,20 @@ def _bounded(rank: int, path: str) -> None:
         check(save)
 
     Save.check_sources = write_unseen  # type: ignore[method-assign]
-    future = h.async_save(run.state(), checkpoint_id=f"{path}/ema", snapshot="verify", max_staging_bytes=0)
-    with pytest.raises(h.CheckpointError, match=r"rank 1: .*it was changed while it was being saved"):
+    future = h.async_save(
+        run.state(), checkpoint_id=f"{path}/ema", snapshot="verify", max_staging_bytes=0
+    )
+    with pytest.raises(
+        h.CheckpointError, match=r"rank 1: .*it was changed while it was being saved"
+    ):
         future.result(60)
     Save.check_sources = check  # type: ignore[method-assign]
     with pytest.raises(h.CheckpointError, match="it was changed"):
         h.async_save(run.state(), checkpoint_id=f"{path}/ema")
     run.saved_is(f"{path}/ema", expected, state)
 
-    # A disk that is full while training waits: the step goes on, the save fails everywhere, the older checkpoint stays.
+    # A disk that is full while training waits: the step goes on, the save fails everywhere, the
+    # older checkpoint stays.
     if rank == 1:
         _C._inject_fault(lambda op, path: -28 if op == "pwrite" else 0)
     future = h.async_save(run.state(), checkpoint_id=f"{path}/ema", max_staging_bytes=0)
@@ -187,7 +226,10 @@ def _bounded(rank: int, path: str) -> None:
         h.async_save(run.state(), checkpoint_id=f"{path}/ema")
     run.saved_is(f"{path}/ema", expected, state)
 
-    for wrong, limit, more in (("0 or more", -1, {}), ("torch's own code", 1, {"use_collectives": False})):
+    for wrong, limit, more in (
+        ("0 or more", -1, {}),
+        ("torch's own code", 1, {"use_collectives": False}),
+    ):
         with pytest.raises(ValueError, match=wrong):
             h.async_save(run.state(), checkpoint_id=f"{path}/no", max_staging_bytes=limit, **more)
 
@@ -224,7 +266,9 @@ def _memory(rank: int, path: str) -> list[tuple[int, int]]:
             saving = h.async_save(state, checkpoint_id=f"{path}/{i}", max_staging_bytes=limit)
             saving.result(60)
             heights.append(process_memory("VmHWM") - resting)
-        out.append((saving.staged_bytes, max(heights[1:])))  # libraries' pages are touched for the first time in the first one
+        out.append(
+            (saving.staged_bytes, max(heights[1:]))
+        )  # libraries' pages are touched for the first time in the first one
     return out
 
 

@@ -1,4 +1,5 @@
-"""What a training job loses that is killed, or interrupted, while ``CheckpointManager`` saves in the background."""
+"""What a training job loses that is killed, or interrupted, while ``CheckpointManager`` saves in
+the background."""
 
 import os
 import random
@@ -27,8 +28,11 @@ def _state(step: int, mesh: Any = None) -> dict[str, Any]:
     return {"step": step, **({"w": weight} if mesh is None else sharded(weight, mesh))}
 
 
-def _train(rank: int, path: Path, manager: h.CheckpointManager, saves: int, at_the_end: Callable[[], None]) -> None:
-    """For ever; ``at_the_end`` is called before so many saves are made. The log has the steps whose ``save`` has returned."""
+def _train(
+    rank: int, path: Path, manager: h.CheckpointManager, saves: int, at_the_end: Callable[[], None]
+) -> None:
+    """For ever; ``at_the_end`` is called before so many saves are made. The log has the steps whose
+    ``save`` has returned."""
     log = os.open(path / f"log{rank}", os.O_WRONLY | os.O_CREAT)
     mesh, step = pair_mesh(), 0
     while True:
@@ -53,7 +57,8 @@ def _killed(rank: int, path: Path, seconds: float) -> None:
 
 
 def _restored(path: Path) -> tuple[int, int]:
-    """The step that a new job goes on from, and the last one whose ``save`` had returned on either rank."""
+    """The step that a new job goes on from, and the last one whose ``save`` had returned on either
+    rank."""
     begun = [int(step) for rank in (0, 1) for step in (path / f"log{rank}").read_text().split()]
     target = _state(0)
     restored = h.CheckpointManager(path / "run").restore_latest(target)
@@ -101,4 +106,8 @@ def test_a_job_that_is_interrupted_loses_no_save_that_was_begun(tmp_path: Path) 
     run_ranks(_interrupted, 2, tmp_path)
     restored, begun = _restored(tmp_path)
     assert restored == begun == 3 * _EVERY
-    assert not [name for name in os.listdir(tmp_path / "run" / f"step-{restored:06d}") if name.endswith(".tmp")]
+    assert not [
+        name
+        for name in os.listdir(tmp_path / "run" / f"step-{restored:06d}")
+        if name.endswith(".tmp")
+    ]

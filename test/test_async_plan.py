@@ -1,4 +1,5 @@
-"""What ``async_save`` keeps from save to save, and notices: a plan fits only the structure that it was made for."""
+"""What ``async_save`` keeps from save to save, and notices: a plan fits only the structure that it
+was made for."""
 
 import gc
 import inspect
@@ -29,13 +30,18 @@ def _local(value: Any) -> Any:
 
 
 def _variants(rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """States of two ranks, each unlike the first one in one thing that the plan depends on, and in no other that it could be
-    told by. Made anew at each call, but for the meshes and the DTensors' specs."""
+    """States of two ranks, each unlike the first one in one thing that the plan depends on, and in
+    no other that it could be told by. Made anew at each call, but for the meshes and the DTensors'
+    specs."""
     mesh, reverse = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [1, 0])
     values = torch.arange(32.0) + 100 * rank
 
-    def sharded(place: Placement, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> Callable[[], DTensor]:
-        spec = DTensor.from_local(torch.zeros(4, 8, dtype=dtype), mesh, [place], run_check=False)._spec
+    def sharded(
+        place: Placement, mesh: DeviceMesh, dtype: torch.dtype = torch.float32
+    ) -> Callable[[], DTensor]:
+        spec = DTensor.from_local(
+            torch.zeros(4, 8, dtype=dtype), mesh, [place], run_check=False
+        )._spec
         own = values if isinstance(place, Shard) else values % 100  # replicas are equal
         return lambda: DTensor(own.to(dtype).view(4, 8), spec, requires_grad=False)
 
@@ -45,11 +51,19 @@ def _variants(rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
         "cut along columns": lambda: {"w": sharded(Shard(1), mesh)(), "p": plain(), "o": [3, rank]},
         "replicated": lambda: {"w": sharded(Replicate(), mesh)(), "p": plain(), "o": [3, rank]},
         "another mesh": lambda: {"w": sharded(Shard(0), reverse)(), "p": plain(), "o": [3, rank]},
-        "a shard's dtype": lambda: {"w": sharded(Shard(0), mesh, torch.int32)(), "p": plain(), "o": [3, rank]},
+        "a shard's dtype": lambda: {
+            "w": sharded(Shard(0), mesh, torch.int32)(),
+            "p": plain(),
+            "o": [3, rank],
+        },
         "dtype": lambda: {"w": rows(), "p": plain().int(), "o": [3, rank]},
         "strides": lambda: {"w": rows(), "p": torch.arange(24.0).view(4, 6).t(), "o": [3, rank]},
         "shape": lambda: {"w": rows(), "p": plain().view(4, 6), "o": [3, rank]},
-        "part of a storage": lambda: {"w": rows(), "p": torch.arange(48.0).view(6, 8)[:, ::2], "o": [3, rank]},
+        "part of a storage": lambda: {
+            "w": rows(),
+            "p": torch.arange(48.0).view(6, 8)[:, ::2],
+            "o": [3, rank],
+        },
         "a parameter": lambda: {"w": rows(), "p": torch.nn.Parameter(plain()), "o": [3, rank]},
         "key": lambda: {"w": rows(), "q": plain(), "o": [3, rank]},
         "order": lambda: {"p": plain(), "w": rows(), "o": [3, rank]},
@@ -65,7 +79,10 @@ def _kept_plans(rank: int, path: str) -> None:
     make, planned = _capture.make_static_plan, []
     _capture.make_static_plan = lambda *a: planned.append(1) or make(*a)  # type: ignore[func-returns-value]
     variants = _variants(rank)
-    for before in (None, "as it is"):  # what is changed is found out with the plan of the others kept, and at once
+    for before in (
+        None,
+        "as it is",
+    ):  # what is changed is found out with the plan of the others kept, and at once
         for name, state_of in variants.items():
             if before is not None:
                 h.async_save(variants[before](), checkpoint_id=f"{path}/before").result(60)
@@ -76,7 +93,9 @@ def _kept_plans(rank: int, path: str) -> None:
                 h.async_save(state, checkpoint_id=to).result(60)
                 if again:
                     assert not planned, name
-                target = tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None, state)
+                target = tree_map(
+                    lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None, state
+                )
                 dcp.load(target, storage_reader=dcp.FileSystemReader(to))
                 leaves = zip(tree_leaves(target), tree_leaves(state), strict=True)
                 for got, expected in leaves:
@@ -85,7 +104,10 @@ def _kept_plans(rank: int, path: str) -> None:
                         assert got.dtype == expected.dtype, (name, before)
                 names = dcp.FileSystemReader(to).read_metadata().planner_data
                 assert names is not None
-                assert {"/".join(map(str, at)) for at in names.values()} == _paths(state), (name, before)
+                assert {"/".join(map(str, at)) for at in names.values()} == _paths(state), (
+                    name,
+                    before,
+                )
     _capture.make_static_plan = make
 
 
@@ -105,7 +127,10 @@ def _clipped(rank: int, path: str) -> None:
         loss_of(model, batch(even_net(), step, rank)).backward()
         if step == 0:
             optimizer.step()
-    state = {"model": model.state_dict(), "grads": {name: p.grad for name, p in model.named_parameters()}}
+    state = {
+        "model": model.state_dict(),
+        "grads": {name: p.grad for name, p in model.named_parameters()},
+    }
     expected = [_local(v).clone() for v in tree_leaves(state)]
     future = h.async_save(state, checkpoint_id=path)
     model.clip_grad_norm_(1e-3)
@@ -114,7 +139,9 @@ def _clipped(rank: int, path: str) -> None:
     assert all(float(_local(g).norm()) <= 1.1e-3 for g in state["grads"].values())
     target = tree_map(torch.zeros_like, state)
     h.load(target, checkpoint_id=path)
-    assert all(torch.equal(_local(a), b) for a, b in zip(tree_leaves(target), expected, strict=True))
+    assert all(
+        torch.equal(_local(a), b) for a, b in zip(tree_leaves(target), expected, strict=True)
+    )
 
 
 def _two_ranks(rank: int, path: str) -> None:
@@ -149,12 +176,16 @@ def test_values_that_leave_their_container_while_it_is_read_are_kept() -> None:
     assert live.values[1] is seen()
 
 
-def test_nothing_is_read_again_where_nothing_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_again_where_nothing_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a guarded tensor the call itself waits for what is written in its place."""
     read: list[Any] = []
     monkeypatch.setattr(_staged, "checksum", lambda record: read.append(record) or 0)
     state = {"w": torch.arange(500_000.0)}
-    future = h.async_save(state, checkpoint_id=tmp_path / "c", snapshot="verify", max_staging_bytes=0)
+    future = h.async_save(
+        state, checkpoint_id=tmp_path / "c", snapshot="verify", max_staging_bytes=0
+    )
     state["w"].zero_()
     future.result(60)
     assert not read

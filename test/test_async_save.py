@@ -1,4 +1,5 @@
-"""``async_save``: the state at the call, failures on the future and at the next call, forks, exit."""
+"""``async_save``: the state at the call, failures on the future and at the next call, forks,
+exit."""
 
 import logging
 import multiprocessing
@@ -27,20 +28,25 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     "adam": lambda groups: torch.optim.Adam(groups, lr=0.1),
     "adamw_foreach": lambda groups: torch.optim.AdamW(groups, lr=0.1, foreach=True),
-    "lbfgs": lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]], lr=0.1, max_iter=2),
+    "lbfgs": lambda groups: torch.optim.LBFGS(
+        [p for g in groups for p in g["params"]], lr=0.1, max_iter=2
+    ),
     "adamw_fused": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),
 }
 
 
 def _clone(value: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, value)
+    return torch.utils._pytree.tree_map(
+        lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, value
+    )
 
 
 def _equal(a: Any, b: Any) -> bool:
     local = lambda t: getattr(t, "_local_tensor", t)  # noqa: E731
     flat_a, flat_b = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
     return len(flat_a) == len(flat_b) and all(
-        torch.equal(local(x), local(y)) if isinstance(x, torch.Tensor) else x == y for x, y in zip(flat_a, flat_b, strict=True)
+        torch.equal(local(x), local(y)) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(flat_a, flat_b, strict=True)
     )
 
 
@@ -68,7 +74,11 @@ def _training_goes_on(rank: int, path: str) -> None:
         saves = []
         for step in range(3):
             weights, moments = get_state_dict(model, optimizer)
-            extra = {"list": [1, 2], "tensor": torch.arange(5.0), "rng": {f"rank{rank}": torch.full((4,), float(rank))}}
+            extra = {
+                "list": [1, 2],
+                "tensor": torch.arange(5.0),
+                "rng": {f"rank{rank}": torch.full((4,), float(rank))},
+            }
             state = {"model": weights, "optim": moments, "extra": extra}
             expected = _clone(state)
             future = h.async_save(state, checkpoint_id=f"{path}/{name}-{step}")
@@ -160,7 +170,8 @@ def test_failures_forks_and_many_saves(tmp_path: Path) -> None:
 
 
 def _futures(rank: int, path: str) -> None:
-    """Of two process groups at a time; callbacks, a caller that keeps no future, groups that are destroyed meanwhile."""
+    """Of two process groups at a time; callbacks, a caller that keeps no future, groups that are
+    destroyed meanwhile."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     name, value = f"{path}/pair{rank // 2}", float(rank // 2)
     state = {"w": torch.full((300_000,), value), f"rank{rank}": torch.full((7,), float(rank))}
@@ -181,7 +192,9 @@ def _futures(rank: int, path: str) -> None:
         raise ValueError("the callback's own")
 
     def save_again(future: Any) -> None:
-        h.async_save({"w": torch.full((9,), 2.0)}, checkpoint_id=f"{path}/again").add_done_callback(lambda _: last.set())
+        h.async_save({"w": torch.full((9,), 2.0)}, checkpoint_id=f"{path}/again").add_done_callback(
+            lambda _: last.set()
+        )
 
     _C._inject_fault(lambda op, path: 0 * (op == "pwrite" and go_on.wait(60)))
     future = h.async_save({"w": torch.ones(300_000)}, checkpoint_id=f"{path}/all")
@@ -190,13 +203,17 @@ def _futures(rank: int, path: str) -> None:
     with pytest.raises(TimeoutError):
         future.result(0.05)
     assert not future.cancel()
-    assert not future.staging_completion.cancel()  # else what is still to be copied would be written as it is
+    assert (
+        not future.staging_completion.cancel()
+    )  # else what is still to be copied would be written as it is
     assert not future.done()
     go_on.set()
     assert last.wait(60)
     _C._inject_fault(None)
     assert seen == [False, future]
-    future.add_done_callback(lambda _: seen.append(threading.current_thread() is threading.main_thread()))
+    future.add_done_callback(
+        lambda _: seen.append(threading.current_thread() is threading.main_thread())
+    )
     assert seen == [False, future, True]
 
     future = h.async_save({"w": torch.full((300_000,), 3.0)}, checkpoint_id=f"{path}/end")
@@ -228,21 +245,24 @@ def test_futures_and_groups(tmp_path: Path) -> None:
 
 
 def test_a_save_in_flight_is_finished_at_exit(tmp_path: Path) -> None:
-    code = (
-        f"import torch, torch_hsdp_ckpt as h; h.async_save({{'w': torch.ones(10**7)}}, checkpoint_id={str(tmp_path / 'c')!r})"
-    )
+    code = f"import torch, torch_hsdp_ckpt as h; h.async_save({{'w': torch.ones(10**7)}}, checkpoint_id={str(tmp_path / 'c')!r})"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     target = {"w": torch.zeros(10**7)}
     dcp.load(target, storage_reader=h.FileSystemReader(tmp_path / "c"))
     assert bool((target["w"] == 1).all())
 
 
-def test_torchs_own_stager_is_torchs_own_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_torchs_own_stager_is_torchs_own_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
     with caplog.at_level(logging.INFO, "torch_hsdp_ckpt"):
         h.async_save(
-            {"w": torch.ones(3)}, checkpoint_id=tmp_path / "c", async_stager=BlockingAsyncStager(), no_dist=True
+            {"w": torch.ones(3)},
+            checkpoint_id=tmp_path / "c",
+            async_stager=BlockingAsyncStager(),
+            no_dist=True,
         ).result()
     assert any("an async_stager was passed" in message for message in caplog.messages)
     assert (tmp_path / "c" / ".metadata").is_file()
@@ -268,13 +288,17 @@ def _in_process_mode(rank: int, path: str) -> None:
     state: dict[str, Any] = {"model": dict(model.state_dict()), "n": [1]}
     expected = _clone(state)
     for _ in range(2):
-        future = h.async_save(state, checkpoint_id=path, async_checkpointer_type=AsyncCheckpointerType.PROCESS)
+        future = h.async_save(
+            state, checkpoint_id=path, async_checkpointer_type=AsyncCheckpointerType.PROCESS
+        )
         assert not isinstance(future, h.AsyncSave)
         for value in state["model"].values():
             getattr(value, "_local_tensor", value).add_(1)
         assert isinstance(future.result(60), dcp.Metadata)
         for load in (dcp.load, h.load):
-            target = torch.utils._pytree.tree_map(lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else 0, expected)
+            target = torch.utils._pytree.tree_map(
+                lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else 0, expected
+            )
             load(target, checkpoint_id=path)
             assert _equal(target, expected), load.__module__
         expected = _clone(state)

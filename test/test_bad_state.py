@@ -1,4 +1,5 @@
-"""What does not fit is an error on every rank that lists the names; module and optimizer are as they were, bit for bit."""
+"""What does not fit is an error on every rank that lists the names; module and optimizer are as
+they were, bit for bit."""
 
 import copy
 import threading
@@ -41,21 +42,34 @@ def _misfits(rank: int, wrap: Wrap) -> None:
         ({**ones, key: "text"}, "not a tensor"),
         (None, "not a NoneType"),
         ({**ones, 3: torch.ones(1)}, "keys are names, not a int: 3"),
-        ({**ones, "calls": torch.tensor(9).to_sparse()}, '"calls" is of another kind (torch.sparse_coo'),
+        (
+            {**ones, "calls": torch.tensor(9).to_sparse()},
+            '"calls" is of another kind (torch.sparse_coo',
+        ),
         # One row where the shard has two: a plain copy would fill both with it.
-        ({**ones, key: DTensor(torch.ones(1, 7), ones[key]._spec, requires_grad=False)}, f'"{key}": this rank\'s shard'),
+        (
+            {**ones, key: DTensor(torch.ones(1, 7), ones[key]._spec, requires_grad=False)},
+            f'"{key}": this rank\'s shard',
+        ),
         ({**ones, key: line.state_dict()[key]}, "torch.distributed.checkpoint"),
         (dict(other.state_dict()), 'size mismatch for "blocks.1.down.weight"'),
     ]
     for bad, message in wrong:
-        for alone in (False, True):  # on every rank, or on one only: an error on all of them either way
+        for alone in (
+            False,
+            True,
+        ):  # on every rank, or on one only: an error on all of them either way
             with pytest.raises(RuntimeError) as error:
                 model.load_state_dict(bad if not alone or rank == 2 else ones)
-            assert message in str(error.value) and ("rank 2: " in str(error.value)) == (alone and rank != 2)
+            assert message in str(error.value) and ("rank 2: " in str(error.value)) == (
+                alone and rank != 2
+            )
             assert_same(model.state_dict(), before, message)
     partial = model.load_state_dict({**without, "head.strange": torch.ones(1)}, strict=False)
     assert (partial.missing_keys, partial.unexpected_keys) == ([key], ["head.strange"])
-    assert torch.equal(model.state_dict()["head.bias"]._local_tensor, ones["head.bias"]._local_tensor)
+    assert torch.equal(
+        model.state_dict()["head.bias"]._local_tensor, ones["head.bias"]._local_tensor
+    )
     assert torch.equal(model.state_dict()[key]._local_tensor, before[key])
 
 
@@ -83,7 +97,8 @@ class _Extra(nn.Linear):
 
 
 def _architecture(rank: int) -> None:
-    """Another architecture's checkpoint: what is missing is named whole, what is there beside it up to fifty names in all."""
+    """Another architecture's checkpoint: what is missing is named whole, what is there beside it up
+    to fifty names in all."""
     model, _ = trained("uneven", rank)
     before = bits(model.state_dict())
     with pytest.raises(RuntimeError) as error:
@@ -114,7 +129,9 @@ def _batch_norm(rank: int) -> None:
         assert_same(model.state_dict(), before, message)
     model.load_state_dict(ones)
     assert_same(model.state_dict(), ones)
-    net[0].register_load_state_dict_pre_hook(lambda *args: None)  # another way of loading, for all of the model
+    net[0].register_load_state_dict_pre_hook(
+        lambda *args: None
+    )  # another way of loading, for all of the model
     with pytest.raises(RuntimeError, match=r'"1\.running_mean" is torch\.float64'):
         model.load_state_dict({**state, "1.running_mean": state["1.running_mean"].double()})
     assert_same(model.state_dict(), ones)
@@ -153,19 +170,28 @@ class _NoWayBack(_Extra):
 
 
 def _extra_state_of_its_own_mind() -> None:
-    for kind, reason in ((_NoCopy, "could not be copied before: TypeError"), (_NoWayBack, "ArithmeticError: not that one")):
+    for kind, reason in (
+        (_NoCopy, "could not be copied before: TypeError"),
+        (_NoWayBack, "ArithmeticError: not that one"),
+    ):
         model = FSDP(nn.Sequential(kind(), nn.Linear(4, 4)))
         before = bits({k: v for k, v in model.state_dict().items() if "extra" not in k})
-        nines = {k: torch.full_like(v, 9) for k, v in model.state_dict().items() if "extra" not in k}
+        nines = {
+            k: torch.full_like(v, 9) for k, v in model.state_dict().items() if "extra" not in k
+        }
         state = {**nines, "0._extra_state": {"version": [8]}}
         lacking = {k: v for k, v in state.items() if k != "1.bias"}
         for assign in (False, True):
             model.module[0].version[:] = [7]
-            with pytest.raises(RuntimeError, match=rf"(?s)1\.bias.*The extra state of 0 may have changed.*{reason}"):
+            with pytest.raises(
+                RuntimeError, match=rf"(?s)1\.bias.*The extra state of 0 may have changed.*{reason}"
+            ):
                 model.load_state_dict(lacking, assign=assign)
             assert_same({k: v for k, v in model.state_dict().items() if "extra" not in k}, before)
         model(torch.ones(1, 4)).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())  # the shards are bound to their unit
+        assert all(
+            p.grad is not None for p in model.parameters()
+        )  # the shards are bound to their unit
         model.load_state_dict(state)
         assert model.module[0].version == [8]
         assert all((p.to_local() == 9).all() for p in model.parameters())
@@ -176,7 +202,10 @@ def _optimizer(rank: int) -> None:
     other, other_optim = trained("even", rank)
     state = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
     before, key = bits(optimizer.state_dict()), "head.weight"
-    groups, steps = copy.deepcopy(optimizer.state_dict()["param_groups"]), [s["step"] for s in optimizer.state.values()]
+    groups, steps = (
+        copy.deepcopy(optimizer.state_dict()["param_groups"]),
+        [s["step"] for s in optimizer.state.values()],
+    )
 
     def changed(**values):
         new = copy.deepcopy(state)
@@ -187,7 +216,10 @@ def _optimizer(rank: int) -> None:
     renamed["state"]["nobody"] = renamed["state"].pop(key)
     split = changed()
     group = split["param_groups"][0]
-    split["param_groups"] = [{**group, "params": group["params"][:3]}, {**group, "params": group["params"][3:]}]
+    split["param_groups"] = [
+        {**group, "params": group["params"][:3]},
+        {**group, "params": group["params"][3:]},
+    ]
     lacking = changed()
     lacking["param_groups"][0]["params"].remove(key)
 
@@ -198,10 +230,23 @@ def _optimizer(rank: int) -> None:
 
     entry = state["state"][key]
     heavy = {"momentum_buffer": torch.full_like(entry["exp_avg"], 9)}
-    sgd = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0, "nesterov": False, "params": group["params"]}
+    sgd = {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "dampening": 0,
+        "weight_decay": 0,
+        "nesterov": False,
+        "params": group["params"],
+    }
     wrong = [
-        ({**state, "state": {**state["state"], key: 3}}, f"the state of {key} is a int, not a dict"),
-        ({**state, "state": {**state["state"], key: heavy}}, f'the state of {key} has no "exp_avg"'),
+        (
+            {**state, "state": {**state["state"], key: 3}},
+            f"the state of {key} is a int, not a dict",
+        ),
+        (
+            {**state, "state": {**state["state"], key: heavy}},
+            f'the state of {key} has no "exp_avg"',
+        ),
         (changed(exp_avg=torch.tensor(1.0)), f"{key}: exp_avg is a single value"),
         (changed(exp_avg="text"), f"{key}: exp_avg is a str"),
         ({"state": state["state"]}, 'no "param_groups"'),
@@ -216,8 +261,14 @@ def _optimizer(rank: int) -> None:
             changed(exp_avg=DTensor(torch.ones(1, 7), entry["exp_avg"]._spec, requires_grad=False)),
             f"{key}: exp_avg: this rank's shard",
         ),
-        (changed(exp_avg=state["state"][key]["exp_avg"].double()), f"{key}: exp_avg is torch.float64"),
-        (FSDP.optim_state_dict(other, other_optim), "size mismatch for blocks.1.down.weight: exp_avg"),
+        (
+            changed(exp_avg=state["state"][key]["exp_avg"].double()),
+            f"{key}: exp_avg is torch.float64",
+        ),
+        (
+            FSDP.optim_state_dict(other, other_optim),
+            "size mismatch for blocks.1.down.weight: exp_avg",
+        ),
         ({}, 'a dict with "state"'),
         ({"state": {}, "param_groups": [{}]}, "a list of dicts"),
         ({"state": {}, "param_groups": 3}, "a list of dicts"),
@@ -230,10 +281,19 @@ def _optimizer(rank: int) -> None:
             assert message in str(error.value), (message, str(error.value))
             assert_same(optimizer.state_dict(), before, message)
             assert optimizer.state_dict()["param_groups"] == groups
-            assert all(s["step"] is step for s, step in zip(optimizer.state.values(), steps, strict=True))
-    with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, None, FullOptimStateDictConfig(rank0_only=True)):
-        for item, message in ((torch.ones(3, 7).to_sparse(), "another kind"), (threading.Lock(), "can't be sent: TypeError")):
-            whole = FSDP.optim_state_dict(model, optimizer)  # the first rank's counts, the others have nothing
+            assert all(
+                s["step"] is step for s, step in zip(optimizer.state.values(), steps, strict=True)
+            )
+    with FSDP.state_dict_type(
+        model, StateDictType.FULL_STATE_DICT, None, FullOptimStateDictConfig(rank0_only=True)
+    ):
+        for item, message in (
+            (torch.ones(3, 7).to_sparse(), "another kind"),
+            (threading.Lock(), "can't be sent: TypeError"),
+        ):
+            whole = FSDP.optim_state_dict(
+                model, optimizer
+            )  # the first rank's counts, the others have nothing
             if rank == 0:
                 whole["state"][key]["exp_avg"] = item
             with pytest.raises(ValueError, match=message):
@@ -247,11 +307,14 @@ def _optimizer(rank: int) -> None:
 
 
 def _own_loading(rank: int) -> None:
-    """A class under fully_shard that loads in a way of its own is still asked, and what it has done is undone."""
+    """A class under fully_shard that loads in a way of its own is still asked, and what it has done
+    is undone."""
 
     class Renames(nn.Linear):
         def load_state_dict(self, state_dict, strict=True, assign=False):
-            loaded = super().load_state_dict({k.removeprefix("old."): v for k, v in state_dict.items()}, strict, assign)
+            loaded = super().load_state_dict(
+                {k.removeprefix("old."): v for k, v in state_dict.items()}, strict, assign
+            )
             if rank == 3 and "old.bias" in state_dict:
                 raise ArithmeticError("no old bias")
             return loaded

@@ -1,4 +1,5 @@
-"""The build: what it says of itself, and that the type hints tell the truth about the extension module."""
+"""The build: what it says of itself, and that the type hints tell the truth about the extension
+module."""
 
 import ast
 import inspect
@@ -18,11 +19,16 @@ def test_build_info_names_this_torch() -> None:
 
 
 def _public(owner: object) -> set[str]:
-    return {name for name in vars(owner) if not name.startswith("__") and name != "_pybind11_conduit_v1_"}
+    return {
+        name
+        for name in vars(owner)
+        if not name.startswith("__") and name != "_pybind11_conduit_v1_"
+    }
 
 
 def test_stub_and_module_agree() -> None:
-    """Every name and every method's arguments of `_C.pyi` are the module's, and the other way round."""
+    """Every name and every method's arguments of `_C.pyi` are the module's, and the other way
+    round."""
     stub = ast.parse(Path(inspect.getfile(torch_hsdp_ckpt)).with_name("_C.pyi").read_text())
     functions = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
     classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef)}

@@ -1,4 +1,5 @@
-"""What only a GPU can show: no host synchronisation, streams, reuse of memory. NCCL, one rank a device; Gloo, several."""
+"""What only a GPU can show: no host synchronisation, streams, reuse of memory. NCCL, one rank a
+device; Gloo, several."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.gpu
 
 
 def _ranks() -> int:
-    """One for each device, at most four: NCCL refuses several ranks on one. The coalesced calls need two."""
+    """One for each device, at most four: NCCL refuses several ranks on one. The coalesced calls
+    need two."""
     count = torch.cuda.device_count()
     return 4 if count >= 4 else min(2, max(1, count))
 
@@ -61,7 +63,8 @@ def test_a_steady_step_does_not_synchronise() -> None:
 
 
 def _little_memory(rank: int) -> None:
-    """The same bits when freed blocks are handed out again at once, poisoned, as when there is memory for everybody."""
+    """The same bits when freed blocks are handed out again at once, poisoned, as when there is
+    memory for everybody."""
     inputs = [batch(_net(1024), step, rank) for step in range(8)]
     expected: list[torch.Tensor] = []
     peak = 0
@@ -70,7 +73,9 @@ def _little_memory(rank: int) -> None:
         optimizer = torch.optim.SGD(ours.parameters(), lr=0.01)
         if tight:
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.1 * peak / torch.cuda.get_device_properties(rank).total_memory)
+            torch.cuda.set_per_process_memory_fraction(
+                1.1 * peak / torch.cuda.get_device_properties(rank).total_memory
+            )
         torch.cuda.reset_peak_memory_stats()
         for x in inputs:
             loss = loss_of(ours, x.cuda())
@@ -98,8 +103,8 @@ def test_memory_that_is_handed_out_again() -> None:
 
 
 def _whole_on_every_rank(rank: int) -> None:
-    """Parameters without dimensions stay equal to the last bit, though a reduce-scatter sums them for each rank in another
-    order."""
+    """Parameters without dimensions stay equal to the last bit, though a reduce-scatter sums them
+    for each rank in another order."""
     net = _net()
     for block in net.blocks:
         block.gate = nn.Parameter(torch.tensor(0.5))
@@ -117,7 +122,8 @@ def test_parameters_without_dimensions_have_the_same_bits_on_every_rank() -> Non
 
 
 def _height(rank: int, ahead: bool) -> int:
-    """Bytes that the allocator can't hand out again, at the height of a backward that the host has queued before it begins."""
+    """Bytes that the allocator can't hand out again, at the height of a backward that the host has
+    queued before it begins."""
     ours = _wrapped(rank, _net(512, 16))
     x = batch(_net(512), 0, rank).cuda()
     if not ahead:
@@ -160,7 +166,8 @@ class _Outputs(nn.Module):
 
 
 def _unused_on_some(rank: int, device: str) -> None:
-    """A rank that has no gradient for the last blocks reduces them at the end, when it has gathered all others."""
+    """A rank that has no gradient for the last blocks reduces them at the end, when it has gathered
+    all others."""
     torch.manual_seed(0)
     net = _Outputs()
     x = torch.randn(8, 64)
@@ -185,7 +192,9 @@ def test_staging_takes_what_it_is_given_and_gives_it_back() -> None:
     before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     source = torch.randint(256, ((40 << 20) + 5,), dtype=torch.uint8, device="cuda")
     for size in (9 << 20, source.numel(), 1 << 20):
-        image = pool.image(Layout([([(0, size)], [0], size)], 0), pinned=True, limit=size + (1 << 20))
+        image = pool.image(
+            Layout([([(0, size)], [0], size)], 0), pinned=True, limit=size + (1 << 20)
+        )
         view = image.view(0, source[:size])
         view.copy_(source[:size], non_blocking=True)
         torch.cuda.synchronize()
@@ -195,8 +204,13 @@ def test_staging_takes_what_it_is_given_and_gives_it_back() -> None:
 
 
 def _streams(rank: int) -> None:
-    """Packing and casting for gathers and reductions run beside the computation's kernels, not among them."""
-    ours = _wrapped(rank, _net(), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    """Packing and casting for gathers and reductions run beside the computation's kernels, not
+    among them."""
+    ours = _wrapped(
+        rank,
+        _net(),
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    )
     inputs = [batch(_net(), step, rank).cuda() for step in range(6)]
     _train(ours, inputs[:3])
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -210,7 +224,10 @@ def _streams(rank: int) -> None:
                 ours_on.add(event.device_resource_id())
             elif "at::native" in event.name():
                 torchs_on.add(event.device_resource_id())
-    assert len(torchs_on) == 1 and len(ours_on - torchs_on) == 2, (ours_on, torchs_on)  # one for gathers, one for reductions
+    assert len(torchs_on) == 1 and len(ours_on - torchs_on) == 2, (
+        ours_on,
+        torchs_on,
+    )  # one for gathers, one for reductions
 
 
 def test_gathers_and_reductions_have_streams_of_their_own() -> None:
@@ -218,7 +235,8 @@ def test_gathers_and_reductions_have_streams_of_their_own() -> None:
 
 
 def _coalesced(rank: int) -> None:
-    """Large even parameters from where they are, in one coalesced call with the packed rest: FSDP2's numbers."""
+    """Large even parameters from where they are, in one coalesced call with the packed rest:
+    FSDP2's numbers."""
     torch.cuda.set_device(rank)
     ranks = torch.distributed.get_world_size()
     for shape in ((ranks // 2, 2), (1, ranks)) if ranks >= 2 else ((1, 1),):

@@ -1,4 +1,5 @@
-"""The main job: arguments, data, what it does with checkpoints, and one small run that really dies and resumes."""
+"""The main job: arguments, data, what it does with checkpoints, and one small run that really dies
+and resumes."""
 
 import argparse
 import io
@@ -48,19 +49,33 @@ def short_file(path: Path) -> str:
         (["--replicas", "0"], "--replicas must be at least 1, got 0"),
         (["--steps", "0"], "--steps must be at least 2"),
         (["--steps", "many"], "invalid int value: 'many'"),
-        (["--data", "/no/such/file"], "cannot read the data file /no/such/file: No such file or directory"),
+        (
+            ["--data", "/no/such/file"],
+            "cannot read the data file /no/such/file: No such file or directory",
+        ),
         (["--data", "/"], "cannot read the data file /: Is a directory"),
-        (["--data", "/dev/null"], "the data holds 0 bytes; one training sequence needs more than 128"),
-        (["--data", short_file], "the data holds 128 bytes; one training sequence needs more than 128"),
+        (
+            ["--data", "/dev/null"],
+            "the data holds 0 bytes; one training sequence needs more than 128",
+        ),
+        (
+            ["--data", short_file],
+            "the data holds 128 bytes; one training sequence needs more than 128",
+        ),
         (["--dir", not_a_directory], "/file/demo: Not a directory"),
         (["--dir", foreign], "holds other things than a demo's"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
     ],
 )
 def test_wrong_arguments_get_one_line(
-    arguments: list[str | Callable[[Path], str]], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str | Callable[[Path], str]],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["--dir", str(tmp_path / "run")] + [a if isinstance(a, str) else a(tmp_path) for a in arguments]
+    argv = ["--dir", str(tmp_path / "run")] + [
+        a if isinstance(a, str) else a(tmp_path) for a in arguments
+    ]
     try:
         code = main(argv)
     except SystemExit as exit:  # argparse's own errors
@@ -79,7 +94,10 @@ def test_a_directory_is_cleared_of_the_demos_own_files_only(tmp_path: Path) -> N
     (tmp_path / "run" / "job" / "step-000001").mkdir(parents=True)
     (tmp_path / "run" / "report.txt").write_text("old")
     run.check(options)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".torch_hsdp_ckpt_demo", "notes.txt"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".torch_hsdp_ckpt_demo",
+        "notes.txt",
+    ]
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5, 9, 10, 40, 101])
@@ -90,7 +108,8 @@ def test_the_crash_has_a_save_before_it(steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "ranks, replicas", [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4), (6, 3), (6, 2), (7, 7), (16, 4)]
+    "ranks, replicas",
+    [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4), (6, 3), (6, 2), (7, 7), (16, 4)],
 )
 def test_half_the_ranks_make_a_mesh_and_share_the_batch(ranks: int, replicas: int) -> None:
     options = run.Options(ranks=ranks, replicas=replicas)
@@ -103,10 +122,14 @@ def test_half_the_ranks_make_a_mesh_and_share_the_batch(ranks: int, replicas: in
 
 
 def test_a_step_sees_the_same_data_on_any_number_of_ranks() -> None:
-    text = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    text = torch.randint(
+        0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     whole = data.sample(text, 7, range(8), 20, seed=3)
     for ranks in (1, 2, 4, 8):
-        parts = [data.sample(text, 7, data.share(rank, ranks, 8), 20, seed=3) for rank in range(ranks)]
+        parts = [
+            data.sample(text, 7, data.share(rank, ranks, 8), 20, seed=3) for rank in range(ranks)
+        ]
         for index in (0, 1):
             assert torch.equal(torch.cat([part[index] for part in parts]), whole[index])
     tokens, targets = whole
@@ -144,7 +167,9 @@ def test_pruning_counts_committed_checkpoints_only(tmp_path: Path) -> None:
     assert checkpoints.prune(tmp_path, keep=2) == [5, 10]
     assert checkpoints.steps_in(tmp_path) == ([20, 40], [30, 50])
     assert (tmp_path / "step-best").is_dir()
-    (tmp_path / "step-000040" / "__0_0.distcp").write_bytes(b"dat")  # cut short: of two good ones to be kept only one is left
+    (tmp_path / "step-000040" / "__0_0.distcp").write_bytes(
+        b"dat"
+    )  # cut short: of two good ones to be kept only one is left
     make_checkpoint(tmp_path, 25, committed=False)
     assert checkpoints.prune(tmp_path, keep=2) == []
     assert checkpoints.prune(tmp_path, keep=1) == []
@@ -165,9 +190,13 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     assert tail.new() == []
 
 
-def made_up_run(name: str, losses: dict[int, float], resumed: int = 0, skipped: tuple[int, ...] = ()) -> report.Run:
+def made_up_run(
+    name: str, losses: dict[int, float], resumed: int = 0, skipped: tuple[int, ...] = ()
+) -> report.Run:
     steps = [{"event": "step", "step": step, "hex": loss.hex()} for step, loss in losses.items()]
-    return report.Run(name, [{"event": "resume", "step": resumed, "skipped": list(skipped)}, *steps])
+    return report.Run(
+        name, [{"event": "resume", "step": resumed, "skipped": list(skipped)}, *steps]
+    )
 
 
 def test_a_claim_fails_on_a_single_bit() -> None:
@@ -182,7 +211,9 @@ def test_a_claim_fails_on_a_single_bit() -> None:
     assert not report.same_bits(reference, nothing_left, 6).passed
     assert report.within_rounding(reference, one_bit, 6).passed
     assert not report.within_rounding(reference, missing, 6).passed
-    assert not report.within_rounding(reference, made_up_run("far", {4: 0.2501, 5: 0.2, 6: 1 / 6}, resumed=3), 6).passed
+    assert not report.within_rounding(
+        reference, made_up_run("far", {4: 0.2501, 5: 0.2, 6: 1 / 6}, resumed=3), 6
+    ).passed
 
 
 def test_a_claim_fails_where_a_checkpoint_was_lost_or_misread() -> None:
@@ -190,7 +221,14 @@ def test_a_claim_fails_where_a_checkpoint_was_lost_or_misread() -> None:
     assert report.resume_claim(made_up_run("r", {}, 3, (6,)), crash, committed=3).passed
     assert not report.resume_claim(made_up_run("r", {}, 0, (3, 6)), crash, committed=3).passed
     assert not report.crash_claim(None, 0, 4).passed
-    found: dict[str, Any] = {"torch": "2", "tensors": 2, "bytes": 8, "memory": [], "other": [], "foreign": []}
+    found: dict[str, Any] = {
+        "torch": "2",
+        "tensors": 2,
+        "bytes": 8,
+        "memory": [],
+        "other": [],
+        "foreign": [],
+    }
     assert all(claim.passed for claim in report.stock_claims(found))
     assert not report.stock_claims({**found, "memory": ["model.head.weight"]})[0].passed
     assert not report.stock_claims({**found, "foreign": ["torch_hsdp_ckpt"]})[0].passed
@@ -198,7 +236,9 @@ def test_a_claim_fails_where_a_checkpoint_was_lost_or_misread() -> None:
     assert not any(claim.passed for claim in report.stock_claims({**found, "tensors": 0}))
 
 
-def test_without_matplotlib_the_demo_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_matplotlib_the_demo_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     nothing = made_up_run("r", {})
     with pytest.raises(plot.NoMatplotlibError, match="pip install matplotlib"):
@@ -270,15 +310,26 @@ def test_the_training_script_checks_its_arguments(
 
 
 def alive_with(word: str) -> list[str]:
-    lines = [Path(f"/proc/{pid}/cmdline") for pid in os.listdir("/proc") if pid.isdigit() and int(pid) != os.getpid()]
-    return [text for line in lines if line.exists() and word in (text := line.read_text(errors="replace"))]
+    lines = [
+        Path(f"/proc/{pid}/cmdline")
+        for pid in os.listdir("/proc")
+        if pid.isdigit() and int(pid) != os.getpid()
+    ]
+    return [
+        text
+        for line in lines
+        if line.exists() and word in (text := line.read_text(errors="replace"))
+    ]
 
 
 def test_a_failing_run_shows_the_rank_that_failed(tmp_path: Path) -> None:
     (tmp_path / "run" / "log.jsonl").mkdir(parents=True)  # only rank 0 opens it
     arguments = ["--dir", str(tmp_path / "run"), "--steps", "2", "--replicas", "1", *SMALL]
     with (
-        pytest.raises(launch.JobError, match=r"(?s)the broken run failed .*rank 0 of 2 raised IsADirectoryError.*log\.jsonl"),
+        pytest.raises(
+            launch.JobError,
+            match=r"(?s)the broken run failed .*rank 0 of 2 raised IsADirectoryError.*log\.jsonl",
+        ),
         launch.Job("broken", 2, arguments, tmp_path / "logs") as job,
     ):
         while job.running():

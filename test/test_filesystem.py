@@ -1,4 +1,5 @@
-"""The storage writer and reader under stock ``dcp.save`` and ``dcp.load``: interoperation, damage, and saves that fail."""
+"""The storage writer and reader under stock ``dcp.save`` and ``dcp.load``: interoperation, damage,
+and saves that fail."""
 
 import copy
 import os
@@ -36,7 +37,12 @@ def _state(seed: int = 0) -> dict[str, Any]:
         "conjugated": torch.randn(4, dtype=torch.complex64, generator=g).conj(),
         "scalar": torch.tensor(float(seed)),
         "empty": torch.empty(0, 3),
-        "nested": {"list": [1, torch.full((2,), seed), {"x": "text"}], "bytes": b"abc", "none": None, "float": 0.5 + seed},
+        "nested": {
+            "list": [1, torch.full((2,), seed), {"x": "text"}],
+            "bytes": b"abc",
+            "none": None,
+            "float": 0.5 + seed,
+        },
     }
 
 
@@ -56,11 +62,18 @@ def _equal(a: Any, b: Any) -> bool:
     return all(map(_equal, a, b)) if isinstance(a, list) else bool(a == b)
 
 
-def _save(state: dict[str, Any], path: Path, writer: Callable[..., Any] = h.FileSystemWriter, **options: Any) -> None:
+def _save(
+    state: dict[str, Any],
+    path: Path,
+    writer: Callable[..., Any] = h.FileSystemWriter,
+    **options: Any,
+) -> None:
     dcp.save(state, storage_writer=writer(path, **options), no_dist=True)
 
 
-def _load(like: dict[str, Any], path: Path, reader: Callable[..., Any] = h.FileSystemReader) -> dict[str, Any]:
+def _load(
+    like: dict[str, Any], path: Path, reader: Callable[..., Any] = h.FileSystemReader
+) -> dict[str, Any]:
     dcp.load(like, storage_reader=reader(path), no_dist=True)
     return like
 
@@ -77,7 +90,9 @@ def test_every_dtype(tmp_path: Path, writer: str, reader: str) -> None:
     state = {}
     for name in _C.record_dtypes():
         if dtype := getattr(torch, name, None):
-            raw = torch.arange(64 * dtype.itemsize, dtype=torch.uint8) % (2 if name == "bool" else 120)
+            raw = torch.arange(64 * dtype.itemsize, dtype=torch.uint8) % (
+                2 if name == "bool" else 120
+            )
             state[name] = raw.view(dtype).reshape(8, -1)
     assert len(state) >= 22
     _save(state, tmp_path, WRITERS[writer])
@@ -127,7 +142,9 @@ def test_names_of_tensors_are_no_names_of_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [torch.ones(2), 3])
 @pytest.mark.parametrize("save", [h.save, h.async_save])
-def test_a_name_without_utf8_is_refused_by_name(tmp_path: Path, save: Callable[..., Any], value: Any) -> None:
+def test_a_name_without_utf8_is_refused_by_name(
+    tmp_path: Path, save: Callable[..., Any], value: Any
+) -> None:
     path = tmp_path / "checkpoint"
     with pytest.raises(h.CheckpointError, match=r"'\\udc80': a name that has no UTF-8"):
         saved = save({"\udc80": value}, checkpoint_id=path, no_dist=True)
@@ -135,8 +152,11 @@ def test_a_name_without_utf8_is_refused_by_name(tmp_path: Path, save: Callable[.
     assert not path.exists() or not list(path.iterdir())
 
 
-def test_a_directory_that_nobody_may_write_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DCP asks for a directory above that may be written to, and finds no storage writer without one."""
+def test_a_directory_that_nobody_may_write_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DCP asks for a directory above that may be written to, and finds no storage writer without
+    one."""
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     _C._inject_fault(lambda op, path: -13 if op == "mkdir" else 0)
     try:
@@ -151,7 +171,10 @@ class _OwnPath(type(Path())):  # type: ignore[misc]
     pass
 
 
-@pytest.mark.parametrize("save", [h.save, lambda state, **where: dcp.save(state, storage_writer=h.FileSystemWriter(**where))])
+@pytest.mark.parametrize(
+    "save",
+    [h.save, lambda state, **where: dcp.save(state, storage_writer=h.FileSystemWriter(**where))],
+)
 def test_a_directory_of_any_class_that_names_one(tmp_path: Path, save: Callable[..., Any]) -> None:
     where = {"checkpoint_id" if save is h.save else "path": _OwnPath(tmp_path / "checkpoint")}
     save({"a": torch.ones(2)}, **where)
@@ -165,7 +188,9 @@ def test_damage_anywhere_is_noticed(tmp_path: Path) -> None:
     _save(state, tmp_path)
     (data,) = tmp_path.glob("*.distcp")
     stored = h.FileSystemReader(tmp_path).read_metadata().storage_data
-    infos = [info for index, info in stored.items() if index.fqn != "empty"]  # DCP's planner reads nothing of that one
+    infos = [
+        info for index, info in stored.items() if index.fqn != "empty"
+    ]  # DCP's planner reads nothing of that one
     whole = data.read_bytes()
     places = [info.offset + at for info in infos for at in (0, info.length // 2, info.length - 1)]
     for at in [*places, len(whole) - 100, len(whole) - 1]:
@@ -202,17 +227,29 @@ def _sharded(rank: int, path: str, writer: str, reader: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     flat = init_device_mesh("cpu", (4,))
     full = {f"w{n}": torch.arange(n * 3, dtype=torch.float32).reshape(n, 3) for n in (1, 2, 5, 8)}
-    state: dict[str, Any] = {k: distribute_tensor(v, mesh, [Replicate(), Shard(0)]) for k, v in full.items()}
+    state: dict[str, Any] = {
+        k: distribute_tensor(v, mesh, [Replicate(), Shard(0)]) for k, v in full.items()
+    }
     state["columns"] = distribute_tensor(full["w5"], flat, [Shard(1)])
     state["step"] = torch.tensor(7)
     dcp.save(state, storage_writer=WRITERS[writer](path))
-    for placements, over in ([[Shard(0)], flat], [[Shard(1)], flat], [[Replicate()], flat], [[Replicate(), Shard(0)], mesh]):
-        like: dict[str, Any] = {k: distribute_tensor(torch.zeros_like(v), over, placements) for k, v in full.items()}
+    for placements, over in (
+        [[Shard(0)], flat],
+        [[Shard(1)], flat],
+        [[Replicate()], flat],
+        [[Replicate(), Shard(0)], mesh],
+    ):
+        like: dict[str, Any] = {
+            k: distribute_tensor(torch.zeros_like(v), over, placements) for k, v in full.items()
+        }
         like["columns"] = distribute_tensor(torch.zeros_like(full["w5"]), over, placements)
         dcp.load(like, storage_reader=READERS[reader](path))
         for key, tensor in like.items():
             assert isinstance(tensor, DTensor)
-            assert torch.equal(tensor.full_tensor(), full["w5" if key == "columns" else key]), (key, placements)
+            assert torch.equal(tensor.full_tensor(), full["w5" if key == "columns" else key]), (
+                key,
+                placements,
+            )
 
 
 @pytest.mark.parametrize("writer, reader", PAIRS)
@@ -236,7 +273,8 @@ def test_async_save_in_a_thread(tmp_path: Path) -> None:
 
 
 class _Fails(h.FileSystemWriter):
-    """Fails or dies on one rank where ``when`` says: before its data, after it, or on the coordinator at the commit."""
+    """Fails or dies on one rank where ``when`` says: before its data, after it, or on the
+    coordinator at the commit."""
 
     when = ""
 
@@ -273,7 +311,9 @@ def _failing(rank: int, path: str, when: str) -> None:
 
 @pytest.mark.parametrize("action", ["raise", "kill"])
 @pytest.mark.parametrize("where", ["0 before", "1 before", "0 after", "1 after", "0 commit"])
-def test_a_rank_that_fails_or_dies_leaves_the_older_checkpoint(tmp_path: Path, action: str, where: str) -> None:
+def test_a_rank_that_fails_or_dies_leaves_the_older_checkpoint(
+    tmp_path: Path, action: str, where: str
+) -> None:
     died = (int(where[0]),) if action == "kill" else ()
     run_ranks(_failing, 2, str(tmp_path), f"{action} {where}", allow_death=died)
     assert torch.equal(_load({"w": torch.zeros(5000)}, tmp_path)["w"], torch.arange(5000.0))

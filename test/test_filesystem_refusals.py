@@ -22,7 +22,9 @@ class _Refuses(dcp.DefaultSavePlanner):
 def test_a_half_written_file_goes_while_the_error_is_kept(tmp_path: Path) -> None:
     state = {"a": torch.randn(1 << 20), "z": torch.ones(3)}
     with pytest.raises(CheckpointException, match="no such data") as kept:
-        dcp.save(state, storage_writer=h.FileSystemWriter(tmp_path), planner=_Refuses(), no_dist=True)
+        dcp.save(
+            state, storage_writer=h.FileSystemWriter(tmp_path), planner=_Refuses(), no_dist=True
+        )
     assert os.listdir(tmp_path) == []
     assert kept.value.failures
 
@@ -30,7 +32,9 @@ def test_a_half_written_file_goes_while_the_error_is_kept(tmp_path: Path) -> Non
 @pytest.mark.parametrize("save", ["save", "lazy", "copy", "dcp"])
 def test_a_tensor_without_values_is_an_error_that_names_it(tmp_path: Path, save: str) -> None:
     state = {"here": torch.ones(3), "there": torch.empty(3, device="meta")}
-    with pytest.raises((h.CheckpointError, CheckpointException), match="there is on the meta device"):
+    with pytest.raises(
+        (h.CheckpointError, CheckpointException), match="there is on the meta device"
+    ):
         if save == "save":
             h.save(state, checkpoint_id=tmp_path, no_dist=True)
         elif save == "dcp":

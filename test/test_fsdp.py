@@ -1,4 +1,5 @@
-"""Training under FullyShardedDataParallel: the numbers of torch's FSDP2 and of one process, whatever the graph looks like."""
+"""Training under FullyShardedDataParallel: the numbers of torch's FSDP2 and of one process,
+whatever the graph looks like."""
 
 import copy
 import functools
@@ -90,8 +91,12 @@ def _within_rounding(rank: int) -> None:
             _train(reference, single, rank, "cpu")
             for strategy in kinds:
                 ours = wrap(make(), shape, sharding_strategy=strategy)
-                torch.testing.assert_close(_train(ours, single, rank, "cpu"), losses, rtol=1e-4, atol=1e-5)
-                for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(
+                    _train(ours, single, rank, "cpu"), losses, rtol=1e-4, atol=1e-5
+                )
+                for (name, p), q in zip(
+                    ours.named_parameters(), reference.parameters(), strict=True
+                ):
                     torch.testing.assert_close(full(p), full(q), rtol=1e-4, atol=1e-5)
                     torch.testing.assert_close(full(p), expected[name], rtol=1e-4, atol=1e-4)
 
@@ -124,9 +129,17 @@ class Branches(nn.Module):
 def _unused(rank: int) -> None:
     torch.manual_seed(0)
     net = Branches()
-    x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r), requires_grad=True) for r in range(4)]
+    x = [
+        torch.randn(3, 6, generator=torch.Generator().manual_seed(r), requires_grad=True)
+        for r in range(4)
+    ]
     # By rank: which parts the loss depends on. "": on no parameter at all.
-    for uses in (["abo", "abo", "abo", "abo"], ["a", "b", "o", "ab"], ["a", "a", "a", "a"], ["o", "ao", "", "o"]):
+    for uses in (
+        ["abo", "abo", "abo", "abo"],
+        ["a", "b", "o", "ab"],
+        ["a", "a", "a", "a"],
+        ["o", "ao", "", "o"],
+    ):
         expected = mean_grads(net, lambda n, r, uses=uses: n(x[r], uses[r]).square().mean())
         ours = wrap(copy.deepcopy(net))
         for _ in range(2):  # the second step has gathers started ahead
@@ -282,7 +295,11 @@ def _exceptions(rank: int) -> None:
         ours.module.fail = where
         with pytest.raises(KeyError, match="asked for"):
             loss_of(ours, batch(net, 0, rank)).backward()
-        assert all(isinstance(p, DTensor) for p in ours.state_dict(keep_vars=True).values() if isinstance(p, nn.Parameter))
+        assert all(
+            isinstance(p, DTensor)
+            for p in ours.state_dict(keep_vars=True).values()
+            if isinstance(p, nn.Parameter)
+        )
         ours.module.fail = ""
         ours.zero_grad()
         loss_of(ours, batch(net, 0, rank)).backward()
@@ -290,7 +307,8 @@ def _exceptions(rank: int) -> None:
 
 
 def _after_a_backward_that_raised(rank: int) -> None:
-    """The gradients that reached the shards before the error are cleared by the model as by its optimizer."""
+    """The gradients that reached the shards before the error are cleared by the model as by its
+    optimizer."""
 
     def fail(parameter: torch.Tensor) -> None:
         raise KeyError("asked for")
@@ -311,12 +329,17 @@ def test_after_a_backward_that_raised() -> None:
 
 
 def _mixed_dtypes_and_shared(rank: int) -> None:
-    """float64 beside float32 in one unit, one parameter in two places of it, an LSTM (which keeps its own list of weights)."""
+    """float64 beside float32 in one unit, one parameter in two places of it, an LSTM (which keeps
+    its own list of weights)."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.tied, self.wide = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3, dtype=torch.float64)
+            self.first, self.tied, self.wide = (
+                nn.Linear(6, 6),
+                nn.Linear(6, 6),
+                nn.Linear(6, 3, dtype=torch.float64),
+            )
             self.tied.weight = self.first.weight
             self.lstm = nn.LSTM(6, 6)
 
@@ -340,19 +363,32 @@ def _conversions(rank: int) -> None:
     loss_of(ours, batch(net, 0, rank)).backward()
     ours.double()
     wide = copy.deepcopy(net).double()
-    assert all(p.dtype == torch.float64 and p.grad.dtype == torch.float64 for p in ours.parameters())
+    assert all(
+        p.dtype == torch.float64 and p.grad.dtype == torch.float64 for p in ours.parameters()
+    )
     ours.zero_grad()
     loss_of(ours, batch(net, 0, rank).double()).backward()
     assert_close(grads(ours), mean_grads(wide, lambda n, r: loss_of(n, batch(net, 0, r).double())))
     norm = nn.utils.get_total_norm([g for g in grads(ours).values() if g is not None])
     torch.testing.assert_close(ours.clip_grad_norm_(0.5 * norm.item()), norm)
     torch.testing.assert_close(
-        nn.utils.get_total_norm([g for g in grads(ours).values() if g is not None]), 0.5 * norm, rtol=1e-5, atol=1e-5
+        nn.utils.get_total_norm([g for g in grads(ours).values() if g is not None]),
+        0.5 * norm,
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
 def test_graphs_that_are_no_plain_chain() -> None:
-    checks = (_unused, _frozen_and_toggled, _evaluation, _accumulation, _recomputation, _called_twice, _exceptions)
+    checks = (
+        _unused,
+        _frozen_and_toggled,
+        _evaluation,
+        _accumulation,
+        _recomputation,
+        _called_twice,
+        _exceptions,
+    )
     run_checks(4, *checks, _mixed_dtypes_and_shared, _conversions)
 
 
@@ -368,7 +404,9 @@ def _construction(rank: int) -> None:
     assert small.sharding_strategy is FULL and small.device_mesh.ndim == 1
     assert len(FullyShardedDataParallel.fsdp_modules(small)) == 3  # two blocks and the root
     assert FullyShardedDataParallel.fsdp_modules(small, root_only=True) == [small]
-    assert small.head is small.module.head and small.blocks[0].up is small.module.blocks[0].module.up
+    assert (
+        small.head is small.module.head and small.blocks[0].up is small.module.blocks[0].module.up
+    )
 
     layers = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={Block})
     by_layer = FullyShardedDataParallel(net(), auto_wrap_policy=layers)
@@ -390,25 +428,63 @@ def _construction(rank: int) -> None:
     tied = nn.Sequential(Block(6, 6), nn.Linear(6, 6))
     tied[1].weight = tied[0].up.weight
     cube = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "c"))
-    crossed = [[dist.new_group(ranks) for ranks in pairs] for pairs in (((0, 1), (2, 3)), ((0, 3), (1, 2)))]
-    no_mesh = tuple(next(g for g in groups if rank in dist.get_process_group_ranks(g)) for groups in crossed)
+    crossed = [
+        [dist.new_group(ranks) for ranks in pairs] for pairs in (((0, 1), (2, 3)), ((0, 3), (1, 2)))
+    ]
+    no_mesh = tuple(
+        next(g for g in groups if rank in dist.get_process_group_ranks(g)) for groups in crossed
+    )
     half = DeviceMesh("cpu", [0, 1])
     wrong = [
         (lambda: wrap(tied), "Linear", "shared with another wrapped module"),
         (lambda: wrap(ours.module), r"\w+", "already is a DTensor"),
         (lambda: wrap(net(), sharding_strategy=FULL), "Net", "FULL_SHARD does not fit a 2-D"),
-        (lambda: wrap(net(), (4,), sharding_strategy=HYBRID), "Net", "HYBRID_SHARD does not fit a 1-D"),
+        (
+            lambda: wrap(net(), (4,), sharding_strategy=HYBRID),
+            "Net",
+            "HYBRID_SHARD does not fit a 1-D",
+        ),
         (lambda: wrap(net(), sharding_strategy=ShardingStrategy.NO_SHARD), "Net", "NO_SHARD"),
-        (lambda: wrap(net(), process_group=dist.group.WORLD), "Net", "pass device_mesh or process_group, not both"),
+        (
+            lambda: wrap(net(), process_group=dist.group.WORLD),
+            "Net",
+            "pass device_mesh or process_group, not both",
+        ),
         (lambda: wrap(nn.ModuleList([nn.Linear(2, 2)])), "ModuleList", "it has no forward"),
-        (lambda: FullyShardedDataParallel(net(), device_mesh=cube), "Net", "device_mesh has 3 dimensions"),
-        (lambda: FullyShardedDataParallel(net(), sharding_strategy=HYBRID), "Net", "HYBRID_SHARD without device_mesh"),
-        (lambda: FullyShardedDataParallel(net(), no_mesh), "Net", "the pair of process groups makes no mesh"),
-        (lambda: FullyShardedDataParallel(net(), no_mesh, FULL), "Net", "FULL_SHARD takes one process group"),
-        (lambda: FullyShardedDataParallel(net(), no_mesh[0], HYBRID), "Net", "HYBRID_SHARD needs two process groups"),
+        (
+            lambda: FullyShardedDataParallel(net(), device_mesh=cube),
+            "Net",
+            "device_mesh has 3 dimensions",
+        ),
+        (
+            lambda: FullyShardedDataParallel(net(), sharding_strategy=HYBRID),
+            "Net",
+            "HYBRID_SHARD without device_mesh",
+        ),
+        (
+            lambda: FullyShardedDataParallel(net(), no_mesh),
+            "Net",
+            "the pair of process groups makes no mesh",
+        ),
+        (
+            lambda: FullyShardedDataParallel(net(), no_mesh, FULL),
+            "Net",
+            "FULL_SHARD takes one process group",
+        ),
+        (
+            lambda: FullyShardedDataParallel(net(), no_mesh[0], HYBRID),
+            "Net",
+            "HYBRID_SHARD needs two process groups",
+        ),
     ]
     if rank in (2, 3):
-        wrong.append((lambda: FullyShardedDataParallel(net(), device_mesh=half), "Net", "this rank is not in device_mesh"))
+        wrong.append(
+            (
+                lambda: FullyShardedDataParallel(net(), device_mesh=half),
+                "Net",
+                "this rank is not in device_mesh",
+            )
+        )
     for make, module, message in wrong:
         with pytest.raises(ValueError, match=f"^rank {rank}: module {module}: .*{message}"):
             make()

@@ -1,4 +1,5 @@
-"""What goes wrong in and around a step: the error says what to do, and what was reduced stays right."""
+"""What goes wrong in and around a step: the error says what to do, and what was reduced stays
+right."""
 
 import copy
 import dataclasses
@@ -54,7 +55,8 @@ def _kept_gradients(rank: int) -> None:
 
 
 def _kept_gradients_of_changed_parameters(rank: int) -> None:
-    """Unfreezing and converting in the middle of an accumulation lose nothing; freezing what has a gradient is refused."""
+    """Unfreezing and converting in the middle of an accumulation lose nothing; freezing what has a
+    gradient is refused."""
     net = NETS["uneven"]()
     net.head.bias.requires_grad_(False)
     for change in ("unfreeze", "convert"):
@@ -75,7 +77,10 @@ def _kept_gradients_of_changed_parameters(rank: int) -> None:
     with ours.no_sync():
         loss_of(ours, batch(net, 0, rank)).backward()
     ours.head.weight.requires_grad_(False)
-    with pytest.raises(RuntimeError, match=r"of unit \(outermost\) \(Net\) holds a gradient that has not been reduced"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"of unit \(outermost\) \(Net\) holds a gradient that has not been reduced",
+    ):
         ours(batch(net, 0, rank))
     ours.zero_grad()
     loss_of(ours, batch(net, 1, rank)).backward()
@@ -97,7 +102,8 @@ def _kept_gradients_of_changed_parameters(rank: int) -> None:
 
 
 def _zero_grad_of_what_waits(rank: int) -> None:
-    """The model's zero_grad forgets what no_sync, or a backward without an all-reduce, has kept; a wrapper's inside its own."""
+    """The model's zero_grad forgets what no_sync, or a backward without an all-reduce, has kept; a
+    wrapper's inside its own."""
     net = NETS["uneven"]()
     once = mean_grads(net, lambda n, r: loss_of(n, batch(net, 1, r)))
     face = copy.deepcopy(net)
@@ -118,11 +124,14 @@ def _zero_grad_of_what_waits(rank: int) -> None:
     ours.blocks[1].zero_grad()
     loss_of(ours, batch(net, 1, rank)).backward()
     both = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r)) + loss_of(n, batch(net, 1, r)))
-    assert_close(grads(ours), {name: (once if name.startswith("blocks.1.") else both)[name] for name in both})
+    assert_close(
+        grads(ours), {name: (once if name.startswith("blocks.1.") else both)[name] for name in both}
+    )
 
 
 def _nothing_left_behind(rank: int) -> None:
-    """A backward that raises midway: reductions that had been started do not meet those of the next one."""
+    """A backward that raises midway: reductions that had been started do not meet those of the next
+    one."""
     net = NETS["uneven"]()
     ours = wrap(copy.deepcopy(net))
 
@@ -131,12 +140,16 @@ def _nothing_left_behind(rank: int) -> None:
 
     for step in range(3):  # more often than reductions may be in flight
         x = batch(net, step, rank).requires_grad_()
-        x.register_hook(fail)  # the last gradient of all: every unit has been reduced, or is being so
+        x.register_hook(
+            fail
+        )  # the last gradient of all: every unit has been reduced, or is being so
         with pytest.raises(KeyError, match="asked for"):
             loss_of(ours, x).backward()
         ours.zero_grad()
         loss_of(ours, batch(net, step, rank)).backward()
-        assert_close(grads(ours), mean_grads(net, lambda n, r, step=step: loss_of(n, batch(net, step, r))))
+        assert_close(
+            grads(ours), mean_grads(net, lambda n, r, step=step: loss_of(n, batch(net, step, r)))
+        )
         ours.zero_grad()
 
 
@@ -153,18 +166,22 @@ def _groups_are_made_once(rank: int) -> None:
 
 
 def _norms(rank: int) -> None:
-    """Units on two meshes and a parameter that the wrapper leaves alone: one norm, as of the whole gradients."""
+    """Units on two meshes and a parameter that the wrapper leaves alone: one norm, as of the whole
+    gradients."""
     net = NETS["uneven"]()
     blocks, kept = net.blocks, net.blocks[1].up.bias
     blocks[0] = wrap(blocks[0], (4, 1))
     ours = wrap(net, (2, 2), policy=lambda **_: False, ignored_states=[kept])
-    loss_of(ours, batch(NETS["uneven"](), 0, 0)).backward()  # one batch for all: the ignored gradient is the same everywhere
+    loss_of(
+        ours, batch(NETS["uneven"](), 0, 0)
+    ).backward()  # one batch for all: the ignored gradient is the same everywhere
     whole = {name: grad.clone() for name, grad in grads(ours).items() if grad is not None}
     assert not isinstance(kept.grad, DTensor) and kept.grad is not None
     expected = nn.utils.get_total_norm(list(whole.values()))
     for norm_type in (2.0, float("inf")):
         torch.testing.assert_close(
-            ours.clip_grad_norm_(1e9, norm_type), nn.utils.get_total_norm(list(whole.values()), norm_type)
+            ours.clip_grad_norm_(1e9, norm_type),
+            nn.utils.get_total_norm(list(whole.values()), norm_type),
         )
     norm = ours.clip_grad_norm_(0.25 * expected.item())
     assert type(norm) is torch.Tensor and norm.ndim == 0
@@ -226,7 +243,8 @@ class Words(nn.Module):
 
 
 def _one_rank_fails(rank: int) -> None:
-    """An error in taking one rank's gradients is raised there, when its peers have got what they wait for."""
+    """An error in taking one rank's gradients is raised there, when its peers have got what they
+    wait for."""
     torch.manual_seed(0)
     net = Words()
     tokens = torch.tensor([1, 2, 4])
@@ -246,7 +264,9 @@ def _one_rank_fails(rank: int) -> None:
             handle.remove()
         elif rank == 1:
             ours.module.embedding.module.sparse = True
-            with pytest.raises(RuntimeError, match=r"rank 1: the reduction of module embedding .* is sparse"):
+            with pytest.raises(
+                RuntimeError, match=r"rank 1: the reduction of module embedding .* is sparse"
+            ):
                 loss().backward()
             ours.module.embedding.module.sparse = False
         else:
@@ -266,9 +286,15 @@ def _replaced(rank: int) -> None:
     loss_of(ours, batch(net, 0, rank))
     up = ours.module.blocks[0].module.up
     before = up.weight
-    for change in (lambda: setattr(up, "weight", nn.Parameter(torch.zeros(13, 7))), lambda: delattr(up, "weight")):
+    for change in (
+        lambda: setattr(up, "weight", nn.Parameter(torch.zeros(13, 7))),
+        lambda: delattr(up, "weight"),
+    ):
         change()
-        with pytest.raises(RuntimeError, match=r"parameter up.weight of module blocks.0 \(Block\) was replaced or removed"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"parameter up.weight of module blocks.0 \(Block\) was replaced or removed",
+        ):
             ours(batch(net, 0, rank))
         up.weight = before
     loss_of(ours, batch(net, 0, rank)).backward()
@@ -288,7 +314,8 @@ class Detaching(nn.Module):
 
 
 def _outputs_that_differ(rank: int) -> None:
-    """Which outputs require gradients does not change what a rank gathers: ranks that differ in it stay in step."""
+    """Which outputs require gradients does not change what a rank gathers: ranks that differ in it
+    stay in step."""
     torch.manual_seed(0)
     net = nn.Sequential(Detaching(), Detaching(), Detaching(), nn.Linear(6, 2))
     x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
@@ -299,7 +326,11 @@ def _outputs_that_differ(rank: int) -> None:
         return n(x[r]).square().mean()
 
     for kinds in ({Detaching}, {Detaching, nn.Linear}):
-        ours = wrap(copy.deepcopy(net), policy=ModuleWrapPolicy(kinds), sharding_strategy=ShardingStrategy.HYBRID_SHARD)
+        ours = wrap(
+            copy.deepcopy(net),
+            policy=ModuleWrapPolicy(kinds),
+            sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+        )
         for _ in range(3):
             ours.zero_grad()
             loss(ours, rank).backward()
@@ -344,7 +375,8 @@ def _results_that_raise(rank: int) -> None:
 
 
 def _frozen_is_freed(rank: int) -> None:
-    """A unit with frozen parameters is freed when its inputs' gradients are there, not at the end of backward."""
+    """A unit with frozen parameters is freed when its inputs' gradients are there, not at the end
+    of backward."""
     torch.manual_seed(0)
     net = nn.Sequential(*[Block(6, 10) for _ in range(4)])
     for i in (1, 2):
@@ -356,7 +388,9 @@ def _frozen_is_freed(rank: int) -> None:
     held: list[list[int]] = []
 
     def look(grad: torch.Tensor) -> None:
-        held.append([i for i, w in enumerate(ours.module) if w._unit.full[1].untyped_storage().nbytes() > 0])
+        held.append(
+            [i for i, w in enumerate(ours.module) if w._unit.full[1].untyped_storage().nbytes() > 0]
+        )
 
     for reentrant in (None, True, False):
         ours.zero_grad()
@@ -373,7 +407,9 @@ def _frozen_is_freed(rank: int) -> None:
 
 
 def test_what_one_rank_does_leaves_its_peers_in_step() -> None:
-    run_checks(4, _one_rank_fails, _replaced, _outputs_that_differ, _results_that_raise, _frozen_is_freed)
+    run_checks(
+        4, _one_rank_fails, _replaced, _outputs_that_differ, _results_that_raise, _frozen_is_freed
+    )
 
 
 # -- ranks that part ways: errors on every rank that waits, within the groups' timeout
@@ -407,9 +443,12 @@ def _error_of(call: Callable[[], Any]) -> str:
 
 
 def _part_ways(rank: int, uses: list[list[str]], shape: tuple[int, ...]) -> str:
-    """``uses``: by forward, by rank, which blocks run. Returns the error of the last forward and backward."""
+    """``uses``: by forward, by rank, which blocks run. Returns the error of the last forward and
+    backward."""
     torch.manual_seed(0)
-    ours = FullyShardedDataParallel(Branching(), device_mesh=_short(shape), auto_wrap_policy=ModuleWrapPolicy({Block}))
+    ours = FullyShardedDataParallel(
+        Branching(), device_mesh=_short(shape), auto_wrap_policy=ModuleWrapPolicy({Block})
+    )
     x = torch.ones(2, 6, requires_grad=True)
     for step in uses[:-1]:
         ours(x, step[rank]).square().mean().backward()
@@ -422,11 +461,16 @@ def test_ranks_that_run_different_modules_get_an_error() -> None:
         other = "module c (Block)" if len(uses) == 1 else "the end of forward"
         odd = 2 if len(uses) == 1 else 3
         for error in run_ranks(_part_ways, 4, uses, (2, 2)):
-            assert "ranks run different wrapped modules" in error and f"rank {odd}: {other}" in error, error
+            assert (
+                "ranks run different wrapped modules" in error and f"rank {odd}: {other}" in error
+            ), error
     # Within the timeout where only one rank is on a way of its own.
     for shape in ((2, 2), (4, 1)):
         errors = run_ranks(_part_ways, 4, [["abc"] * 4, ["abc", "ac", "abc", "abc"]], shape)
-        assert "rank 1 has reached module c (Block)" in errors[1] and "ran module b (Block) here" in errors[1], errors
+        assert (
+            "rank 1 has reached module c (Block)" in errors[1]
+            and "ran module b (Block) here" in errors[1]
+        ), errors
         waiting = errors[0]  # in the shard group of rank 1, or among its replicas
         assert "rank 0: the " in waiting and "of module" in waiting and "failed" in waiting, errors
 
@@ -442,14 +486,23 @@ def _wrap_differently(rank: int, what: str) -> str:
 def test_ranks_that_wrap_different_modules_get_an_error() -> None:
     for error in run_ranks(_wrap_differently, 4, "shape"):
         assert "ranks have wrapped different modules" in error
-        assert "rank 3: module 1 (Block)" in error and "up.weight (12, 6)" in error and "up.weight (10, 6)" in error
+        assert (
+            "rank 3: module 1 (Block)" in error
+            and "up.weight (12, 6)" in error
+            and "up.weight (10, 6)" in error
+        )
     for error in run_ranks(_wrap_differently, 4, "module"):
-        assert "rank 1: module (outermost) (Sequential) on a mesh of (2, 2), with parameters: none" in error
+        assert (
+            "rank 1: module (outermost) (Sequential) on a mesh of (2, 2), with parameters: none"
+            in error
+        )
 
 
 def _never_comes(rank: int, when: str) -> str:
     net = NETS["even"]()
-    ours = FullyShardedDataParallel(net, device_mesh=_short(), auto_wrap_policy=ModuleWrapPolicy({Block}))
+    ours = FullyShardedDataParallel(
+        net, device_mesh=_short(), auto_wrap_policy=ModuleWrapPolicy({Block})
+    )
     x = batch(net, 0, rank)
     if when != "first":
         loss_of(ours, x).backward()
@@ -462,9 +515,13 @@ def _never_comes(rank: int, when: str) -> str:
 
 
 def test_a_rank_that_never_comes_is_an_error_within_the_timeout() -> None:
-    first, later, backward = (run_ranks(_never_comes, 4, when) for when in ("first", "later", "backward"))
+    first, later, backward = (
+        run_ranks(_never_comes, 4, when) for when in ("first", "later", "backward")
+    )
     for rank in (0, 2, 3):
-        assert f"rank {rank} is at the first forward of module (outermost) (Net)" in first[rank], first
+        assert f"rank {rank} is at the first forward of module (outermost) (Net)" in first[rank], (
+            first
+        )
     assert "rank 0: the all-gather of module (outermost) (Net) failed" in later[0], later
     assert "rank 0: the " in backward[0] and "of module" in backward[0], backward
 

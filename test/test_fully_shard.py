@@ -1,4 +1,5 @@
-"""``fully_shard`` and what the wrapper has in common with it: torch FSDP2's numbers, names and settings."""
+"""``fully_shard`` and what the wrapper has in common with it: torch FSDP2's numbers, names and
+settings."""
 
 import copy
 import dataclasses
@@ -54,20 +55,27 @@ def _same_bits(rank: int) -> None:
         assert list(ours.state_dict()) == list(reference.state_dict()) == list(make().state_dict())
         for p, q in zip(ours.parameters(), reference.parameters(), strict=True):
             assert torch.equal(p.to_local(), q.to_local())
-    assert isinstance(ours, FSDPModule) and isinstance(ours, Net) and type(ours).__name__ == "FSDPNet"
+    assert (
+        isinstance(ours, FSDPModule) and isinstance(ours, Net) and type(ours).__name__ == "FSDPNet"
+    )
 
 
 def _settings(rank: int) -> None:
     net = NETS["uneven"]()
     ours = shard(copy.deepcopy(net))
-    expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r)) + loss_of(n, batch(net, 1, r)))
+    expected = mean_grads(
+        net, lambda n, r: loss_of(n, batch(net, 0, r)) + loss_of(n, batch(net, 1, r))
+    )
 
     def both() -> None:
         loss_of(ours, batch(net, 1, rank)).backward()
         assert_close(grads(ours), expected)
         ours.zero_grad()
 
-    for without in (ours.set_requires_gradient_sync, ours.set_requires_all_reduce):  # accumulation, partial accumulation
+    for without in (
+        ours.set_requires_gradient_sync,
+        ours.set_requires_all_reduce,
+    ):  # accumulation, partial accumulation
         without(False)
         loss_of(ours, batch(net, 0, rank)).backward()
         assert all(p.grad is None for p in ours.parameters())
@@ -109,8 +117,18 @@ def _settings(rank: int) -> None:
     for given, module, wrong, message in (
         (fresh, "Net", dict(reshard_after_forward=2), "reshard_after_forward=2, to fewer ranks"),
         (fresh, "Net", dict(mesh=cube), "device_mesh has 3 dimensions"),
-        ([fresh.blocks[0], fresh.head], "Block, Linear", dict(mesh=cube), "device_mesh has 3 dimensions"),
-        (fresh, "Net", dict(shard_placement_fn=lambda p: Shard(p.ndim - 1)), "shard_placement_fn places"),
+        (
+            [fresh.blocks[0], fresh.head],
+            "Block, Linear",
+            dict(mesh=cube),
+            "device_mesh has 3 dimensions",
+        ),
+        (
+            fresh,
+            "Net",
+            dict(shard_placement_fn=lambda p: Shard(p.ndim - 1)),
+            "shard_placement_fn places",
+        ),
         (ours, "FSDPNet", {}, "fully_shard has been applied to it already"),
         (fresh.blocks, "ModuleList", {}, "it has no forward"),
     ):
@@ -119,9 +137,13 @@ def _settings(rank: int) -> None:
 
 
 def _mixed_precision(rank: int) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+    )
     net = NETS["even"]()
-    ours, reference = (shard(copy.deepcopy(net), face, policy) for face in (fully_shard, torchs_fully_shard))
+    ours, reference = (
+        shard(copy.deepcopy(net), face, policy) for face in (fully_shard, torchs_fully_shard)
+    )
     out, expected = ours(batch(net, 0, rank)), reference(batch(net, 0, rank))
     assert out.dtype == torch.float32 and torch.equal(out, expected)
     out.square().mean().backward()
@@ -136,7 +158,10 @@ def _mixed_precision(rank: int) -> None:
     normed = Normed(nn.Linear(6, 4), nn.BatchNorm1d(4), Block(4, 6))
     seen = []
     normed[1].register_forward_hook(lambda m, a, o: seen.append((a[0].dtype, m.weight.dtype)))
-    wrapped = wrap(normed, mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16))
+    wrapped = wrap(
+        normed,
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16),
+    )
     assert isinstance(wrapped.module[1], FullyShardedDataParallel)
     assert wrapped(torch.randn(3, 6)).dtype == torch.bfloat16
     assert seen == [(torch.float32, torch.float32)]
@@ -164,7 +189,9 @@ def _constructor(rank: int) -> None:
     ):
         check(FullyShardedDataParallel(copy.deepcopy(net), auto_wrap_policy=policy, **options))
     custom = CustomPolicy(
-        lambda m: {"sharding_strategy": ShardingStrategy._HYBRID_SHARD_ZERO2} if m is inner.blocks[0] else isinstance(m, Block)
+        lambda m: {"sharding_strategy": ShardingStrategy._HYBRID_SHARD_ZERO2}
+        if m is inner.blocks[0]
+        else isinstance(m, Block)
     )
     inner = copy.deepcopy(net)
     ours = FullyShardedDataParallel(inner, device_mesh=mesh, auto_wrap_policy=custom)
@@ -219,7 +246,11 @@ def _methods(rank: int) -> None:
             module.weight.fill_(1.0)
 
     ours.apply(ones)
-    assert all((full(p) == 1).all() for name, p in ours.named_parameters() if name.endswith(("up.weight", "head.weight")))
+    assert all(
+        (full(p) == 1).all()
+        for name, p in ours.named_parameters()
+        if name.endswith(("up.weight", "head.weight"))
+    )
     with pytest.raises(NotImplementedError, match="set_all_reduce_hook"):
         ours.register_comm_hook(None, lambda *_: None)
 

@@ -1,4 +1,5 @@
-"""Checkpoints that nobody has to trust: flipped bits, foreign files, ways out, code in pickles; and ``verify``."""
+"""Checkpoints that nobody has to trust: flipped bits, foreign files, ways out, code in pickles; and
+``verify``."""
 
 import os
 import pickle
@@ -47,7 +48,9 @@ def _blank() -> dict[str, Any]:
     return tensors | {"object": {"list": [None, None, {"x": None}], "float": None}}
 
 
-def _save(path: Path, writer: Callable[..., Any] = h.FileSystemWriter, state: dict[str, Any] | None = None) -> Path:
+def _save(
+    path: Path, writer: Callable[..., Any] = h.FileSystemWriter, state: dict[str, Any] | None = None
+) -> Path:
     dcp.save(state or _state(), storage_writer=writer(path), no_dist=True)
     return path
 
@@ -81,7 +84,8 @@ def _notices(path: Path) -> bool:
 
 
 def test_a_flipped_bit_is_one_of_our_errors(tmp_path: Path) -> None:
-    """Places of every kind, as a user meets them; test/cpp/flipped_bits_test.cpp flips a bit of every byte."""
+    """Places of every kind, as a user meets them; test/cpp/flipped_bits_test.cpp flips a bit of
+    every byte."""
     path = _save(tmp_path)
     (data,) = path.glob("*.distcp")
     metadata = path / ".metadata"
@@ -100,7 +104,9 @@ def test_a_flipped_bit_is_one_of_our_errors(tmp_path: Path) -> None:
     assert h.verify(path).ok and not _notices(path), "all is as it was"
 
 
-def test_truncated_missing_and_swapped_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_missing_and_swapped_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = _save(tmp_path / "a")
     other = _save(tmp_path / "b", state=_state(2.5))
     stock = _save(tmp_path / "stock", dcp.FileSystemWriter)
@@ -111,7 +117,12 @@ def test_truncated_missing_and_swapped_files(tmp_path: Path, caplog: pytest.LogC
         with pytest.raises(h.CorruptCheckpointError, match=data.name):
             _load(path)
         assert any(p.file == data.name for p in h.verify(path).problems)
-    for others in (foreign.read_bytes(), stock_data.read_bytes(), b"PK\3\4" + bytes(1000), whole + b"x"):
+    for others in (
+        foreign.read_bytes(),
+        stock_data.read_bytes(),
+        b"PK\3\4" + bytes(1000),
+        whole + b"x",
+    ):
         data.write_bytes(others)
         with pytest.raises(h.CorruptCheckpointError, match=data.name):
             _load(path)
@@ -142,8 +153,14 @@ def test_truncated_missing_and_swapped_files(tmp_path: Path, caplog: pytest.LogC
         assert any(p.file == ".metadata" for p in h.verify(path).problems)
     # Stock files: the zip's own checksums.
     raw = stock_data.read_bytes()
-    place = next(i for index, i in read_metadata(stock / ".metadata").storage_data.items() if index.fqn == "large")
-    stock_data.write_bytes(raw[: place.offset + 100_000] + b"\0\1\2" + raw[place.offset + 100_003 :])
+    place = next(
+        i
+        for index, i in read_metadata(stock / ".metadata").storage_data.items()
+        if index.fqn == "large"
+    )
+    stock_data.write_bytes(
+        raw[: place.offset + 100_000] + b"\0\1\2" + raw[place.offset + 100_003 :]
+    )
     with pytest.raises(h.CorruptCheckpointError, match="large"):
         _load(stock)
     stock_data.write_bytes(raw[: len(raw) // 2])
@@ -194,7 +211,9 @@ def _chunk(offset: int, size: int) -> ChunkStorageMetadata:
     ],
 )
 @pytest.mark.parametrize("api", ["load", "dcp"])
-def test_chunks_that_overlap_or_are_missing(tmp_path: Path, chunks: list[Any], expected: str, api: str) -> None:
+def test_chunks_that_overlap_or_are_missing(
+    tmp_path: Path, chunks: list[Any], expected: str, api: str
+) -> None:
     path = _save(tmp_path)
     metadata = read_metadata(path / ".metadata")
     metadata.state_dict_metadata["large"].chunks = chunks  # type: ignore[union-attr]
@@ -212,10 +231,17 @@ def test_chunks_that_overlap_or_are_missing(tmp_path: Path, chunks: list[Any], e
 
 
 @pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
-def test_records_of_other_sizes_than_metadata_says(tmp_path: Path, writer: Callable[..., Any]) -> None:
+def test_records_of_other_sizes_than_metadata_says(
+    tmp_path: Path, writer: Callable[..., Any]
+) -> None:
     path = _save(tmp_path, writer)
     (data,) = path.glob("*.distcp")
-    for name, size in (("large", (521, 512)), ("large", (520, 513)), ("small", (36,)), ("half", (2, 2, 1))):
+    for name, size in (
+        ("large", (521, 512)),
+        ("large", (520, 513)),
+        ("small", (36,)),
+        ("half", (2, 2, 1)),
+    ):
         metadata = read_metadata(path / ".metadata")
         metadata.state_dict_metadata[name].size = torch.Size(size)  # type: ignore[union-attr]
         chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), torch.Size(size))
@@ -269,9 +295,15 @@ class Planner(dcp.DefaultLoadPlanner):
 
 
 @pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
-def test_no_code_in_a_checkpoint_runs(tmp_path: Path, writer: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_no_code_in_a_checkpoint_runs(
+    tmp_path: Path, writer: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     ran = tmp_path / "ran"
-    dcp.save({"evil": Code(str(ran)), "t": torch.ones(3)}, storage_writer=writer(tmp_path / "c"), no_dist=True)
+    dcp.save(
+        {"evil": Code(str(ran)), "t": torch.ones(3)},
+        storage_writer=writer(tmp_path / "c"),
+        no_dist=True,
+    )
 
     def blank() -> dict[str, Any]:
         return {"evil": None, "t": torch.zeros(3)}
@@ -285,9 +317,13 @@ def test_no_code_in_a_checkpoint_runs(tmp_path: Path, writer: Callable[..., Any]
         h.load(blank(), storage_reader=dcp.FileSystemReader(tmp_path / "c"), no_dist=True)
     with pytest.raises(CheckpointException, match="trust_objects"):
         dcp.load(untouched, storage_reader=h.FileSystemReader(tmp_path / "c"), no_dist=True)
-    assert not untouched["t"].any() and untouched["evil"] is None  # objects are looked at before a tensor is written
+    assert (
+        not untouched["t"].any() and untouched["evil"] is None
+    )  # objects are looked at before a tensor is written
     assert not ran.exists()
-    dcp.save({"evil": Value(), "t": torch.ones(3)}, storage_writer=writer(tmp_path / "d"), no_dist=True)
+    dcp.save(
+        {"evil": Value(), "t": torch.ones(3)}, storage_writer=writer(tmp_path / "d"), no_dist=True
+    )
     state = blank()
     h.load(state, checkpoint_id=tmp_path / "d", no_dist=True, trust_objects=True)
     assert state["evil"] == Value()
@@ -304,8 +340,11 @@ def test_no_code_in_a_checkpoint_runs(tmp_path: Path, writer: Callable[..., Any]
     assert not ran.exists()
 
 
-def test_a_damaged_metadata_file_says_so_under_stock_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Up to torch 2.11 dcp.load drops a reader's errors and raises "metadata is None": the reader's log has the reason."""
+def test_a_damaged_metadata_file_says_so_under_stock_load(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Up to torch 2.11 dcp.load drops a reader's errors and raises "metadata is None": the reader's
+    log has the reason."""
     path = _save(tmp_path)
     with _flipped(path / ".metadata", 300, 3), pytest.raises(CheckpointException) as raised:
         dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
@@ -330,7 +369,9 @@ def test_sizes_that_the_files_do_not_explain_allocate_nothing(tmp_path: Path) ->
     for info in metadata.storage_data.values():
         info.length = 1 << 45
     (path / ".metadata").write_bytes(encode_metadata(metadata))
-    out = subprocess.run([sys.executable, "-c", _LIMITED, str(path)], capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", _LIMITED, str(path)], capture_output=True, text=True, timeout=120
+    )
     assert "refused:" in out.stdout, out.stderr
 
 
@@ -338,7 +379,8 @@ def test_sizes_that_the_files_do_not_explain_allocate_nothing(tmp_path: Path) ->
 def test_tensors_made_of_metadata_are_no_larger_than_the_files(
     tmp_path: Path, writer: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Under planners that make the state dict from `.metadata`, as torch's tools do. Nothing may have been allocated."""
+    """Under planners that make the state dict from `.metadata`, as torch's tools do. Nothing may
+    have been allocated."""
     large = 1 << 40  # elements
 
     def huge(metadata: Any, name: str = "w") -> None:
@@ -347,7 +389,9 @@ def test_tensors_made_of_metadata_are_no_larger_than_the_files(
 
     def huge_with_its_length(metadata: Any) -> None:
         huge(metadata)
-        next(info for index, info in metadata.storage_data.items() if index.fqn == "w").length = 4 * large + 1000
+        next(info for index, info in metadata.storage_data.items() if index.fqn == "w").length = (
+            4 * large + 1000
+        )
 
     def many(metadata: Any) -> None:
         for index, info in list(metadata.storage_data.items()):
@@ -356,7 +400,11 @@ def test_tensors_made_of_metadata_are_no_larger_than_the_files(
                 metadata.state_dict_metadata[f"more{i}"] = metadata.state_dict_metadata["w"]
 
     longer = "distcp: .*a file of"
-    cases = ((huge, "metadata: w: expected records of"), (huge_with_its_length, longer), (many, longer))
+    cases = (
+        (huge, "metadata: w: expected records of"),
+        (huge_with_its_length, longer),
+        (many, longer),
+    )
     for number, (change, expected) in enumerate(cases):
         path = _save(tmp_path / str(number), writer, {"w": torch.ones(3000), "o": {"x": 1}})
         loaded: dict[str, Any] = {}
@@ -394,7 +442,11 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
         again = h.verify(path, threads=threads)
         assert (again.problems, again.tensors, again.bytes) == ([], report.tensors, report.bytes)
     done = _run("verify", path)
-    assert done.returncode == 0 and "4 tensors and 4 objects in 1 files" in done.stdout and "0 problems" in done.stdout
+    assert (
+        done.returncode == 0
+        and "4 tensors and 4 objects in 1 files" in done.stdout
+        and "0 problems" in done.stdout
+    )
     shown = _run("inspect", path)
     assert shown.returncode == 0 and "large  float32 [520, 512] in 1 chunk" in shown.stdout
     (data,) = path.glob("*.distcp")
@@ -405,7 +457,9 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
         places.append(small.offset + small.length // 2)
     with _flipped(data, places[0], 1), _flipped(data, places[1], 1), _flipped(data, places[-1], 2):
         report = h.verify(path)
-        assert {p.record for p in report.problems} == ({"large", "small"} if len(places) == 3 else {"large"})
+        assert {p.record for p in report.problems} == (
+            {"large", "small"} if len(places) == 3 else {"large"}
+        )
         assert all(p.file == data.name and data.name not in p.message for p in report.problems)
         assert report.bytes > 0  # a damaged file's are counted too
         assert f"VerifyReport(ok=False, problems={len(report.problems)}," in repr(report)
@@ -419,7 +473,9 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
         done = _run(command, path)
         assert done.returncode == 1 and "no checkpoint is here" in done.stdout, command
         assert _run(command, path / "nowhere").returncode == 2, command
-    (path / ".metadata").mkdir()  # what the system refuses to read is wrong with the checkpoint, too
+    (
+        path / ".metadata"
+    ).mkdir()  # what the system refuses to read is wrong with the checkpoint, too
     for command in ("verify", "inspect"):
         done = _run(command, path)
         assert done.returncode == 1 and ".metadata" in done.stdout + done.stderr, command
@@ -458,13 +514,21 @@ def test_the_program_is_installed_as_pip_installs_scripts(tmp_path: Path) -> Non
         env=os.environ | {"HSDP_CKPT_BUILD_DIR": str(built.parent)},
         timeout=120,
     )
-    done = subprocess.run([tmp_path / "bin" / "hsdp-ckpt", "--help"], capture_output=True, text=True, env={})
+    done = subprocess.run(
+        [tmp_path / "bin" / "hsdp-ckpt", "--help"], capture_output=True, text=True, env={}
+    )
     assert done.returncode == 0 and "usage" in done.stdout
 
 
 def test_the_program_says_how_it_is_used(tmp_path: Path) -> None:
     assert "usage" in _run("--help").stdout
-    for wrong in ([], ["verify"], ["check", tmp_path], ["verify", tmp_path / "none"], ["verify", tmp_path, "--threads", "x"]):
+    for wrong in (
+        [],
+        ["verify"],
+        ["check", tmp_path],
+        ["verify", tmp_path / "none"],
+        ["verify", tmp_path, "--threads", "x"],
+    ):
         assert _run(*wrong).returncode == 2
     libraries = subprocess.run(["ldd", PROGRAM], capture_output=True, text=True).stdout
     assert "torch" not in libraries and "python" not in libraries

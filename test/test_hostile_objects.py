@@ -1,4 +1,5 @@
-"""Objects of a checkpoint that want more memory than their bytes explain, and zips that two readers see two ways."""
+"""Objects of a checkpoint that want more memory than their bytes explain, and zips that two readers
+see two ways."""
 
 import codecs
 import collections
@@ -30,7 +31,9 @@ class Calls:
 
 
 @pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
-def test_objects_that_their_bytes_do_not_explain(tmp_path: Path, writer: Callable[..., Any]) -> None:
+def test_objects_that_their_bytes_do_not_explain(
+    tmp_path: Path, writer: Callable[..., Any]
+) -> None:
     plain = {
         "b": [b"text", b"a", b"a", bytes(range(256))],
         "a": [bytearray(b"text"), bytearray(), bytearray(b"a"), bytearray(b"a")],
@@ -58,7 +61,10 @@ def test_compressed_objects_and_objects_of_the_old_format(tmp_path: Path) -> Non
     stream, old = io.BytesIO(), io.BytesIO()
     torch.save({"zeros": torch.zeros(1 << 20), "b": b"text"}, stream)
     torch.save({"zeros": torch.zeros(4), "b": b"text"}, old, _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(stream) as archive, zipfile.ZipFile(tmp_path / "z", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(stream) as archive,
+        zipfile.ZipFile(tmp_path / "z", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for entry in archive.infolist():
             packed.writestr(entry.filename, archive.read(entry))
     with pytest.raises(h.CorruptCheckpointError, match="expected a stored entry, got a packed"):
@@ -84,15 +90,33 @@ def _text(value: str) -> bytes:
 
 
 def _tensor(stored: int, size: int, stride: int, key: str = "0") -> bytes:
-    storage = _tuple(_text("storage"), b"ctorch\nFloatStorage\n", _text(key), _text("cpu"), _number(stored)) + b"Q"
-    shape, strides, hooks = _tuple(_number(size)), _tuple(_number(stride)), b"ccollections\nOrderedDict\n)R"
-    return b"ctorch._utils\n_rebuild_tensor_v2\n" + _tuple(storage, _number(0), shape, strides, b"\x89", hooks) + b"R"
+    storage = (
+        _tuple(
+            _text("storage"), b"ctorch\nFloatStorage\n", _text(key), _text("cpu"), _number(stored)
+        )
+        + b"Q"
+    )
+    shape, strides, hooks = (
+        _tuple(_number(size)),
+        _tuple(_number(stride)),
+        b"ccollections\nOrderedDict\n)R",
+    )
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n"
+        + _tuple(storage, _number(0), shape, strides, b"\x89", hooks)
+        + b"R"
+    )
 
 
 def _zip(pickle: bytes, name: str = "data.pkl", comment: bytes = b"") -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        entries = {name: b"\x80\2" + pickle + b".", "byteorder": b"little", "data/0": bytes(64), "version": b"3\n"}
+        entries = {
+            name: b"\x80\2" + pickle + b".",
+            "byteorder": b"little",
+            "data/0": bytes(64),
+            "version": b"3\n",
+        }
         for entry, data in entries.items():
             archive.writestr(f"archive/{entry}", data)
         archive.infolist()[-1].comment = comment
@@ -104,7 +128,9 @@ FROM_TYPE = b"ctorch._tensor\n_rebuild_from_type_v2\n"
 LIST = b"](" + b"".join(_number(i) for i in range(1000)) + b"eq\0"
 STATE = b"}(" + b"".join(_text(f"a{i}") + b"N" for i in range(1000)) + b"uq\0"
 HOSTILE = {
-    "a bytearray by way of another call": FROM_TYPE + _tuple(b"cbuiltins\nbytearray\n", _text("x"), LARGE, b"}") + b"R",
+    "a bytearray by way of another call": FROM_TYPE
+    + _tuple(b"cbuiltins\nbytearray\n", _text("x"), LARGE, b"}")
+    + b"R",
     "of another spelling": b"ctorch\n_tensor._rebuild_from_type_v2\n"
     + _tuple(b"cbuiltins\nbytearray\n", _text("x"), LARGE, b"}")
     + b"R",
@@ -112,7 +138,9 @@ HOSTILE = {
     "a tensor of a number": b"ctorch\nTensor\n" + LARGE + b"R",
     "a new tensor of a number": b"ctorch\nFloatTensor\n" + LARGE + b"\x81",
     "a storage of a number": b"ctorch.storage\nUntypedStorage\n" + LARGE + b"R",
-    "a tensor by way of another call": FROM_TYPE + _tuple(*2 * [b"ctorch\nTensor\n"], LARGE, b"}") + b"R",
+    "a tensor by way of another call": FROM_TYPE
+    + _tuple(*2 * [b"ctorch\nTensor\n"], LARGE, b"}")
+    + b"R",
     "a storage longer than its entry": _tensor(17, 17, 1),
     "a storage without an entry": _tensor(16, 16, 1, "1"),
     "a tensor longer than its storage": _tensor(16, 17, 1),
@@ -133,7 +161,9 @@ HOSTILE = {
         + _tuple(
             b"ctorch._utils\n_rebuild_tensor_v2\n",
             b"ctorch\nTensor\n",
-            _tensor(16, 16, 1).removeprefix(b"ctorch._utils\n_rebuild_tensor_v2\n").removesuffix(b"R"),
+            _tensor(16, 16, 1)
+            .removeprefix(b"ctorch._utils\n_rebuild_tensor_v2\n")
+            .removesuffix(b"R"),
             b"}" + _text("data") + _tensor(16, 3 << 30, 0) + b"s",
         )
         + b"R"
@@ -154,7 +184,8 @@ HOSTILE = {
 def test_whatever_way_a_pickle_takes_memory(kind: str) -> None:
     for name in ("data.pkl", "DATA.PKL"):
         with pytest.raises(
-            h.CorruptCheckpointError, match=r"here: the object is not loaded: .*pickle (makes|sets|calls|names)"
+            h.CorruptCheckpointError,
+            match=r"here: the object is not loaded: .*pickle (makes|sets|calls|names)",
         ):
             load_object(_zip(HOSTILE[kind], name), "here", trust=False)
 
@@ -188,7 +219,16 @@ def test_what_torch_saves_of_plain_data_is_let_through() -> None:
         "narrow": torch.zeros(5, dtype=torch.float8_e4m3fn),
         "unsigned": torch.zeros(5, dtype=torch.uint16),
         "size": torch.Size([1, 2]),
-        "others": [1.5, 2**70, True, None, complex(1, 2), torch.device("cpu"), torch.float16, "\u20ac"],
+        "others": [
+            1.5,
+            2**70,
+            True,
+            None,
+            complex(1, 2),
+            torch.device("cpu"),
+            torch.float16,
+            "\u20ac",
+        ],
         "random": torch.get_rng_state(),
         "optimizer": torch.optim.AdamW([torch.nn.Parameter(shared.clone())]).state_dict(),
     }
@@ -217,7 +257,15 @@ def test_classes_that_somebody_has_allowed_are_let_through() -> None:
         np.zeros(100_000, dtype=np.uint8),
         np.random.RandomState(0).get_state()[1],
     ]
-    classes = [Named, torch.nn.Linear, np.ndarray, np.dtype, type(np.dtype("i8")), type(np.dtype("u1")), type(np.dtype("u4"))]
+    classes = [
+        Named,
+        torch.nn.Linear,
+        np.ndarray,
+        np.dtype,
+        type(np.dtype("i8")),
+        type(np.dtype("u1")),
+        type(np.dtype("u4")),
+    ]
     with torch.serialization.safe_globals([*classes, np._core.multiarray._reconstruct, set]):
         for value in values:
             stream = io.BytesIO()
@@ -239,12 +287,17 @@ def test_objects_without_the_zips_own_checksums(tmp_path: Path) -> None:
 
 
 def test_a_zip_that_two_readers_see_two_ways(tmp_path: Path) -> None:
-    """Python's zip reader takes the directory at the end and leaves a zip64 one that is not where it looks; torch's follows the
-    pointer to it. The one that is checked would not be the one that is loaded."""
+    """Python's zip reader takes the directory at the end and leaves a zip64 one that is not where
+    it looks; torch's follows the pointer to it. The one that is checked would not be the one that
+    is loaded."""
     hidden = _zip(_text("hidden"))
     entries, directory, offset = struct.unpack("<HII", hidden[-12:-2])
-    data = hidden[:-22] + struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, entries, entries, directory, offset)
-    locator = struct.pack("<IIQI", 0x07064B50, 0, offset + directory, 1)  # where the end's own has to be
+    data = hidden[:-22] + struct.pack(
+        "<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, entries, entries, directory, offset
+    )
+    locator = struct.pack(
+        "<IIQI", 0x07064B50, 0, offset + directory, 1
+    )  # where the end's own has to be
     data += _zip(_text("seen"), comment=locator)
     assert torch.load(io.BytesIO(data), weights_only=True) == "hidden"
     assert load_object(_zip(_text("seen")), "here", trust=False) == "seen"
@@ -253,7 +306,9 @@ def test_a_zip_that_two_readers_see_two_ways(tmp_path: Path) -> None:
     for writer in (h.FileSystemWriter, dcp.FileSystemWriter):
         path = tmp_path / writer.__module__
         dcp.save({"o": io.BytesIO(data)}, storage_writer=writer(path), planner=_Raw(), no_dist=True)
-        with pytest.raises(h.CorruptCheckpointError, match=r"o: (the object: )?expected the zip64 end"):
+        with pytest.raises(
+            h.CorruptCheckpointError, match=r"o: (the object: )?expected the zip64 end"
+        ):
             h.load({"o": None}, checkpoint_id=path, no_dist=True)
 
 

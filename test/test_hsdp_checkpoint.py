@@ -1,4 +1,5 @@
-"""The two cases that name this project: HSDP saved and loaded on the same mesh, and HSDP saved, 1-D FSDP loaded."""
+"""The two cases that name this project: HSDP saved and loaded on the same mesh, and HSDP saved, 1-D
+FSDP loaded."""
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 
-from torch_hsdp_ckpt import FileSystemReader, FileSystemWriter, FullyShardedDataParallel, ShardingStrategy, StateDictType
+from torch_hsdp_ckpt import (
+    FileSystemReader,
+    FileSystemWriter,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    StateDictType,
+)
 
 
 def _wrap(net: torch.nn.Module, device: str, shape: tuple[int, ...]) -> FullyShardedDataParallel:
@@ -19,14 +26,18 @@ def _wrap(net: torch.nn.Module, device: str, shape: tuple[int, ...]) -> FullySha
     model = FullyShardedDataParallel(
         net.to(device),
         device_mesh=init_device_mesh(device, shape, mesh_dim_names=names),
-        sharding_strategy=ShardingStrategy.HYBRID_SHARD if len(shape) == 2 else ShardingStrategy.FULL_SHARD,
+        sharding_strategy=ShardingStrategy.HYBRID_SHARD
+        if len(shape) == 2
+        else ShardingStrategy.FULL_SHARD,
         auto_wrap_policy=ModuleWrapPolicy({Block}),
     )
     FullyShardedDataParallel.set_state_dict_type(model, StateDictType.SHARDED_STATE_DICT)
     return model
 
 
-def _step(model: FullyShardedDataParallel, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+def _step(
+    model: FullyShardedDataParallel, optimizer: torch.optim.Optimizer, x: torch.Tensor
+) -> None:
     optimizer.zero_grad()
     model(x).square().mean().backward()
     optimizer.step()
@@ -60,7 +71,10 @@ def _save_step_load(rank: int, path: str, kind: str, device: str) -> None:
         if not isinstance(value, DTensor):
             continue
         sharded += 1
-        assert value.device_mesh == saved[key].device_mesh and value.placements == saved[key].placements, key
+        assert (
+            value.device_mesh == saved[key].device_mesh
+            and value.placements == saved[key].placements
+        ), key
         if value.to_local().numel():  # a shard without rows has nothing that could differ
             assert not torch.equal(_local(value), before[key]), key
     assert sharded == len(list(model.parameters()))
@@ -90,7 +104,9 @@ def _save_hsdp_load_fsdp(rank: int, path: str, kind: str, device: str) -> None:
         if isinstance(value, DTensor):
             original = value.redistribute(placements=[Replicate()] * 2).to_local()
             assert loaded[key].device_mesh.ndim == 1, key
-            assert torch.equal(loaded[key].redistribute(placements=[Replicate()]).to_local(), original), key
+            assert torch.equal(
+                loaded[key].redistribute(placements=[Replicate()]).to_local(), original
+            ), key
         else:
             assert torch.equal(loaded[key], value), key
 

@@ -1,4 +1,5 @@
-"""``load``: DCP's signature on our engine, in every way of exchange, onto every mesh, and what goes wrong on one rank."""
+"""``load``: DCP's signature on our engine, in every way of exchange, onto every mesh, and what goes
+wrong on one rank."""
 
 import errno
 import functools
@@ -37,11 +38,20 @@ def _sharded(full: dict[str, torch.Tensor], mesh: Any, placements: list[Any]) ->
 
 
 def _blank(mesh: Any, placements: list[Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    state: dict[str, Any] = _sharded({k: torch.zeros(v, 1024, dtype=dtype) for k, v in ROWS.items()}, mesh, placements)
-    return {"w": state, "step": torch.tensor(0), "plain": torch.zeros(400, 1000), "nested": [{"lr": None}]}
+    state: dict[str, Any] = _sharded(
+        {k: torch.zeros(v, 1024, dtype=dtype) for k, v in ROWS.items()}, mesh, placements
+    )
+    return {
+        "w": state,
+        "step": torch.tensor(0),
+        "plain": torch.zeros(400, 1000),
+        "nested": [{"lr": None}],
+    }
 
 
-def _check(state: dict[str, Any], full: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+def _check(
+    state: dict[str, Any], full: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> None:
     for name, tensor in state["w"].items():
         assert isinstance(tensor, DTensor)
         assert torch.equal(tensor.full_tensor(), full[name].to(dtype)), name
@@ -50,9 +60,14 @@ def _check(state: dict[str, Any], full: dict[str, torch.Tensor], dtype: torch.dt
     assert state["nested"] == [{"lr": 0.1}]
 
 
-def _save(full: dict[str, torch.Tensor], mesh: Any, placements: list[Any], path: str, writer: Any) -> None:
+def _save(
+    full: dict[str, torch.Tensor], mesh: Any, placements: list[Any], path: str, writer: Any
+) -> None:
     state = {"w": _sharded(full, mesh, placements), "step": torch.tensor(7)}
-    dcp.save(state | {"plain": torch.full((400, 1000), 0.5), "nested": [{"lr": 0.1}]}, storage_writer=writer(path))
+    dcp.save(
+        state | {"plain": torch.full((400, 1000), 0.5), "nested": [{"lr": 0.1}]},
+        storage_writer=writer(path),
+    )
 
 
 def _every_exchange(rank: int, path: str) -> None:
@@ -62,7 +77,10 @@ def _every_exchange(rank: int, path: str) -> None:
     for name, writer in (("ours", h.FileSystemWriter), ("stock", dcp.FileSystemWriter)):
         _save(full, mesh, hybrid, f"{path}/{name}", writer)
         for mode in ("off", "shared", "network", "auto"):
-            for dtype in (torch.float32, torch.bfloat16):  # straight into the targets, and through memory that is converted
+            for dtype in (
+                torch.float32,
+                torch.bfloat16,
+            ):  # straight into the targets, and through memory that is converted
                 state = _blank(mesh, hybrid, dtype)
                 h.load(state, checkpoint_id=f"{path}/{name}", exchange=mode)  # type: ignore[arg-type]
                 _check(state, full, dtype)
@@ -100,20 +118,31 @@ def test_between_any_two_meshes(tmp_path: Path) -> None:
     run_ranks(_reshard, 4, str(tmp_path))
     # and onto one process, which takes part in no mesh
     full = _full(2)
-    state: dict[str, Any] = {"w": {k: torch.zeros_like(v) for k, v in full.items()}, "nested": [{"lr": None}]}
+    state: dict[str, Any] = {
+        "w": {k: torch.zeros_like(v) for k, v in full.items()},
+        "nested": [{"lr": None}],
+    }
     h.load(state, checkpoint_id=tmp_path / "3", no_dist=True)
     assert all(torch.equal(state["w"][k], v) for k, v in full.items())
 
 
 def _storage_bytes() -> int:
     """What this process has read through system calls so far, sockets included."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+    return next(
+        int(line.split()[1])
+        for line in Path("/proc/self/io").read_text().splitlines()
+        if line.startswith("rchar")
+    )
 
 
 def _read_bytes(rank: int, path: str, replicas: int) -> dict[str, int]:
-    """Bytes that this rank reads from files in every mode, and with planners that are not the default one."""
+    """Bytes that this rank reads from files in every mode, and with planners that are not the
+    default one."""
     mesh = init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas))
-    full = {"w": torch.arange(8_000_000.0).reshape(-1, 1000), "v": torch.arange(4_000_000.0).reshape(-1, 1000)}
+    full = {
+        "w": torch.arange(8_000_000.0).reshape(-1, 1000),
+        "v": torch.arange(4_000_000.0).reshape(-1, 1000),
+    }
     dcp.save(_sharded(full, mesh, [Replicate(), Shard(0)]), storage_writer=h.FileSystemWriter(path))
     from_files = 0
     run = _exchange._Network.run
@@ -132,7 +161,9 @@ def _read_bytes(rank: int, path: str, replicas: int) -> dict[str, int]:
         ("subclass", "shared", _Other()),
         ("empty", "shared", _EmptyStateDictLoadPlanner()),
     ):
-        state = _sharded({k: torch.zeros_like(v) for k, v in full.items()}, mesh, [Replicate(), Shard(0)])
+        state = _sharded(
+            {k: torch.zeros_like(v) for k, v in full.items()}, mesh, [Replicate(), Shard(0)]
+        )
         if name == "empty":
             state = {}
         dist.barrier()
@@ -166,7 +197,8 @@ class _Raises:
 
 
 def _at_read(number: int, act: Callable[[], int]) -> None:
-    """From now on ``act`` is asked what this process's read ``number`` of tensors shall do in each load: see _inject_fault."""
+    """From now on ``act`` is asked what this process's read ``number`` of tensors shall do in each
+    load: see _inject_fault."""
     read = _load._read
     _C._inject_fault(None)  # files that are opened from now on can be asked
 
@@ -182,10 +214,12 @@ def _at_read(number: int, act: Callable[[], int]) -> None:
 
 
 def _rank_fails(rank: int, path: str) -> None:
-    """Damage that only one rank meets, or that only one replica reads, is every rank's error, in every mode."""
+    """Damage that only one rank meets, or that only one replica reads, is every rank's error, in
+    every mode."""
     mesh = init_device_mesh("cpu", (2, 2))
     full = _full(3)
-    # In the second case the ranks of one shard fail before those of the other one know, and before the plain tensors' turn.
+    # In the second case the ranks of one shard fail before those of the other one know, and before
+    # the plain tensors' turn.
     for damaged, name in (("plain", "plain"), ("w.even", r"w\.even")):
         _save(full, mesh, [Replicate(), Shard(0)], path, h.FileSystemWriter)
         if rank == 0:
@@ -198,12 +232,16 @@ def _rank_fails(rank: int, path: str) -> None:
                 file.write(bytes([byte[0] ^ 1]))
         dist.barrier()
         for mode in ("off", "shared", "network"):
-            with pytest.raises(h.CorruptCheckpointError, match=rf"rank \d.*distcp: {name}.*written in part"):
+            with pytest.raises(
+                h.CorruptCheckpointError, match=rf"rank \d.*distcp: {name}.*written in part"
+            ):
                 h.load(_blank(mesh, [Replicate(), Shard(0)]), checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
     state = _blank(mesh, [Replicate(), Shard(0)])
     if rank == 2:
         state["w"]["more"] = torch.zeros(3)
-    with pytest.raises(h.CheckpointError, match=r"rank 2.*Missing key in checkpoint state_dict: w\.more"):
+    with pytest.raises(
+        h.CheckpointError, match=r"rank 2.*Missing key in checkpoint state_dict: w\.more"
+    ):
         h.load(state, checkpoint_id=path)
     with pytest.raises(FileNotFoundError):
         h.load(state, checkpoint_id=f"{path}/none")
@@ -218,7 +256,9 @@ def _rank_fails(rank: int, path: str) -> None:
     h.save(ones, checkpoint_id=f"{path}/object")
     for mode in ("off", "shared", "network"):
         state = {"w": torch.zeros(6000, 1000)} | ({"path": None} if rank == 1 else {})
-        with pytest.raises(h.CheckpointError, match=r"(?s)rank 1.*distcp: path.*trust_objects") as refused:
+        with pytest.raises(
+            h.CheckpointError, match=r"(?s)rank 1.*distcp: path.*trust_objects"
+        ) as refused:
             h.load(state, checkpoint_id=f"{path}/object", exchange=mode)  # type: ignore[arg-type]
         assert not state["w"].any() and "in part" not in str(refused.value)
     # What the operating system refuses while tensors are read: the same error, and more of it.
@@ -226,7 +266,9 @@ def _rank_fails(rank: int, path: str) -> None:
     for mode in ("off", "shared", "network"):
         with pytest.raises(OSError, match="written in part") as error:
             h.load({"w": torch.zeros(6000, 1000)}, checkpoint_id=f"{path}/object", exchange=mode)  # type: ignore[arg-type]
-        assert error.value.errno == errno.EIO and str(error.value.filename).endswith(".distcp"), mode
+        assert error.value.errno == errno.EIO and str(error.value.filename).endswith(".distcp"), (
+            mode
+        )
     raising = {"it": _Raises(rank)}
     for call in (h.load, h.save):
         with pytest.raises(h.CheckpointError, match="rank 1: ArithmeticError: no state"):
@@ -248,7 +290,8 @@ DEATHS = [  # how replicas share, where one is killed, and which: the coordinato
 
 
 def _dies(rank: int, path: str) -> str | None:
-    """Pairs of ranks, of which one is killed while it plans, or when it has read its first piece, of three or more of 2 MiB."""
+    """Pairs of ranks, of which one is killed while it plans, or when it has read its first piece,
+    of three or more of 2 MiB."""
     pair, role = divmod(rank, 2)
     mode, point, who = DEATHS[pair]
     group = dist.new_group([2 * pair, 2 * pair + 1], use_local_synchronization=True)
@@ -267,7 +310,9 @@ def _dies(rank: int, path: str) -> str | None:
         h.load(state, checkpoint_id=path, process_group=group, exchange=mode)  # type: ignore[arg-type]
     assert ("written in part" in str(error.value)) == (point == "read")
     state["w"].zero_()
-    h.load(state, checkpoint_id=path, no_dist=True)  # what is left of the failed load is in nobody's way
+    h.load(
+        state, checkpoint_id=path, no_dist=True
+    )  # what is left of the failed load is in nobody's way
     assert (state["w"] == 1).all()
     return mode
 
@@ -277,7 +322,9 @@ def test_a_rank_that_dies_is_the_others_error(tmp_path: Path) -> None:
     h.save({"w": torch.ones(3000, 1000), "step": 1}, checkpoint_id=tmp_path, no_dist=True)
     died = tuple(2 * pair + who for pair, (_, _, who) in enumerate(DEATHS))
     ended = run_ranks(_dies, 2 * len(DEATHS), str(tmp_path), allow_death=died)
-    assert [ended[rank] is None for rank in range(len(ended))] == [rank in died for rank in range(len(ended))]
+    assert [ended[rank] is None for rank in range(len(ended))] == [
+        rank in died for rank in range(len(ended))
+    ]
 
 
 class _Other(dcp.DefaultLoadPlanner):
@@ -328,7 +375,11 @@ def test_a_reader_of_ones_own_is_asked(tmp_path: Path) -> None:
 def test_planners_stateful_objects_and_readers(tmp_path: Path) -> None:
     counter = _Counter()
     counter.value = 5
-    dcp.save({"c": counter, "t": torch.arange(6.0), "x": {"y": 1}}, storage_writer=h.FileSystemWriter(tmp_path), no_dist=True)
+    dcp.save(
+        {"c": counter, "t": torch.arange(6.0), "x": {"y": 1}},
+        storage_writer=h.FileSystemWriter(tmp_path),
+        no_dist=True,
+    )
 
     def check(state: dict[str, Any], **options: Any) -> None:
         h.load(state, no_dist=True, **options)
@@ -350,9 +401,22 @@ def test_planners_stateful_objects_and_readers(tmp_path: Path) -> None:
     h.load(doubled, checkpoint_id=tmp_path, planner=_Doubling(), no_dist=True)
     assert torch.equal(doubled["t"], torch.arange(6.0) * 2)
     rebuilt: dict[str, Any] = {}
-    h.load(rebuilt, checkpoint_id=tmp_path, planner=_EmptyStateDictLoadPlanner(keys={"t", "x"}), no_dist=True)
-    assert rebuilt.keys() == {"t", "x"} and torch.equal(rebuilt["t"], torch.arange(6.0)) and rebuilt["x"] == {"y": 1}
-    check(blank() | {"new": torch.ones(2)}, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    h.load(
+        rebuilt,
+        checkpoint_id=tmp_path,
+        planner=_EmptyStateDictLoadPlanner(keys={"t", "x"}),
+        no_dist=True,
+    )
+    assert (
+        rebuilt.keys() == {"t", "x"}
+        and torch.equal(rebuilt["t"], torch.arange(6.0))
+        and rebuilt["x"] == {"y": 1}
+    )
+    check(
+        blank() | {"new": torch.ones(2)},
+        checkpoint_id=tmp_path,
+        planner=dcp.DefaultLoadPlanner(allow_partial_load=True),
+    )
     with pytest.raises(h.CheckpointError, match="new"):
         check(blank() | {"new": torch.ones(2)}, checkpoint_id=tmp_path)
     with pytest.raises(h.CheckpointError, match=r"Size mismatch.*\[6\].*\[5\].*t"):
@@ -362,7 +426,8 @@ def test_planners_stateful_objects_and_readers(tmp_path: Path) -> None:
 
 
 class _Replaced(h.FileSystemReader):
-    """Behind the first read of .metadata a newer save commits and removes the files of the one that was read."""
+    """Behind the first read of .metadata a newer save commits and removes the files of the one that
+    was read."""
 
     done = False
 
@@ -394,7 +459,9 @@ def _saved_over(rank: int, path: str) -> None:
         for data in Path(path).glob("__*.distcp"):
             data.unlink()
     dist.barrier()
-    with pytest.raises(FileNotFoundError, match="distcp"):  # nobody has saved since: the files are just not there
+    with pytest.raises(
+        FileNotFoundError, match="distcp"
+    ):  # nobody has saved since: the files are just not there
         h.load(state, checkpoint_id=path)
 
 
@@ -403,13 +470,16 @@ def test_a_directory_that_is_saved_over_gives_one_generation(tmp_path: Path) -> 
 
 
 def _many_saves(rank: int, path: str) -> list[int]:
-    """Ranks 0 and 1 save over one directory again and again, while ranks 2 and 3 load from it: what these have seen."""
+    """Ranks 0 and 1 save over one directory again and again, while ranks 2 and 3 load from it: what
+    these have seen."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("task", "shard"))["shard"]
     group = mesh.get_group()
 
     def state(value: float) -> dict[str, Any]:
         tensors = {f"t{i}": torch.full((100 + 37 * i, 300), value) for i in range(8)}
-        return {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in tensors.items()} | {"generation": int(value)}
+        return {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in tensors.items()} | {
+            "generation": int(value)
+        }
 
     done = Path(path) / "done"
     if rank < 2:
@@ -445,7 +515,8 @@ def test_loads_while_others_save_over_the_directory(tmp_path: Path) -> None:
 
 
 def _extra_memory(rank: int, path: str) -> dict[str, int]:
-    """Memory that a load takes at its height, on top of what is resting, shared memory included; the state exists before."""
+    """Memory that a load takes at its height, on top of what is resting, shared memory included;
+    the state exists before."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(), 1))
     shapes = {"large": (9000, 1000), **{f"w{i}": (500, 1000 + i) for i in range(4)}}  # 44 MB a set
     # One set of tensors for the sharded ones, one for the others: each has an exchange of its own.
@@ -453,11 +524,19 @@ def _extra_memory(rank: int, path: str) -> dict[str, int]:
 
     def make(value: float, dtype: torch.dtype) -> dict[str, Any]:
         whole = {k: torch.full(v, value, dtype=dtype) for k, v in shapes.items()}
-        return {"sharded": {k: distribute_tensor(v, mesh, [Replicate(), Shard(0)]) for k, v in whole.items()}, "plain": whole}
+        return {
+            "sharded": {
+                k: distribute_tensor(v, mesh, [Replicate(), Shard(0)]) for k, v in whole.items()
+            },
+            "plain": whole,
+        }
 
     h.save(make(1, torch.float32), checkpoint_id=path)
     extra = {}
-    for dtype in (torch.float32, torch.bfloat16):  # straight into the targets, and through memory that is converted
+    for dtype in (
+        torch.float32,
+        torch.bfloat16,
+    ):  # straight into the targets, and through memory that is converted
         targets = make(0, dtype)
         for mode in ("off", "shared", "network"):
             dist.barrier()
@@ -480,18 +559,26 @@ def test_memory_on_top_of_the_state_is_bounded(tmp_path: Path, ranks: int) -> No
 
 def _onto_cuda(rank: int, path: str) -> None:
     mesh, host = (init_device_mesh(device, (2, 2)) for device in ("cuda", "cpu"))
-    full = _full(4) | {"large": torch.randn(9000, 1000)}  # more than a batch on its way to the device
+    full = _full(4) | {
+        "large": torch.randn(9000, 1000)
+    }  # more than a batch on its way to the device
     placements = [Replicate(), Shard(0)]
     for writer in (h.FileSystemWriter, dcp.FileSystemWriter):
         where = f"{path}/{writer.__module__}"
         dcp.save(_sharded(full, host, placements), storage_writer=writer(where))
         for mode in ("off", "shared", "network"):
             for dtype in (torch.float32, torch.bfloat16):
-                blank = {k: torch.zeros_like(v, dtype=dtype, device="cuda") for k, v in full.items()}
+                blank = {
+                    k: torch.zeros_like(v, dtype=dtype, device="cuda") for k, v in full.items()
+                }
                 state = _sharded(blank, mesh, placements)
                 h.load(state, checkpoint_id=where, exchange=mode)  # type: ignore[arg-type]
                 for name, tensor in state.items():
-                    assert torch.equal(tensor.full_tensor().cpu(), full[name].to(dtype)), (name, mode, dtype)
+                    assert torch.equal(tensor.full_tensor().cpu(), full[name].to(dtype)), (
+                        name,
+                        mode,
+                        dtype,
+                    )
 
 
 @pytest.mark.gpu

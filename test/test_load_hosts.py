@@ -26,7 +26,8 @@ HYBRID = [Replicate(), Shard(0)]
 
 
 def _on_host(name: str) -> None:
-    """This process takes itself to be on a host of that name, as the engine asks: once, by gethostname()."""
+    """This process takes itself to be on a host of that name, as the engine asks: once, by
+    gethostname()."""
     socket.gethostname = lambda: name
     _exchange.host_identity.cache_clear()
 
@@ -60,8 +61,14 @@ def _two_hosts(rank: int, path: str) -> tuple[list[int], list[str]]:
     kinds = _exchanges_seen()
     mesh = init_device_mesh("cpu", (2, 2))
     full = torch.arange(1_200_000.0).reshape(-1, 1000)
-    dcp.save({"w": distribute_tensor(full, mesh, HYBRID)}, storage_writer=h.FileSystemWriter(f"{path}/one"))
-    dcp.save({"w": distribute_tensor(-full, mesh, HYBRID)}, storage_writer=h.FileSystemWriter(f"{path}/two"))
+    dcp.save(
+        {"w": distribute_tensor(full, mesh, HYBRID)},
+        storage_writer=h.FileSystemWriter(f"{path}/one"),
+    )
+    dcp.save(
+        {"w": distribute_tensor(-full, mesh, HYBRID)},
+        storage_writer=h.FileSystemWriter(f"{path}/two"),
+    )
     reads = []
     for mode in ("network", "shared", "off"):
         reader = _Counted(f"{path}/one")
@@ -101,11 +108,14 @@ def _shards_on_a_host(rank: int, path: str) -> list[str]:
 
 
 def test_replicas_of_a_host_share_memory_when_asked_to(tmp_path: Path) -> None:
-    assert all(kinds == ["_Shared", "_Network"] for kinds in run_ranks(_shards_on_a_host, 4, str(tmp_path)))
+    assert all(
+        kinds == ["_Shared", "_Network"] for kinds in run_ranks(_shards_on_a_host, 4, str(tmp_path))
+    )
 
 
 def _no_shared_memory(rank: int, path: str) -> list[str]:
-    """Rank 0 gets none from the system: no file of it may be larger than a megabyte, nor may one in memory."""
+    """Rank 0 gets none from the system: no file of it may be larger than a megabyte, nor may one in
+    memory."""
     kinds = _exchanges_seen()
     lines: list[str] = []
     logging.getLogger("torch_hsdp_ckpt.checkpoint.load.exchange").addFilter(
@@ -113,12 +123,16 @@ def _no_shared_memory(rank: int, path: str) -> list[str]:
     )
     _exchange._C.is_in_memory = lambda path: False  # wherever the tests' directory is
     if rank == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
     state = {"w": torch.zeros(1200, 1000)}
     h.load(state, checkpoint_id=path)
     assert (state["w"] == 1).all()
     assert any("they exchange over Gloo" in line for line in lines), lines
-    assert rank != 0 or any("no memory shared with other ranks: [Errno 27]" in line for line in lines), lines
+    assert rank != 0 or any(
+        "no memory shared with other ranks: [Errno 27]" in line for line in lines
+    ), lines
     with pytest.raises(h.CheckpointError, match="can't share memory; use 'network' or 'off'"):
         h.load(state, checkpoint_id=path, exchange="shared")
     return kinds
@@ -130,8 +144,11 @@ def test_without_shared_memory_they_exchange_over_gloo_and_say_so(tmp_path: Path
 
 
 def _made_of_metadata(rank: int, path: str) -> None:
-    """Up to torch 2.11 dcp.load says no more than that there is no metadata, and the reader's log the rest."""
-    with pytest.raises(CheckpointException, match=r"w: expected records of 4398046511104 bytes|metadata is None"):
+    """Up to torch 2.11 dcp.load says no more than that there is no metadata, and the reader's log
+    the rest."""
+    with pytest.raises(
+        CheckpointException, match=r"w: expected records of 4398046511104 bytes|metadata is None"
+    ):
         _load_state_dict({}, h.FileSystemReader(path), planner=_EmptyStateDictLoadPlanner())
 
 
@@ -146,7 +163,10 @@ def test_sizes_that_files_do_not_explain_under_stock_load_on_several_ranks(tmp_p
 
 def _save_hybrid(rank: int, path: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2))
-    state = {f"w{i}": distribute_tensor(torch.arange(4000.0).reshape(8, 500) + i, mesh, HYBRID) for i in range(8)}
+    state = {
+        f"w{i}": distribute_tensor(torch.arange(4000.0).reshape(8, 500) + i, mesh, HYBRID)
+        for i in range(8)
+    }
     dcp.save(state, storage_writer=h.FileSystemWriter(path))
 
 
@@ -166,11 +186,17 @@ def _lost_file(rank: int, path: str) -> None:
     """A data file is lost: both ranks are told. What the other files hold is loaded as ever."""
     with open(f"{path}/.metadata", "rb") as file:
         metadata = pickle.load(file)
-    needed = {i.fqn for i, info in metadata.storage_data.items() if not os.path.exists(f"{path}/{info.relative_path}")}
+    needed = {
+        i.fqn
+        for i, info in metadata.storage_data.items()
+        if not os.path.exists(f"{path}/{info.relative_path}")
+    }
     mesh = init_device_mesh("cpu", (2,))
     names = set(metadata.state_dict_metadata)
     assert needed and needed < names
-    state = {k: distribute_tensor(torch.zeros(8, 500), mesh, [Shard(0)]) for k in sorted(names - needed)}
+    state = {
+        k: distribute_tensor(torch.zeros(8, 500), mesh, [Shard(0)]) for k in sorted(names - needed)
+    }
     h.load(state, checkpoint_id=path)
     for k, v in state.items():
         assert torch.equal(v.full_tensor(), torch.arange(4000.0).reshape(8, 500) + int(k[1:]))
@@ -191,7 +217,10 @@ def _lost_chunk(rank: int, path: str) -> None:
     assert not any(v.to_local().any() for v in state.values())
     del state["w3"]
     h.load(state, checkpoint_id=path)
-    assert all(torch.equal(v.full_tensor(), torch.arange(4000.0).reshape(8, 500) + int(k[1:])) for k, v in state.items())
+    assert all(
+        torch.equal(v.full_tensor(), torch.arange(4000.0).reshape(8, 500) + int(k[1:]))
+        for k, v in state.items()
+    )
 
 
 def test_missing_replicas_files_and_chunks(tmp_path: Path) -> None:
@@ -226,7 +255,11 @@ def _bytes_read(rank: int, path: str) -> tuple[int, int]:
     state = {k: distribute_tensor(torch.zeros(v), mesh, [Shard(0)]) for k, v in WIDE.items()}
 
     def count() -> int:
-        return next(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+        return next(
+            int(line.split()[1])
+            for line in Path("/proc/self/io").read_text().splitlines()
+            if line.startswith("rchar")
+        )
 
     dist.barrier()
     before = count()
@@ -240,4 +273,7 @@ def test_resharding_reads_little_more_than_the_rows_it_needs(tmp_path: Path) -> 
     run_ranks(_save_wide, 4, str(tmp_path))
     for ranks in (4, 2, 1):
         counts = run_ranks(_bytes_read, ranks, str(tmp_path))
-        assert sum(read for read, _ in counts) < 1.02 * sum(need for _, need in counts), (ranks, counts)
+        assert sum(read for read, _ in counts) < 1.02 * sum(need for _, need in counts), (
+            ranks,
+            counts,
+        )

@@ -1,4 +1,5 @@
-"""CheckpointManager: which checkpoints are made, kept, deleted and gone on from, and what SIGTERM does."""
+"""CheckpointManager: which checkpoints are made, kept, deleted and gone on from, and what SIGTERM
+does."""
 
 import logging
 import os
@@ -36,7 +37,11 @@ class Counter:
 def _state(value: int) -> dict[str, Any]:
     counter = Counter()
     counter.value = value
-    return {"weight": torch.full((300_000,), float(value)), "counter": counter, "note": f"step {value}"}
+    return {
+        "weight": torch.full((300_000,), float(value)),
+        "counter": counter,
+        "note": f"step {value}",
+    }
 
 
 def _flip(path: Path) -> None:
@@ -53,7 +58,9 @@ def test_saves_when_due_and_keeps_the_newest_and_every_nth(tmp_path: Path) -> No
     manager = h.CheckpointManager(tmp_path / "run", save_every=2, keep_last=2, keep_every=6)
     made = []
     for step in range(1, 14):
-        assert manager.save(step, lambda step=step: made.append(step) or _state(step)) == (step % 2 == 0)  # type: ignore[misc]
+        assert manager.save(step, lambda step=step: made.append(step) or _state(step)) == (
+            step % 2 == 0
+        )  # type: ignore[misc]
     assert made == [2, 4, 6, 8, 10, 12]
     assert manager.steps() == [6, 10, 12]
     assert not manager.save(12, _state(0))  # twice is once
@@ -64,7 +71,11 @@ def test_saves_when_due_and_keeps_the_newest_and_every_nth(tmp_path: Path) -> No
     for arguments in ({"save_every": 0}, {"keep_last": 0}, {"keep_every": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be at least 1, got 0"):
             h.CheckpointManager(tmp_path, **arguments)
-    for limit, asynchronous, says in ((-1, True, "0 or more"), (-1, False, "0 or more"), (0, False, "asynchronous=True")):
+    for limit, asynchronous, says in (
+        (-1, True, "0 or more"),
+        (-1, False, "0 or more"),
+        (0, False, "asynchronous=True"),
+    ):
         with pytest.raises(ValueError, match=f"max_staging_bytes={limit}: .*{says}"):
             h.CheckpointManager(tmp_path, asynchronous=asynchronous, max_staging_bytes=limit)
 
@@ -83,7 +94,9 @@ def test_an_asynchronous_save_asks_stateful_objects_in_the_call(tmp_path: Path) 
         (tmp_path / f"step-{step:06d}" / ".metadata").unlink()
 
 
-def test_goes_on_from_the_newest_good_one_and_says_what_it_skips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_goes_on_from_the_newest_good_one_and_says_what_it_skips(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manager = h.CheckpointManager(tmp_path, keep_last=9)
     assert manager.restore_latest(_state(0)) is None
     for step in range(1, 7):
@@ -97,14 +110,25 @@ def test_goes_on_from_the_newest_good_one_and_says_what_it_skips(tmp_path: Path,
         assert manager.restore_latest(target) == 2
     assert target["weight"].unique().tolist() == [2.0]
     assert (target["counter"].value, target["counter"].loads, target["note"]) == (2, 1, "step 2")
-    for step, says in ((6, "did not come to an end"), (5, "damaged"), (4, "No such file"), (3, "checksum")):
-        assert [m for m in caplog.messages if f"step-{step:06d}" in m and says in m], (step, caplog.messages)
+    for step, says in (
+        (6, "did not come to an end"),
+        (5, "damaged"),
+        (4, "No such file"),
+        (3, "checksum"),
+    ):
+        assert [m for m in caplog.messages if f"step-{step:06d}" in m and says in m], (
+            step,
+            caplog.messages,
+        )
 
     with pytest.raises(h.CheckpointError, match="weight"):  # a state that does not fit is no damage
         manager.restore_latest({**_state(0), "weight": torch.zeros(7)})
     for step in (1, 2):
         _flip(_data_file(tmp_path / f"step-{step:06d}"))
-    with pytest.raises(h.CheckpointError, match=r"none of the committed checkpoints .steps \[1, 2, 3, 4, 5\]. can be read"):
+    with pytest.raises(
+        h.CheckpointError,
+        match=r"none of the committed checkpoints .steps \[1, 2, 3, 4, 5\]. can be read",
+    ):
         manager.restore_latest(_state(0))
 
 
@@ -129,8 +153,11 @@ def test_a_damaged_newest_checkpoint_does_not_push_out_the_good_ones(tmp_path: P
     assert target["note"] == "step 31"
 
 
-def test_metadata_is_gone_for_good_before_any_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every state that a crash in a delete can leave is either complete or plainly incomplete, and the next prune ends it."""
+def test_metadata_is_gone_for_good_before_any_data_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every state that a crash in a delete can leave is either complete or plainly incomplete, and
+    the next prune ends it."""
     manager = h.CheckpointManager(tmp_path, keep_last=1)
     manager.save(1, _state(1))
     order: list[str] = []
@@ -211,13 +238,17 @@ def _run(rank: int, root: Path, asynchronous: bool) -> None:
     dist.barrier()
     saved = state()
     assert manager.restore_latest(saved) == 6
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optim"])
+    set_state_dict(
+        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optim"]
+    )
     assert [train(step) for step in range(7, 11)] == [losses[step] for step in range(7, 11)]
 
     # SIGTERM reaches one rank before it calls, another later: all save at one step, and only once.
     before: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: before.append(number))
-    with h.CheckpointManager(root, save_every=1000, sigterm_deadline=60.0, asynchronous=asynchronous) as manager:
+    with h.CheckpointManager(
+        root, save_every=1000, sigterm_deadline=60.0, asynchronous=asynchronous
+    ) as manager:
         saves = []
         for step in range(11, 16):
             if rank == 2 and step == 12:
@@ -233,7 +264,9 @@ def _run(rank: int, root: Path, asynchronous: bool) -> None:
     assert 13 in manager.steps()
 
     # A deadline that has passed: nothing is begun, on any rank.
-    with h.CheckpointManager(root, save_every=1000, sigterm_deadline=0.05, asynchronous=asynchronous) as manager:
+    with h.CheckpointManager(
+        root, save_every=1000, sigterm_deadline=0.05, asynchronous=asynchronous
+    ) as manager:
         if rank == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
@@ -241,13 +274,16 @@ def _run(rank: int, root: Path, asynchronous: bool) -> None:
         assert manager.preempted
     assert 22 not in manager.steps()
 
-    # What fails in the background is raised by the next save that is due, or by close, on every rank.
+    # What fails in the background is raised by the next save that is due, or by close, on every
+    # rank.
     if asynchronous:
         manager = h.CheckpointManager(root / "failing", asynchronous=True)
         manager.save(1, state)
         manager.close()
         if rank == 2:
-            _C._inject_fault(lambda op, path: -28 if op == "fsync" and path.endswith(".distcp") else 0)
+            _C._inject_fault(
+                lambda op, path: -28 if op == "fsync" and path.endswith(".distcp") else 0
+            )
         manager.save(2, state)
         with pytest.raises(OSError, match="rank 2"):
             manager.close()
@@ -257,9 +293,13 @@ def _run(rank: int, root: Path, asynchronous: bool) -> None:
         dist.barrier()
         assert manager.steps() == [1, 2]
         # With SIGTERM the last step is saved first, since the process is to end.
-        with h.CheckpointManager(root / "failing", save_every=2, sigterm_deadline=60.0, asynchronous=True) as manager:
+        with h.CheckpointManager(
+            root / "failing", save_every=2, sigterm_deadline=60.0, asynchronous=True
+        ) as manager:
             if rank == 2:
-                _C._inject_fault(lambda op, path: -28 if op == "fsync" and path.endswith(".distcp") else 0)
+                _C._inject_fault(
+                    lambda op, path: -28 if op == "fsync" and path.endswith(".distcp") else 0
+                )
             assert manager.save(4, state)
             assert manager._in_flight is not None
             assert isinstance(manager._in_flight.exception(60), OSError)
@@ -275,5 +315,7 @@ def _run(rank: int, root: Path, asynchronous: bool) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_four_ranks_save_prune_fall_back_and_obey_sigterm(tmp_path: Path, asynchronous: bool) -> None:
+def test_four_ranks_save_prune_fall_back_and_obey_sigterm(
+    tmp_path: Path, asynchronous: bool
+) -> None:
     run_ranks(_run, 4, tmp_path, asynchronous)

@@ -1,9 +1,9 @@
 """Every saver x every loader: what one way of training has saved, any other goes on from.
 
-Savers and loaders are ours and torch's wrappers on several meshes, DDP and one plain process; an even and an uneven model, Adam
-state after three steps, through our storage and through stock storage. Every tensor loaded is the one saved, and three more
-steps give the losses of the run that never stopped.
-"""
+Savers and loaders are ours and torch's wrappers on several meshes, DDP and one plain process; an
+even and an uneven model, Adam state after three steps, through our storage and through stock
+storage. Every tensor loaded is the one saved, and three more steps give the losses of the run that
+never stopped."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -114,11 +114,16 @@ def _parts(state: dict[str, Any], prefix: str = "") -> dict[str, _Part]:
         if isinstance(value, dict):
             out.update(_parts(value, f"{name}/"))
         elif isinstance(value, DTensor):
-            extent, start = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-            place = tuple(slice(first, first + rows) for first, rows in zip(start, extent, strict=True))
+            extent, start = compute_local_shape_and_global_offset(
+                value.shape, value.device_mesh, value.placements
+            )
+            place = tuple(
+                slice(first, first + rows) for first, rows in zip(start, extent, strict=True)
+            )
             out[name] = _Part(tuple(value.shape), place, value.to_local().detach().clone())
         elif isinstance(value, torch.Tensor):
-            # FSDP1 hands out ShardedTensors on one-dimensional process groups, DTensors with a mesh; here only the latter.
+            # FSDP1 hands out ShardedTensors on one-dimensional process groups, DTensors with a
+            # mesh; here only the latter.
             out[name] = _Part(tuple(value.shape), (), value.detach().clone())
     return out
 
@@ -139,7 +144,9 @@ def _whole(ranks: list[dict[str, _Part]]) -> dict[str, torch.Tensor]:
 def _build(name: str, kind: str, seed: int) -> tuple[Net, nn.Module, torch.optim.Optimizer]:
     net = NETS[kind](seed)
     model = SYSTEMS[name][1](net)
-    options = {"lr": 0.05, "weight_decay": 0.01} if seed == 0 else {"lr": 0.5}  # a loader's come from the checkpoint
+    options = (
+        {"lr": 0.05, "weight_decay": 0.01} if seed == 0 else {"lr": 0.5}
+    )  # a loader's come from the checkpoint
     return net, model, torch.optim.Adam(model.parameters(), **options)
 
 
@@ -148,7 +155,8 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 
 def _save(rank: int, root: str, names: list[str]) -> dict[str, Any]:
-    """Trains and saves every system of this world size; what was saved (this rank's part) and the losses of going on."""
+    """Trains and saves every system of this world size; what was saved (this rank's part) and the
+    losses of going on."""
     out = {}
     for name in names:
         for kind in NETS:
@@ -156,14 +164,17 @@ def _save(rank: int, root: str, names: list[str]) -> dict[str, Any]:
             _train(model, net, optimizer, 0)
             state = _state(model, optimizer)
             for storage, (writer, _) in STORAGE.items():
-                (hsdp.save if storage == "ours" else dcp.save)(state, storage_writer=writer(f"{root}/{name}-{kind}-{storage}"))
+                (hsdp.save if storage == "ours" else dcp.save)(
+                    state, storage_writer=writer(f"{root}/{name}-{kind}-{storage}")
+                )
             parts = _parts(state)
             out[f"{name}-{kind}"] = (parts, _train(model, net, optimizer, STEPS))
     return out
 
 
 def _load(rank: int, root: str, name: str, saved: dict[str, Any]) -> list[str]:
-    """Loads every checkpoint into ``name``, one over the other; what differs from what was saved."""
+    """Loads every checkpoint into ``name``, one over the other; what differs from what was
+    saved."""
     wrong = []
     for kind in NETS:
         net, model, optimizer = _build(name, kind, seed=1)
@@ -172,7 +183,9 @@ def _load(rank: int, root: str, name: str, saved: dict[str, Any]) -> list[str]:
             whole, losses = saved[f"{saver}-{kind}"]
             for storage, (_, reader) in STORAGE.items():
                 where = f"{saver} -> {name}, {kind}, {storage} storage"
-                (hsdp.load if storage == "ours" else dcp.load)(state, storage_reader=reader(f"{root}/{saver}-{kind}-{storage}"))
+                (hsdp.load if storage == "ours" else dcp.load)(
+                    state, storage_reader=reader(f"{root}/{saver}-{kind}-{storage}")
+                )
                 set_state_dict(
                     model,
                     optimizer,
@@ -180,7 +193,9 @@ def _load(rank: int, root: str, name: str, saved: dict[str, Any]) -> list[str]:
                     optim_state_dict=state["optim"],
                     options=StateDictOptions(strict=True),
                 )
-                state = _state(model, optimizer)  # as the next one's targets it has the values of after the steps below
+                state = _state(
+                    model, optimizer
+                )  # as the next one's targets it has the values of after the steps below
                 parts = _parts(state)
                 if parts.keys() != whole.keys():
                     wrong.append(f"{where}: keys {sorted(parts.keys() ^ whole.keys())}")
@@ -188,8 +203,12 @@ def _load(rank: int, root: str, name: str, saved: dict[str, Any]) -> list[str]:
                     if key in whole and not torch.equal(part.values, whole[key][part.place]):
                         wrong.append(f"{where}: {key}")
                 went_on = _train(model, net, optimizer, STEPS)
-                if not torch.allclose(torch.tensor(went_on), torch.tensor(losses), rtol=1e-5, atol=1e-6):
-                    wrong.append(f"{where}: losses {went_on}, the run that never stopped has {losses}")
+                if not torch.allclose(
+                    torch.tensor(went_on), torch.tensor(losses), rtol=1e-5, atol=1e-6
+                ):
+                    wrong.append(
+                        f"{where}: losses {went_on}, the run that never stopped has {losses}"
+                    )
     return wrong
 
 

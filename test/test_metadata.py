@@ -1,4 +1,5 @@
-"""`.metadata`: the decoder gives what pickle.load gives, runs nothing, and sees every flipped bit under our checksum."""
+"""`.metadata`: the decoder gives what pickle.load gives, runs nothing, and sees every flipped bit
+under our checksum."""
 
 import dataclasses
 import io
@@ -22,7 +23,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from torch_hsdp_ckpt import _C, CheckpointError, CorruptCheckpointError
-from torch_hsdp_ckpt.checkpoint.storage.metadata import decode_metadata, encode_metadata, read_metadata
+from torch_hsdp_ckpt.checkpoint.storage.metadata import (
+    decode_metadata,
+    encode_metadata,
+    read_metadata,
+)
 
 DATA = Path(__file__).parent / "data" / "metadata"
 DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
@@ -30,11 +35,16 @@ LAYOUTS = sorted({v for v in vars(torch).values() if isinstance(v, torch.layout)
 FORMATS = [torch.contiguous_format, torch.channels_last, torch.preserve_format]
 
 
-def _tensor(size: tuple[int, ...], chunks: list[tuple[tuple[int, ...], tuple[int, ...]]], **properties: Any) -> Any:
+def _tensor(
+    size: tuple[int, ...], chunks: list[tuple[tuple[int, ...], tuple[int, ...]]], **properties: Any
+) -> Any:
     return TensorStorageMetadata(
         properties=TensorProperties(**properties),
         size=torch.Size(size),
-        chunks=[ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks],
+        chunks=[
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            for offsets, sizes in chunks
+        ],
     )
 
 
@@ -66,7 +76,9 @@ def _assert_same(got: Any, want: Any) -> None:
             _assert_same(getattr(got, field.name), getattr(want, field.name))
         assert set(vars(got)) == set(vars(want))
     elif isinstance(want, dict):
-        for (got_key, got_value), (want_key, want_value) in zip(got.items(), want.items(), strict=True):
+        for (got_key, got_value), (want_key, want_value) in zip(
+            got.items(), want.items(), strict=True
+        ):
             _assert_same(got_key, want_key)
             _assert_same(got_value, want_value)
     elif isinstance(want, (list, tuple)):
@@ -82,7 +94,19 @@ PLAIN = [
     None,
     {"w": ("w",), "o.x.0": ("o", "x", 0)},
     [True, False, 0, 1, 255, 256, 65535, 65536, -1, -(2**31), 2**31, 2**63 - 1, -(2**63)],
-    [0.0, -0.0, 1e300, float("inf"), float("nan"), "", "\x00\\u0041\n", "\N{GRINNING FACE}", b"", b"\x00\xff", b"x" * 300],
+    [
+        0.0,
+        -0.0,
+        1e300,
+        float("inf"),
+        float("nan"),
+        "",
+        "\x00\\u0041\n",
+        "\N{GRINNING FACE}",
+        b"",
+        b"\x00\xff",
+        b"x" * 300,
+    ],
     [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}, set(), frozenset()],
     {1: {2, 3}, (1, ("a", None)): frozenset({"x"}), 2.5: [[[]]], b"k": {"n": {}}},
     "x" * 70000,
@@ -123,7 +147,11 @@ def test_checkpoint_id_of_any_kind() -> None:
 
 
 def test_stock_checkpoint(tmp_path: Path) -> None:
-    state = {"a": torch.ones(3, 4).t(), "nested": {"list": [torch.zeros(0), "text", 5]}, "step": torch.tensor(7)}
+    state = {
+        "a": torch.ones(3, 4).t(),
+        "nested": {"list": [torch.zeros(0), "text", 5]},
+        "step": torch.tensor(7),
+    }
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     want = dcp.FileSystemReader(tmp_path).read_metadata()
     got = read_metadata(tmp_path / ".metadata")
@@ -142,7 +170,9 @@ def test_written_metadata_is_read_by_pickle(tmp_path: Path) -> None:
     _assert_same(read_metadata(tmp_path / ".metadata"), pickle.loads(data))
 
 
-@pytest.mark.parametrize("planner_data", [*PLAIN, [2**64, -(2**63) - 1, 2**3000]], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "planner_data", [*PLAIN, [2**64, -(2**63) - 1, 2**3000]], ids=lambda value: type(value).__name__
+)
 def test_native_pickle_is_equal(planner_data: Any) -> None:
     metadata = _example(planner_data)
     native = _C.encode_metadata(metadata)
@@ -177,7 +207,8 @@ class _Name(str):
 
 
 def test_other_types_are_pickled_or_refused() -> None:
-    """A tuple for a torch.Size is still data; a class that no reader of ours would take is refused before it is written."""
+    """A tuple for a torch.Size is still data; a class that no reader of ours would take is refused
+    before it is written."""
     metadata = _example()
     metadata.state_dict_metadata["w"].size = (5, 3)  # type: ignore[assignment, union-attr]
     assert _C.encode_metadata(metadata) is None
@@ -186,20 +217,25 @@ def test_other_types_are_pickled_or_refused() -> None:
         assert _C.encode_metadata(_example(planner_data)) is None
         with pytest.raises(CheckpointError, match=r"_Name|got object|pathlib\.Path"):
             encode_metadata(_example(planner_data))
-    bad = dataclasses.replace(_example(), storage_data={MetadataIndex("w"): _StorageInfo("../w", 0, 1)})
+    bad = dataclasses.replace(
+        _example(), storage_data={MetadataIndex("w"): _StorageInfo("../w", 0, 1)}
+    )
     with pytest.raises(CheckpointError, match=r"\.\./w"):
         encode_metadata(bad)
 
 
 def test_every_flipped_bit_is_seen() -> None:
-    data = encode_metadata(Metadata({"w": _tensor((2,), [((0,), (2,))])}, {"w": ("w",)}, {}, None, "1.0.0"))
+    data = encode_metadata(
+        Metadata({"w": _tensor((2,), [((0,), (2,))])}, {"w": ("w",)}, {}, None, "1.0.0")
+    )
     for position in range(len(data)):
         for bit in range(8):
             damaged = bytearray(data)
             damaged[position] ^= 1 << bit
             with pytest.raises(CheckpointError) as caught:
                 decode_metadata(bytes(damaged), "dir/.metadata")
-            # A hit in the trailer's mark leaves a pickle with bytes after its end, which is damage as well.
+            # A hit in the trailer's mark leaves a pickle with bytes after its end, which is damage
+            # as well.
             assert caught.type is CorruptCheckpointError, (position, bit)
             assert "dir/.metadata" in str(caught.value)
 
@@ -207,7 +243,9 @@ def test_every_flipped_bit_is_seen() -> None:
 def test_truncated_file_is_seen() -> None:
     data = encode_metadata(Metadata({}, {"w": ("w",)}, {}, None, "1.0.0"))
     whole = len(pickle.dumps(Metadata({}, {"w": ("w",)}, {}, None, "1.0.0")))
-    for length in set(range(len(data))) - {whole}:  # stock's own file, which has nothing to check it by
+    for length in set(range(len(data))) - {
+        whole
+    }:  # stock's own file, which has nothing to check it by
         with pytest.raises(CorruptCheckpointError):
             decode_metadata(data[:length], "f")
 
@@ -242,9 +280,13 @@ def test_nothing_runs(call: tuple[Any, ...], name: str, where: str, tmp_path: Pa
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\x00b", ".."])
+@pytest.mark.parametrize(
+    "path", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/", "a\x00b", ".."]
+)
 def test_paths_stay_in_the_directory(path: str) -> None:
-    metadata = dataclasses.replace(_example(), storage_data={MetadataIndex("w"): _StorageInfo(path, 0, 1)})
+    metadata = dataclasses.replace(
+        _example(), storage_data={MetadataIndex("w"): _StorageInfo(path, 0, 1)}
+    )
     with pytest.raises(CorruptCheckpointError, match=r"storage_data\.w\.relative_path"):
         decode_metadata(pickle.dumps(metadata), "f")
 
@@ -252,19 +294,52 @@ def test_paths_stay_in_the_directory(path: str) -> None:
 _BAD: list[tuple[dict[str, Any], str]] = [
     ({"state_dict_metadata": []}, "state_dict_metadata: expected a dict, got a list"),
     ({"state_dict_metadata": {1: BytesStorageMetadata()}}, "expected a str, got an int"),
-    ({"state_dict_metadata": {"w": 5}}, "state_dict_metadata.w: expected TensorStorageMetadata, got an int"),
-    ({"state_dict_metadata": {"w": StorageMeta()}}, "state_dict_metadata.w: expected TensorStorageMetadata"),
-    ({"state_dict_metadata": {"w": _tensor((2,), [((0,), (3,))])}}, r"w.chunks\[0\]: expected a chunk inside dimension 0"),
-    ({"state_dict_metadata": {"w": _tensor((2,), [((2**63 - 1,), (2,))])}}, r"chunks\[0\]: expected a chunk inside"),
-    ({"state_dict_metadata": {"w": _tensor((2,), [((0, 0), (2, 1))])}}, r"chunks\[0\]: expected 1 dimensions"),
-    ({"state_dict_metadata": {"w": _tensor((-1,), [])}}, "w.size: expected no negative number, got -1"),
-    ({"state_dict_metadata": {"w": _tensor((2,), [], dtype=torch.strided)}}, "properties: expected torch.dtype"),
-    ({"state_dict_metadata": {"w": _tensor((2,), [], requires_grad=1)}}, "properties: expected a bool, got an int"),
+    (
+        {"state_dict_metadata": {"w": 5}},
+        "state_dict_metadata.w: expected TensorStorageMetadata, got an int",
+    ),
+    (
+        {"state_dict_metadata": {"w": StorageMeta()}},
+        "state_dict_metadata.w: expected TensorStorageMetadata",
+    ),
+    (
+        {"state_dict_metadata": {"w": _tensor((2,), [((0,), (3,))])}},
+        r"w.chunks\[0\]: expected a chunk inside dimension 0",
+    ),
+    (
+        {"state_dict_metadata": {"w": _tensor((2,), [((2**63 - 1,), (2,))])}},
+        r"chunks\[0\]: expected a chunk inside",
+    ),
+    (
+        {"state_dict_metadata": {"w": _tensor((2,), [((0, 0), (2, 1))])}},
+        r"chunks\[0\]: expected 1 dimensions",
+    ),
+    (
+        {"state_dict_metadata": {"w": _tensor((-1,), [])}},
+        "w.size: expected no negative number, got -1",
+    ),
+    (
+        {"state_dict_metadata": {"w": _tensor((2,), [], dtype=torch.strided)}},
+        "properties: expected torch.dtype",
+    ),
+    (
+        {"state_dict_metadata": {"w": _tensor((2,), [], requires_grad=1)}},
+        "properties: expected a bool, got an int",
+    ),
     ({"storage_data": [1]}, "storage_data: expected a dict"),
     ({"storage_data": {"w": _StorageInfo("a", 0, 1)}}, "storage_data: expected MetadataIndex"),
-    ({"storage_data": {MetadataIndex("w"): _StorageInfo("a", -1, 1)}}, "storage_data.w: expected a range of bytes"),
-    ({"storage_data": {MetadataIndex("w"): _StorageInfo("a", 2**63 - 1, 1)}}, "storage_data.w: expected a range"),
-    ({"storage_data": {MetadataIndex("w"): _StorageInfo("a", 2**63, 1)}}, "offset: expected an int, got an int"),
+    (
+        {"storage_data": {MetadataIndex("w"): _StorageInfo("a", -1, 1)}},
+        "storage_data.w: expected a range of bytes",
+    ),
+    (
+        {"storage_data": {MetadataIndex("w"): _StorageInfo("a", 2**63 - 1, 1)}},
+        "storage_data.w: expected a range",
+    ),
+    (
+        {"storage_data": {MetadataIndex("w"): _StorageInfo("a", 2**63, 1)}},
+        "offset: expected an int, got an int",
+    ),
     ({"storage_meta": "x"}, "storage_meta: expected StorageMeta"),
     ({"version": 1}, "version: expected a str, got an int"),
     ({"planner_data": StorageMeta()}, "planner_data: expected plain data, got an instance"),
@@ -291,7 +366,8 @@ def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("written_by", ["2.11", "2.15"])
 def test_files_of_both_torch_versions(written_by: str) -> None:
-    """What either version of torch wrote, this one reads; 2.11's own pickle can't read the strides that 2.15 writes."""
+    """What either version of torch wrote, this one reads; 2.11's own pickle can't read the strides
+    that 2.15 writes."""
     data = (DATA / f"stock_{written_by}.metadata").read_bytes()
     got = decode_metadata(data, "f")
     knows_strides = "strides" in vars(TensorProperties())

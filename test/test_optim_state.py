@@ -1,4 +1,5 @@
-"""Optimizer state: every optimizer that torch allows on DTensors, several groups, FSDP1's whole family of functions."""
+"""Optimizer state: every optimizer that torch allows on DTensors, several groups, FSDP1's whole
+family of functions."""
 
 import copy
 
@@ -14,13 +15,19 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import _NamedOptimizer
 from torch.distributed.tensor import DTensor
 
-from torch_hsdp_ckpt import FullOptimStateDictConfig, FullStateDictConfig, ShardedOptimStateDictConfig, StateDictType
+from torch_hsdp_ckpt import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    ShardedOptimStateDictConfig,
+    StateDictType,
+)
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
 
 FULL = StateDictType.FULL_STATE_DICT
 SHARDED = StateDictType.SHARDED_STATE_DICT
 
-# Adafactor, LBFGS on uneven shards, and fused SGD and Adagrad are what torch itself refuses on DTensors. LBFGS: below.
+# Adafactor, LBFGS on uneven shards, and fused SGD and Adagrad are what torch itself refuses on
+# DTensors. LBFGS: below.
 OPTIMIZERS = {
     "SGD": lambda p: optim.SGD(p, lr=0.01),
     "SGD, momentum": lambda p: optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
@@ -36,7 +43,9 @@ OPTIMIZERS = {
     "NAdam": lambda p: optim.NAdam(p, lr=0.01),
     "RAdam": lambda p: optim.RAdam(p, lr=0.01),
     "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
-    **({"Rprop": lambda p: optim.Rprop(p, lr=0.01)} if torch.__version__ >= "2.12" else {}),  # before, not on DTensors
+    **(
+        {"Rprop": lambda p: optim.Rprop(p, lr=0.01)} if torch.__version__ >= "2.12" else {}
+    ),  # before, not on DTensors
     "ASGD": lambda p: optim.ASGD(p, lr=0.01),
     "Muon": lambda p: optim.Muon([q for q in p if q.ndim == 2], lr=0.01),
 }
@@ -54,7 +63,9 @@ def _every_optimizer(rank: int, names: list[str]) -> None:
         for parameter, values in forms[SHARDED]["state"].items():
             for key, value in values.items():
                 whole = forms[FULL]["state"][parameter][key]
-                assert torch.equal(whole, value.full_tensor() if isinstance(value, DTensor) else value), (name, parameter, key)
+                assert torch.equal(
+                    whole, value.full_tensor() if isinstance(value, DTensor) else value
+                ), (name, parameter, key)
         step(model, optimizer, kind, 2, rank)
         for form, state in forms.items():
             other, fresh = trained(kind, rank, steps=0, make=OPTIMIZERS[name], seed=1)
@@ -62,8 +73,16 @@ def _every_optimizer(rank: int, names: list[str]) -> None:
             with FSDP.state_dict_type(other, form):
                 FSDP.optim_state_dict_to_load(other, fresh, state, load_directly=True)
                 step(other, fresh, kind, 2, rank)
-            assert_same(other.state_dict(), {**model.state_dict(), "calls": other.state_dict()["calls"]}, f"{name}, {form}")
-            assert_same(FSDP.optim_state_dict(other, fresh), FSDP.optim_state_dict(model, optimizer), f"{name}, {form}")
+            assert_same(
+                other.state_dict(),
+                {**model.state_dict(), "calls": other.state_dict()["calls"]},
+                f"{name}, {form}",
+            )
+            assert_same(
+                FSDP.optim_state_dict(other, fresh),
+                FSDP.optim_state_dict(model, optimizer),
+                f"{name}, {form}",
+            )
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -71,7 +90,9 @@ def test_every_optimizer_goes_on_from_either_form(half: int) -> None:
     run_ranks(_every_optimizer, 4, list(OPTIMIZERS)[half::2])
 
 
-def _grouped(net: nn.Module, mesh, *, frozen: str = "blocks.0.up.bias") -> tuple[FSDP, optim.Optimizer]:
+def _grouped(
+    net: nn.Module, mesh, *, frozen: str = "blocks.0.up.bias"
+) -> tuple[FSDP, optim.Optimizer]:
     """Three groups in an order of their own, one frozen and one unused parameter."""
     net.get_parameter(frozen).requires_grad_(False)
     net.unused = nn.Linear(4, 4)
@@ -94,7 +115,9 @@ def _groups(rank: int) -> None:
     without = {"blocks.0.up.bias", "unused.weight", "unused.bias"}
     every = {name for name, _ in model.named_parameters()}
     assert set(state["state"]) == every - without
-    assert [g["lr"] for g in state["param_groups"]] == [0.01, 0.01, 0.002] and state["param_groups"][2]["name"] == "norms"
+    assert [g["lr"] for g in state["param_groups"]] == [0.01, 0.01, 0.002] and state[
+        "param_groups"
+    ][2]["name"] == "norms"
     assert {name for g in state["param_groups"] for name in g["params"]} == every
     state = copy.deepcopy(state)
     weights = copy.deepcopy(model.state_dict())
@@ -103,7 +126,9 @@ def _groups(rank: int) -> None:
     step(model, optimizer, kind, 2, rank)
 
     shuffled = copy.deepcopy(state)
-    shuffled["param_groups"] = [{**g, "params": g["params"][::-1]} for g in reversed(shuffled["param_groups"])]
+    shuffled["param_groups"] = [
+        {**g, "params": g["params"][::-1]} for g in reversed(shuffled["param_groups"])
+    ]
     numbers = copy.deepcopy(state)
     for values in numbers["state"].values():
         values["step"] = int(values["step"])
@@ -120,10 +145,15 @@ def _groups(rank: int) -> None:
     # State of the user's own, and a second optimizer for a part of the model.
     optimizer.state["mine"] = {"seen": 5}
     assert FSDP.optim_state_dict(model, optimizer)["state"]["mine"] == {"seen": 5}
-    loadable = FSDP.optim_state_dict_to_load(model, optimizer, FSDP.optim_state_dict(model, optimizer))
+    loadable = FSDP.optim_state_dict_to_load(
+        model, optimizer, FSDP.optim_state_dict(model, optimizer)
+    )
     assert loadable["state"]["mine"] == {"seen": 5}
     head = optim.SGD(model.module.head.parameters(), lr=0.1, momentum=0.9)
-    assert FSDP.optim_state_dict(model, head)["param_groups"][0]["params"] == ["head.weight", "head.bias"]
+    assert FSDP.optim_state_dict(model, head)["param_groups"][0]["params"] == [
+        "head.weight",
+        "head.bias",
+    ]
 
 
 def _named(rank: int) -> None:
@@ -157,12 +187,16 @@ class _Scaled(nn.Module):
 SHAPES = {
     "no dimensions, Adam": (_Scaled, adam),
     "no dimensions, SGD": (_Scaled, lambda p: optim.SGD(p, lr=0.01, momentum=0.9)),
-    "end to end": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)), lambda p: optim.LBFGS(p, 0.1, 3)),
+    "end to end": (
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)),
+        lambda p: optim.LBFGS(p, 0.1, 3),
+    ),
 }
 
 
 class _Counting(optim.SGD):
-    """Keeps a table of its own for every parameter, a plain tensor. (Not torch's by its module: it may keep what it likes.)"""
+    """Keeps a table of its own for every parameter, a plain tensor. (Not torch's by its module: it
+    may keep what it likes.)"""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -191,7 +225,8 @@ def _tables(rank: int) -> None:
 
 
 def _shapes(rank: int) -> None:
-    """States that are not cut by rows: of parameters without dimensions, and LBFGS's, of all parameters end to end."""
+    """States that are not cut by rows: of parameters without dimensions, and LBFGS's, of all
+    parameters end to end."""
     x = torch.linspace(-1, 1, 8).reshape(2, 4) * (rank + 1)
     for what, (make_net, make) in SHAPES.items():
 
@@ -205,13 +240,26 @@ def _shapes(rank: int) -> None:
             optimizer.step(closure)
 
         for form, first_only in ((SHARDED, False), (FULL, False), (FULL, True)):
-            configs = (FullStateDictConfig(), FullOptimStateDictConfig(False, first_only)) if form is FULL else ()
+            configs = (
+                (FullStateDictConfig(), FullOptimStateDictConfig(False, first_only))
+                if form is FULL
+                else ()
+            )
             models = [FSDP(make_net(), device_mesh=mesh_of(2, 2)) for _ in range(2)]
-            (model, other), (optimizer, fresh) = models, [make(list(m.parameters())) for m in models]
+            (model, other), (optimizer, fresh) = (
+                models,
+                [make(list(m.parameters())) for m in models],
+            )
             for _ in range(2):
                 go_on(model, optimizer)
-            for where in (f"{what}, {form}, into a fresh optimizer", f"{what}, {form}, into one with a state"):
-                with FSDP.state_dict_type(model, form, *configs), FSDP.state_dict_type(other, form, *configs):
+            for where in (
+                f"{what}, {form}, into a fresh optimizer",
+                f"{what}, {form}, into one with a state",
+            ):
+                with (
+                    FSDP.state_dict_type(model, form, *configs),
+                    FSDP.state_dict_type(other, form, *configs),
+                ):
                     state = copy.deepcopy(FSDP.optim_state_dict(model, optimizer))
                     FSDP.optim_state_dict_to_load(other, fresh, state, load_directly=True)
                 other.load_state_dict(model.state_dict())
@@ -234,9 +282,13 @@ def _named_by_the_user(rank: int) -> None:
     other, _ = trained("even", rank, steps=0, seed=1)
     fresh = optim.AdamW(list(other.named_parameters())[::-1], lr=0.02)
     FSDP.optim_state_dict_to_load(other, fresh, copy.deepcopy(state), load_directly=True)
-    assert fresh.param_groups[0]["param_names"] == names[::-1] and fresh.param_groups[0]["lr"] == 0.01
+    assert (
+        fresh.param_groups[0]["param_names"] == names[::-1] and fresh.param_groups[0]["lr"] == 0.01
+    )
     assert_same(FSDP.optim_state_dict(other, fresh), state)
-    by_number = FSDP.rekey_optim_state_dict(FSDP.optim_state_dict(other, fresh), OptimStateKeyType.PARAM_ID, other, optim=fresh)
+    by_number = FSDP.rekey_optim_state_dict(
+        FSDP.optim_state_dict(other, fresh), OptimStateKeyType.PARAM_ID, other, optim=fresh
+    )
     assert by_number["param_groups"][0]["param_names"] == names[::-1]
     state["param_groups"][0]["param_names"].pop()
     with pytest.raises(ValueError, match='as many under "param_names"'):
@@ -246,7 +298,9 @@ def _named_by_the_user(rank: int) -> None:
 def _configs(rank: int) -> None:
     model, optimizer = trained("uneven", rank)
     for offload in (False, True):
-        with FSDP.state_dict_type(model, SHARDED, None, ShardedOptimStateDictConfig(offload_to_cpu=offload)):
+        with FSDP.state_dict_type(
+            model, SHARDED, None, ShardedOptimStateDictConfig(offload_to_cpu=offload)
+        ):
             state = FSDP.optim_state_dict(model, optimizer, optimizer.state_dict())
             shared = FSDP.optim_state_dict_to_load(model, optimizer, state)["state"][0]["exp_avg"]
             # On the CPU already: the memory is the optimizer's.
@@ -263,12 +317,16 @@ def _configs(rank: int) -> None:
                 assert_same(optimizer.state_dict(), before)
     if rank == 2:
         del optimizer.state[next(iter(optimizer.state))]
-    with FSDP.state_dict_type(model, FULL), pytest.raises(RuntimeError, match="states of different tensors"):
+    with (
+        FSDP.state_dict_type(model, FULL),
+        pytest.raises(RuntimeError, match="states of different tensors"),
+    ):
         FSDP.optim_state_dict(model, optimizer)
 
 
 def _family(rank: int) -> None:
-    """Beside torch's own functions, on its own wrapper: the same dicts; and each takes what the other has made."""
+    """Beside torch's own functions, on its own wrapper: the same dicts; and each takes what the
+    other has made."""
     for kind, shape in (("even", (4,)), ("uneven", (4,)), ("uneven", (2, 2))):
         ours, our_optim = trained(kind, rank, shape)
         net = NETS[kind]()
@@ -284,56 +342,83 @@ def _family(rank: int) -> None:
         assert bool(state) == (rank == 0)
         everywhere = FSDP.full_optim_state_dict(ours, our_optim, rank0_only=False)
         _close(everywhere, _theirs(theirs, their_optim))
-        _close(FSDP.full_optim_state_dict(ours, our_optim, our_optim.param_groups, False), everywhere)
+        _close(
+            FSDP.full_optim_state_dict(ours, our_optim, our_optim.param_groups, False), everywhere
+        )
         _close(FSDP.full_optim_state_dict(ours, our_optim, ours.parameters(), False), everywhere)
 
         sharded = FSDP.sharded_optim_state_dict(ours, our_optim)
         assert_same(sharded, FSDP.optim_state_dict(ours, our_optim))
         mine = bits(our_optim.state_dict())
-        assert_same(FSDP.flatten_sharded_optim_state_dict(sharded, ours, our_optim), our_optim.state_dict())
+        assert_same(
+            FSDP.flatten_sharded_optim_state_dict(sharded, ours, our_optim), our_optim.state_dict()
+        )
         from_all = FSDP.shard_full_optim_state_dict(everywhere, ours, optim=our_optim)
-        from_first = FSDP.scatter_full_optim_state_dict(state if rank == 0 else None, ours, optim=our_optim)
+        from_first = FSDP.scatter_full_optim_state_dict(
+            state if rank == 0 else None, ours, optim=our_optim
+        )
         without_optim = FSDP.shard_full_optim_state_dict(everywhere, ours)
         for loadable in (from_all, from_first, without_optim):
             assert_same(loadable, mine, "as the optimizer has it")
             for value in tensors(loadable).values():
-                assert value.untyped_storage().nbytes() == value.nbytes  # not a view of the whole tensor
+                assert (
+                    value.untyped_storage().nbytes() == value.nbytes
+                )  # not a view of the whole tensor
             assert loadable["param_groups"] == our_optim.state_dict()["param_groups"]
 
         # Out to torch's FSDP1 and back from it.
-        their_optim.load_state_dict(TorchFSDP.shard_full_optim_state_dict(everywhere, theirs, optim=their_optim))
+        their_optim.load_state_dict(
+            TorchFSDP.shard_full_optim_state_dict(everywhere, theirs, optim=their_optim)
+        )
         _close(_theirs(theirs, their_optim), everywhere, exact=True)
-        our_optim.load_state_dict(FSDP.scatter_full_optim_state_dict(expected, ours, optim=our_optim))
+        our_optim.load_state_dict(
+            FSDP.scatter_full_optim_state_dict(expected, ours, optim=our_optim)
+        )
         _close(FSDP.full_optim_state_dict(ours, our_optim), expected, exact=True)
 
         # And to a model that nobody has wrapped.
         plain = NETS[kind](seed=1)
         for order in (1, -1):
             plain_optim = adam(list(plain.parameters())[::order])
-            rekeyed = FSDP.rekey_optim_state_dict(everywhere, OptimStateKeyType.PARAM_ID, plain, optim=plain_optim)
-            theirs_too = TorchFSDP.rekey_optim_state_dict(everywhere, OptimStateKeyType.PARAM_ID, plain, optim=plain_optim)
+            rekeyed = FSDP.rekey_optim_state_dict(
+                everywhere, OptimStateKeyType.PARAM_ID, plain, optim=plain_optim
+            )
+            theirs_too = TorchFSDP.rekey_optim_state_dict(
+                everywhere, OptimStateKeyType.PARAM_ID, plain, optim=plain_optim
+            )
             assert list(rekeyed["state"]) == list(theirs_too["state"])
             assert rekeyed["param_groups"] == theirs_too["param_groups"]
             assert_same(rekeyed, theirs_too)
             plain_optim.load_state_dict(rekeyed)
             back = FSDP.rekey_optim_state_dict(
-                plain_optim.state_dict(), OptimStateKeyType.PARAM_NAME, plain, list(plain.parameters())[::order]
+                plain_optim.state_dict(),
+                OptimStateKeyType.PARAM_NAME,
+                plain,
+                list(plain.parameters())[::order],
             )
             assert back["state"].keys() == everywhere["state"].keys()
-            assert_same(FSDP.shard_full_optim_state_dict(back, ours, optim=our_optim)["state"], from_all["state"])
+            assert_same(
+                FSDP.shard_full_optim_state_dict(back, ours, optim=our_optim)["state"],
+                from_all["state"],
+            )
         assert FSDP.rekey_optim_state_dict(back, OptimStateKeyType.PARAM_NAME, plain) is back
         with pytest.raises(ValueError, match="no such parameters"):
             strange = {"state": {"nobody": {}}, "param_groups": []}
-            FSDP.rekey_optim_state_dict(strange, OptimStateKeyType.PARAM_ID, plain, optim=plain_optim)
+            FSDP.rekey_optim_state_dict(
+                strange, OptimStateKeyType.PARAM_ID, plain, optim=plain_optim
+            )
         with pytest.raises(ValueError, match="keys of types"):
             mixed = {"state": {"head.bias": {}, 3: {}}, "param_groups": []}
             FSDP.rekey_optim_state_dict(mixed, OptimStateKeyType.PARAM_ID, plain, optim=plain_optim)
 
 
 def _theirs(model: TorchFSDP, optimizer: optim.Optimizer, rank0_only: bool = False) -> dict:
-    """What torch's full_optim_state_dict is meant to return. That asks for copies on the CPU, and takes the gather's own buffer
-    for one where that is on the CPU: every state then shows the last one's values."""
-    with TorchFSDP.state_dict_type(model, FULL, FullStateDictConfig(), FullOptimStateDictConfig(False, rank0_only)):
+    """What torch's full_optim_state_dict is meant to return. That asks for copies on the CPU, and
+    takes the gather's own buffer for one where that is on the CPU: every state then shows the last
+    one's values."""
+    with TorchFSDP.state_dict_type(
+        model, FULL, FullStateDictConfig(), FullOptimStateDictConfig(False, rank0_only)
+    ):
         return TorchFSDP.optim_state_dict(model, optimizer)
 
 
@@ -342,7 +427,9 @@ def _close(state, expected, exact: bool = False) -> None:
     if not state:
         return
     assert state["state"].keys() == expected["state"].keys()
-    assert [sorted(g["params"]) for g in state["param_groups"]] == [sorted(g["params"]) for g in expected["param_groups"]]
+    assert [sorted(g["params"]) for g in state["param_groups"]] == [
+        sorted(g["params"]) for g in expected["param_groups"]
+    ]
     assert [g["lr"] for g in state["param_groups"]] == [g["lr"] for g in expected["param_groups"]]
     for name, values in expected["state"].items():
         assert state["state"][name].keys() == values.keys()
@@ -357,7 +444,9 @@ def _close(state, expected, exact: bool = False) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [_groups, _named, _shapes, _tables, _named_by_the_user, _configs, _family], ids=lambda part: part.__name__[1:]
+    "part",
+    [_groups, _named, _shapes, _tables, _named_by_the_user, _configs, _family],
+    ids=lambda part: part.__name__[1:],
 )
 def test_optimizer_state(part) -> None:
     run_ranks(part, 4)

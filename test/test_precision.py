@@ -1,4 +1,5 @@
-"""The numbers of the core on torch's FSDP2's own ground: optimizers, meshes, dtypes, partial sums; and the same bits again."""
+"""The numbers of the core on torch's FSDP2's own ground: optimizers, meshes, dtypes, partial sums;
+and the same bits again."""
 
 import dataclasses
 
@@ -18,7 +19,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def wide_net(seed: int = 0) -> Net:
-    """Weights large enough to be gathered and reduced where they are, some with rows that no group divides."""
+    """Weights large enough to be gathered and reduced where they are, some with rows that no group
+    divides."""
     torch.manual_seed(seed)
     return Net(256, 509, 3)
 
@@ -48,7 +50,9 @@ def cores(model: nn.Module) -> list[_C.Unit]:
     return [wrapper._unit.core for wrapper in model.fsdp_modules(model)]
 
 
-def train(model: nn.Module, net: Net, rank: int, optimizer, steps: int, dtype: torch.dtype = FP32) -> None:
+def train(
+    model: nn.Module, net: Net, rank: int, optimizer, steps: int, dtype: torch.dtype = FP32
+) -> None:
     for step in range(steps):
         optimizer.zero_grad()
         loss_of(model, batch(net, step, rank).to(dtype)).backward()
@@ -79,9 +83,18 @@ def _optimizers(rank: int) -> None:
             for model in (reference, ours):
                 train(model, make(), rank, optimizer(model.parameters()), 20)
             same_bits(ours, reference, name)
-        for model in (wrap_fsdp2(make(), (2, 2)), wrap(make(), (2, 2))):  # torch has no such kernel for DTensors
+        for model in (
+            wrap_fsdp2(make(), (2, 2)),
+            wrap(make(), (2, 2)),
+        ):  # torch has no such kernel for DTensors
             with pytest.raises(NotImplementedError, match="_fused_sgd_"):
-                train(model, make(), rank, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True), 1)
+                train(
+                    model,
+                    make(),
+                    rank,
+                    torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True),
+                    1,
+                )
 
 
 def _again(rank: int) -> None:
@@ -96,7 +109,8 @@ def _again(rank: int) -> None:
 
 
 def _mixed_precision(rank: int) -> None:
-    # Two terms of one exponent round alike in any order, and a sum in float32 of bfloat16 terms is exact enough for it.
+    # Two terms of one exponent round alike in any order, and a sum in float32 of bfloat16 terms is
+    # exact enough for it.
     for make in NETS:
         for param, reduce, rtol in (
             (BF16, FP32, 0.0),
@@ -114,8 +128,16 @@ def _mixed_precision(rank: int) -> None:
             for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
                 assert p.grad.dtype == p.dtype == FP32, name
                 scale = q.grad.to_local().abs().max().item() if q.grad.to_local().numel() else 0.0
-                torch.testing.assert_close(p.grad.to_local(), q.grad.to_local(), rtol=rtol, atol=rtol * scale)
-            low = wrap_in(make(), (2, 2), param_dtype=param, reduce_dtype=reduce, keep_low_precision_grads=True)
+                torch.testing.assert_close(
+                    p.grad.to_local(), q.grad.to_local(), rtol=rtol, atol=rtol * scale
+                )
+            low = wrap_in(
+                make(),
+                (2, 2),
+                param_dtype=param,
+                reduce_dtype=reduce,
+                keep_low_precision_grads=True,
+            )
             for _ in range(2):  # the second one adds
                 loss_of(low, x).backward()
             for (name, p), q in zip(low.named_parameters(), ours.parameters(), strict=True):
@@ -125,7 +147,8 @@ def _mixed_precision(rank: int) -> None:
 
 
 class Scaled(nn.Module):
-    """Its gradient is the rank's factor, whatever the weight: 300 x 512 elements go in place, 4 x 3 are packed."""
+    """Its gradient is the rank's factor, whatever the weight: 300 x 512 elements go in place, 4 x 3
+    are packed."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -159,7 +182,10 @@ def _odd_dtypes(rank: int) -> None:
             self.table = nn.Parameter(torch.arange(6), requires_grad=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert self.one.weight.dtype == self.two.weight.dtype == BF16 and self.table.dtype == torch.int64
+            assert (
+                self.one.weight.dtype == self.two.weight.dtype == BF16
+                and self.table.dtype == torch.int64
+            )
             assert self.table.tolist() == list(range(6))
             return self.two(self.one(x[:, self.table]))
 
@@ -173,13 +199,16 @@ def _odd_dtypes(rank: int) -> None:
     for name, p in ours.named_parameters():
         if p.requires_grad:
             assert p.grad.dtype == p.dtype == (torch.float64 if "two" in name else FP32)
-            torch.testing.assert_close(full(p.grad).float(), expected[name].float(), rtol=2**-6, atol=2**-8)
+            torch.testing.assert_close(
+                full(p.grad).float(), expected[name].float(), rtol=2**-6, atol=2**-8
+            )
     with pytest.raises(ValueError, match="mixed precision in"):
         wrap_in(nn.Linear(2, 2), param_dtype=torch.float8_e4m3fn)
 
 
 def _partial_sums(rank: int) -> None:
-    """Micro-batches summed over the shards, the all-reduce over the replicas once: the mean of all; also of unused ones."""
+    """Micro-batches summed over the shards, the all-reduce over the replicas once: the mean of all;
+    also of unused ones."""
     for make in NETS:
         net, ours = make(), wrap(make(), (2, 2))
         for micro in range(3):
@@ -187,7 +216,10 @@ def _partial_sums(rank: int) -> None:
                 core.set_all_reduce(micro == 2)
             loss_of(ours, batch(net, micro, rank)).backward()
             assert all((p.grad is None) == (micro < 2) for p in ours.parameters())
-        expected = mean_grads(net, lambda n, r: sum(loss_of(n, batch(net, micro, r)) for micro in range(3)))  # noqa: B023
+        expected = mean_grads(
+            net,
+            lambda n, r: sum(loss_of(n, batch(net, m, r)) for m in range(3)),  # noqa: B023
+        )
         for name, grad in grads(ours).items():
             torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)
     for core in cores(ours):
@@ -220,8 +252,13 @@ def _factor_and_hook(rank: int) -> None:
 
 
 def _bytes_copied(rank: int) -> None:
-    """Below the 14 + 20 / N bytes an element and step that torch's FSDP2 moves beside the wire, in any precision."""
-    for shape, precision in (((2, 2), {"param_dtype": BF16, "reduce_dtype": FP32}), ((1, 4), {}), ((2, 2), {})):
+    """Below the 14 + 20 / N bytes an element and step that torch's FSDP2 moves beside the wire, in
+    any precision."""
+    for shape, precision in (
+        ((2, 2), {"param_dtype": BF16, "reduce_dtype": FP32}),
+        ((1, 4), {}),
+        ((2, 2), {}),
+    ):
         ours = wrap_in(wide_net(), shape, **precision)
         optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
         x = batch(wide_net(), 0, rank).to(precision.get("param_dtype", FP32))
@@ -235,16 +272,28 @@ def _bytes_copied(rank: int) -> None:
 
 
 def test_numbers_on_four_ranks() -> None:
-    checks = (_optimizers, _again, _mixed_precision, _reduce_dtype_shows, _odd_dtypes, _factor_and_hook, _bytes_copied)
+    checks = (
+        _optimizers,
+        _again,
+        _mixed_precision,
+        _reduce_dtype_shows,
+        _odd_dtypes,
+        _factor_and_hook,
+        _bytes_copied,
+    )
     run_checks(4, *checks, _partial_sums, timeout=300.0)
 
 
 def _override(rank: int) -> None:
-    """Refused before anything is changed; units with policies of their own, as the error says, are there instead."""
+    """Refused before anything is changed; units with policies of their own, as the error says, are
+    there instead."""
     net = narrow_net()
-    policy = MixedPrecisionPolicy(param_dtype=BF16, param_dtype_override_fn=lambda p: FP32 if p.ndim == 1 else None)
+    policy = MixedPrecisionPolicy(
+        param_dtype=BF16, param_dtype_override_fn=lambda p: FP32 if p.ndim == 1 else None
+    )
     with pytest.raises(
-        ValueError, match=r"^rank \d: module \w+: .*param_dtype_override_fn is not served.* mp_policy of their own"
+        ValueError,
+        match=r"^rank \d: module \w+: .*param_dtype_override_fn is not served.* mp_policy of their own",
     ):
         torch_hsdp_ckpt.fully_shard(net, mp_policy=policy)
     assert type(net) is Net and not any(isinstance(p, DTensor) for p in net.parameters())
@@ -258,7 +307,8 @@ def _override(rank: int) -> None:
 
 
 @pytest.mark.skipif(
-    "param_dtype_override_fn" not in {field.name for field in dataclasses.fields(MixedPrecisionPolicy)},
+    "param_dtype_override_fn"
+    not in {field.name for field in dataclasses.fields(MixedPrecisionPolicy)},
     reason="this torch's MixedPrecisionPolicy has no override by parameter",
 )
 def test_a_dtype_by_parameter_is_refused() -> None:
@@ -277,10 +327,16 @@ def _eight(rank: int) -> None:
             reference, ours = wrap_fsdp2(make(), shape), wrap(make(), shape)
             for model in (reference, ours):
                 train(model, net, rank, torch.optim.SGD(model.parameters(), lr=0.1), 3)
-            for (name, p), q, single in zip(ours.named_parameters(), reference.parameters(), net.parameters(), strict=True):
+            for (name, p), q, single in zip(
+                ours.named_parameters(), reference.parameters(), net.parameters(), strict=True
+            ):
                 assert isinstance(p, DTensor)
-                torch.testing.assert_close(full(p), full(q), rtol=1e-5, atol=1e-6, msg=f"{shape} {name}: FSDP2")
-                torch.testing.assert_close(full(p), single.detach(), rtol=1e-5, atol=1e-6, msg=f"{shape} {name}")
+                torch.testing.assert_close(
+                    full(p), full(q), rtol=1e-5, atol=1e-6, msg=f"{shape} {name}: FSDP2"
+                )
+                torch.testing.assert_close(
+                    full(p), single.detach(), rtol=1e-5, atol=1e-6, msg=f"{shape} {name}"
+                )
 
 
 def test_numbers_on_eight_ranks() -> None:

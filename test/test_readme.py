@@ -20,9 +20,19 @@ def test_example_runs_under_torchrun(tmp_path: Path) -> None:
     last = "dist.destroy_process_group()\n"
     assert code.endswith(last)
     (tmp_path / "train.py").write_text(code.removesuffix(last) + CHECK + going_on + last)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "train.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        "train.py",
+    ]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "checkpoint" / ".metadata").is_file()
     assert len(list((tmp_path / "checkpoint").glob("*.distcp"))) == 4
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [f"step-{step:06}" for step in (800, 900, 1000)]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        f"step-{step:06}" for step in (800, 900, 1000)
+    ]

@@ -1,8 +1,8 @@
-"""All of a training run in one checkpoint: model, optimizer, LR scheduler, GradScaler, data loader and every rank's RNG.
+"""All of a training run in one checkpoint: model, optimizer, LR scheduler, GradScaler, data loader
+and every rank's RNG.
 
-Saved and loaded by ours and by stock torch, each by the other too; the run that is resumed is the one that never stopped, bit
-for bit.
-"""
+Saved and loaded by ours and by stock torch, each by the other too; the run that is resumed is the
+one that never stopped, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ WAYS = {"ours": (hsdp.save, hsdp.load), "stock": (dcp.save, dcp.load)}
 
 
 class _Loader:
-    """Shuffles with a generator of its own; each rank's stands in another place, in the middle of an epoch."""
+    """Shuffles with a generator of its own; each rank's stands in another place, in the middle of
+    an epoch."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.order, self.at = rank, list[int](), 0
@@ -35,7 +36,9 @@ class _Loader:
             self.order = torch.randperm(3 + self.rank, generator=self.generator).tolist()
             self.at = 0
         self.at += 1
-        return torch.full((4, 8), float(self.order[self.at - 1])) + torch.randn(4, 8, generator=self.generator)
+        return torch.full((4, 8), float(self.order[self.at - 1])) + torch.randn(
+            4, 8, generator=self.generator
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"order": self.order, "at": self.at, "generator": self.generator.get_state()}
@@ -52,7 +55,9 @@ class _Rng:
         self.device = device
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if self.device == "cuda" else {})
+        return {"cpu": torch.get_rng_state()} | (
+            {"cuda": torch.cuda.get_rng_state()} if self.device == "cuda" else {}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["cpu"])
@@ -67,21 +72,34 @@ class _Trained:
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(zip(("model", "optim"), get_state_dict(self.model, self.optimizer), strict=True))
+        return dict(
+            zip(("model", "optim"), get_state_dict(self.model, self.optimizer), strict=True)
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optim"],
+        )
 
 
 class _Run:
     def __init__(self, rank: int, device: str, seed: int) -> None:
         self.device = device
         torch.manual_seed(seed)
-        net = nn.Sequential(Block(8, 16), nn.Dropout(0.3), Block(8, 16), nn.Dropout(0.3), nn.Linear(8, 5)).to(device)
+        net = nn.Sequential(
+            Block(8, 16), nn.Dropout(0.3), Block(8, 16), nn.Dropout(0.3), nn.Linear(8, 5)
+        ).to(device)
         mesh = mesh_of(2, 2, device=device)
-        self.model = hsdp.FullyShardedDataParallel(net, device_mesh=mesh, auto_wrap_policy=ModuleWrapPolicy({Block}))
+        self.model = hsdp.FullyShardedDataParallel(
+            net, device_mesh=mesh, auto_wrap_policy=ModuleWrapPolicy({Block})
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.05, total_steps=20)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=0.05, total_steps=20
+        )
         self.scaler = torch.amp.GradScaler(device, init_scale=2.0**7, growth_interval=2)
         self.loader = _Loader(rank)
         self.own = {f"loader.rank{rank}": self.loader, f"rng.rank{rank}": _Rng(device)}

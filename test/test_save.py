@@ -20,13 +20,25 @@ from torch.profiler import ProfilerActivity, profile
 
 import torch_hsdp_ckpt as h
 
-FULL = {f"w{n}": torch.arange(n * 1000, dtype=torch.float32).reshape(n, 1000) for n in (1, 2, 5, 8, 503)}
-PLAIN = {"buffer": torch.arange(300000.0), "step": torch.tensor(7), "empty": torch.empty(0, 3), "strided": torch.ones(6, 4).t()}
+FULL = {
+    f"w{n}": torch.arange(n * 1000, dtype=torch.float32).reshape(n, 1000) for n in (1, 2, 5, 8, 503)
+}
+PLAIN = {
+    "buffer": torch.arange(300000.0),
+    "step": torch.tensor(7),
+    "empty": torch.empty(0, 3),
+    "strided": torch.ones(6, 4).t(),
+}
 
 
 def _state(mesh: Any) -> dict[str, Any]:
     sharded = {k: distribute_tensor(v, mesh, (Replicate(), Shard(0))) for k, v in FULL.items()}
-    return {"model": sharded, "plain": dict(PLAIN), "nested": [1, {"x": "text"}, torch.ones(2)], "lr": 0.1}
+    return {
+        "model": sharded,
+        "plain": dict(PLAIN),
+        "nested": [1, {"x": "text"}, torch.ones(2)],
+        "lr": 0.1,
+    }
 
 
 def _check_loads(path: str, keys: Any, reader: Any = dcp.FileSystemReader) -> None:
@@ -58,19 +70,27 @@ def _static(rank: int, path: str, log: str) -> None:
         with profile(activities=[ProfilerActivity.CPU]) as events:
             metadata = h.save(state, checkpoint_id=path)
         talk = _collectives(events)
-        assert sum(talk.values()) == 3, talk  # two small all-gathers and the verdict: no gather, no scatter
+        assert sum(talk.values()) == 3, (
+            talk
+        )  # two small all-gathers and the verdict: no gather, no scatter
         assert {k.split(":")[-1] for k in talk} == {"all_gather", "broadcast"}, talk
     dist.barrier()
     for reader in (dcp.FileSystemReader, h.FileSystemReader):
         _check_loads(path, FULL, reader)
-    assert len(list(Path(path).iterdir())) == 5, "one file a rank and the metadata; the older save's files are gone"
+    assert len(list(Path(path).iterdir())) == 5, (
+        "one file a rank and the metadata; the older save's files are gone"
+    )
     stored = h.FileSystemReader(path).read_metadata()
     stored.storage_meta.load_id = None
     assert metadata == stored
     assert isinstance(metadata, dcp.Metadata)
     assert pickle.loads(pickle.dumps(metadata)) == stored
     assert type(pickle.loads(pickle.dumps(metadata))) is dcp.Metadata
-    assert {index.fqn for index in metadata.storage_data} == set(metadata.state_dict_metadata) == set(metadata.planner_data)
+    assert (
+        {index.fqn for index in metadata.storage_data}
+        == set(metadata.state_dict_metadata)
+        == set(metadata.planner_data)
+    )
 
     result = metadata.result
     assert isinstance(result, h.SaveResult)
@@ -78,7 +98,9 @@ def _static(rank: int, path: str, log: str) -> None:
     assert result.bytes_written == tuple(sizes[r] for r in range(4))
     assert result.total_bytes == sum(sizes.values())
     assert set(result.seconds) == {"plan", "write", "commit", "total"}
-    assert max(sizes.values()) - min(sizes.values()) < (1 << 20) + PLAIN["buffer"].nbytes, "plain tensors are not cut"
+    assert max(sizes.values()) - min(sizes.values()) < (1 << 20) + PLAIN["buffer"].nbytes, (
+        "plain tensors are not cut"
+    )
 
     dist.barrier()  # the next save's claim is one more file
     h.save({"other": torch.ones(2)}, checkpoint_id=path)
@@ -91,7 +113,10 @@ def _static(rank: int, path: str, log: str) -> None:
         h.save(state, checkpoint_id=path)
         h.save(state, checkpoint_id=path)
     # One more with options, through a writer.
-    for options in ({"single_file_per_rank": False, "thread_count": 3}, {"sync_files": False, "per_thread_copy_ahead": 1000}):
+    for options in (
+        {"single_file_per_rank": False, "thread_count": 3},
+        {"sync_files": False, "per_thread_copy_ahead": 1000},
+    ):
         h.save(state, storage_writer=h.FileSystemWriter(path, **options))
         _check_loads(path, FULL)
         dist.barrier()
@@ -101,7 +126,9 @@ def _static(rank: int, path: str, log: str) -> None:
         with pytest.raises(h.CheckpointError, match="overwrite=False; nothing was written"):
             h.save(state, storage_writer=h.FileSystemWriter(path, overwrite=False))
 
-    assert {op for op, _ in calls_of(refused)} <= {"stat", "readdir", "fsync"}, "nothing was made, opened or written"
+    assert {op for op, _ in calls_of(refused)} <= {"stat", "readdir", "fsync"}, (
+        "nothing was made, opened or written"
+    )
     assert sorted(os.listdir(path)) == before
     _check_loads(path, FULL)
 
@@ -131,22 +158,33 @@ def _differing(rank: int, path: str, log: str) -> dict[str, Any]:
     like["rank"] = {f"object{r}": None for r in range(4)}
     dcp.load(like, storage_reader=h.FileSystemReader(f"{path}/rng"), no_dist=True)
     assert all((like[f"rng{r}"] == r).all() and like["rank"][f"object{r}"] == r for r in range(4))
-    dtensors = {i for i in h.FileSystemReader(f"{path}/rng").read_metadata().storage_data if i.fqn == "model.w503"}
+    dtensors = {
+        i
+        for i in h.FileSystemReader(f"{path}/rng").read_metadata().storage_data
+        if i.fqn == "model.w503"
+    }
     assert len(dtensors) == 4, "still split among the replicas"
 
     # Equal keys and shapes, other values: one rank's whole tensor, never parts of two.
-    h.save({"ema": torch.full((1 << 20,), rank), "small": torch.full((7,), rank)}, checkpoint_id=f"{path}/ema")
+    h.save(
+        {"ema": torch.full((1 << 20,), rank), "small": torch.full((7,), rank)},
+        checkpoint_id=f"{path}/ema",
+    )
     like = {"ema": torch.full((1 << 20,), -1), "small": torch.full((7,), -1)}
     dcp.load(like, storage_reader=h.FileSystemReader(f"{path}/ema"), no_dist=True)
     assert all(0 <= value[0] < 4 and (value == value[0]).all() for value in like.values())
 
     # Meshes that differ by rank: each pair of ranks has one of its own.
     own = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))["shard"]
-    state = {"model": {k: distribute_tensor(v, own, [Shard(0)]) for k, v in FULL.items()}, **_rest()}
+    state = {
+        "model": {k: distribute_tensor(v, own, [Shard(0)]) for k, v in FULL.items()},
+        **_rest(),
+    }
     h.save(state, checkpoint_id=f"{path}/submesh")
     _check_loads(f"{path}/submesh", FULL)
 
-    # Three dimensions; a dimension that is cut twice; a placement that only DTensor knows; a tensor of another layout.
+    # Three dimensions; a dimension that is cut twice; a placement that only DTensor knows; a tensor
+    # of another layout.
     cube = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
     for name, placements in {
         "3d": (Replicate(), Shard(0), Shard(1)),
@@ -158,7 +196,12 @@ def _differing(rank: int, path: str, log: str) -> dict[str, Any]:
             if name == "strided":
                 local = distribute_tensor(value, cube, (Replicate(), Shard(0), Shard(0))).to_local()
                 state["model"][key] = DTensor.from_local(
-                    local, cube, placements, run_check=False, shape=value.shape, stride=value.stride()
+                    local,
+                    cube,
+                    placements,
+                    run_check=False,
+                    shape=value.shape,
+                    stride=value.stride(),
                 )
             else:
                 state["model"][key] = distribute_tensor(value, cube, placements)
@@ -174,9 +217,18 @@ def _differing(rank: int, path: str, log: str) -> dict[str, Any]:
         h.save(state, checkpoint_id=f"{path}/group", process_group=mesh.get_group("shard"))
         _check_loads(f"{path}/group", FULL)
         out["files"] = len(list(Path(f"{path}/group").glob("*.distcp")))
-    replicas, half = mesh.get_group("replicate"), f"{path}/half{mesh.get_local_rank('shard')}"  # of each group its own
-    with pytest.raises(h.CheckpointError, match="w2: no rank of the saving process group holds its shard at"):
-        h.save({k: v for k, v in state["model"].items() if k != "w1"}, checkpoint_id=half, process_group=replicas)
+    replicas, half = (
+        mesh.get_group("replicate"),
+        f"{path}/half{mesh.get_local_rank('shard')}",
+    )  # of each group its own
+    with pytest.raises(
+        h.CheckpointError, match="w2: no rank of the saving process group holds its shard at"
+    ):
+        h.save(
+            {k: v for k, v in state["model"].items() if k != "w1"},
+            checkpoint_id=half,
+            process_group=replicas,
+        )
     dist.barrier()
     assert not os.path.isdir(half) or os.listdir(half) == []
     return out
@@ -192,7 +244,10 @@ def test_what_differs_by_rank_and_what_only_dcp_can_plan(tmp_path: Path) -> None
     outcomes = run_ranks(_differing, 4, str(tmp_path), str(log))
     assert outcomes[0]["files"] == outcomes[1]["files"] == 2
     lines = (log / "0").read_text()
-    assert lines.count("planned through DCP, by the coordinator: all other values, since some differ") == 1
+    assert (
+        lines.count("planned through DCP, by the coordinator: all other values, since some differ")
+        == 1
+    )
     assert lines.count("planned through DCP, by the coordinator: all DTensors, since meshes") == 1
     assert lines.count("tensors of types or placements that only DCP knows") == 1
 
@@ -214,7 +269,10 @@ def _delegated(rank: int, path: str, log: str) -> None:
 
     for name, arguments in {
         "planner": {"planner": _Planner(), "checkpoint_id": f"{path}/planner"},
-        "lowest": {"planner": dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True), "checkpoint_id": f"{path}/lowest"},
+        "lowest": {
+            "planner": dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+            "checkpoint_id": f"{path}/lowest",
+        },
         "stock": {"storage_writer": dcp.FileSystemWriter(f"{path}/stock")},
         "default": {"planner": dcp.DefaultSavePlanner(), "checkpoint_id": f"{path}/default"},
     }.items():
@@ -229,11 +287,15 @@ def _delegated(rank: int, path: str, log: str) -> None:
     for save in (h.save, lambda *args, **named: h.async_save(*args, **named).result(60)):
         save(state, checkpoint_id=f"{path}/alone", use_collectives=False)
         names = files("alone")
-        assert {name for name in names if name.endswith(".metadata")} == {f"__{r}.metadata" for r in range(4)}
+        assert {name for name in names if name.endswith(".metadata")} == {
+            f"__{r}.metadata" for r in range(4)
+        }
         assert len(names) == 8
         assert not {f"__{r}_0.distcp" for r in range(4)} & names, "our writer's"
     flat = {"a": torch.ones(3), "b": {"nested": 1}}
-    h.save(flat, checkpoint_id=f"{path}/flat", planner=dcp.DefaultSavePlanner(flatten_state_dict=False))
+    h.save(
+        flat, checkpoint_id=f"{path}/flat", planner=dcp.DefaultSavePlanner(flatten_state_dict=False)
+    )
     assert set(h.FileSystemReader(f"{path}/flat").read_metadata().state_dict_metadata) == {"a", "b"}
 
 
@@ -242,7 +304,11 @@ def test_what_dcp_has_to_plan_goes_to_dcp(tmp_path: Path) -> None:
     log.mkdir()
     run_ranks(_delegated, 4, str(tmp_path), str(log))
     lines = (log / "0").read_text()
-    for why in ("the planner is a _Planner", "the planner is a DefaultSavePlanner or keeps", "the storage writer is a"):
+    for why in (
+        "the planner is a _Planner",
+        "the planner is a DefaultSavePlanner or keeps",
+        "the storage writer is a",
+    ):
         assert why in lines
 
 
@@ -255,14 +321,27 @@ def test_alone_and_of_every_form(tmp_path: Path, device: str) -> None:
         def load_state_dict(self, state: dict[str, int]) -> None:
             self.loaded = state
 
-    # More than a copy block, and not contiguous; on a device several blocks, copied while others are written.
+    # More than a copy block, and not contiguous; on a device several blocks, copied while others
+    # are written.
     big = torch.randn(3000, 1500, device=device).t()
-    whole = torch.randn((6 if device == "cuda" else 1) << 20, dtype=torch.complex64, device=device).conj()
+    whole = torch.randn(
+        (6 if device == "cuda" else 1) << 20, dtype=torch.complex64, device=device
+    ).conj()
     half = torch.nn.Parameter(torch.randn(5, device=device).half())
-    state = {"counter": Counter(), "big": big, "whole": whole, "half": half, "view": torch.ones(1 << 20, device=device)[:9]}
+    state = {
+        "counter": Counter(),
+        "big": big,
+        "whole": whole,
+        "half": half,
+        "view": torch.ones(1 << 20, device=device)[:9],
+    }
     metadata = h.save(state, checkpoint_id=tmp_path, no_dist=True)
     assert metadata.result.total_bytes < (big.nbytes + whole.nbytes) * 1.005
-    like = {k: torch.zeros(v.shape, dtype=v.dtype, device=device) for k, v in state.items() if isinstance(v, torch.Tensor)}
+    like = {
+        k: torch.zeros(v.shape, dtype=v.dtype, device=device)
+        for k, v in state.items()
+        if isinstance(v, torch.Tensor)
+    }
     like |= {"counter": Counter()}
     dcp.load(like, storage_reader=dcp.FileSystemReader(tmp_path), no_dist=True)
     for key in ("big", "whole", "half", "view"):
@@ -278,13 +357,23 @@ def test_alone_and_of_every_form(tmp_path: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "save, writer", [(dcp.save, dcp.FileSystemWriter), (dcp.save, h.FileSystemWriter), (h.save, h.FileSystemWriter)]
+    "save, writer",
+    [
+        (dcp.save, dcp.FileSystemWriter),
+        (dcp.save, h.FileSystemWriter),
+        (h.save, h.FileSystemWriter),
+    ],
 )
 def test_a_checkpoint_id_moves_the_writer(tmp_path: Path, save: Any, writer: Any) -> None:
     """Both at once mean the writer's options and the other directory, as in torch."""
     before, after = tmp_path / "before", tmp_path / "after"
     options = writer(before, single_file_per_rank=False)
-    save({"w": torch.arange(6.0), "v": torch.ones(2)}, checkpoint_id=after, storage_writer=options, no_dist=True)
+    save(
+        {"w": torch.arange(6.0), "v": torch.ones(2)},
+        checkpoint_id=after,
+        storage_writer=options,
+        no_dist=True,
+    )
     assert not before.exists()
     assert len(list(after.glob("*.distcp"))) == 2
     like = {"w": torch.zeros(6), "v": torch.zeros(2)}

@@ -1,4 +1,5 @@
-"""How many bytes a save writes, and how evenly: large tensors, small ones, the metadata, each rank's share."""
+"""How many bytes a save writes, and how evenly: large tensors, small ones, the metadata, each
+rank's share."""
 
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def _few_large_tensors(rank: int, path: str) -> None:
             rows = -(-shape[0] // 2)
             local = torch.ones(min(rows, shape[0] - shard * rows), shape[1])
             whole = {"shape": torch.Size(shape), "stride": (shape[1], 1)}
-            state[f"w{i}"] = DTensor.from_local(local, mesh, (Replicate(), Shard(0)), run_check=False, **whole)
+            state[f"w{i}"] = DTensor.from_local(
+                local, mesh, (Replicate(), Shard(0)), run_check=False, **whole
+            )
         result = h.save(state, checkpoint_id=f"{path}/{name}").result
         held = 4 * sum(rows * columns for rows, columns in shapes)
         assert _size(f"{path}/{name}") <= 1.005 * held, name
@@ -41,7 +44,14 @@ def _few_large_tensors(rank: int, path: str) -> None:
         # One shard group saves all of it; so it does under stock dcp.save.
         if rank < 2:
             group = mesh.get_group("shard")
-            assert max(h.save(state, checkpoint_id=f"{path}/group", process_group=group).result.bytes_written) < 0.51 * held
+            assert (
+                max(
+                    h.save(
+                        state, checkpoint_id=f"{path}/group", process_group=group
+                    ).result.bytes_written
+                )
+                < 0.51 * held
+            )
             dcp.save(state, storage_writer=h.FileSystemWriter(f"{path}/dcp"), process_group=group)
             for each in ("group", "dcp"):
                 assert len(list(Path(f"{path}/{each}").glob("*.distcp"))) == 2
@@ -60,17 +70,32 @@ def test_many_tensors_of_4_kib_take_no_more_than_dcps(tmp_path: Path) -> None:
 
 
 def test_the_metadata_hardly_grows_with_the_replicas(tmp_path: Path) -> None:
-    """Against whole chunks, which one replica alone would write: chunks that are cut, and every replica's file names."""
-    shapes = [(4096, 1024), (1024, 4096), (3072, 1024), (1024, 1024), (1024,), (1024,), (5003, 1024), (7,)] * 25
+    """Against whole chunks, which one replica alone would write: chunks that are cut, and every
+    replica's file names."""
+    shapes = [
+        (4096, 1024),
+        (1024, 4096),
+        (3072, 1024),
+        (1024, 1024),
+        (1024,),
+        (1024,),
+        (5003, 1024),
+        (7,),
+    ] * 25
     names = [f"model.layers.{i}.weight" for i in range(len(shapes))]
     sizes = {}
     for replicas in (1, 2, 8):
         ranks = range(replicas * 8)
         plan = _C.SavePlan(
             [([replicas, 8], ranks, (-1, 0), False)],
-            [(name, "float32", shape, 0, None, False) for name, shape in zip(names, shapes, strict=True)],
+            [
+                (name, "float32", shape, 0, None, False)
+                for name, shape in zip(names, shapes, strict=True)
+            ],
         )
-        built = plan.complete_metadata(Metadata({}), None, [((1, 2, rank, 4), []) for rank in ranks], 1, True)
+        built = plan.complete_metadata(
+            Metadata({}), None, [((1, 2, rank, 4), []) for rank in ranks], 1, True
+        )
         assert built is not None
         assert len(built[1]) == len(ranks)
         sizes[replicas] = len(built[0])
@@ -78,7 +103,8 @@ def test_the_metadata_hardly_grows_with_the_replicas(tmp_path: Path) -> None:
 
 
 def _memory(rank: int, path: str) -> dict[str, int]:
-    """Memory that a save takes on top of the state: of tensors that lie contiguous, and of those that have to be copied."""
+    """Memory that a save takes on top of the state: of tensors that lie contiguous, and of those
+    that have to be copied."""
     mesh = init_device_mesh("cpu", (2, 1))
     locals_ = {
         "contiguous": torch.ones(9000, 1000),
@@ -90,17 +116,22 @@ def _memory(rank: int, path: str) -> dict[str, int]:
         **{f"small {i}": torch.ones(100, 100).t() for i in range(500)},
     }
     sharded = {
-        name: DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False) for name, local in locals_.items()
+        name: DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False)
+        for name, local in locals_.items()
     }
     extra = {}
     for name, state in (("sharded", sharded), ("plain", locals_)):
         for call in ("save", "dcp.save"):
             dist.barrier()
             if call == "save":
-                extra[f"{name} {call}"] = memory_of(lambda state=state: h.save(state, checkpoint_id=path))
+                extra[f"{name} {call}"] = memory_of(
+                    lambda state=state: h.save(state, checkpoint_id=path)
+                )
             else:
                 writer = h.FileSystemWriter(path)
-                extra[f"{name} {call}"] = memory_of(lambda state=state, writer=writer: dcp.save(state, storage_writer=writer))
+                extra[f"{name} {call}"] = memory_of(
+                    lambda state=state, writer=writer: dcp.save(state, storage_writer=writer)
+                )
     loaded = {name: torch.zeros(local.shape, dtype=local.dtype) for name, local in locals_.items()}
     h.load(loaded, checkpoint_id=path)
     assert all(torch.equal(loaded[name], local) for name, local in locals_.items())
@@ -113,16 +144,22 @@ def test_memory_on_top_of_the_state_is_bounded(tmp_path: Path) -> None:
 
 
 def _memory_of_many(rank: int, path: str) -> list[int]:
-    """A first save, which brings in what saves bring in once, then one over it and its metadata; the same of DTensors."""
+    """A first save, which brings in what saves bring in once, then one over it and its metadata;
+    the same of DTensors."""
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()))
     extra = []
     for sharded, count in ((False, 50_000), (True, 20_000)):
         state: dict[str, torch.Tensor] = {f"layers.{i}.weight": torch.ones(2) for i in range(count)}
         if sharded:
-            state = {k: DTensor.from_local(v, mesh, [Replicate(), Shard(0)], run_check=False) for k, v in state.items()}
+            state = {
+                k: DTensor.from_local(v, mesh, [Replicate(), Shard(0)], run_check=False)
+                for k, v in state.items()
+            }
         for _ in range(2):
             dist.barrier()
-            extra.append(memory_of(lambda state=state: h.save({"model": state}, checkpoint_id=path)))
+            extra.append(
+                memory_of(lambda state=state: h.save({"model": state}, checkpoint_id=path))
+            )
     return extra
 
 

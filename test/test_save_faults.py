@@ -1,4 +1,5 @@
-"""Saves over an older checkpoint that fail: refused calls, ranks that raise, full and read-only disks, directories that go."""
+"""Saves over an older checkpoint that fail: refused calls, ranks that raise, full and read-only
+disks, directories that go."""
 
 import datetime
 import errno
@@ -35,13 +36,16 @@ from torch_hsdp_ckpt.checkpoint.save import save as _save
 
 
 def _refused(rank: int, path: str) -> int:
-    """Every call of either rank up to the rename is refused in turn: an error on both ranks that names file and cause."""
+    """Every call of either rank up to the rename is refused in turn: an error on both ranks that
+    names file and cause."""
     old, new, calls = over_an_older_one(path, lambda state: h.save(state, checkpoint_id=path))
     calls[0] = calls[0][: calls[0].index(("rename", "claim")) + 1]
     unchanged = process_is_as_it_was(path)
     dist.barrier()  # the next save's claim is one more file
     for failing in (0, 1):
-        for number, (call, error) in enumerate(zip(calls[failing], errors_for(calls[failing]), strict=True)):
+        for number, (call, error) in enumerate(
+            zip(calls[failing], errors_for(calls[failing]), strict=True)
+        ):
             paths: list[str] = []
 
             def refuse(path: str, error: int = error, paths: list[str] = paths) -> int:
@@ -56,7 +60,8 @@ def _refused(rank: int, path: str) -> int:
             dist.broadcast_object_list(paths := paths or [""], src=failing)
             where = (failing, call, errno.errorcode[error])
             assert (caught.value.errno, caught.value.filename) == (error, paths[0]), where
-            # An answer that is lost may be a rename that happened: its files stay. Theirs is the only case.
+            # An answer that is lost may be a rename that happened: its files stay. Theirs is the
+            # only case.
             if call == ("rename", "claim"):
                 h.save(old, checkpoint_id=path)
                 unchanged = process_is_as_it_was(path)
@@ -70,7 +75,8 @@ def _refused(rank: int, path: str) -> int:
 
 
 def _cut_short(rank: int, path: str) -> None:
-    """Short and interrupted calls are gone on with; what is short because the disk is full is an error."""
+    """Short and interrupted calls are gone on with; what is short because the disk is full is an
+    error."""
     mesh = pair_mesh()
     old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
     h.save(old, checkpoint_id=path)
@@ -114,11 +120,20 @@ def _cut_short(rank: int, path: str) -> None:
 
 
 def _vanishing(rank: int, path: str) -> None:
-    """The directory goes, with the older checkpoint in it, under a save: before a call of each kind, on either rank."""
+    """The directory goes, with the older checkpoint in it, under a save: before a call of each
+    kind, on either rank."""
     old, new, calls = over_an_older_one(path, lambda state: h.save(state, checkpoint_id=path))
     rename = calls[0].index(("rename", "claim"))
     unchanged = process_is_as_it_was()
-    for failing, number in [(0, 2), (0, 3), (0, rename - 6), (0, rename - 2), (0, rename), (1, 4), (1, len(calls[1]) - 1)]:
+    for failing, number in [
+        (0, 2),
+        (0, 3),
+        (0, rename - 6),
+        (0, rename - 2),
+        (0, rename),
+        (1, 4),
+        (1, len(calls[1]) - 1),
+    ]:
         away = f"{path}-{failing}-{number}"
         if rank == failing:
             at_call(number, lambda _, away=away: os.rename(path, away) or 0)  # type: ignore[misc,func-returns-value]
@@ -135,7 +150,9 @@ def _vanishing(rank: int, path: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
             os.rename(away, path)
         dist.barrier()
-        h.save(old, checkpoint_id=path)  # what the failed save could not remove is gone: the next one makes the same calls
+        h.save(
+            old, checkpoint_id=path
+        )  # what the failed save could not remove is gone: the next one makes the same calls
     # A directory that is gone behind the rename took the new checkpoint with it, whole.
     if rank == 0:
         at_call(rename + 2, lambda _: os.rename(path, path + "-late") or 0)  # type: ignore[func-returns-value]
@@ -150,7 +167,9 @@ def _under_dcp(rank: int, path: str) -> None:
     old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
     dcp.save(old, storage_writer=h.FileSystemWriter(path))
     calls: list[Any] = [None, None]
-    dist.all_gather_object(calls, calls_of(lambda: dcp.save(old, storage_writer=h.FileSystemWriter(path))))
+    dist.all_gather_object(
+        calls, calls_of(lambda: dcp.save(old, storage_writer=h.FileSystemWriter(path)))
+    )
     rename = calls[0].index(("rename", "claim"))
     unchanged = process_is_as_it_was()
     for failing, steps in ((0, range(0, rename + 1, 3)), (1, range(0, len(calls[1]), 2))):
@@ -177,7 +196,9 @@ def test_every_refused_call_is_an_error_on_every_rank(tmp_path: Path) -> None:
     assert run_ranks(_refused, 2, str(tmp_path / "checkpoint"))[0] > 20
 
 
-@pytest.mark.parametrize("case", [_cut_short, _vanishing, _under_dcp], ids=lambda case: case.__name__[1:])
+@pytest.mark.parametrize(
+    "case", [_cut_short, _vanishing, _under_dcp], ids=lambda case: case.__name__[1:]
+)
 def test_files_and_directories_that_misbehave(tmp_path: Path, case: Any) -> None:
     run_ranks(case, 2, str(tmp_path / "checkpoint"))
 
@@ -219,7 +240,8 @@ def test_a_disk_that_is_full_and_one_that_is_read_only(small_disk: Path) -> None
 
 
 def _raising(rank: int, path: str) -> None:
-    """An exception of any kind on one rank, before and after its bytes are written and at the commit."""
+    """An exception of any kind on one rank, before and after its bytes are written and at the
+    commit."""
     mesh = pair_mesh()
     old, new = sharded(OLD, mesh), sharded(OLD + 1, mesh)
     h.save(old, checkpoint_id=path)

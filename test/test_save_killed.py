@@ -1,5 +1,5 @@
-"""Saves that other processes or the power end: SIGKILL at every call, a coordinator that wakes too late, two saves at once, and
-the order of the calls that a power loss could cut between."""
+"""Saves that other processes or the power end: SIGKILL at every call, a coordinator that wakes too
+late, two saves at once, and the order of the calls that a power loss could cut between."""
 
 import os
 import signal
@@ -13,7 +13,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
-from save_faults import OLD, Call, Scenario, about, about_to_be_killed, at_call, calls_of, kill_at_every_call, loaded, no_fault
+from save_faults import (
+    OLD,
+    Call,
+    Scenario,
+    about,
+    about_to_be_killed,
+    at_call,
+    calls_of,
+    kill_at_every_call,
+    loaded,
+    no_fault,
+)
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
@@ -79,7 +90,9 @@ def _stopped_and_woken(rank: int, root: str, numbers: list[int]) -> None:
         pid_file.write_text(f"{os.getpid()} ")
         at_call(numbers[pair], lambda path: os.kill(os.getpid(), signal.SIGSTOP) or 0)  # type: ignore[func-returns-value]
         if pair <= STOPS.index(("rename", "claim")):
-            with pytest.raises(h.CheckpointError, match="has taken it over; this one is not committed"):
+            with pytest.raises(
+                h.CheckpointError, match="has taken it over; this one is not committed"
+            ):
                 h.save({"w": OLD}, checkpoint_id=path, no_dist=True)
         else:
             h.save({"w": OLD}, checkpoint_id=path, no_dist=True)
@@ -94,7 +107,9 @@ def _stopped_and_woken(rank: int, root: str, numbers: list[int]) -> None:
 
 
 def test_a_coordinator_that_wakes_after_the_next_save_takes_nothing_back(tmp_path: Path) -> None:
-    (calls,) = run_ranks(_older, 1, str(tmp_path))  # by a process that is gone: its files are nobody's when they are replaced
+    (calls,) = run_ranks(
+        _older, 1, str(tmp_path)
+    )  # by a process that is gone: its files are nobody's when they are replaced
     vote = len(calls) - calls[::-1].index(("pwrite", "data"))
     # The last such call of a save: claims open and list before any data is written.
     numbers = [len(calls) - 1 - calls[::-1].index(stop) for stop in STOPS]
@@ -108,7 +123,9 @@ def test_a_coordinator_that_wakes_after_the_next_save_takes_nothing_back(tmp_pat
 def _at_once(rank: int, path: str) -> int:
     """How many of the saves lost."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    h.save({"w": NEW, "v": NEW}, checkpoint_id=f"{path}-{rank // 2}", process_group=groups[rank // 2])
+    h.save(
+        {"w": NEW, "v": NEW}, checkpoint_id=f"{path}-{rank // 2}", process_group=groups[rank // 2]
+    )
     lost = 0
     for each in range(10):
         values = [NEW + 2 * each, NEW + 2 * each + 1]  # each group's, of this round alone
@@ -129,8 +146,11 @@ def _at_once(rank: int, path: str) -> int:
         lost += 2 - len(winners)
         if rank == 0:
             w, v = loaded(path, len(NEW)), loaded(path, len(NEW), "v")
-            # Both have won if one began when the other had committed: then either may have been the first.
-            assert any(torch.equal(w, winner) and torch.equal(v, -winner) for winner in winners), errors
+            # Both have won if one began when the other had committed: then either may have been the
+            # first.
+            assert any(torch.equal(w, winner) and torch.equal(v, -winner) for winner in winners), (
+                errors
+            )
             assert len(os.listdir(path)) == 3, "nothing of the loser is left"
     return lost
 
@@ -140,7 +160,8 @@ def test_of_two_saves_at_once_one_wins(tmp_path: Path) -> None:
 
 
 def _logged(path: str, save: Callable[[], Any]) -> None:
-    """The order of docs/format.md, by number: what a power loss may drop at any call is not needed yet, or not any more."""
+    """The order of docs/format.md, by number: what a power loss may drop at any call is not needed
+    yet, or not any more."""
     before = set(os.listdir(path)) if os.path.exists(path) else set()
     calls: list[tuple[str, str]] = []
     synced: dict[str, bytes] = {}
@@ -156,25 +177,41 @@ def _logged(path: str, save: Callable[[], Any]) -> None:
     no_fault()
 
     def indices(op: str, what: str) -> list[int]:
-        return [n for n, (called, where) in enumerate(calls) if called == op and (about(where) == what or where == what)]
+        return [
+            n
+            for n, (called, where) in enumerate(calls)
+            if called == op and (about(where) == what or where == what)
+        ]
 
     if not before:  # 1
         made = [where for op, where in calls if op == "mkdir"]
         assert made == [os.path.dirname(path), path]
         for directory in made:
             mkdir = indices("mkdir", directory)[0]
-            assert any(mkdir < n < indices("open", "claim")[0] for n in indices("fsync", os.path.dirname(directory))), directory
+            assert any(
+                mkdir < n < indices("open", "claim")[0]
+                for n in indices("fsync", os.path.dirname(directory))
+            ), directory
     written = {where for op, where in calls if op in ("pwrite", "ftruncate", "fallocate")}
-    assert not before & {os.path.basename(where) for where in written}, "2: nothing that exists is written to"
+    assert not before & {os.path.basename(where) for where in written}, (
+        "2: nothing that exists is written to"
+    )
     data = {where for where in written if about(where) == "data"}
     (claim,) = written - data
     assert about(claim) == "claim"
     assert indices("open", claim)[0] < min(n for where in data for n in indices("open", where))
-    last_write = max(n for where in data for op in ("pwrite", "ftruncate", "fallocate") for n in indices(op, where))
+    last_write = max(
+        n
+        for where in data
+        for op in ("pwrite", "ftruncate", "fallocate")
+        for n in indices(op, where)
+    )
     for where in data:  # 3
         last = max(n for op in ("pwrite", "ftruncate", "fallocate") for n in indices(op, where))
         assert last < indices("fsync", where)[-1]
-        assert synced[where] == Path(where).read_bytes(), "no byte was on its way when it was synced"
+        assert synced[where] == Path(where).read_bytes(), (
+            "no byte was on its way when it was synced"
+        )
     last_sync = max(indices("fsync", "data"))
     directory = next(n for n in indices("fsync", path) if n > max(last_sync, last_write))
     metadata = indices("pwrite", claim)
@@ -187,7 +224,9 @@ def _logged(path: str, save: Callable[[], Any]) -> None:
     assert metadata_sync < rename  # 6
     assert calls[rename + 1] == ("fsync", path)  # 7
     removed = indices("unlink", "data")
-    assert {calls[n][1] for n in removed} == {f"{path}/{name}" for name in before if about(name) == "data"}
+    assert {calls[n][1] for n in removed} == {
+        f"{path}/{name}" for name in before if about(name) == "data"
+    }
     assert all(rename + 1 < n for n in removed)  # 8
     assert set(os.listdir(path)) == {".metadata", *map(os.path.basename, data)}
 

@@ -1,4 +1,5 @@
-"""When wrapped modules gather, free and reduce: the order of the collectives, what stays in memory, what backward waits for."""
+"""When wrapped modules gather, free and reduce: the order of the collectives, what stays in memory,
+what backward waits for."""
 
 import copy
 from collections.abc import Iterable
@@ -23,7 +24,8 @@ def _mark(name: str) -> None:
 
 
 class Piece(nn.Module):
-    """Marks its forward (f), the moment when backward reaches it (o), and the one when its gradient is computed (v)."""
+    """Marks its forward (f), the moment when backward reaches it (o), and the one when its gradient
+    is computed (v)."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -44,7 +46,8 @@ def _pieces() -> nn.Sequential:
 
 
 def _order(model: nn.Module, passes: int = 2, reductions: bool = False, inputs: tuple = ()) -> str:
-    """Marks, gathers (g) and ``reductions`` (r) of the last of so many passes, in the order in which they are issued."""
+    """Marks, gathers (g) and ``reductions`` (r) of the last of so many passes, in the order in
+    which they are issued."""
     for last in range(1, passes + 1):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             model(torch.ones(2, 4), *inputs).sum().backward()
@@ -55,7 +58,9 @@ def _order(model: nn.Module, passes: int = 2, reductions: bool = False, inputs: 
         if event.name.startswith("mark "):
             found.append(event.name.removeprefix("mark "))
         elif event.name == "gloo:recv":
-            index, rest = divmod(event.input_shapes[0][0], ROWS // 2 * 4 * 4)  # bytes; a reduction's are floats, and flags
+            index, rest = divmod(
+                event.input_shapes[0][0], ROWS // 2 * 4 * 4
+            )  # bytes; a reduction's are floats, and flags
             if rest == 0:
                 found.append(f"g{index - 1}")
             elif reductions:
@@ -77,10 +82,18 @@ def _gathers_are_started_ahead(rank: int) -> None:
     }
     for prefetch, backward in backwards.items():
         for ahead in (False, True):  # forward_prefetch asks for what is done anyway
-            ours = wrap(_pieces(), (2,), policy=ModuleWrapPolicy({Piece}), backward_prefetch=prefetch, forward_prefetch=ahead)
+            ours = wrap(
+                _pieces(),
+                (2,),
+                policy=ModuleWrapPolicy({Piece}),
+                backward_prefetch=prefetch,
+                forward_prefetch=ahead,
+            )
             _assert_order(ours, forward + backward)
     ours = wrap(_pieces(), (2,), policy=ModuleWrapPolicy({Piece}))
-    _assert_order(ours, "g0 f0 g1 f1 g2 f2 g3 f3 o3 g3 g2 v3 o2 g1 v2 o1 g0 v1 o0 v0", passes=1)  # no pass to go by yet
+    _assert_order(
+        ours, "g0 f0 g1 f1 g2 f2 g3 f3 o3 g3 g2 v3 o2 g1 v2 o1 g0 v1 o0 v0", passes=1
+    )  # no pass to go by yet
 
 
 def _pieces_sharded(**options) -> nn.Sequential:
@@ -106,7 +119,8 @@ def _in_memory(units: Iterable) -> str:
 
 
 def _what_forward_frees(rank: int) -> None:
-    """Outermost unit first. Absent: all but what backward needs first, as with torch, which keeps the outermost one."""
+    """Outermost unit first. Absent: all but what backward needs first, as with torch, which keeps
+    the outermost one."""
     for given, expected in ((None, "x.x"), (True, "..."), (False, "xxx")):
         torch.manual_seed(0)
         net = Net(6, 10, 3)
@@ -132,9 +146,12 @@ def _what_forward_frees(rank: int) -> None:
 
 
 def _memory_of_what_backward_skips(rank: int) -> None:
-    """Units that no rank's backward reaches are gathered all the same, in case a peer's does; never all at once."""
+    """Units that no rank's backward reaches are gathered all the same, in case a peer's does; never
+    all at once."""
     layers = 24
-    net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(layers)], nn.Linear(1024, 4))  # 4 MiB each, but for the last
+    net = nn.Sequential(
+        *[nn.Linear(1024, 1024) for _ in range(layers)], nn.Linear(1024, 4)
+    )  # 4 MiB each, but for the last
     for layer in net[:layers]:
         fully_shard(layer.requires_grad_(False), mesh=mesh_of((2,)))
     ours = fully_shard(net, mesh=mesh_of((2,)))
@@ -161,8 +178,9 @@ class _Cut(nn.Module):
 
 
 def _what_one_rank_skips(rank: int) -> None:
-    """The units that its peer's backward reaches it gathers and reduces too, in the peer's order, and no two reductions late:
-    the peer would wait for it at each of them, and it would hold all of them in memory."""
+    """The units that its peer's backward reaches it gathers and reduces too, in the peer's order,
+    and no two reductions late: the peer would wait for it at each of them, and it would hold all of
+    them in memory."""
     net = _Cut()
     ours = copy.deepcopy(net)
     for piece in ours.pieces:
@@ -175,7 +193,9 @@ def _what_one_rank_skips(rank: int) -> None:
     assert found == forward + (skipped if rank else reached), found
     ours.zero_grad()
     ours(torch.ones(2, 4), 6 if rank else 0).sum().backward()
-    assert_close(grads(ours), mean_grads(net, lambda n, r: n(torch.ones(2, 4), 6 if r else 0).sum()))
+    assert_close(
+        grads(ours), mean_grads(net, lambda n, r: n(torch.ones(2, 4), 6 if r else 0).sum())
+    )
 
 
 def _not_the_last_backward(rank: int) -> None:
@@ -184,7 +204,9 @@ def _not_the_last_backward(rank: int) -> None:
     store = dist.distributed_c10d._get_default_store()
 
     def micro(steps: int):
-        return mean_grads(net, lambda n, r: sum(loss_of(n, batch(n, step, r)) for step in range(steps)))
+        return mean_grads(
+            net, lambda n, r: sum(loss_of(n, batch(n, step, r)) for step in range(steps))
+        )
 
     ours = copy.deepcopy(net)
     for module in (ours.blocks[0], ours):
@@ -214,7 +236,9 @@ def _not_the_last_backward(rank: int) -> None:
             loss_of(ours, batch(net, 0, rank))
             ours.head.bias.requires_grad_(True)
         elif look == "norm":
-            wrapped = nn.utils.clip_grad_norm_  # torch's own, which knows nothing of this: after a look
+            wrapped = (
+                nn.utils.clip_grad_norm_
+            )  # torch's own, which knows nothing of this: after a look
             ours.state_dict()
             torch.testing.assert_close(full(wrapped(ours.parameters(), 1e9)), norm)
         elif look == "state_dict":

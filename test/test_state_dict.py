@@ -1,4 +1,5 @@
-"""Sharded state dicts: nothing sent, nothing copied, and at home in copy, pickle, torch.save and torch's own helpers."""
+"""Sharded state dicts: nothing sent, nothing copied, and at home in copy, pickle, torch.save and
+torch's own helpers."""
 
 import copy
 import io
@@ -42,7 +43,10 @@ def _free(rank: int, device: str) -> None:
             assert state[name]._local_tensor.data_ptr() == p._local_tensor.data_ptr(), name
             exp_avg = optim_state["state"][name]["exp_avg"]
             assert exp_avg.placements == p.placements, name
-            assert exp_avg._local_tensor.data_ptr() == optimizer.state[p]["exp_avg"]._local_tensor.data_ptr(), name
+            assert (
+                exp_avg._local_tensor.data_ptr()
+                == optimizer.state[p]["exp_avg"]._local_tensor.data_ptr()
+            ), name
         assert "calls" in state and "scratch" not in state
 
         other = copy.deepcopy(state)
@@ -53,7 +57,10 @@ def _free(rank: int, device: str) -> None:
             model.load_state_dict(other)
             assert mode.bytes == sum(value.nbytes for value in tensors(other).values())
             # The ranks agree that it fits; nothing else is sent.
-            assert all(name == "c10d.allreduce_.default" for name in mode.sent()) and len(mode.sent()) == 1
+            assert (
+                all(name == "c10d.allreduce_.default" for name in mode.sent())
+                and len(mode.sent()) == 1
+            )
             mode.seen.clear()
             optimizer.load_state_dict(loadable)
             assert mode.seen == []
@@ -72,7 +79,11 @@ def test_state_dict_sends_and_copies_nothing_on_cuda() -> None:
 def _copies(rank: int) -> None:
     for kind in NETS:
         model, optimizer = trained(kind, rank)
-        for state in (model.state_dict(), optimizer.state_dict(), FSDP.optim_state_dict(model, optimizer)):
+        for state in (
+            model.state_dict(),
+            optimizer.state_dict(),
+            FSDP.optim_state_dict(model, optimizer),
+        ):
             copied = copy.deepcopy(state)
             pickled = pickle.loads(pickle.dumps(state))
             assert_same(copied, state)
@@ -86,9 +97,12 @@ def _copies(rank: int) -> None:
                 continue
             local, file = value.to_local(), io.BytesIO()
             torch.save(local, file)
-            # A record's own overhead is below 2 KiB: the bytes of any neighbour in the flat buffer would show.
+            # A record's own overhead is below 2 KiB: the bytes of any neighbour in the flat buffer
+            # would show.
             assert file.tell() < local.nbytes + 2048, name
-            assert local.untyped_storage().nbytes() == local.nbytes and local.storage_offset() == 0, name
+            assert (
+                local.untyped_storage().nbytes() == local.nbytes and local.storage_offset() == 0
+            ), name
             file.seek(0)
             assert torch.equal(torch.load(file), local), name
 
@@ -101,39 +115,69 @@ def _round_trips(rank: int) -> None:
     for kind in NETS:
         for shape in ((2, 2), (4,)):
             model, optimizer = trained(kind, rank, shape)
-            saved = copy.deepcopy({"model": model.state_dict(), "optim": FSDP.optim_state_dict(model, optimizer)})
+            saved = copy.deepcopy(
+                {"model": model.state_dict(), "optim": FSDP.optim_state_dict(model, optimizer)}
+            )
 
             def restore_plainly(model=model, optimizer=optimizer, saved=saved):
                 assert not any(model.load_state_dict(saved["model"]))
-                FSDP.optim_state_dict_to_load(model, optimizer, copy.deepcopy(saved["optim"]), load_directly=True)
+                FSDP.optim_state_dict_to_load(
+                    model, optimizer, copy.deepcopy(saved["optim"]), load_directly=True
+                )
 
             def restore_by_assignment(model=model, optimizer=optimizer, saved=saved):
                 model.load_state_dict(copy.deepcopy(saved["model"]), assign=True)
-                optimizer.param_groups[0]["params"] = list(model.parameters())  # as torch's: the parameters are new ones
+                optimizer.param_groups[0]["params"] = list(
+                    model.parameters()
+                )  # as torch's: the parameters are new ones
                 optimizer.state.clear()
-                FSDP.optim_state_dict_to_load(model, optimizer, copy.deepcopy(saved["optim"]), load_directly=True)
+                FSDP.optim_state_dict_to_load(
+                    model, optimizer, copy.deepcopy(saved["optim"]), load_directly=True
+                )
 
             def restore_with_torch(model=model, optimizer=optimizer, saved=saved):
-                optim_state = copy.deepcopy(saved["optim"])  # an optimizer goes on with the tensors it is given
-                set_state_dict(model, optimizer, model_state_dict=dict(saved["model"]), optim_state_dict=optim_state)
+                optim_state = copy.deepcopy(
+                    saved["optim"]
+                )  # an optimizer goes on with the tensors it is given
+                set_state_dict(
+                    model,
+                    optimizer,
+                    model_state_dict=dict(saved["model"]),
+                    optim_state_dict=optim_state,
+                )
 
             def restore_around(model=model, optimizer=optimizer, saved=saved):
                 outer = torch.nn.ModuleDict({"inner": model})
-                outer.load_state_dict({f"inner.{key}": value for key, value in outer["inner"].state_dict().items()})
-                outer.load_state_dict({f"inner.{key}": value for key, value in saved["model"].items()})
-                FSDP.optim_state_dict_to_load(model, optimizer, copy.deepcopy(saved["optim"]), load_directly=True)
+                outer.load_state_dict(
+                    {f"inner.{key}": value for key, value in outer["inner"].state_dict().items()}
+                )
+                outer.load_state_dict(
+                    {f"inner.{key}": value for key, value in saved["model"].items()}
+                )
+                FSDP.optim_state_dict_to_load(
+                    model, optimizer, copy.deepcopy(saved["optim"]), load_directly=True
+                )
 
             after = None
-            for restore in (restore_plainly, restore_with_torch, restore_around, restore_by_assignment, restore_plainly):
+            for restore in (
+                restore_plainly,
+                restore_with_torch,
+                restore_around,
+                restore_by_assignment,
+                restore_plainly,
+            ):
                 step(model, optimizer, kind, 3, rank)
                 restore()
                 assert_same(model.state_dict(), saved["model"], restore.__name__)
-                assert_same(FSDP.optim_state_dict(model, optimizer), saved["optim"], restore.__name__)
+                assert_same(
+                    FSDP.optim_state_dict(model, optimizer), saved["optim"], restore.__name__
+                )
                 step(model, optimizer, kind, 4, rank)
                 now = copy.deepcopy(model.state_dict())
                 if after is not None:
                     assert_same(
-                        {k: v for k, v in now.items() if k != "calls"}, {k: v for k, v in after.items() if k != "calls"}
+                        {k: v for k, v in now.items() if k != "calls"},
+                        {k: v for k, v in after.items() if k != "calls"},
                     )
                 after = now
                 for name, p in model.named_parameters():
@@ -143,8 +187,12 @@ def _round_trips(rank: int) -> None:
             assert_same(theirs_model, model.state_dict())
             ours_optim = FSDP.optim_state_dict(model, optimizer)
             assert_same(theirs_optim["state"], ours_optim["state"])
-            assert [g["params"] for g in theirs_optim["param_groups"]] == [g["params"] for g in ours_optim["param_groups"]]
-            whole, _ = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+            assert [g["params"] for g in theirs_optim["param_groups"]] == [
+                g["params"] for g in ours_optim["param_groups"]
+            ]
+            whole, _ = get_state_dict(
+                model, optimizer, options=StateDictOptions(full_state_dict=True)
+            )
             for name, p in model.named_parameters():
                 assert torch.equal(whole[name], p.full_tensor()), name
 
@@ -158,7 +206,8 @@ def _drop_bias(module, state, prefix, metadata) -> None:
 
 
 class _Odd(nn.Module):
-    """All that a state dict may hold beside parameters: kinds of buffers, extra state, hooks, a parameter in two places."""
+    """All that a state dict may hold beside parameters: kinds of buffers, extra state, hooks, a
+    parameter in two places."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,10 +238,17 @@ def _odd(rank: int) -> None:
     expected = plain.state_dict()
     assert list(state) == list(expected) and "first.bias" not in state
     assert state._metadata == expected._metadata
-    assert state["first.weight"]._local_tensor.data_ptr() == state["last.weight"]._local_tensor.data_ptr()
+    assert (
+        state["first.weight"]._local_tensor.data_ptr()
+        == state["last.weight"]._local_tensor.data_ptr()
+    )
     assert type(state["kept"]) is torch.Tensor and state["kept"].data_ptr() == net.kept.data_ptr()
     assert state["norm.running_mean"].data_ptr() == net.norm.running_mean.data_ptr()
-    assert all(isinstance(value, nn.Parameter) for key, value in model.state_dict(keep_vars=True).items() if "weight" in key)
+    assert all(
+        isinstance(value, nn.Parameter)
+        for key, value in model.state_dict(keep_vars=True).items()
+        if "weight" in key
+    )
 
     saved = copy.deepcopy(state)
     for value in tensors(state).values():
@@ -236,11 +292,15 @@ def _hooks(rank: int) -> None:
     called: list[str] = []
     model.register_state_dict_pre_hook(lambda *args: called.append("outer pre"))
     model.register_state_dict_post_hook(lambda m, state, prefix, meta: called.append("outer post"))
-    model.module.blocks[0].module.register_state_dict_post_hook(lambda m, s, prefix, meta: called.append(prefix))
+    model.module.blocks[0].module.register_state_dict_post_hook(
+        lambda m, s, prefix, meta: called.append(prefix)
+    )
     state = model.state_dict()
     assert called == ["outer pre", "blocks.0.", "outer post"]
     assert all("_checkpoint" not in key for key in [*state, *state._metadata])
-    assert all("_checkpoint" not in name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+    assert all(
+        "_checkpoint" not in name for name, _ in [*model.named_parameters(), *model.named_buffers()]
+    )
     with pytest.raises(TypeError, match="keyword"):
         model.state_dict({})
 
@@ -254,7 +314,9 @@ def _hooks(rank: int) -> None:
             state[prefix + "up.weight"] = state.pop(prefix + "up.old")
 
     block.register_load_state_dict_pre_hook(old_name)
-    block.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.remove(INSIDE + "norm.bias"))
+    block.register_load_state_dict_post_hook(
+        lambda module, keys: keys.missing_keys.remove(INSIDE + "norm.bias")
+    )
     older = copy.deepcopy(state)
     older["blocks.0.up.old"] = older.pop("blocks.0.up.weight")
     del older["blocks.0.norm.bias"]
@@ -263,18 +325,25 @@ def _hooks(rank: int) -> None:
     assert model.load_state_dict(older) == ([], [])
     assert called == [INSIDE]
     now = model.state_dict()
-    assert torch.equal(now["blocks.0.up.weight"]._local_tensor, older["blocks.0.up.old"]._local_tensor)
+    assert torch.equal(
+        now["blocks.0.up.weight"]._local_tensor, older["blocks.0.up.old"]._local_tensor
+    )
     before = bits(now)
     del older["head.bias"]
     with pytest.raises(RuntimeError, match=r"head\.bias"):
         model.load_state_dict(older)
     assert_same(model.state_dict(), before)  # also what the failed loading had copied is back
-    whole = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+    whole = {
+        key: value.full_tensor() if isinstance(value, DTensor) else value
+        for key, value in state.items()
+    }
     whole["blocks.0.up.old"] = whole.pop("blocks.0.up.weight")
     del whole["blocks.0.norm.bias"]
     with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
         model.load_state_dict(whole)
-    assert torch.equal(model.state_dict()["blocks.0.up.weight"].full_tensor(), whole["blocks.0.up.old"])
+    assert torch.equal(
+        model.state_dict()["blocks.0.up.weight"].full_tensor(), whole["blocks.0.up.old"]
+    )
 
 
 def test_hooks_and_names() -> None:
@@ -282,7 +351,8 @@ def test_hooks_and_names() -> None:
 
 
 class _Buffered(nn.Module):
-    """Buffers of several dtypes: persistent and not, on the way in and in a module that gets ignored."""
+    """Buffers of several dtypes: persistent and not, on the way in and in a module that gets
+    ignored."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,32 +370,44 @@ class _Buffered(nn.Module):
 
 
 def _cast_buffers(rank: int) -> None:
-    """Beside torch's FSDP1: what is live is in ``buffer_dtype``, what is in state dicts in the dtype that it was made in."""
+    """Beside torch's FSDP1: what is live is in ``buffer_dtype``, what is in state dicts in the
+    dtype that it was made in."""
     low = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
     policy = ModuleWrapPolicy({nn.Linear})
     models: list[nn.Module] = []
     for kind, device in ((FSDP, None), (TorchFSDP, torch.device("cpu"))):
         torch.manual_seed(3)
         net = _Buffered()
-        options = {"auto_wrap_policy": policy, "ignored_modules": [net.aside], "device_id": device, "use_orig_params": True}
+        options = {
+            "auto_wrap_policy": policy,
+            "ignored_modules": [net.aside],
+            "device_id": device,
+            "use_orig_params": True,
+        }
         models.append(kind(net, mixed_precision=low, **options))
         with torch.no_grad():
             models[-1](torch.ones(2, 4))
     ours, theirs = models
     live = {name: buffer.dtype for name, buffer in ours.named_buffers()}
-    assert live == {name.replace("_fsdp_wrapped_module.", ""): buffer.dtype for name, buffer in theirs.named_buffers()}
+    assert live == {
+        name.replace("_fsdp_wrapped_module.", ""): buffer.dtype
+        for name, buffer in theirs.named_buffers()
+    }
     assert live["inner.scale"] == live["inner.offset"] == live["small"] == torch.bfloat16
     with FSDP.state_dict_type(ours, StateDictType.FULL_STATE_DICT), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         with TorchFSDP.state_dict_type(theirs, StateDictType.FULL_STATE_DICT):
             assert_same(ours.state_dict(), theirs.state_dict())
     state = ours.state_dict()
-    dtypes = {name: buffer.dtype for name, buffer in _Buffered().named_buffers() if "scratch" not in name}
+    dtypes = {
+        name: buffer.dtype for name, buffer in _Buffered().named_buffers() if "scratch" not in name
+    }
     assert {name: state[name].dtype for name in dtypes} == dtypes
     kept = ours.state_dict(keep_vars=True)
     assert kept["inner.scale"] is ours.module.inner.module.scale
 
-    # Back: by copying, from what is live, under a load hook, by assignment; the live ones keep their dtype.
+    # Back: by copying, from what is live, under a load hook, by assignment; the live ones keep
+    # their dtype.
     saved = {name: value + 1 for name, value in state.items()}
     for road in ("copy", "as it is live", "hook", "assign"):
         given = dict(saved)

@@ -1,7 +1,8 @@
-"""torch's get_ and set_ functions with every StateDictOptions, on both of our faces and on FSDP2 in the same process.
+"""torch's get_ and set_ functions with every StateDictOptions, on both of our faces and on FSDP2 in
+the same process.
 
-The three are trained alike, to the same bits. What FSDP2 gives and takes, ours give and take; where it raises, ours raise.
-"""
+The three are trained alike, to the same bits. What FSDP2 gives and takes, ours give and take; where
+it raises, ours raise."""
 
 import copy
 import itertools
@@ -39,7 +40,9 @@ FACES = {
 SYSTEMS = {"FSDP2": lambda net: wrap_fsdp2(net, (2, 2)), **FACES}
 
 
-def _made(system: str, rank: int, steps: int, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _made(
+    system: str, rank: int, steps: int, seed: int = 0
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     net = NETS["uneven"](seed)
     net.get_parameter(FROZEN).requires_grad_(False)
     model = SYSTEMS[system](net)
@@ -52,18 +55,29 @@ def _made(system: str, rank: int, steps: int, seed: int = 0) -> tuple[nn.Module,
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     """What is in nested dicts and lists, by path; of tensors all that counts."""
     if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}/{key}").items()}
+        return {
+            k: v for key, item in value.items() for k, v in _flat(item, f"{path}/{key}").items()
+        }
     if isinstance(value, (list, tuple)):
         return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{path}/{i}").items()}
     if isinstance(value, DTensor):
-        return {path: ("DTensor", value.placements, tuple(value.shape), value.dtype, value._local_tensor.tolist())}
+        return {
+            path: (
+                "DTensor",
+                value.placements,
+                tuple(value.shape),
+                value.dtype,
+                value._local_tensor.tolist(),
+            )
+        }
     if isinstance(value, torch.Tensor):
         return {path: (tuple(value.shape), value.dtype, value.tolist())}
     return {path: value}
 
 
 def _outcome(call: Any, *args: Any, **options: Any) -> Any:
-    """What the call returns, or what it raises: the type, and whether the message names the frozen parameter."""
+    """What the call returns, or what it raises: the type, and whether the message names the frozen
+    parameter."""
     try:
         return call(*args, **options)
     except (RuntimeError, KeyError, ValueError) as error:
@@ -71,9 +85,22 @@ def _outcome(call: Any, *args: Any, **options: Any) -> Any:
 
 
 def _every_option() -> list[dict[str, bool]]:
-    names = ("full_state_dict", "broadcast_from_rank0", "cpu_offload", "flatten_optimizer_state_dict", "ignore_frozen_params")
-    chosen = [dict(zip(names, values, strict=True)) for values in itertools.product((False, True), repeat=len(names))]
-    return [options for options in chosen if options["full_state_dict"] or not options["broadcast_from_rank0"]]
+    names = (
+        "full_state_dict",
+        "broadcast_from_rank0",
+        "cpu_offload",
+        "flatten_optimizer_state_dict",
+        "ignore_frozen_params",
+    )
+    chosen = [
+        dict(zip(names, values, strict=True))
+        for values in itertools.product((False, True), repeat=len(names))
+    ]
+    return [
+        options
+        for options in chosen
+        if options["full_state_dict"] or not options["broadcast_from_rank0"]
+    ]
 
 
 def _gets_and_sets(rank: int) -> None:
@@ -89,7 +116,9 @@ def _gets_and_sets(rank: int) -> None:
         only_first = chosen["full_state_dict"] and chosen["cpu_offload"]
         assert bool(states["FSDP"][0]) == bool(states["FSDP"][1]) == (not only_first or rank == 0)
         if only_first and not chosen["broadcast_from_rank0"]:
-            continue  # only rank 0 has it: torch's set_ functions would wait for the others, for FSDP2 as for ours
+            # only rank 0 has it: torch's set_ functions would wait for the others, for FSDP2 as for
+            # ours
+            continue
         for strict in (True, False) if options.ignore_frozen_params else (True,):
             options = StateDictOptions(**chosen, strict=strict)
             outcomes = {}
@@ -97,53 +126,99 @@ def _gets_and_sets(rank: int) -> None:
                 other.load_state_dict(first[system])
                 optimizer = adam(list(other.parameters()))
                 model_state, optim_state = copy.deepcopy(states[system])
-                outcomes[system] = [_outcome(set_model_state_dict, other, model_state, options=options)]
-                if isinstance(outcomes[system][0][0], type):  # FSDP2 then has loaded what did fit; see test_bad_state.py
-                    if system in FACES and not options.broadcast_from_rank0:  # torch broadcasts into the live shards
+                outcomes[system] = [
+                    _outcome(set_model_state_dict, other, model_state, options=options)
+                ]
+                if isinstance(
+                    outcomes[system][0][0], type
+                ):  # FSDP2 then has loaded what did fit; see test_bad_state.py
+                    if (
+                        system in FACES and not options.broadcast_from_rank0
+                    ):  # torch broadcasts into the live shards
                         assert_same(other.state_dict(), first[system])
                     other.load_state_dict(first[system])
-                outcomes[system].append(_outcome(set_optimizer_state_dict, other, optimizer, optim_state, options=options))
-                whole_and_flat = chosen["full_state_dict"] and chosen["flatten_optimizer_state_dict"]
-                assert (outcomes[system][1] is not None) == whole_and_flat, (system, where, outcomes[system][1])
+                outcomes[system].append(
+                    _outcome(
+                        set_optimizer_state_dict, other, optimizer, optim_state, options=options
+                    )
+                )
+                whole_and_flat = (
+                    chosen["full_state_dict"] and chosen["flatten_optimizer_state_dict"]
+                )
+                assert (outcomes[system][1] is not None) == whole_and_flat, (
+                    system,
+                    where,
+                    outcomes[system][1],
+                )
                 if whole_and_flat:
-                    # torch's function makes the optimizer's own state flat too, and then looks for its groups in vain. A flat
-                    # state is seen to be flat without the option, and is taken.
-                    again = StateDictOptions(**{**chosen, "flatten_optimizer_state_dict": False}, strict=strict)
-                    set_optimizer_state_dict(other, optimizer, copy.deepcopy(states[system][1]), options=again)
+                    # torch's function makes the optimizer's own state flat too, and then looks for
+                    # its groups in vain. A flat state is seen to be flat without the option, and is
+                    # taken.
+                    again = StateDictOptions(
+                        **{**chosen, "flatten_optimizer_state_dict": False}, strict=strict
+                    )
+                    set_optimizer_state_dict(
+                        other, optimizer, copy.deepcopy(states[system][1]), options=again
+                    )
                 outcomes[system].append(_flat([other.state_dict(), optimizer.state_dict()]))
             for system in FACES:
                 assert outcomes[system] == outcomes["FSDP2"], (system, where, strict)
 
 
 def _there_and_back(rank: int) -> None:
-    """Both in one call, and another mesh in between; the run that goes on is the one that never stopped, to the bit."""
+    """Both in one call, and another mesh in between; the run that goes on is the one that never
+    stopped, to the bit."""
     for system in FACES:
         model, optimizer = _made(system, rank, steps=2)
-        for chosen in ({}, {"cpu_offload": True}, {"full_state_dict": True}, dict.fromkeys(ALL_ON_FIRST, True)):
+        for chosen in (
+            {},
+            {"cpu_offload": True},
+            {"full_state_dict": True},
+            dict.fromkeys(ALL_ON_FIRST, True),
+        ):
             options = StateDictOptions(**chosen)
             saved = copy.deepcopy(get_state_dict(model, optimizer, options=options))
-            alone = get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+            alone = (
+                get_model_state_dict(model, options=options),
+                get_optimizer_state_dict(model, optimizer, options=options),
+            )
             assert _flat(alone) == _flat(saved), (system, chosen)
             before = bits([model.state_dict(), optimizer.state_dict()])
             other, fresh = _made(system, rank, steps=1, seed=2)
             if options.broadcast_from_rank0:
-                # With nothing to load, as on these ranks, set_state_dict skips the model, and rank 0 waits: FSDP2's too.
+                # With nothing to load, as on these ranks, set_state_dict skips the model, and rank
+                # 0 waits: FSDP2's too.
                 set_model_state_dict(other, saved[0], options=options)
                 set_optimizer_state_dict(other, fresh, saved[1], options=options)
             else:
-                set_state_dict(other, fresh, model_state_dict=saved[0], optim_state_dict=saved[1], options=options)
+                set_state_dict(
+                    other,
+                    fresh,
+                    model_state_dict=saved[0],
+                    optim_state_dict=saved[1],
+                    options=options,
+                )
             assert_same([other.state_dict(), fresh.state_dict()], before, f"{system}, {chosen}")
             step(model, optimizer, "uneven", 5, rank)
             step(other, fresh, "uneven", 5, rank)
-            assert_same([other.state_dict(), fresh.state_dict()], [model.state_dict(), optimizer.state_dict()])
+            assert_same(
+                [other.state_dict(), fresh.state_dict()],
+                [model.state_dict(), optimizer.state_dict()],
+            )
 
-        # Several optimizers, of which one state speaks; and the model's part below some modules, which torch is leaving.
-        parts = [[p for n, p in model.named_parameters() if n.startswith("head") == head] for head in (True, False)]
+        # Several optimizers, of which one state speaks; and the model's part below some modules,
+        # which torch is leaving.
+        parts = [
+            [p for n, p in model.named_parameters() if n.startswith("head") == head]
+            for head in (True, False)
+        ]
         two = [adam(part) for part in parts]
         for each in two:
             step(model, each, "uneven", 6, rank)
         state = copy.deepcopy(get_optimizer_state_dict(model, two))
-        assert len(state["param_groups"]) == 2 and set(state["state"]) == {n for n, _ in model.named_parameters()} - {FROZEN}
+        assert len(state["param_groups"]) == 2 and set(state["state"]) == {
+            n for n, _ in model.named_parameters()
+        } - {FROZEN}
         after = bits([each.state_dict() for each in two])
         for each in two:
             step(model, each, "uneven", 7, rank)
@@ -160,13 +235,19 @@ def _there_and_back(rank: int) -> None:
                     given = {head: {key: value + 1 for key, value in part.items()}}
                     assert (
                         "blocks.0.up.weight"
-                        in set_model_state_dict(model, given, options=StateDictOptions(strict=False)).missing_keys
+                        in set_model_state_dict(
+                            model, given, options=StateDictOptions(strict=False)
+                        ).missing_keys
                     )
-                    assert torch.equal(model.state_dict()["head.bias"]._local_tensor, given[head]["bias"]._local_tensor)
+                    assert torch.equal(
+                        model.state_dict()["head.bias"]._local_tensor,
+                        given[head]["bias"]._local_tensor,
+                    )
 
 
 class _Adapter(nn.Module):
-    """A linear layer whose own name inside does not show in state dicts: hooks take it out and put it back."""
+    """A linear layer whose own name inside does not show in state dicts: hooks take it out and put
+    it back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,12 +271,16 @@ class _Adapter(nn.Module):
 
 
 def _hidden_names(rank: int) -> None:
-    """``dsd_fqn_modifiers``: the modules' method that says which of their names state dicts leave out. torch asks for it by the
-    default name where it gets a state dict, whatever the option says.
+    """``dsd_fqn_modifiers``: the modules' method that says which of their names state dicts leave
+    out. torch asks for it by the default name where it gets a state dict, whatever the option says.
     """
     options = StateDictOptions(dsd_fqn_modifiers="_fqn_modifiers")
     mesh = mesh_of(2, 2)
-    wraps = {"FSDP2": torch_fully_shard, "FSDP": lambda net, mesh: wrapped(net, mesh), "fully_shard": hsdp.fully_shard}
+    wraps = {
+        "FSDP2": torch_fully_shard,
+        "FSDP": lambda net, mesh: wrapped(net, mesh),
+        "fully_shard": hsdp.fully_shard,
+    }
     seen = {}
     for system, wrap in wraps.items():
         torch.manual_seed(0)
@@ -213,7 +298,8 @@ ALL_ON_FIRST = ("full_state_dict", "cpu_offload", "broadcast_from_rank0")
 
 
 def _wrong_on_the_first(rank: int) -> None:
-    """What rank 0 sends to all, or every rank has, does not fit: an error on every rank that names it, and nobody waits."""
+    """What rank 0 sends to all, or every rank has, does not fit: an error on every rank that names
+    it, and nobody waits."""
     model, optimizer = _made("FSDP", rank, steps=1)
     for chosen in ({"full_state_dict": True}, dict.fromkeys(ALL_ON_FIRST[::2], True)):
         options = StateDictOptions(**chosen)
@@ -223,7 +309,9 @@ def _wrong_on_the_first(rank: int) -> None:
         strange = {**state, "strange": torch.ones(2)}
         with pytest.raises(RuntimeError, match='Unexpected key: "strange"'):
             set_model_state_dict(model, strange if here else {}, options=options)
-        if options.broadcast_from_rank0:  # without, torch fills what is missing from the module itself
+        if (
+            options.broadcast_from_rank0
+        ):  # without, torch fills what is missing from the module itself
             del state["head.bias"]
             with pytest.raises(RuntimeError, match=r'Missing key: "head\.bias"'):
                 set_model_state_dict(model, state if here else {}, options=options)
@@ -231,7 +319,9 @@ def _wrong_on_the_first(rank: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [_gets_and_sets, _there_and_back, _hidden_names, _wrong_on_the_first], ids=lambda part: part.__name__[1:]
+    "part",
+    [_gets_and_sets, _there_and_back, _hidden_names, _wrong_on_the_first],
+    ids=lambda part: part.__name__[1:],
 )
 def test_state_dict_options(part) -> None:
     run_ranks(part, 4)

@@ -1,4 +1,5 @@
-"""State dicts while the module runs: in another thread, in its own hooks, and what two threads have to wait for."""
+"""State dicts while the module runs: in another thread, in its own hooks, and what two threads have
+to wait for."""
 
 import threading
 import time
@@ -24,7 +25,9 @@ def _wrapped_as(face: str, kind: str) -> nn.Module:
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, number: int, rank: int) -> None:
     if isinstance(model, FSDPModule):
-        model.set_is_last_backward(False)  # its last gradients are on their way when the next forward begins,
+        model.set_is_last_backward(
+            False
+        )  # its last gradients are on their way when the next forward begins,
         model(batch(NETS["even"](), number + 1000, rank)).square().mean().backward()
         model.set_is_last_backward(True)
         model.head.bias.requires_grad_(number % 2 == 1)  # which binds the unit's parameters anew
@@ -34,7 +37,8 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, number: int, rank
 
 
 def _read_beside(rank: int, face: str) -> None:
-    """Every rank's reader goes at a pace of its own, and one starts before the first forward has made the root."""
+    """Every rank's reader goes at a pace of its own, and one starts before the first forward has
+    made the root."""
     model = _wrapped_as(face, "even")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = {name: p._local_tensor.data_ptr() for name, p in model.named_parameters()}
@@ -42,7 +46,11 @@ def _read_beside(rank: int, face: str) -> None:
 
     def read() -> None:
         for count in range(30):
-            named = FSDP.optim_state_dict(model, optimizer)["param_groups"][0]["params"] if count % 10 == 0 else expected
+            named = (
+                FSDP.optim_state_dict(model, optimizer)["param_groups"][0]["params"]
+                if count % 10 == 0
+                else expected
+            )
             state = model.state_dict()
             assert list(named) == list(expected)
             assert {name: state[name]._local_tensor.data_ptr() for name in expected} == expected
@@ -69,7 +77,8 @@ def _read_beside(rank: int, face: str) -> None:
 
 
 def _read_inside(rank: int, face: str) -> None:
-    """Hooks of a forward and of a backward read; what would free or gather is refused there, and in another thread."""
+    """Hooks of a forward and of a backward read; what would free or gather is refused there, and in
+    another thread."""
     x = batch(NETS["uneven"](), 0, rank)
     reference = _wrapped_as(face, "uneven")
     reference(x).square().mean().backward()
@@ -86,23 +95,36 @@ def _read_inside(rank: int, face: str) -> None:
         """Its hook is no part of this module's backward, and waits for that to end."""
         x = torch.ones(1, requires_grad=True)
         y = 2 * x
-        y.register_hook(lambda _: after.append(list(model.state_dict())) or after.append(list(seen)))
+        y.register_hook(
+            lambda _: after.append(list(model.state_dict())) or after.append(list(seen))
+        )
         y.backward()
 
     def look(where: str) -> None:
         for name, value in model.state_dict().items():
-            assert torch.equal(value._local_tensor, bits_before[name]) if isinstance(value, DTensor) else name == "calls"
-        with pytest.raises(RuntimeError, match=rf"^rank {rank}: .*forward or backward of this thread"):
+            assert (
+                torch.equal(value._local_tensor, bits_before[name])
+                if isinstance(value, DTensor)
+                else name == "calls"
+            )
+        with pytest.raises(
+            RuntimeError, match=rf"^rank {rank}: .*forward or backward of this thread"
+        ):
             model.zero_grad()
         with ThreadPoolExecutor() as threads:
             if face == "class":
                 with FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
                     with pytest.raises(RuntimeError, match="between the same steps"):
                         threads.submit(model.state_dict).result()
-                    with pytest.raises(RuntimeError, match=f"rank {rank}: the whole optimizer state .* between the same steps"):
+                    with pytest.raises(
+                        RuntimeError,
+                        match=f"rank {rank}: the whole optimizer state .* between the same steps",
+                    ):
                         threads.submit(FSDP.optim_state_dict, model, optimizer).result()
             if where == "forward":
-                with pytest.raises(RuntimeError, match=rf"rank {rank}: module \(outermost\).*another thread"):
+                with pytest.raises(
+                    RuntimeError, match=rf"rank {rank}: module \(outermost\).*another thread"
+                ):
                     threads.submit(model, x).result()
         if where == "backward":
             waiting.append(other_threads.submit(read_in_another_graph))
@@ -122,7 +144,8 @@ def _read_inside(rank: int, face: str) -> None:
 
 
 def _settings_wait(rank: int) -> None:
-    """Another thread's unshard() and reshard() wait for the backward that is under way here, which computes what it would."""
+    """Another thread's unshard() and reshard() wait for the backward that is under way here, which
+    computes what it would."""
     x = batch(NETS["uneven"](), 0, rank)
     model, reference = (_wrapped_as("function", "uneven") for _ in range(2))
     reference(x).square().mean().backward()
@@ -149,7 +172,8 @@ def _settings_wait(rank: int) -> None:
 
 
 class _Asks:
-    """A key of an optimizer's state: what is done when its name is asked for, which is on the way to the gathers."""
+    """A key of an optimizer's state: what is done when its name is asked for, which is on the way
+    to the gathers."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
         self.ask = ask
@@ -178,7 +202,10 @@ def _gathers_in_its_turn(rank: int) -> None:
         lambda: FSDP.full_optim_state_dict(model, optimizer, rank0_only=False),
         lambda: FSDP.optim_state_dict(model, optimizer),
     ):
-        with ThreadPoolExecutor() as threads, FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        with (
+            ThreadPoolExecutor() as threads,
+            FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT),
+        ):
             optimizer.state[next(model.parameters())] |= {_Asks(begin_forward): 1}
             state = whole()["state"]
             assert {type(value["momentum_buffer"]) for value in state.values()} == {torch.Tensor}
@@ -187,7 +214,8 @@ def _gathers_in_its_turn(rank: int) -> None:
 
 
 def _roots_of_two_models(rank: int) -> None:
-    """One model's first forward waits for a peer that comes when another model's state has been read here."""
+    """One model's first forward waits for a peer that comes when another model's state has been
+    read here."""
     one, two = _wrapped_as("class", "even"), _wrapped_as("function", "even")
     begun = threading.Event()
     one.register_forward_pre_hook(lambda *_: begun.set())
@@ -198,7 +226,9 @@ def _roots_of_two_models(rank: int) -> None:
         out = threads.submit(one, batch(NETS["even"](), 0, rank))
         begun.wait()
         if rank == 0:
-            time.sleep(0.1)  # it is on its way to its peers, or its peers have to wait a little longer
+            time.sleep(
+                0.1
+            )  # it is on its way to its peers, or its peers have to wait a little longer
             assert not out.done() and list(two.state_dict()) == list(NETS["even"]().state_dict())
             dist.send(turn, dst=3)
         assert out.result().isfinite().all()

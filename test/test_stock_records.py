@@ -1,4 +1,5 @@
-"""Records that stock torch has written, damaged: every byte of one, and every bit of its pickle under a checksum that fits."""
+"""Records that stock torch has written, damaged: every byte of one, and every bit of its pickle
+under a checksum that fits."""
 
 import io
 import random
@@ -35,8 +36,11 @@ class _Record:
         self.bytes = self._whole[self._place]
 
     def load(self, record: bytes) -> torch.Tensor | None:
-        """What ``load`` makes of the record; None if it refuses, with one of our errors and with nothing else."""
-        self._file.write_bytes(self._whole[: self._place.start] + record + self._whole[self._place.stop :])
+        """What ``load`` makes of the record; None if it refuses, with one of our errors and with
+        nothing else."""
+        self._file.write_bytes(
+            self._whole[: self._place.start] + record + self._whole[self._place.stop :]
+        )
         state = {"w": torch.zeros(self.tensor.shape, dtype=self.tensor.dtype)}
         try:
             h.load(state, checkpoint_id=self.path, no_dist=True)
@@ -66,7 +70,8 @@ def test_a_flipped_bit_in_any_byte_is_noticed_or_harmless(tmp_path: Path, kind: 
 
 
 def _pickles(record: bytes) -> Iterator[bytes]:
-    """The record with each bit of its pickle flipped, and the checksum of what that gives in all of its places."""
+    """The record with each bit of its pickle flipped, and the checksum of what that gives in all of
+    its places."""
     with zipfile.ZipFile(io.BytesIO(record)) as archive:
         (info,) = (entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
         pickle = archive.read(info)
@@ -80,8 +85,11 @@ def _pickles(record: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_a_flipped_bit_in_a_pickle_whose_checksum_fits_gives_what_torch_has_of_it(tmp_path: Path, kind: str) -> None:
-    """Or an error: in a pickle that means something else the values may be others, but none that the record does not say."""
+def test_a_flipped_bit_in_a_pickle_whose_checksum_fits_gives_what_torch_has_of_it(
+    tmp_path: Path, kind: str
+) -> None:
+    """Or an error: in a pickle that means something else the values may be others, but none that
+    the record does not say."""
     record = _Record(tmp_path, TENSORS[kind])
     loaded = refused = 0
     for damaged in _pickles(record.bytes):
@@ -90,8 +98,13 @@ def test_a_flipped_bit_in_a_pickle_whose_checksum_fits_gives_what_torch_has_of_i
         if mine is not None:
             loaded += 1
             try:
-                theirs = torch.load(io.BytesIO(damaged), map_location=lambda storage, _: storage, weights_only=True)
-            except (UnicodeDecodeError, RuntimeError):  # the device's name, requires_grad of integers: we do not look
+                theirs = torch.load(
+                    io.BytesIO(damaged), map_location=lambda storage, _: storage, weights_only=True
+                )
+            except (
+                UnicodeDecodeError,
+                RuntimeError,
+            ):  # the device's name, requires_grad of integers: we do not look
                 theirs = record.tensor
             assert _same(mine, theirs.detach().to(mine.dtype))
     assert loaded and refused

@@ -1,4 +1,5 @@
-"""Kinds of values and ways of saving that are rare: each works in all directions in which stock torch's own storage works."""
+"""Kinds of values and ways of saving that are rare: each works in all directions in which stock
+torch's own storage works."""
 
 import errno
 import io
@@ -35,7 +36,8 @@ PAIRS = [("ours", "ours"), ("ours", "stock"), ("stock", "ours")]
 
 
 def _sharded_tensor(rank: int, full: torch.Tensor) -> ShardedTensor:
-    """Rank r holds rows r, r + 4, ... as shards of one row each: several shards a rank, not in order."""
+    """Rank r holds rows r, r + 4, ... as shards of one row each: several shards a rank, not in
+    order."""
     rows = range(rank, full.shape[0], dist.get_world_size())
     width = full.shape[1]
     shards = [Shard.from_tensor_and_offsets(full[r : r + 1].clone(), [r, 0], rank) for r in rows]
@@ -43,11 +45,16 @@ def _sharded_tensor(rank: int, full: torch.Tensor) -> ShardedTensor:
 
 
 def _local_shards(rank: int, full: torch.Tensor) -> DTensor:
-    """As torchrec's tables come: a DTensor whose local part is a list of shards, here columns; two ranks have none."""
+    """As torchrec's tables come: a DTensor whose local part is a list of shards, here columns; two
+    ranks have none."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     columns = {0: (0, 1), 1: (2,)}.get(rank, ())
-    local = LocalShardsWrapper([full[:, c : c + 1].clone() for c in columns], [(0, c) for c in columns])
-    return DTensor.from_local(local, mesh, [ShardOn(1)], run_check=False, shape=full.shape, stride=full.stride())
+    local = LocalShardsWrapper(
+        [full[:, c : c + 1].clone() for c in columns], [(0, c) for c in columns]
+    )
+    return DTensor.from_local(
+        local, mesh, [ShardOn(1)], run_check=False, shape=full.shape, stride=full.stride()
+    )
 
 
 def _sharded_tensors(rank: int, root: str) -> None:
@@ -55,10 +62,22 @@ def _sharded_tensors(rank: int, root: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for writer, reader in PAIRS:
         path = f"{root}/{writer}"
-        dcp.save({"w": _sharded_tensor(rank, full), "t": _local_shards(rank, full)}, storage_writer=WRITERS[writer](path))
-        if (writer, reader) == ("ours", "stock"):  # and by `save`, which gathers such tensors' plans
-            h.save({"w": _sharded_tensor(rank, full), "t": _local_shards(rank, full)}, checkpoint_id=path)
-        like, parts = _sharded_tensor(rank, torch.zeros_like(full)), _local_shards(rank, torch.zeros_like(full))
+        dcp.save(
+            {"w": _sharded_tensor(rank, full), "t": _local_shards(rank, full)},
+            storage_writer=WRITERS[writer](path),
+        )
+        if (writer, reader) == (
+            "ours",
+            "stock",
+        ):  # and by `save`, which gathers such tensors' plans
+            h.save(
+                {"w": _sharded_tensor(rank, full), "t": _local_shards(rank, full)},
+                checkpoint_id=path,
+            )
+        like, parts = (
+            _sharded_tensor(rank, torch.zeros_like(full)),
+            _local_shards(rank, torch.zeros_like(full)),
+        )
         load = h.load if (writer, reader) == ("ours", "ours") else dcp.load
         load({"w": like, "t": parts}, storage_reader=READERS[reader](path))
         for shard in like.local_shards():
@@ -98,7 +117,11 @@ def test_quantized_tensors(tmp_path: Path, writer: str, reader: str) -> None:
         key: torch.quantize_per_tensor(torch.zeros(3, 4), 0.05, 3, torch.qint8)
         if key == "per tensor"
         else torch.quantize_per_channel(
-            torch.zeros(3, 4), value.q_per_channel_scales(), value.q_per_channel_zero_points(), 0, torch.quint8
+            torch.zeros(3, 4),
+            value.q_per_channel_scales(),
+            value.q_per_channel_zero_points(),
+            0,
+            torch.quint8,
         )
         for key, value in state.items()
     }
@@ -149,7 +172,9 @@ def _registry() -> ExtensionRegistry:
 
 
 @pytest.fixture
-def says_that_dcp_plans(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+def says_that_dcp_plans(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], bool]:
     """Whether ``save`` has said so: once a process for each reason, here once a test."""
     monkeypatch.setattr(_save, "_said", set())
     caplog.set_level(logging.INFO, logger="torch_hsdp_ckpt")
@@ -159,7 +184,12 @@ def says_that_dcp_plans(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Mo
     )
 
 
-SAVES = [("dcp", "stock", "stock"), *(("dcp", *pair) for pair in PAIRS), ("ours", "ours", "ours"), ("ours", "ours", "stock")]
+SAVES = [
+    ("dcp", "stock", "stock"),
+    *(("dcp", *pair) for pair in PAIRS),
+    ("ours", "ours", "ours"),
+    ("ours", "ours", "stock"),
+]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -169,9 +199,15 @@ def test_extensions_go_through_torchs_own_code(
 ) -> None:
     state = {"w": torch.zeros(1 << 18), "v": torch.arange(10.0), "words": ["some", "words"]}
     save = h.save if by == "ours" else dcp.save
-    save(dict(state), storage_writer=WRITERS[writer](tmp_path, _extensions=[_Deflate()]), no_dist=True)
+    save(
+        dict(state),
+        storage_writer=WRITERS[writer](tmp_path, _extensions=[_Deflate()]),
+        no_dist=True,
+    )
     assert says_that_dcp_plans() == (by == "ours")
-    assert sum(file.stat().st_size for file in tmp_path.glob("*.distcp")) < 100_000, "it was compressed"
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.distcp")) < 100_000, (
+        "it was compressed"
+    )
     like: dict[str, Any] = {"w": torch.ones(1 << 18), "v": torch.zeros(10), "words": None}
     read = READERS[reader](tmp_path, _extension_registry=_registry())
     dcp.load(like, storage_reader=read, no_dist=True)
@@ -185,7 +221,9 @@ def test_extensions_go_through_torchs_own_code(
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("by", ["dcp", "ours"])
-def test_safetensors_go_through_torchs_own_code(tmp_path: Path, by: str, says_that_dcp_plans: Callable[[], bool]) -> None:
+def test_safetensors_go_through_torchs_own_code(
+    tmp_path: Path, by: str, says_that_dcp_plans: Callable[[], bool]
+) -> None:
     from safetensors.torch import load_file
 
     writer = h.FileSystemWriter(tmp_path, serialization_format=SerializationFormat.SAFETENSORS)
@@ -212,16 +250,23 @@ class _Failing(_Deflate):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_a_thread_of_torchs_raises_fails_the_save(tmp_path: Path) -> None:
-    """Torch's own code goes on without the tensors of that thread: the checkpoint would be committed without them."""
+    """Torch's own code goes on without the tensors of that thread: the checkpoint would be
+    committed without them."""
     writer = h.FileSystemWriter(tmp_path, _extensions=[_Deflate()], thread_count=2)
     dcp.save({"w": torch.arange(10.0), "v": torch.arange(9.0)}, storage_writer=writer, no_dist=True)
     before = sorted(os.listdir(tmp_path))
     writer = h.FileSystemWriter(tmp_path, _extensions=[_Failing()], thread_count=2)
-    with pytest.raises(CheckpointException, match=r"torch's own code has not written [vw], and 0 more of 2"):
+    with pytest.raises(
+        CheckpointException, match=r"torch's own code has not written [vw], and 0 more of 2"
+    ):
         dcp.save({"w": torch.zeros(10), "v": torch.zeros(9)}, storage_writer=writer, no_dist=True)
     assert sorted(os.listdir(tmp_path)) == before
     like = {"w": torch.zeros(10), "v": torch.zeros(9)}
-    dcp.load(like, storage_reader=h.FileSystemReader(tmp_path, _extension_registry=_registry()), no_dist=True)
+    dcp.load(
+        like,
+        storage_reader=h.FileSystemReader(tmp_path, _extension_registry=_registry()),
+        no_dist=True,
+    )
     assert torch.equal(like["w"], torch.arange(10.0))
     assert torch.equal(like["v"], torch.arange(9.0))
 
@@ -232,7 +277,11 @@ def _without_collectives(rank: int, root: str, kinds: Sequence[tuple[str, str]])
         path = f"{root}/{writer}-{reader}"
         for value in (1.0, 2.0):  # the second saves over the first, each rank its own
             full = torch.arange(12.0).reshape(6, 2) * value
-            state = {"w": distribute_tensor(full, mesh, [ShardOn(0)]), "rank": torch.tensor(rank), "note": f"rank {rank}"}
+            state = {
+                "w": distribute_tensor(full, mesh, [ShardOn(0)]),
+                "rank": torch.tensor(rank),
+                "note": f"rank {rank}",
+            }
             dcp.save(dict(state), storage_writer=WRITERS[writer](path), use_collectives=False)
         like: dict[str, Any] = {
             "w": distribute_tensor(torch.zeros(6, 2), mesh, [ShardOn(0)]),
@@ -259,7 +308,9 @@ def _as_nobody(rank: int, path: str) -> list[int]:
     state = {"w": distribute_tensor(torch.ones(6), mesh, [ShardOn(0)])}
     h.save(state, checkpoint_id=f"{path}-warm")
     if os.geteuid() == 0:  # root may write anywhere
-        dcp.save(state, storage_writer=h.FileSystemWriter(f"{path}-warm"))  # imports what only root may read
+        dcp.save(
+            state, storage_writer=h.FileSystemWriter(f"{path}-warm")
+        )  # imports what only root may read
         dcp.load(state, storage_reader=h.FileSystemReader(f"{path}-warm"))
         os.seteuid(65534)
     with pytest.raises(CheckpointException) as caught:
@@ -274,7 +325,9 @@ def _as_nobody(rank: int, path: str) -> list[int]:
     assert str(ours.value.filename).startswith(path)
     like = {"w": distribute_tensor(torch.zeros(6), mesh, [ShardOn(0)])}
     dcp.load(like, storage_reader=h.FileSystemReader(path))
-    assert torch.equal(like["w"].full_tensor(), torch.arange(6.0)), "the checkpoint that was there loads"
+    assert torch.equal(like["w"].full_tensor(), torch.arange(6.0)), (
+        "the checkpoint that was there loads"
+    )
     return sorted(refused)
 
 
@@ -285,21 +338,36 @@ def test_a_directory_that_is_not_ours_to_write() -> None:
         dcp.save({"w": torch.arange(6.0)}, storage_writer=h.FileSystemWriter(target), no_dist=True)
         target.chmod(0o555)
         before = sorted(os.listdir(target))
-        # The coordinator claims the directory before anybody writes: its error is the one there is, and both ranks raise it.
+        # The coordinator claims the directory before anybody writes: its error is the one there is,
+        # and both ranks raise it.
         assert run_ranks(_as_nobody, 2, str(target)) == [[0], [0]]
         assert sorted(os.listdir(target)) == before
 
 
 def test_a_record_beyond_4_gib(tmp_path: Path) -> None:
-    """The zip format's 32-bit fields overflow there. The source is memory that nobody has touched, but for its ends."""
+    """The zip format's 32-bit fields overflow there. The source is memory that nobody has touched,
+    but for its ends."""
     size = (1 << 32) + 5
     needed = 2 * size + (4 << 30)  # the target, and stock torch's copy of the record
-    free = int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]) << 10
-    if free < needed or os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize < size + (1 << 30):
+    free = (
+        int(
+            next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[
+                1
+            ]
+        )
+        << 10
+    )
+    if free < needed or os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize < size + (
+        1 << 30
+    ):
         pytest.skip(f"needs {needed >> 30} GiB of memory and {size >> 30} GiB of disk")
     source = torch.zeros(size, dtype=torch.uint8)
     source[0], source[-1] = 3, 7
-    dcp.save({"big": source, "after": torch.arange(3.0)}, storage_writer=h.FileSystemWriter(tmp_path), no_dist=True)
+    dcp.save(
+        {"big": source, "after": torch.arange(3.0)},
+        storage_writer=h.FileSystemWriter(tmp_path),
+        no_dist=True,
+    )
     for reader in READERS.values():
         like = {"big": torch.zeros(size, dtype=torch.uint8), "after": torch.zeros(3)}
         like["big"][1 << 20] = 1

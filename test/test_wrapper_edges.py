@@ -1,5 +1,6 @@
-"""Arguments and methods at their edges: groups of some of the ranks, buffers that are sent, gradients that are written through
-``summon_full_params``, methods that train, parameters that tensor parallelism has placed."""
+"""Arguments and methods at their edges: groups of some of the ranks, buffers that are sent,
+gradients that are written through ``summon_full_params``, methods that train, parameters that
+tensor parallelism has placed."""
 
 import contextlib
 import copy
@@ -45,7 +46,8 @@ def _everywhere(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) ->
 
 
 def _synchronised_buffers(rank: int) -> None:
-    """Those of wrapped modules inside, without dimensions, not persistent, of integers; not what is ignored."""
+    """Those of wrapped modules inside, without dimensions, not persistent, of integers; not what is
+    ignored."""
     net = NETS["uneven"](seed=rank)
     net.blocks[0].register_buffer("running", torch.full((5,), float(rank + 1), dtype=torch.float64))
     net.blocks[1].register_buffer("strided", torch.full((3, 2), rank + 1.0).t())
@@ -59,7 +61,9 @@ def _synchronised_buffers(rank: int) -> None:
     for name, buffer in buffers.items():
         assert (buffer == (10 if name == "calls" else 1)).all(), name
     assert buffers["calls"].dtype == torch.int64 and buffers["blocks.1.strided"].shape == (2, 3)
-    for (name, p), q in zip(ours.named_parameters(), NETS["uneven"](seed=0).parameters(), strict=True):
+    for (name, p), q in zip(
+        ours.named_parameters(), NETS["uneven"](seed=0).parameters(), strict=True
+    ):
         assert torch.equal(full(p), before if name == "blocks.1.up.bias" else q), name
 
 
@@ -70,7 +74,9 @@ def _written_gradients(rank: int) -> None:
         ours.head.bias.requires_grad_(False)
         loss_of(ours, batch(net, 0, rank)).backward()
         late = ours.blocks[0].up.bias.requires_grad_(False)  # which keeps the gradient that it has
-        expected = {name: None if grad is None else grad.clone() for name, grad in grads(ours).items()}
+        expected = {
+            name: None if grad is None else grad.clone() for name, grad in grads(ours).items()
+        }
         held = {name: p.grad for name, p in ours.named_parameters()}
         with summon(ours, with_grads=True, **options):
             for name, p in ours.named_parameters():
@@ -96,18 +102,28 @@ def _written_gradients(rank: int) -> None:
             assert all(p.grad is None for p in ours.parameters())
         late.requires_grad_(True)
         loss_of(ours, batch(net, 0, rank)).backward()  # adds to what was written
-        assert_close(grads(ours), {n: None if g is None else g + expected[n] for n, g in wanted.items()})
+        assert_close(
+            grads(ours), {n: None if g is None else g + expected[n] for n, g in wanted.items()}
+        )
 
-    low = wrap(copy.deepcopy(net), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, keep_low_precision_grads=True))
+    low = wrap(
+        copy.deepcopy(net),
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, keep_low_precision_grads=True),
+    )
     low(batch(net, 0, rank)).float().square().mean().backward()
     with summon(low, with_grads=True):
-        assert low.head.weight.dtype == torch.float32 and low.head.weight.grad.dtype == torch.bfloat16
+        assert (
+            low.head.weight.dtype == torch.float32 and low.head.weight.grad.dtype == torch.bfloat16
+        )
         low.head.weight.grad.fill_(0.5)
-    assert (full(low.head.weight.grad) == 0.5).all() and low.head.weight.grad.dtype == torch.bfloat16
+    assert (
+        full(low.head.weight.grad) == 0.5
+    ).all() and low.head.weight.grad.dtype == torch.bfloat16
 
 
 def _some_ranks(rank: int) -> None:
-    """``process_group`` of some ranks: each half trains a model of its own, as one process would on the half's batches."""
+    """``process_group`` of some ranks: each half trains a model of its own, as one process would on
+    the half's batches."""
     net = NETS["uneven"]()
     halves = [dist.new_group(ranks) for ranks in ((0, 2), (1, 3))]
     group, ranks = halves[rank % 2], (rank % 2, rank % 2 + 2)
@@ -137,25 +153,35 @@ def _some_ranks(rank: int) -> None:
         norm = nn.utils.get_total_norm([p.grad for p in single.parameters()])
         torch.testing.assert_close(ours.clip_grad_norm_(1e9), norm, rtol=1e-4, atol=1e-6)
         with summon(ours, writeback=False):
-            for (name, p), q in zip(ours.named_parameters(), single.named_parameters(), strict=True):
+            for (name, p), q in zip(
+                ours.named_parameters(), single.named_parameters(), strict=True
+            ):
                 torch.testing.assert_close(p, q[1], rtol=1e-4, atol=1e-5, msg=name)
         with FullyShardedDataParallel.state_dict_type(ours, StateDictType.FULL_STATE_DICT):
             state = ours.state_dict()
             states = FullyShardedDataParallel.optim_state_dict(ours, optimizer)
             assert all(type(value) is torch.Tensor for value in state.values())
             assert states["state"]["head.weight"]["exp_avg"].shape == (3, 7)
-            optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(ours, optimizer, states))
+            optimizer.load_state_dict(
+                FullyShardedDataParallel.optim_state_dict_to_load(ours, optimizer, states)
+            )
             with pytest.raises(RuntimeError, match=r'Missing key: "head\.bias"'):
-                ours.load_state_dict({k: v for k, v in state.items() if k != "head.bias" or rank >= 2})
+                ours.load_state_dict(
+                    {k: v for k, v in state.items() if k != "head.bias" or rank >= 2}
+                )
             ours.load_state_dict({k: torch.ones_like(v) for k, v in state.items()})
         assert all((p.to_local() == 1).all() for p in ours.parameters())
-    with pytest.raises(ValueError, match=f"^rank {rank}: module Net: this rank is not in process_group"):
+    with pytest.raises(
+        ValueError, match=f"^rank {rank}: module Net: this rank is not in process_group"
+    ):
         FullyShardedDataParallel(copy.deepcopy(net), process_group=halves[1 - rank % 2])
 
 
 def _lambda_policy(rank: int) -> None:
     net = NETS["uneven"]()
-    policy = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda module: isinstance(module, (Block, nn.LayerNorm)))
+    policy = functools.partial(
+        lambda_auto_wrap_policy, lambda_fn=lambda module: isinstance(module, (Block, nn.LayerNorm))
+    )
     ours = wrap(copy.deepcopy(net), policy=policy)
     inside = [type(w.module) for w in FullyShardedDataParallel.fsdp_modules(ours)]
     assert inside == [Net, Block, nn.LayerNorm, Block, nn.LayerNorm]
@@ -174,11 +200,15 @@ class Scoring(Net):
 
 
 def _forward_methods(rank: int) -> None:
-    """Methods that were registered train to the last bit as under torch's FSDP2, with forward in between."""
+    """Methods that were registered train to the last bit as under torch's FSDP2, with forward in
+    between."""
     torch.manual_seed(0)
     net = Scoring(7, 13, 3)
     seen: list[list[torch.Tensor]] = []
-    for face, register in ((fully_shard, register_fsdp_forward_method), (torchs_fully_shard, torchs_register)):
+    for face, register in (
+        (fully_shard, register_fsdp_forward_method),
+        (torchs_fully_shard, torchs_register),
+    ):
         model = copy.deepcopy(net)
         for block in model.blocks:
             face(block, mesh=mesh_of((2, 2)))
@@ -193,7 +223,10 @@ def _forward_methods(rank: int) -> None:
             loss = out["score"] if isinstance(out, dict) else out.sum()
             loss.backward()
             assert all(isinstance(p, DTensor) for p in model.parameters())
-            values += [loss.detach(), *(torch.zeros(()) if p.grad is None else full(p.grad) for p in model.parameters())]
+            values += [
+                loss.detach(),
+                *(torch.zeros(()) if p.grad is None else full(p.grad) for p in model.parameters()),
+            ]
             optimizer.step()
         seen.append([*values, *(full(p) for p in model.parameters())])
     assert len(seen[0]) == len(seen[1]) and all(map(torch.equal, *seen))
@@ -205,7 +238,8 @@ def _forward_methods(rank: int) -> None:
 
 
 def _gradient_penalty(rank: int) -> None:
-    """Gradients of gradients, with forwards before and after the inner ones: one process's numbers. FSDP2 dies of them."""
+    """Gradients of gradients, with forwards before and after the inner ones: one process's numbers.
+    FSDP2 dies of them."""
     net = NETS["uneven"]()
 
     def penalty(model: nn.Module, step: int, r: int) -> torch.Tensor:
@@ -227,7 +261,11 @@ def _gradient_penalty(rank: int) -> None:
     function = copy.deepcopy(net)
     for module in (*function.blocks, function):
         fully_shard(module, mesh=mesh_of((2, 2)))
-    for ours in (wrap(copy.deepcopy(net)), wrap(copy.deepcopy(net), backward_prefetch=None), function):
+    for ours in (
+        wrap(copy.deepcopy(net)),
+        wrap(copy.deepcopy(net), backward_prefetch=None),
+        function,
+    ):
         optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
         for step in range(3):
             optimizer.zero_grad()
@@ -236,7 +274,11 @@ def _gradient_penalty(rank: int) -> None:
             optimizer.step()
         for (name, p), q in zip(ours.named_parameters(), single.parameters(), strict=True):
             torch.testing.assert_close(full(p), q.detach(), rtol=1e-4, atol=1e-5, msg=name)
-        memory = [p.untyped_storage().nbytes() for _, runner in named_runners(ours) for p in runner.unit.full]
+        memory = [
+            p.untyped_storage().nbytes()
+            for _, runner in named_runners(ours)
+            for p in runner.unit.full
+        ]
         assert sum(memory) == 0, "the last backward has freed them"
         ours.zero_grad()
         with warnings.catch_warnings():
@@ -256,7 +298,8 @@ class Either(nn.Module):
 
 
 def _penalty_of_a_unit_that_ran_before(rank: int) -> None:
-    """The graph of gradients needs a unit that no later forward runs, with the values that it had; then it runs again."""
+    """The graph of gradients needs a unit that no later forward runs, with the values that it had;
+    then it runs again."""
     torch.manual_seed(0)
     net = Either()
 
@@ -277,7 +320,14 @@ def _penalty_of_a_unit_that_ran_before(rank: int) -> None:
                 for p, q in zip(ours.parameters(), single.parameters(), strict=True):
                     p.mul_(0.9)
                     q.mul_(0.9)
-        assert sum(p.untyped_storage().nbytes() for _, runner in named_runners(ours) for p in runner.unit.full) == 0
+        assert (
+            sum(
+                p.untyped_storage().nbytes()
+                for _, runner in named_runners(ours)
+                for p in runner.unit.full
+            )
+            == 0
+        )
 
 
 class Forces(nn.Module):
@@ -285,7 +335,12 @@ class Forces(nn.Module):
 
     def __init__(self, create_graph: bool, backward: bool = False) -> None:
         super().__init__()
-        self.a, self.b, self.scale, self.head = Block(6, 10), Block(6, 10), nn.Parameter(torch.ones(6)), nn.Linear(6, 2)
+        self.a, self.b, self.scale, self.head = (
+            Block(6, 10),
+            Block(6, 10),
+            nn.Parameter(torch.ones(6)),
+            nn.Linear(6, 2),
+        )
         self.create_graph, self.backward = create_graph, backward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -299,17 +354,22 @@ class Forces(nn.Module):
 
 
 def _gradients_within_a_forward(rank: int) -> None:
-    """Between steps an evaluation without gradients does the same. FSDP2 has put its shards back by then."""
+    """Between steps an evaluation without gradients does the same. FSDP2 has put its shards back by
+    then."""
     for create_graph, backward in ((True, False), (False, False), (False, True)):
         torch.manual_seed(0)
         net = Forces(create_graph, backward)
         x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
-        singles = [copy.deepcopy(net) for _ in range(4)]  # not mean_grads, which divides losses: not what forward adds itself
+        singles = [
+            copy.deepcopy(net) for _ in range(4)
+        ]  # not mean_grads, which divides losses: not what forward adds itself
         for single, own in zip(singles, x, strict=True):
             loss_of(single, own).backward()
         expected = {
             name: None if own[0].grad is None else torch.stack([p.grad for p in own]).mean(0)
-            for (name, _), *own in zip(net.named_parameters(), *(single.parameters() for single in singles), strict=True)
+            for (name, _), *own in zip(
+                net.named_parameters(), *(single.parameters() for single in singles), strict=True
+            )
         }
         for ours in (wrap(copy.deepcopy(net)), wrap(copy.deepcopy(net), (4,))):
             for _ in range(2):
@@ -356,15 +416,18 @@ def _an_error_that_a_forward_catches(rank: int) -> None:
 class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = nn.Parameter(torch.randn(6, 6) / 3), nn.Parameter(torch.randn(6, 6) / 3)
+        self.one, self.two = (
+            nn.Parameter(torch.randn(6, 6) / 3),
+            nn.Parameter(torch.randn(6, 6) / 3),
+        )
 
     def forward(self, x: torch.Tensor, use: bool) -> torch.Tensor:
         return x @ self.one + (x @ self.two if use else 0.0)
 
 
 def _roots_of_their_own(rank: int) -> None:
-    """Units of one size without a wrapper around them: a rank that lacks a gradient in one reduces it later than its peers,
-    after another one's, and neither gets the other one's gradient."""
+    """Units of one size without a wrapper around them: a rank that lacks a gradient in one reduces
+    it later than its peers, after another one's, and neither gets the other one's gradient."""
     torch.manual_seed(0)
     net = nn.ModuleList(Part() for _ in range(4))
     for shape in ((4,), (2, 2)):
@@ -397,13 +460,18 @@ def _dtypes_that_nothing_computes_in(rank: int) -> None:
 
 
 def _tensor_parallel(rank: int) -> None:
-    """Parameters that torch's parallelize_module has placed are refused by both faces; ignored, they compute as they did."""
+    """Parameters that torch's parallelize_module has placed are refused by both faces; ignored,
+    they compute as they did."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     net = NETS["even"]()
 
     def parallel() -> Net:
         model = copy.deepcopy(net)
-        return parallelize_module(model, mesh["tensor"], {"blocks.0.up": ColwiseParallel(), "blocks.0.down": RowwiseParallel()})
+        return parallelize_module(
+            model,
+            mesh["tensor"],
+            {"blocks.0.up": ColwiseParallel(), "blocks.0.down": RowwiseParallel()},
+        )
 
     message = rf"^rank {rank}: module Linear: parameter .*up.weight of shape \(16, 8\) already is a DTensor.*own fully_shard"
     with pytest.raises(ValueError, match=message):
@@ -413,14 +481,21 @@ def _tensor_parallel(rank: int) -> None:
     model = parallel()
     placed = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
     assert len(placed) == 4
-    ours = FullyShardedDataParallel(model, device_mesh=mesh["data"], ignored_states=list(placed.values()))
+    ours = FullyShardedDataParallel(
+        model, device_mesh=mesh["data"], ignored_states=list(placed.values())
+    )
     row = mesh["data"].get_local_rank()
     loss_of(ours, batch(net, 0, row)).backward()
     expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r // 2)))
     loss_of(net, batch(net, 0, row)).backward()
-    expected |= {name: p.grad for name, p in net.named_parameters() if name in placed}  # nobody reduces it
+    expected |= {
+        name: p.grad for name, p in net.named_parameters() if name in placed
+    }  # nobody reduces it
     for name, p in ours.named_parameters():
-        assert p is placed.get(name, p) and p.device_mesh == mesh["tensor" if name in placed else "data"], name
+        assert (
+            p is placed.get(name, p)
+            and p.device_mesh == mesh["tensor" if name in placed else "data"]
+        ), name
     assert_close(grads(ours), expected)
 
 
@@ -429,9 +504,13 @@ _ONLY_TORCHS = {"DataParallelMeshDims", "GradientReductionHandle", "share_comm_c
 
 
 def _changing_the_import(rank: int) -> None:
-    """What a script takes from torch.distributed.fsdp is here under its name, with the same arguments; or says what to do."""
+    """What a script takes from torch.distributed.fsdp is here under its name, with the same
+    arguments; or says what to do."""
     lacking = {name for name in torchs.__all__ if not hasattr(torch_hsdp_ckpt, name)}
-    assert lacking <= _ONLY_TORCHS and set(torch_hsdp_ckpt.__all__) >= set(torchs.__all__) - _ONLY_TORCHS
+    assert (
+        lacking <= _ONLY_TORCHS
+        and set(torch_hsdp_ckpt.__all__) >= set(torchs.__all__) - _ONLY_TORCHS
+    )
     for face in ("FSDPModule", "FullyShardedDataParallel"):
         ours, theirs = getattr(torch_hsdp_ckpt, face), getattr(torchs, face)
         for name in vars(theirs):
@@ -439,9 +518,14 @@ def _changing_the_import(rank: int) -> None:
                 continue
             assert hasattr(ours, name), f"{face}.{name}"
             if name not in _NOT_SERVED:
-                asked, taken = (inspect.signature(getattr(of, name)).parameters for of in (theirs, ours))
+                asked, taken = (
+                    inspect.signature(getattr(of, name)).parameters for of in (theirs, ours)
+                )
                 assert list(asked) == list(taken), f"{face}.{name}"
-    for ours, theirs in ((FullyShardedDataParallel, torchs.FullyShardedDataParallel), (fully_shard, torchs.fully_shard)):
+    for ours, theirs in (
+        (FullyShardedDataParallel, torchs.FullyShardedDataParallel),
+        (fully_shard, torchs.fully_shard),
+    ):
         asked, taken = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
         assert list(asked) == list(taken)[: len(asked)]
 
@@ -452,7 +536,8 @@ def _changing_the_import(rank: int) -> None:
         fully_shard(module, mesh=mesh_of((2, 2)))
         for name in _NOT_SERVED:
             with pytest.raises(
-                NotImplementedError, match=f"^rank {rank}: module {type(module).__name__}: {name} is not served: "
+                NotImplementedError,
+                match=f"^rank {rank}: module {type(module).__name__}: {name} is not served: ",
             ):
                 getattr(module, name)(True)
     with pytest.raises(ValueError, match=f"^rank {rank}: module Linear: dp_mesh_dims"):

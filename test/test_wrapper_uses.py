@@ -1,4 +1,5 @@
-"""What training scripts do around a wrapped module: autocast, loss scaling, compiling, conversions, hooks, odd settings."""
+"""What training scripts do around a wrapped module: autocast, loss scaling, compiling, conversions,
+hooks, odd settings."""
 
 import copy
 import dataclasses
@@ -21,7 +22,14 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap, wrap_fsdp2
 
-from torch_hsdp_ckpt import FullyShardedDataParallel, MixedPrecision, ShardingStrategy, fully_shard, load, save
+from torch_hsdp_ckpt import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    ShardingStrategy,
+    fully_shard,
+    load,
+    save,
+)
 
 
 def shard(net: Net, face=fully_shard, shape: tuple[int, ...] = (2, 2), **options) -> Net:
@@ -53,9 +61,14 @@ def _retain_graph(rank: int) -> None:
 
 
 def _autocast_and_scaler(rank: int) -> None:
-    """Values of torch's FSDP2 to the bit; an infinity in one shard makes every rank skip its step."""
+    """Values of torch's FSDP2 to the bit; an infinity in one shard makes every rank skip its
+    step."""
     net = NETS["uneven"]()
-    models = [wrap(copy.deepcopy(net)), shard(copy.deepcopy(net)), wrap_fsdp2(copy.deepcopy(net), (2, 2))]
+    models = [
+        wrap(copy.deepcopy(net)),
+        shard(copy.deepcopy(net)),
+        wrap_fsdp2(copy.deepcopy(net), (2, 2)),
+    ]
     for model in models:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -71,7 +84,10 @@ def _autocast_and_scaler(rank: int) -> None:
                 next(model.parameters()).grad.to_local().view(-1)[0] = float("inf")
             scaler.step(optimizer)
             scaler.update()
-            moved = any(not torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), before, strict=True))
+            moved = any(
+                not torch.equal(p.to_local(), b)
+                for p, b in zip(model.parameters(), before, strict=True)
+            )
             assert moved == (step != 2)
         assert scaler.get_scale() == 2.0**9
     for ours in models[:2]:
@@ -81,7 +97,8 @@ def _autocast_and_scaler(rank: int) -> None:
 
 
 class Gated(nn.Module):
-    """Parameters without dimensions: in a block and outside, a frozen one, one that only some ranks use."""
+    """Parameters without dimensions: in a block and outside, a frozen one, one that only some ranks
+    use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +114,8 @@ class Gated(nn.Module):
 
 
 def _without_dimensions(rank: int, directory: str) -> None:
-    """Replicated DTensors: gradients averaged over the whole mesh, states as of any other parameter."""
+    """Replicated DTensors: gradients averaged over the whole mesh, states as of any other
+    parameter."""
 
     class GatedBlock(Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +148,9 @@ def _without_dimensions(rank: int, directory: str) -> None:
             scale = dict(model.named_parameters())["scale"]
             assert scale.placements == (Replicate(),) * len(shape) and scale.to_local().shape == ()
             loss(model, rank).backward()  # adds
-            assert_close(grads(model), {name: None if g is None else 2 * g for name, g in expected.items()})
+            assert_close(
+                grads(model), {name: None if g is None else 2 * g for name, g in expected.items()}
+            )
             foreach = model is ours
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=foreach)
             for _ in range(3):
@@ -142,7 +162,9 @@ def _without_dimensions(rank: int, directory: str) -> None:
             own = torch.stack([p.detach().to_local() for p in model.parameters() if p.ndim == 0])
             everyones = [torch.empty_like(own) for _ in range(4)]
             dist.all_gather(everyones, own)
-            assert all(torch.equal(other, own) for other in everyones), "the same bits on every rank"
+            assert all(torch.equal(other, own) for other in everyones), (
+                "the same bits on every rank"
+            )
         loss(ours, rank).backward()
         norm = nn.utils.get_total_norm([g for g in grads(ours).values() if g is not None])
         torch.testing.assert_close(ours.clip_grad_norm_(1e9), norm)
@@ -150,9 +172,13 @@ def _without_dimensions(rank: int, directory: str) -> None:
             assert ours.scale.shape == () and not isinstance(ours.scale, DTensor)
             ours.scale.fill_(7.0)
         assert full(ours.scale) == 7
-        # Ours saves and stock torch loads, onto another mesh, and the other way round; also whole state dicts.
+        # Ours saves and stock torch loads, onto another mesh, and the other way round; also whole
+        # state dicts.
         path = f"{directory}/{'x'.join(map(str, shape))}"
-        state = {"model": ours.state_dict(), "optim": FullyShardedDataParallel.optim_state_dict(ours, optimizer)}
+        state = {
+            "model": ours.state_dict(),
+            "optim": FullyShardedDataParallel.optim_state_dict(ours, optimizer),
+        }
         save(state, checkpoint_id=path)
         other = wrap(copy.deepcopy(net), (2, 2), policy=kinds)
         into = {"model": other.state_dict()}
@@ -168,7 +194,10 @@ def _without_dimensions(rank: int, directory: str) -> None:
             other.load_state_dict(whole)
         assert full(other.scale) == 8
 
-    low = wrap(copy.deepcopy(net), mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    low = wrap(
+        copy.deepcopy(net),
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    )
     low(x[rank], True).square().mean().backward()
     wide = mean_grads(net, lambda n, r: n(x[r], True).square().mean())
     assert low.scale.dtype == low.scale.grad.dtype == torch.float32
@@ -177,7 +206,10 @@ def _without_dimensions(rank: int, directory: str) -> None:
 
 def _compiled(rank: int) -> None:
     net = NETS["even"]()
-    expected = [mean_grads(net, lambda n, r, step=step: loss_of(n, batch(net, step, r))) for step in range(2)]
+    expected = [
+        mean_grads(net, lambda n, r, step=step: loss_of(n, batch(net, step, r)))
+        for step in range(2)
+    ]
 
     def blocks_before(backend: str) -> nn.Module:
         inner = copy.deepcopy(net)
@@ -206,7 +238,9 @@ def _compiled(rank: int) -> None:
             loss_of(call, batch(net, step, rank)).backward()
             assert_close(grads(ours), expected[step])
         # The blocks, and in a whole compiled wrapper the head; never the wrapper's own code.
-        assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3, torch._dynamo.utils.counters
+        assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3, (
+            torch._dynamo.utils.counters
+        )
 
 
 class Seeing(nn.Module):
@@ -234,11 +268,19 @@ def _half(rank: int) -> None:
             assert p.dtype == torch.float32 and p.grad.dtype == dtype, name
             torch.testing.assert_close(full(p.grad).float(), expected[name], rtol=2e-2, atol=2e-3)
     policy = MixedPrecisionPolicy(param_dtype=torch.float16)
-    models = [shard(copy.deepcopy(net), face, mp_policy=policy) for face in (fully_shard, torchs_fully_shard)]
+    models = [
+        shard(copy.deepcopy(net), face, mp_policy=policy)
+        for face in (fully_shard, torchs_fully_shard)
+    ]
     outs = [model(batch(net, 0, rank)) for model in models]
     assert outs[0].dtype == torch.float16 and torch.equal(*outs)
     for cast, dtype in ((True, torch.float16), (False, torch.float32)):
-        ours = wrap(Seeing(), mixed_precision=MixedPrecision(param_dtype=torch.float16, cast_root_forward_inputs=cast))
+        ours = wrap(
+            Seeing(),
+            mixed_precision=MixedPrecision(
+                param_dtype=torch.float16, cast_root_forward_inputs=cast
+            ),
+        )
         assert ours(torch.ones(2, 6)).dtype == torch.float16 and ours.module.seen == dtype
 
 
@@ -257,7 +299,10 @@ def _dtypes_of_buffers_inputs_and_scaled_gradients(rank: int) -> None:
     bf16 = torch.bfloat16
     for cast, seen in ((True, bf16), (False, torch.float32)):
         precision = MixedPrecision(
-            param_dtype=bf16, buffer_dtype=bf16, cast_forward_inputs=cast, cast_root_forward_inputs=False
+            param_dtype=bf16,
+            buffer_dtype=bf16,
+            cast_forward_inputs=cast,
+            cast_root_forward_inputs=False,
         )
         ours = FullyShardedDataParallel(
             Buffered(),
@@ -268,10 +313,16 @@ def _dtypes_of_buffers_inputs_and_scaled_gradients(rank: int) -> None:
         )
         out = ours(torch.ones(2, 6))
         assert ours.module.inner.module.seen == seen and out.dtype == bf16
-        assert ours.table.dtype == bf16 and (ours.table == 1).all() and ours.count.dtype == torch.int64
+        assert (
+            ours.table.dtype == bf16 and (ours.table == 1).all() and ours.count.dtype == torch.int64
+        )
     with pytest.raises(ValueError, match="device_id is cuda"):
-        FullyShardedDataParallel(Seeing(), device_mesh=mesh_of((2, 2)), device_id=torch.device("cuda", 0))
-    items = FullyShardedDataParallel(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), device_mesh=mesh_of((2, 2)))
+        FullyShardedDataParallel(
+            Seeing(), device_mesh=mesh_of((2, 2)), device_id=torch.device("cuda", 0)
+        )
+    items = FullyShardedDataParallel(
+        nn.Sequential(nn.Linear(2, 2), nn.ReLU()), device_mesh=mesh_of((2, 2))
+    )
     assert items[1] is items.module[1] and items.module[0].weight.shape == (2, 2)
 
     net = NETS["even"]()
@@ -299,13 +350,22 @@ class Result:
 
 RESULTS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]] = {
     "dict's subclass": (lambda y: Named(out=y), lambda result: result["out"]),
-    "OrderedDict's subclass": (lambda y: type("Ordered", (OrderedDict,), {})(out=y), lambda result: result["out"]),
+    "OrderedDict's subclass": (
+        lambda y: type("Ordered", (OrderedDict,), {})(out=y),
+        lambda result: result["out"],
+    ),
     "UserDict in a list": (lambda y: [None, UserDict(out=y)], lambda result: result[1]["out"]),
     "set": (lambda y: {y}, lambda result: next(iter(result))),
     "list's subclass": (lambda y: type("Items", (list,), {})([y]), lambda result: result[0]),
     "UserList": (lambda y: UserList([y]), lambda result: result[0]),
-    "dataclass": (lambda y: Result(None, {"a": [Named(out=y)]}), lambda result: result.other["a"][0]["out"]),
-    "packed": (lambda y: nn.utils.rnn.pack_padded_sequence(y[None], [3], batch_first=True), lambda result: result.data),
+    "dataclass": (
+        lambda y: Result(None, {"a": [Named(out=y)]}),
+        lambda result: result.other["a"][0]["out"],
+    ),
+    "packed": (
+        lambda y: nn.utils.rnn.pack_padded_sequence(y[None], [3], batch_first=True),
+        lambda result: result.data,
+    ),
 }
 
 
@@ -349,7 +409,8 @@ def _results_of_any_kind(rank: int) -> None:
 
 
 def _converted_past_the_wrapper(rank: int) -> None:
-    """``to`` and its kin of a plain module inside a unit: the unit follows, with the values that come after."""
+    """``to`` and its kin of a plain module inside a unit: the unit follows, with the values that
+    come after."""
     net = NETS["uneven"]()
     for make, runs_before in ((wrap, True), (shard, True), (wrap, False)):
         ours, plain = make(copy.deepcopy(net)), copy.deepcopy(net)
@@ -389,7 +450,12 @@ def _given_initialisation(rank: int) -> None:
         with torch.device("meta"):
             empty = Net(7, 13, 3)
         ours = wrap(empty, param_init_fn=fill, sync_module_states=sync)
-        assert len(called) == len(set(called)) and {type(m) for m in called} >= {Net, Block, nn.Linear, nn.LayerNorm}
+        assert len(called) == len(set(called)) and {type(m) for m in called} >= {
+            Net,
+            Block,
+            nn.Linear,
+            nn.LayerNorm,
+        }
         for name, p in ours.named_parameters():
             assert (p.to_local() == (1 if sync else rank + 1)).all(), name
         assert ours(torch.ones(1, 7)).isfinite().all()
@@ -412,7 +478,9 @@ def _more_settings(rank: int) -> None:
         buffer.mul_(3)
 
     ours.blocks[0].set_all_reduce_hook(triple)
-    hooked = {name: 3 * grad if name.startswith("blocks.0.") else grad for name, grad in once.items()}
+    hooked = {
+        name: 3 * grad if name.startswith("blocks.0.") else grad for name, grad in once.items()
+    }
     assert_close(step(ours), hooked)
     assert seen == [(1, torch.float32)]
     with pytest.raises(ValueError, match="stream"):
@@ -436,7 +504,8 @@ def _more_settings(rank: int) -> None:
 
 
 def _other_shapes_of_use(rank: int) -> None:
-    """Several modules as one unit, parameters left out, conversions after wrapping, a mesh made from the hosts."""
+    """Several modules as one unit, parameters left out, conversions after wrapping, a mesh made
+    from the hosts."""
     net = NETS["uneven"]()
     models = []
     for face in (fully_shard, torchs_fully_shard):
@@ -483,12 +552,19 @@ def _other_shapes_of_use(rank: int) -> None:
 
 def test_around_a_step() -> None:
     run_checks(
-        4, _results_of_any_kind, _retain_graph, _autocast_and_scaler, _half, _dtypes_of_buffers_inputs_and_scaled_gradients
+        4,
+        _results_of_any_kind,
+        _retain_graph,
+        _autocast_and_scaler,
+        _half,
+        _dtypes_of_buffers_inputs_and_scaled_gradients,
     )
 
 
 def test_settings_and_construction() -> None:
-    run_checks(4, _given_initialisation, _more_settings, _other_shapes_of_use, _converted_past_the_wrapper)
+    run_checks(
+        4, _given_initialisation, _more_settings, _other_shapes_of_use, _converted_past_the_wrapper
+    )
 
 
 def test_compiled() -> None:

@@ -1,4 +1,5 @@
-"""``FileSystemWriter`` in stock ``dcp.async_save``, process mode too, and what its constructor's arguments do."""
+"""``FileSystemWriter`` in stock ``dcp.async_save``, process mode too, and what its constructor's
+arguments do."""
 
 import errno
 import inspect
@@ -27,11 +28,16 @@ FULL = torch.arange(40000.0).reshape(200, 200)
 
 def _state(value: float) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-    return {"w": distribute_tensor(FULL + value, mesh, (Replicate(), Shard(0))), "b": torch.full((9,), value), "n": value}
+    return {
+        "w": distribute_tensor(FULL + value, mesh, (Replicate(), Shard(0))),
+        "b": torch.full((9,), value),
+        "n": value,
+    }
 
 
 def _loaded(path: str) -> tuple[float, float, float]:
-    """What is in the checkpoint, by stock's reader: the value that each of the state's parts was made of."""
+    """What is in the checkpoint, by stock's reader: the value that each of the state's parts was
+    made of."""
     like: dict[str, Any] = {"w": torch.zeros_like(FULL), "b": torch.zeros(9), "n": None}
     dcp.load(like, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     offset = (like["w"] - FULL).unique()
@@ -82,9 +88,13 @@ def test_the_staged_copy_is_kept_as_torchs_is(tmp_path: Path) -> None:
     for writer_type in (dcp.FileSystemWriter, h.FileSystemWriter):
         for kept in (False, True):
             writer = writer_type(tmp_path / writer_type.__module__, cache_staged_state_dict=kept)
-            if kept:  # torch pins what it keeps, which needs CUDA: the copy of an earlier save is given to it instead
+            # torch pins what it keeps, which needs CUDA: the copy of an earlier save is given to it
+            # instead
+            if kept:
                 writer.state_dict_cache = {"w": torch.zeros(1000)}
-            first, second = (writer.stage({"w": torch.full((1000,), value)})["w"] for value in (1.0, 2.0))
+            first, second = (
+                writer.stage({"w": torch.full((1000,), value)})["w"] for value in (1.0, 2.0)
+            )
             assert (first.data_ptr() == second.data_ptr()) == kept
             assert bool((second == 2).all())
     state = {"w": torch.ones(1000)}
@@ -96,7 +106,10 @@ def test_the_staged_copy_is_kept_as_torchs_is(tmp_path: Path) -> None:
 
 
 def test_the_arguments_are_torchs() -> None:
-    ours, torchs = (inspect.signature(each.__init__).parameters for each in (h.FileSystemWriter, dcp.FileSystemWriter))
+    ours, torchs = (
+        inspect.signature(each.__init__).parameters
+        for each in (h.FileSystemWriter, dcp.FileSystemWriter)
+    )
     assert ours == torchs
 
 
@@ -115,7 +128,9 @@ def test_sync_files_is_whether_anything_is_synced(tmp_path: Path, save: str) -> 
         synced = [path for op, path in calls if op == "fsync"]
         names = {Path(path).name.rpartition("_")[2] or path for path in synced}
         assert bool(synced) == sync
-        if sync:  # the two directories above the new one, the data, the directory, the metadata, the directory once more
+        # the two directories above the new one, the data, the directory, the metadata, the
+        # directory once more
+        if sync:
             assert synced[:2] == [str(tmp_path.parent), str(tmp_path)]
             assert {"0.distcp", "True", "1.distcp.tmp"} <= names
             assert synced[-1] == str(tmp_path / "True")
@@ -123,7 +138,8 @@ def test_sync_files_is_whether_anything_is_synced(tmp_path: Path, save: str) -> 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_thread_count_is_the_threads_that_write(tmp_path: Path, count: int) -> None:
-    """Three writes that wait for one another get on only if three threads write; of one, torch's default, we make two."""
+    """Three writes that wait for one another get on only if three threads write; of one, torch's
+    default, we make two."""
     threads = max(2, count)
     together, seen = threading.Barrier(threads), set()
 
@@ -146,7 +162,9 @@ def test_thread_count_is_the_threads_that_write(tmp_path: Path, count: int) -> N
     h.save(state, storage_writer=h.FileSystemWriter(tmp_path, thread_count=count), no_dist=True)
     _C._inject_fault(None)
     assert len(seen) == threads
-    assert len(list(tmp_path.glob("*.distcp"))) == 1, "unlike torch's, the number of files does not depend on it"
+    assert len(list(tmp_path.glob("*.distcp"))) == 1, (
+        "unlike torch's, the number of files does not depend on it"
+    )
 
 
 @pytest.mark.parametrize("block", [1 << 16, 0])

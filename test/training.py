@@ -18,7 +18,9 @@ def mesh_of(shape: tuple[int, ...], device: str = "cpu"):
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
-def wrap(net: nn.Module, shape: tuple[int, ...] = (2, 2), device: str = "cpu", policy=None, **options):
+def wrap(
+    net: nn.Module, shape: tuple[int, ...] = (2, 2), device: str = "cpu", policy=None, **options
+):
     return FullyShardedDataParallel(
         net if device == "cpu" else net.to(device),
         device_mesh=mesh_of(shape, device),
@@ -51,14 +53,22 @@ def mean_grads(net: nn.Module, loss) -> dict[str, torch.Tensor | None]:
     return {name: p.grad for name, p in net.named_parameters()}
 
 
-def assert_close(ours: dict[str, torch.Tensor | None], reference: dict[str, torch.Tensor | None]) -> None:
+def assert_close(
+    ours: dict[str, torch.Tensor | None], reference: dict[str, torch.Tensor | None]
+) -> None:
     assert ours.keys() == reference.keys()
     for name, grad in reference.items():
         if grad is None:
             assert ours[name] is None, name
         else:
             assert ours[name] is not None, name
-            torch.testing.assert_close(ours[name], grad, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                ours[name],
+                grad,
+                rtol=1e-5,
+                atol=1e-6,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@
 #include <new>
 #include <span>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::base {
 
-/// Memory that direct I/O takes: starts at a multiple of 4096, as does its size. Owns it; movable. Contents start
-/// undefined.
+/// Memory that direct I/O takes: starts at a multiple of 4096, as does its size. Owns it; movable.
+/// Contents start undefined.
 class AlignedBuffer {
  public:
   static constexpr size_t kAlignment = 4096;
@@ -21,8 +21,9 @@ class AlignedBuffer {
   AlignedBuffer() = default;
   /// `size` is rounded up to a multiple of kAlignment, or of kHugePage. Throws std::bad_alloc.
   ///
-  /// `huge`: of huge pages where the system has them for who asks. That halves what a direct write of it costs the CPU, as
-  /// the kernel takes hold of each page, but a first byte costs the zeroing of a whole one: for memory that will be filled.
+  /// `huge`: of huge pages where the system has them for who asks. That halves what a direct write
+  /// of it costs the CPU, as the kernel takes hold of each page, but a first byte costs the zeroing
+  /// of a whole one: for memory that will be filled.
   explicit AlignedBuffer(size_t size, bool huge = false) {
     const size_t unit = huge ? kHugePage : kAlignment;
     size_ = (size + unit - 1) / unit * unit;
@@ -32,12 +33,15 @@ class AlignedBuffer {
       if (!data_) throw std::bad_alloc();
       return;
     }
-    // Not malloc's, which would keep it and hand it out in small pieces, with huge pages behind them.
+    // Not malloc's, which would keep it and hand it out in small pieces, with huge pages behind
+    // them.
     const size_t mapped = size_ + kHugePage;
-    void* const start = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* const start =
+        ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) throw std::bad_alloc();
     const auto address = reinterpret_cast<uintptr_t>(start);
-    auto* const first = static_cast<std::byte*>(start) + (kHugePage - address % kHugePage) % kHugePage;
+    auto* const first =
+        static_cast<std::byte*>(start) + (kHugePage - address % kHugePage) % kHugePage;
     data_ = {first, Free{start, mapped}};
     ::madvise(first, size_, MADV_HUGEPAGE);  // an advice: nothing is lost where it is refused
   }
@@ -61,4 +65,4 @@ class AlignedBuffer {
   size_t size_ = 0;
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::base

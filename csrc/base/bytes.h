@@ -11,7 +11,7 @@
 
 #include "base/error.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::base {
 
 inline std::span<const std::byte> AsBytes(std::string_view text) {
   return std::as_bytes(std::span(text.data(), text.size()));
@@ -26,9 +26,12 @@ class ByteWriter {
  public:
   template <std::unsigned_integral T>
   void Put(T value) {
-    for (size_t i = 0; i < sizeof(T); ++i) bytes_.push_back(static_cast<std::byte>(value >> (8 * i)));
+    for (size_t i = 0; i < sizeof(T); ++i)
+      bytes_.push_back(static_cast<std::byte>(value >> (8 * i)));
   }
-  void Put(std::span<const std::byte> bytes) { bytes_.insert(bytes_.end(), bytes.begin(), bytes.end()); }
+  void Put(std::span<const std::byte> bytes) {
+    bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
+  }
   void Put(std::string_view text) { Put(AsBytes(text)); }
   void PutZeros(size_t count) { bytes_.resize(bytes_.size() + count); }
 
@@ -40,8 +43,8 @@ class ByteWriter {
   std::vector<std::byte> bytes_;
 };
 
-/// Takes little-endian numbers from hostile bytes: every read is checked against the end first and throws CorruptionError
-/// (naming `path` and `part`) beyond it. Does not own the bytes.
+/// Takes little-endian numbers from hostile bytes: every read is checked against the end first and
+/// throws CorruptionError (naming `path` and `part`) beyond it. Does not own the bytes.
 class ByteReader {
  public:
   ByteReader(std::span<const std::byte> bytes, std::string path, std::string part)
@@ -51,7 +54,8 @@ class ByteReader {
   T Get() {
     const auto raw = Get(sizeof(T));
     T value = 0;
-    for (size_t i = 0; i < sizeof(T); ++i) value = static_cast<T>(value | (static_cast<T>(raw[i]) << (8 * i)));
+    for (size_t i = 0; i < sizeof(T); ++i)
+      value = static_cast<T>(value | (static_cast<T>(raw[i]) << (8 * i)));
     return value;
   }
   std::span<const std::byte> Get(uint64_t size) {
@@ -76,4 +80,4 @@ class ByteReader {
   std::string part_;
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::base

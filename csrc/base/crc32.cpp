@@ -10,7 +10,7 @@
 #include <zlib.h>
 #endif
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::base {
 namespace {
 
 // Polynomials over GF(2) modulo the CRC's, reflected: bit 31 is the coefficient of x^0.
@@ -27,7 +27,8 @@ constexpr uint32_t Multiply(uint32_t a, uint32_t b) {
   return product;
 }
 
-// kSquares[i] is x to the power of 2^i. The powers repeat after 32: x^(2^32) is x, as the polynomial is primitive.
+// kSquares[i] is x to the power of 2^i. The powers repeat after 32: x^(2^32) is x, as the
+// polynomial is primitive.
 constexpr auto kSquares = [] {
   std::array<uint32_t, 32> out{1u << 30};
   for (size_t i = 1; i < out.size(); ++i) out[i] = Multiply(out[i - 1], out[i - 1]);
@@ -53,10 +54,12 @@ uint32_t Crc32(std::span<const std::byte> data, uint32_t seed) {
 #elif defined(HSDP_CKPT_WITH_ZLIB)
   // A null pointer would mean the initial value to zlib, whatever the seed.
   if (data.empty()) return seed;
-  return static_cast<uint32_t>(crc32_z(seed, reinterpret_cast<const Bytef*>(data.data()), data.size()));
+  return static_cast<uint32_t>(
+      crc32_z(seed, reinterpret_cast<const Bytef*>(data.data()), data.size()));
 #else
   uint32_t crc = ~seed;
-  for (const std::byte byte : data) crc = (crc >> 8) ^ kTable[(crc ^ static_cast<uint32_t>(byte)) & 0xff];
+  for (const std::byte byte : data)
+    crc = (crc >> 8) ^ kTable[(crc ^ static_cast<uint32_t>(byte)) & 0xff];
   return ~crc;
 #endif
 }
@@ -69,18 +72,21 @@ uint32_t Crc32Combine(uint32_t first, uint32_t second, uint64_t second_size) {
   return first ^ second;
 }
 
-uint32_t CopyAndCrc32(std::span<std::byte> target, std::span<const std::byte> source, uint32_t seed) {
+uint32_t CopyAndCrc32(std::span<std::byte> target, std::span<const std::byte> source,
+                      uint32_t seed) {
   constexpr size_t kStep = 4 << 10, kLine = 64;
   for (size_t at = 0; at < source.size(); at += kStep) {
     const size_t size = std::min(kStep, source.size() - at);
-    // Reads that wait for nothing come first: memcpy, whose stores hold its reads up, finds its source in the cache.
+    // Reads that wait for nothing come first: memcpy, whose stores hold its reads up, finds its
+    // source in the cache.
     const volatile std::byte* const read = source.data() + at;
     for (size_t i = 0; i < size; i += kLine) static_cast<void>(read[i]);
     std::memcpy(target.data() + at, source.data() + at, size);
-    // What is summed is what was copied, so a source that changes meanwhile cannot give a record that fails its check.
+    // What is summed is what was copied, so a source that changes meanwhile cannot give a record
+    // that fails its check.
     seed = Crc32(target.subspan(at, size), seed);
   }
   return seed;
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::base

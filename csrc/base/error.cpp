@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstring>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::base {
 namespace {
 
 std::string At(int64_t offset) { return offset < 0 ? "" : " at offset " + std::to_string(offset); }
@@ -17,9 +17,11 @@ IoError::IoError(const std::string& op, const std::string& path, int64_t offset,
       offset_(offset),
       error_number_(error_number) {}
 
-CorruptionError::CorruptionError(const std::string& path, const std::string& record, const std::string& expected,
-                                 const std::string& got)
-    : Error(path + ": " + record + ": expected " + expected + ", got " + got), path_(path), record_(record) {}
+CorruptionError::CorruptionError(const std::string& path, const std::string& record,
+                                 const std::string& expected, const std::string& got)
+    : Error(path + ": " + record + ": expected " + expected + ", got " + got),
+      path_(path),
+      record_(record) {}
 
 std::string CrcText(uint32_t crc) {
   char text[16];
@@ -33,4 +35,4 @@ std::string ShapeText(std::span<const int64_t> numbers) {
   return out + "]";
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::base

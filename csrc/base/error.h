@@ -5,10 +5,11 @@
 #include <stdexcept>
 #include <string>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::base {
 
-/// What went wrong with a checkpoint that is neither the operating system's word nor damage to its bytes: two saves in one
-/// directory, a plan that does not fit, a name that leaves the directory. Becomes Python's `CheckpointError`.
+/// What went wrong with a checkpoint that is neither the operating system's word nor damage to its
+/// bytes: two saves in one directory, a plan that does not fit, a name that leaves the directory.
+/// Becomes Python's `CheckpointError`.
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -17,7 +18,8 @@ class Error : public std::runtime_error {
 /// An operating system call that failed. Becomes Python's `OSError` with `errno` and `filename`.
 class IoError : public Error {
  public:
-  /// `op` is the call as a user would look it up ("pwrite"), `offset` the byte offset in the file or -1.
+  /// `op` is the call as a user would look it up ("pwrite"), `offset` the byte offset in the file
+  /// or -1.
   IoError(const std::string& op, const std::string& path, int64_t offset, int error_number);
 
   const std::string& path() const { return path_; }
@@ -32,11 +34,13 @@ class IoError : public Error {
   int error_number_;
 };
 
-/// Bytes that are not what the format or a checksum says. Becomes Python's `CorruptCheckpointError`.
+/// Bytes that are not what the format or a checksum says. Becomes Python's
+/// `CorruptCheckpointError`.
 class CorruptionError : public Error {
  public:
   /// `record` is the tensor's name, or the part of the file, for example "zip local header".
-  CorruptionError(const std::string& path, const std::string& record, const std::string& expected, const std::string& got);
+  CorruptionError(const std::string& path, const std::string& record, const std::string& expected,
+                  const std::string& got);
 
   const std::string& path() const { return path_; }
   const std::string& record() const { return record_; }
@@ -50,4 +54,4 @@ class CorruptionError : public Error {
 std::string CrcText(uint32_t crc);
 std::string ShapeText(std::span<const int64_t> numbers);
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::base

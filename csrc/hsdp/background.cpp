@@ -7,7 +7,7 @@
 
 #include "kernels/pieces_cpu.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 namespace {
 
 c10::ThreadPool& Thread(Background where) {
@@ -25,4 +25,4 @@ void RunInBackground(Background where, std::function<void()> task) {
   });
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <utility>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 namespace {
 
 using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
@@ -18,27 +18,35 @@ constexpr int64_t kDefaultTimeout = -1;  // what the group was made with
 // On a CUDA stream the backend orders the operation itself; only the CPU has somebody to wait for.
 bool Async(const at::Tensor& tensor) { return tensor.is_cpu(); }
 
-OpPtr Op(bool average) { return c10::make_intrusive<c10d::ReduceOp>(average ? c10d::ReduceOp::AVG : c10d::ReduceOp::SUM); }
+OpPtr Op(bool average) {
+  return c10::make_intrusive<c10d::ReduceOp>(average ? c10d::ReduceOp::AVG : c10d::ReduceOp::SUM);
+}
 
 template <typename Signature>
 auto FindOp(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup were renamed in between.
-void Send(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, int64_t tag, Works& works) {
-  static const auto op = FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::send");
+// The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup
+// were renamed in between.
+void Send(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, int64_t tag,
+          Works& works) {
+  static const auto op =
+      FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::send");
   if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, tag));
 }
 
-void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, int64_t tag, Works& works) {
-  static const auto op = FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::recv_");
+void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, int64_t tag,
+             Works& works) {
+  static const auto op =
+      FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::recv_");
   if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, tag));
 }
 
 }  // namespace
 
-Collectives::Collectives(std::string shard_group, std::optional<std::string> replica_group, int64_t rank)
+Collectives::Collectives(std::string shard_group, std::optional<std::string> replica_group,
+                         int64_t rank)
     : gather_group_(shard_group),
       reduce_group_(std::move(shard_group)),
       replica_group_(std::move(replica_group)),
@@ -49,7 +57,8 @@ Collectives::Collectives(std::string shard_group, std::optional<std::string> rep
   if (replica_group_) replicas_ = c10d::resolve_process_group(*replica_group_)->getSize();
 }
 
-void Collectives::SetReduceGroups(std::string shard_group, std::optional<std::string> replica_group) {
+void Collectives::SetReduceGroups(std::string shard_group,
+                                  std::optional<std::string> replica_group) {
   TORCH_CHECK(c10d::resolve_process_group(shard_group)->getSize() == shards_ &&
                   replica_group.has_value() == replica_group_.has_value(),
               "Collectives: the groups for reductions are not of the same ranks");
@@ -61,7 +70,9 @@ bool Collectives::backend_is(const char* name, c10::DeviceType device) const {
   return c10d::resolve_process_group(reduce_group_)->getBackend(device)->getBackendName() == name;
 }
 
-bool Collectives::exchanges(c10::DeviceType device) const { return device == c10::kCPU && backend_is("gloo", device); }
+bool Collectives::exchanges(c10::DeviceType device) const {
+  return device == c10::kCPU && backend_is("gloo", device);
+}
 
 bool Collectives::coalesces(c10::DeviceType device) const { return backend_is("nccl", device); }
 
@@ -69,8 +80,8 @@ Works Collectives::AllGather(const std::vector<Cut>& runs) const {
   const GroupPtr group = c10d::resolve_process_group(gather_group_);
   Works works;
   if (exchanges(runs.at(0).run.device().type())) {
-    // Receives first: a message that finds its receiver waiting goes at once. Peers in turns, so that no rank is every
-    // other one's first.
+    // Receives first: a message that finds its receiver waiting goes at once. Peers in turns, so
+    // that no rank is every other one's first.
     for (int64_t step = 1; step < shards_; ++step) {
       const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
       for (const Cut& cut : runs) Receive(cut.piece(peer), group, peer, tag_, works);
@@ -87,41 +98,46 @@ Works Collectives::AllGather(const std::vector<Cut>& runs) const {
     inputs.push_back(cut.piece(shard_rank_));
   }
   if (outputs.size() == 1) {
-    static const auto op =
-        FindOp<std::tuple<at::Tensor, WorkPtr>(at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>(
-            "c10d::_allgather_base_");
-    works.push_back(std::get<1>(op.call(outputs[0], inputs[0], group, Async(inputs[0]), kDefaultTimeout)));
+    static const auto op = FindOp<std::tuple<at::Tensor, WorkPtr>(
+        at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>("c10d::_allgather_base_");
+    works.push_back(
+        std::get<1>(op.call(outputs[0], inputs[0], group, Async(inputs[0]), kDefaultTimeout)));
   } else {
-    static const auto op = FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, bool)>(
-        "c10d::allgather_into_tensor_coalesced_");
+    static const auto op =
+        FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, bool)>(
+            "c10d::allgather_into_tensor_coalesced_");
     works.push_back(op.call(outputs, inputs, group, Async(inputs[0])));
   }
   return works;
 }
 
-Works Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs, const std::vector<Cut>& runs, bool average) const {
+Works Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
+                                 const std::vector<Cut>& runs, bool average) const {
   const GroupPtr group = c10d::resolve_process_group(reduce_group_);
   std::vector<at::Tensor> inputs;
   for (const Cut& cut : runs) inputs.push_back(cut.run);
   if (inputs.size() == 1) {
-    static const auto op =
-        FindOp<std::tuple<at::Tensor, WorkPtr>(at::Tensor&, at::Tensor&, const GroupPtr&, const OpPtr&, bool, int64_t)>(
-            "c10d::_reduce_scatter_base_");
+    static const auto op = FindOp<std::tuple<at::Tensor, WorkPtr>(
+        at::Tensor&, at::Tensor&, const GroupPtr&, const OpPtr&, bool, int64_t)>(
+        "c10d::_reduce_scatter_base_");
     at::Tensor output = outputs.at(0);
-    return {std::get<1>(op.call(output, inputs[0], group, Op(average), Async(output), kDefaultTimeout))};
+    return {std::get<1>(
+        op.call(output, inputs[0], group, Op(average), Async(output), kDefaultTimeout))};
   }
   static const auto op =
-      FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, const OpPtr&, bool, int64_t)>(
-          "c10d::reduce_scatter_tensor_coalesced_");
+      FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, const OpPtr&,
+                     bool, int64_t)>("c10d::reduce_scatter_tensor_coalesced_");
   return {op.call(outputs, inputs, group, Op(average), Async(inputs.at(0)), kDefaultTimeout)};
 }
 
-Works Collectives::ExchangePieces(const std::vector<Cut>& runs, const std::vector<std::vector<at::Tensor>>& inbox) const {
+Works Collectives::ExchangePieces(const std::vector<Cut>& runs,
+                                  const std::vector<std::vector<at::Tensor>>& inbox) const {
   const GroupPtr group = c10d::resolve_process_group(reduce_group_);
   Works works;
   for (int64_t step = 1; step < shards_; ++step) {
     const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
-    for (const at::Tensor& piece : inbox.at(static_cast<size_t>(peer))) Receive(piece, group, peer, tag_, works);
+    for (const at::Tensor& piece : inbox.at(static_cast<size_t>(peer)))
+      Receive(piece, group, peer, tag_, works);
   }
   for (int64_t step = 1; step < shards_; ++step) {
     const int64_t peer = (shard_rank_ + step) % shards_;
@@ -141,18 +157,19 @@ Works Collectives::SwapReplicas(const at::Tensor& output, const at::Tensor& inbo
 
 Works Collectives::AllReduce(const at::Tensor& tensor, bool average) const {
   static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(
-      at::TensorList, const GroupPtr&, const OpPtr&, const std::optional<at::Tensor>&, bool, int64_t)>("c10d::allreduce_");
+      at::TensorList, const GroupPtr&, const OpPtr&, const std::optional<at::Tensor>&, bool,
+      int64_t)>("c10d::allreduce_");
   const std::vector<at::Tensor> tensors{tensor};
-  return {std::get<1>(op.call(tensors, c10d::resolve_process_group(replica_group_.value()), Op(average), std::nullopt,
-                              Async(tensor), kDefaultTimeout))};
+  return {std::get<1>(op.call(tensors, c10d::resolve_process_group(replica_group_.value()),
+                              Op(average), std::nullopt, Async(tensor), kDefaultTimeout))};
 }
 
 Works Collectives::BroadcastFirst(const at::Tensor& tensor) const {
-  static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(at::TensorList, const GroupPtr&, int64_t,
-                                                                             int64_t, bool, int64_t)>("c10d::broadcast_");
+  static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(
+      at::TensorList, const GroupPtr&, int64_t, int64_t, bool, int64_t)>("c10d::broadcast_");
   const std::vector<at::Tensor> tensors{tensor};
-  return {std::get<1>(op.call(tensors, c10d::resolve_process_group(reduce_group_), /*root_rank=*/0, /*root_tensor=*/0,
-                              Async(tensor), kDefaultTimeout))};
+  return {std::get<1>(op.call(tensors, c10d::resolve_process_group(reduce_group_), /*root_rank=*/0,
+                              /*root_tensor=*/0, Async(tensor), kDefaultTimeout))};
 }
 
 bool Collectives::averages(c10::DeviceType device, at::ScalarType dtype) const {
@@ -178,4 +195,4 @@ void Await(Works& works, int64_t rank, const std::function<std::string()>& what)
   }
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

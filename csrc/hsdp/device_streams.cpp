@@ -11,7 +11,7 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 
 #ifdef HSDP_CKPT_WITH_CUDA
 namespace {
@@ -31,7 +31,8 @@ class CudaMark final : public DeviceStreams::Mark {
 
 class CudaStreams final : public DeviceStreams {
  public:
-  // High priority: a collective that waits behind compute kernels delays the kernels that wait for it.
+  // High priority: a collective that waits behind compute kernels delays the kernels that wait for
+  // it.
   explicit CudaStreams(at::Device device)
       : gather_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())),
         reduce_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())) {}
@@ -40,7 +41,8 @@ class CudaStreams final : public DeviceStreams {
     const c10::cuda::CUDAStream& side = which == Stream::kGather ? gather_ : reduce_;
     const c10::cuda::CUDAStream current = c10::cuda::getCurrentCUDAStream(side.device_index());
     if (current != side) {
-      // An event that is destroyed while a stream still waits for it is released by the driver when the wait is over.
+      // An event that is destroyed while a stream still waits for it is released by the driver when
+      // the wait is over.
       at::cuda::CUDAEvent event;
       event.record(current);
       event.block(side);
@@ -57,12 +59,13 @@ class CudaStreams final : public DeviceStreams {
   void Join(const Mark* mark) override {
     if (mark == nullptr) return;
     const auto& event = static_cast<const CudaMark*>(mark)->event;
-    const_cast<at::cuda::CUDAEvent&>(event).block(c10::cuda::getCurrentCUDAStream(gather_.device_index()));
+    const_cast<at::cuda::CUDAEvent&>(event).block(
+        c10::cuda::getCurrentCUDAStream(gather_.device_index()));
   }
 
   void Uses(const at::Tensor& tensor) override {
-    c10::cuda::CUDACachingAllocator::recordStream(tensor.storage().data_ptr(),
-                                                  c10::cuda::getCurrentCUDAStream(gather_.device_index()));
+    c10::cuda::CUDACachingAllocator::recordStream(
+        tensor.storage().data_ptr(), c10::cuda::getCurrentCUDAStream(gather_.device_index()));
   }
 
  private:
@@ -74,11 +77,11 @@ class CudaStreams final : public DeviceStreams {
 
 std::shared_ptr<DeviceStreams> DeviceStreams::Of(at::Device device) {
   // Never destroyed: at exit the CUDA driver may be gone before a static would be.
-  static auto& made =
-      *new std::map<at::Device, std::shared_ptr<DeviceStreams>, bool (*)(const at::Device&, const at::Device&)>(
-          [](const at::Device& a, const at::Device& b) {
-            return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index());
-          });
+  static auto& made = *new std::map<at::Device, std::shared_ptr<DeviceStreams>,
+                                    bool (*)(const at::Device&, const at::Device&)>(
+      [](const at::Device& a, const at::Device& b) {
+        return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index());
+      });
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   auto& streams = made[device];
@@ -89,9 +92,10 @@ std::shared_ptr<DeviceStreams> DeviceStreams::Of(at::Device device) {
   TORCH_CHECK(false, "torch_hsdp_ckpt shards parameters on CPU and CUDA devices, not on ", device,
               ": move the module first");
 #else
-  TORCH_CHECK(false, "this build of torch_hsdp_ckpt serves CPU tensors only and the parameters are on ", device,
-              ": build it again where a CUDA toolkit is found");
+  TORCH_CHECK(false,
+              "this build of torch_hsdp_ckpt serves CPU tensors only and the parameters are on ",
+              device, ": build it again where a CUDA toolkit is found");
 #endif
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

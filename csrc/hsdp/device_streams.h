@@ -4,15 +4,17 @@
 
 #include <memory>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 
-/// A device's side streams: one for gathers, one for reductions, shared by all units. On the CPU everything here does
-/// nothing.
+/// A device's side streams: one for gathers, one for reductions, shared by all units. On the CPU
+/// everything here does nothing.
 ///
 /// Rules that make the order right, all on the device, none on the host:
-///  - work on a side stream begins after what the compute stream had been given when `Enter` was called;
+///  - work on a side stream begins after what the compute stream had been given when `Enter` was
+///  called;
 ///  - the compute stream goes on after a side stream's work only from `Join` on;
-///  - a tensor that one stream allocated and another one uses is passed to `Uses` before it is dropped, or kept until the
+///  - a tensor that one stream allocated and another one uses is passed to `Uses` before it is
+///  dropped, or kept until the
 ///    first one has waited for the other in `Join`.
 class DeviceStreams {
  public:
@@ -41,8 +43,9 @@ class DeviceStreams {
   /// `tensor`'s memory is not given to others before the current stream has passed this point.
   virtual void Uses(const at::Tensor&) {}
 
-  /// Those of `device`, made at the first call. Throws c10::Error for a device this build can't serve.
+  /// Those of `device`, made at the first call. Throws c10::Error for a device this build can't
+  /// serve.
   static std::shared_ptr<DeviceStreams> Of(at::Device device);
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

@@ -8,17 +8,19 @@
 #include "hsdp/grad_bucket.h"
 #include "kernels/batched_copy.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 namespace {
 
 char* At(const at::Tensor& tensor, int64_t element) {
-  return static_cast<char*>(tensor.mutable_data_ptr()) + element * static_cast<int64_t>(tensor.element_size());
+  return static_cast<char*>(tensor.mutable_data_ptr()) +
+         element * static_cast<int64_t>(tensor.element_size());
 }
 
 }  // namespace
 
-GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> sizes, std::vector<GradDtypes> dtypes,
-                         at::Device device, std::shared_ptr<Collectives> collectives,
+GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> sizes,
+                         std::vector<GradDtypes> dtypes, at::Device device,
+                         std::shared_ptr<Collectives> collectives,
                          std::shared_ptr<DeviceStreams> streams)
     : unit_(std::move(unit)),
       sizes_(std::move(sizes)),
@@ -29,7 +31,8 @@ GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> siz
       exchanges_(!sizes_.empty() && collectives_->exchanges(device.type())),
       used_here_(sizes_.size(), false) {
   const int64_t shards = collectives_->shards();
-  std::vector<std::pair<at::ScalarType, at::ScalarType>> kinds;  // in order of first use: the same on all ranks
+  std::vector<std::pair<at::ScalarType, at::ScalarType>>
+      kinds;  // in order of first use: the same on all ranks
   for (const GradDtypes& d : dtypes_) {
     const std::pair kind(d.computed, d.reduced);
     if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
@@ -40,16 +43,19 @@ GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> siz
       if (dtypes_[i].computed != computed || dtypes_[i].reduced != reduced) continue;
       const auto [rows, row_size] = ParamShape::Of(sizes_[i], shards);
       const int64_t chunk = (rows + shards - 1) / shards * row_size;
-      // What is cast or scaled on the way is packed in any case; a sum of exchanged pieces casts and scales by itself.
-      const bool as_it_is = exchanges_ ? Bucket::Wire(computed, reduced) == computed
-                                       : computed == reduced && collectives_->pre_scale(reduced) == 1.0 &&
-                                             collectives_->coalesces(device.type()) && rows % shards == 0;
+      // What is cast or scaled on the way is packed in any case; a sum of exchanged pieces casts
+      // and scales by itself.
+      const bool as_it_is = exchanges_
+                                ? Bucket::Wire(computed, reduced) == computed
+                                : computed == reduced && collectives_->pre_scale(reduced) == 1.0 &&
+                                      collectives_->coalesces(device.type()) && rows % shards == 0;
       const bool large = chunk * static_cast<int64_t>(c10::elementSize(computed)) >= kInPlaceBytes;
       (shards > 1 && large && as_it_is ? in_place : packed).push_back(i);
     }
-    std::stable_partition(packed.begin(), packed.end(), [&](size_t i) { return !sizes_[i].empty(); });
-    buckets_.push_back(
-        std::make_shared<Bucket>(computed, reduced, std::move(in_place), packed, sizes_, shards, device_, exchanges_));
+    std::stable_partition(packed.begin(), packed.end(),
+                          [&](size_t i) { return !sizes_[i].empty(); });
+    buckets_.push_back(std::make_shared<Bucket>(computed, reduced, std::move(in_place), packed,
+                                                sizes_, shards, device_, exchanges_));
   }
 }
 
@@ -64,8 +70,9 @@ GradReducer::~GradReducer() {
 void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) const {
   const ShardLayout& layout = bucket.layout;
   const int64_t shards = layout.shards();
-  bucket.input = at::empty({shards * bucket.packed_stride()}, bucket.ones.options().dtype(bucket.wire));
-  std::vector<CopySegment> segments;
+  bucket.input =
+      at::empty({shards * bucket.packed_stride()}, bucket.ones.options().dtype(bucket.wire));
+  std::vector<kernels::CopySegment> segments;
   segments.reserve((bucket.params.size() * 2 + 2) * static_cast<size_t>(shards));
   const auto zeros = [&](int64_t offset, int64_t numel) {
     if (numel > 0) segments.push_back({nullptr, At(bucket.input, offset), numel});
@@ -78,7 +85,8 @@ void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) con
       const int64_t end = p + 1 < bucket.params.size() ? layout.offset(p + 1) : layout.flat_numel();
       if (numel > 0) {
         // Every rank gets the whole gradient of a parameter without dimensions.
-        const char* from = At(grad, grad.dim() == 0 ? 0 : layout.first_row(p, rank) * layout.param(p).row_size);
+        const char* from =
+            At(grad, grad.dim() == 0 ? 0 : layout.first_row(p, rank) * layout.param(p).row_size);
         segments.push_back({from, At(bucket.input, base + layout.offset(p)), numel});
       }
       // Padding and missing gradients: zeros, since the sum over ranks reads them.
@@ -95,7 +103,7 @@ void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) con
     zeros(flag, base + bucket.stride - flag);
   }
   const double scale = exchanges_ && shards > 1 ? 1.0 : collectives_->pre_scale(bucket.reduced);
-  BatchedCopy(device_, segments, bucket.computed, bucket.wire, scale);
+  kernels::BatchedCopy(device_, segments, bucket.computed, bucket.wire, scale);
 }
 
 // Makes the memory that other ranks' gradients come to.
@@ -110,21 +118,25 @@ void GradReducer::Receive(Bucket& bucket) const {
   bucket.inbox.assign(static_cast<size_t>(shards), at::Tensor());
   for (int64_t r = 0; r < shards; ++r) {
     if (r == collectives_->shard_rank()) continue;
-    bucket.inbox[static_cast<size_t>(r)] = at::empty({bucket.stride}, bucket.ones.options().dtype(bucket.wire));
+    bucket.inbox[static_cast<size_t>(r)] =
+        at::empty({bucket.stride}, bucket.ones.options().dtype(bucket.wire));
   }
 }
 
 void GradReducer::Start(std::vector<at::Tensor> grads, const ReduceOptions& options) {
-  TORCH_CHECK(stage_ == Stage::kIdle, "GradReducer: the last reduction of unit '", unit_, "' has not been taken");
-  TORCH_CHECK(grads.size() == sizes_.size(), "GradReducer: ", grads.size(), " gradients for ", sizes_.size(),
-              " parameters");
+  TORCH_CHECK(stage_ == Stage::kIdle, "GradReducer: the last reduction of unit '", unit_,
+              "' has not been taken");
+  TORCH_CHECK(grads.size() == sizes_.size(), "GradReducer: ", grads.size(), " gradients for ",
+              sizes_.size(), " parameters");
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!grads[i].defined()) continue;
-    TORCH_CHECK(grads[i].layout() == at::kStrided, "a gradient of sizes ", grads[i].sizes(), " in unit '", unit_,
-                "' is sparse; sharded parameters need dense gradients (nn.Embedding(sparse=False))");
-    TORCH_CHECK(grads[i].scalar_type() == dtypes_[i].computed && grads[i].device() == device_, "a gradient of sizes ",
-                grads[i].sizes(), " in unit '", unit_, "' is ", grads[i].scalar_type(), " on ", grads[i].device(),
-                ", its parameter is ", dtypes_[i].computed, " on ", device_);
+    TORCH_CHECK(
+        grads[i].layout() == at::kStrided, "a gradient of sizes ", grads[i].sizes(), " in unit '",
+        unit_, "' is sparse; sharded parameters need dense gradients (nn.Embedding(sparse=False))");
+    TORCH_CHECK(grads[i].scalar_type() == dtypes_[i].computed && grads[i].device() == device_,
+                "a gradient of sizes ", grads[i].sizes(), " in unit '", unit_, "' is ",
+                grads[i].scalar_type(), " on ", grads[i].device(), ", its parameter is ",
+                dtypes_[i].computed, " on ", device_);
   }
   options_ = options;
   for (const auto& bucket : buckets_) {
@@ -135,30 +147,36 @@ void GradReducer::Start(std::vector<at::Tensor> grads, const ReduceOptions& opti
       if (grads[i].defined()) grads[i] = grads[i].detach().contiguous();
       if (p >= bucket->in_place) continue;
       bucket->grads.push_back(grads[i].defined() ? grads[i].view(-1)
-                                                 : at::zeros({bucket->layout.param(p).numel()}, bucket->ones.options()));
+                                                 : at::zeros({bucket->layout.param(p).numel()},
+                                                             bucket->ones.options()));
     }
     Pack(*bucket, grads);
     Receive(*bucket);
   }
   grads.clear();  // the packed ones: allocated and last used on the compute stream
-  // What may run out of memory is over before the first message goes out: peers would pair up the second try's with it.
+  // What may run out of memory is over before the first message goes out: peers would pair up the
+  // second try's with it.
   try {
     exchanges_ ? StartExchange() : StartScatter();
   } catch (const c10::DistBackendError&) {
     throw;
   } catch (const c10::Error& error) {
-    C10_THROW_ERROR(DistBackendError, c10::str("a reduction that has begun failed: ", error.what_without_backtrace()));
+    C10_THROW_ERROR(DistBackendError, c10::str("a reduction that has begun failed: ",
+                                               error.what_without_backtrace()));
   }
 }
 
-// Gloo on the CPU. Messages are posted here, in one order on all ranks; the rest happens beside the computation.
+// Gloo on the CPU. Messages are posted here, in one order on all ranks; the rest happens beside the
+// computation.
 void GradReducer::StartExchange() {
   const int64_t shards = collectives_->shards(), rank = collectives_->shard_rank();
   for (const auto& bucket : buckets_) {
     if (shards == 1) continue;
     std::vector<std::vector<at::Tensor>> pieces(static_cast<size_t>(shards));
     for (int64_t r = 0; r < shards; ++r) {
-      if (r != rank) pieces[static_cast<size_t>(r)] = bucket->Pieces(bucket->inbox[static_cast<size_t>(r)], rank);
+      if (r != rank)
+        pieces[static_cast<size_t>(r)] =
+            bucket->Pieces(bucket->inbox[static_cast<size_t>(r)], rank);
     }
     bucket->works = collectives_->ExchangePieces(bucket->Runs(), pieces);
   }
@@ -167,7 +185,8 @@ void GradReducer::StartExchange() {
   exchanged_ = done->get_future();
   const bool all_reduce = options_.all_reduce && collectives_->replicas() > 1;
   const auto await = [unit = unit_, collectives = collectives_](Bucket& bucket, const char* what) {
-    Await(bucket.works, collectives->rank(), [&] { return c10::str("the ", what, " of unit '", unit, "'"); });
+    Await(bucket.works, collectives->rank(),
+          [&] { return c10::str("the ", what, " of unit '", unit, "'"); });
   };
   const auto guarded = [done](const std::function<void()>& run) {
     try {
@@ -180,8 +199,8 @@ void GradReducer::StartExchange() {
     for (const auto& bucket : buckets) await(*bucket, "all-reduce over the replicas");
     done->set_value();
   };
-  const auto sum = [buckets = buckets_, collectives = collectives_, await, guarded, finish, done, all_reduce, shards,
-                    rank] {
+  const auto sum = [buckets = buckets_, collectives = collectives_, await, guarded, finish, done,
+                    all_reduce, shards, rank] {
     for (const auto& bucket : buckets) {
       if (shards == 1) {
         bucket->output = std::exchange(bucket->input, {});
@@ -211,15 +230,17 @@ void GradReducer::StartScatter() {
       bucket->output = bucket->input;
       continue;
     }
-    bucket->works =
-        collectives_->ReduceScatter(bucket->Pieces(bucket->output, collectives_->shard_rank()), bucket->Runs(),
-                                    !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
+    bucket->works = collectives_->ReduceScatter(
+        bucket->Pieces(bucket->output, collectives_->shard_rank()), bucket->Runs(),
+        !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
   }
   stage_ = Stage::kScatter;
-  // With streams the all-reduce queues up behind on its own, unless there is work to wait for (Gloo's): that is over only
-  // when peers have come, who may be waiting for a gather that this rank has still to start.
+  // With streams the all-reduce queues up behind on its own, unless there is work to wait for
+  // (Gloo's): that is over only when peers have come, who may be waiting for a gather that this
+  // rank has still to start.
   const auto queued = [](const auto& bucket) {
-    return std::all_of(bucket->works.begin(), bucket->works.end(), [](const auto& work) { return !work; });
+    return std::all_of(bucket->works.begin(), bucket->works.end(),
+                       [](const auto& work) { return !work; });
   };
   if (!device_.is_cpu() && std::all_of(buckets_.begin(), buckets_.end(), queued)) StartAllReduce();
 }
@@ -227,29 +248,35 @@ void GradReducer::StartScatter() {
 void GradReducer::StartAllReduce() {
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
   for (const auto& bucket : buckets_) {
-    Await(bucket->works, collectives_->rank(), [&] { return "the reduce-scatter of unit '" + unit_ + "'"; });
+    Await(bucket->works, collectives_->rank(),
+          [&] { return "the reduce-scatter of unit '" + unit_ + "'"; });
     if (device_.is_cpu()) {
       bucket->grads.clear();
       bucket->input.reset();
     }
     bucket->AddPartial();
   }
-  // Before the all-reduces: replicas may be far away, and nobody should wait for them to give memory back.
+  // Before the all-reduces: replicas may be far away, and nobody should wait for them to give
+  // memory back.
   if (!device_.is_cpu() && collectives_->shards() > 1) HoldInputs();
   for (const auto& bucket : buckets_) {
     const bool is_last = options_.all_reduce || collectives_->replicas() == 1;
     if (is_last && collectives_->replicas() > 1) {
       bucket->works = collectives_->AllReduce(
-          bucket->output, !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
+          bucket->output,
+          !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
     }
     if (device_.is_cpu()) continue;
-    Await(bucket->works, collectives_->rank(), [&] { return "the all-reduce of unit '" + unit_ + "'"; });
-    // An all-reduce leaves the same bits on all ranks. A ring's reduce-scatter does not: it sums the gradient of a
-    // parameter without dimensions for each rank in another order, beginning with its neighbour's.
+    Await(bucket->works, collectives_->rank(),
+          [&] { return "the all-reduce of unit '" + unit_ + "'"; });
+    // An all-reduce leaves the same bits on all ranks. A ring's reduce-scatter does not: it sums
+    // the gradient of a parameter without dimensions for each rank in another order, beginning with
+    // its neighbour's.
     const at::Tensor whole = bucket->WholeOf(bucket->output);
     if (!is_last || whole.numel() == 0 || collectives_->shards() == 1) continue;
     bucket->works = collectives_->BroadcastFirst(whole);
-    Await(bucket->works, collectives_->rank(), [&] { return "the broadcast of unit '" + unit_ + "'"; });
+    Await(bucket->works, collectives_->rank(),
+          [&] { return "the broadcast of unit '" + unit_ + "'"; });
   }
   stage_ = Stage::kReduce;
 }
@@ -259,19 +286,22 @@ bool GradReducer::Advance(bool wait) {
   const auto over = [&] {
     for (const auto& bucket : buckets_) {
       const auto& works = bucket->works;
-      if (!wait && !std::all_of(works.begin(), works.end(), [](const auto& w) { return !w || w->isCompleted(); }))
+      if (!wait && !std::all_of(works.begin(), works.end(),
+                                [](const auto& w) { return !w || w->isCompleted(); }))
         return false;
     }
     for (const auto& bucket : buckets_) {
       if (bucket->works.empty()) continue;
       const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-      Await(bucket->works, collectives_->rank(), [&] { return "the reduction of unit '" + unit_ + "'"; });
+      Await(bucket->works, collectives_->rank(),
+            [&] { return "the reduction of unit '" + unit_ + "'"; });
     }
     return true;
   };
   try {
     if (stage_ == Stage::kReduce && exchanges_) {
-      if (!wait && exchanged_.wait_for(std::chrono::seconds(0)) != std::future_status::ready) return false;
+      if (!wait && exchanged_.wait_for(std::chrono::seconds(0)) != std::future_status::ready)
+        return false;
       exchanged_.get();
       stage_ = Stage::kDone;
     }
@@ -296,7 +326,8 @@ bool GradReducer::Keep() {
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
   for (const auto& bucket : buckets_) {
     bucket->partial = std::exchange(bucket->output, {});
-    streams_->Uses(bucket->partial);  // of one shard it is the packed input, which is the compute stream's
+    streams_->Uses(
+        bucket->partial);  // of one shard it is the packed input, which is the compute stream's
   }
   written_ = streams_->Record(DeviceStreams::Stream::kReduce);
   if (!device_.is_cpu()) HoldInputs();
@@ -306,7 +337,8 @@ bool GradReducer::Keep() {
 
 bool GradReducer::has_partial() const {
   if (stage_ != Stage::kIdle && !options_.all_reduce && collectives_->replicas() > 1) return true;
-  return std::any_of(buckets_.begin(), buckets_.end(), [](const auto& bucket) { return bucket->partial.defined(); });
+  return std::any_of(buckets_.begin(), buckets_.end(),
+                     [](const auto& bucket) { return bucket->partial.defined(); });
 }
 
 void GradReducer::DropPartial() {
@@ -340,7 +372,8 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
       shapes.push_back(ParamShape::Of(sizes_[i], collectives_->shards()));
     }
     const auto item = static_cast<int64_t>(c10::elementSize(dtypes_[first].sharded));
-    const ShardLayout layout(std::move(shapes), collectives_->shards(), std::max<int64_t>(1, 16 / item));
+    const ShardLayout layout(std::move(shapes), collectives_->shards(),
+                             std::max<int64_t>(1, 16 / item));
     const auto options = at::TensorOptions(dtypes_[first].sharded).device(device_);
     const at::Tensor buffer = at::empty({layout.flat_numel()}, options);
     for (size_t p = 0; p < params.size(); ++p) {
@@ -354,7 +387,9 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
 
 double GradReducer::PostScale(const Bucket& bucket) const {
   if (bucket.is_average) return 1.0;
-  if (!options_.divide_factor && !exchanges_ && collectives_->averages(device_.type(), bucket.reduced)) return 1.0;
+  if (!options_.divide_factor && !exchanges_ &&
+      collectives_->averages(device_.type(), bucket.reduced))
+    return 1.0;
   const auto ranks = static_cast<double>(collectives_->shards() * collectives_->replicas());
   return 1.0 / (collectives_->pre_scale(bucket.reduced) * options_.divide_factor.value_or(ranks));
 }
@@ -368,10 +403,11 @@ void GradReducer::CallHook(Bucket& bucket) {
   options_.all_reduce_hook(averages);
 }
 
-void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets, const std::vector<bool>& accumulate) {
+void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
+                        const std::vector<bool>& accumulate) {
   TORCH_CHECK(stage_ == Stage::kDone, "GradReducer: nothing has been reduced");
-  TORCH_CHECK(targets.size() == sizes_.size() && accumulate.size() == sizes_.size(), "GradReducer: ", targets.size(),
-              " targets for ", sizes_.size(), " parameters");
+  TORCH_CHECK(targets.size() == sizes_.size() && accumulate.size() == sizes_.size(),
+              "GradReducer: ", targets.size(), " targets for ", sizes_.size(), " parameters");
   const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
   for (const auto& bucket : buckets_) {
     CallHook(*bucket);
@@ -382,37 +418,45 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets, c
     std::erase_if(left, [&](size_t p) { return !targets[bucket->params[p]].has_value(); });
     while (!left.empty()) {
       const size_t like = bucket->params[left.front()];
-      std::vector<CopySegment> copies;
-      std::vector<SumSegment> sums;
+      std::vector<kernels::CopySegment> copies;
+      std::vector<kernels::SumSegment> sums;
       std::erase_if(left, [&](size_t p) {
         const size_t i = bucket->params[p];
-        if (dtypes_[i].sharded != dtypes_[like].sharded || accumulate[i] != accumulate[like]) return false;
+        if (dtypes_[i].sharded != dtypes_[like].sharded || accumulate[i] != accumulate[like])
+          return false;
         const at::Tensor& target = *targets[i];
-        const int64_t numel = layout.shard_numel(p, collectives_->shard_rank()), offset = layout.offset(p);
-        TORCH_CHECK(target.numel() == numel && target.scalar_type() == dtypes_[i].sharded && target.is_contiguous(),
-                    "GradReducer: the gradient of parameter ", i, " of unit '", unit_, "' is ", target.scalar_type(), " ",
-                    target.sizes(), "; expected ", numel, " contiguous elements of ", dtypes_[i].sharded);
+        const int64_t numel = layout.shard_numel(p, collectives_->shard_rank()),
+                      offset = layout.offset(p);
+        TORCH_CHECK(target.numel() == numel && target.scalar_type() == dtypes_[i].sharded &&
+                        target.is_contiguous(),
+                    "GradReducer: the gradient of parameter ", i, " of unit '", unit_, "' is ",
+                    target.scalar_type(), " ", target.sizes(), "; expected ", numel,
+                    " contiguous elements of ", dtypes_[i].sharded);
         streams_->Uses(target);
         if (numel == 0) return true;
         if (bucket->other.defined()) {
-          sums.push_back({{At(bucket->output, offset), At(bucket->other, offset)}, target.mutable_data_ptr(), numel});
+          sums.push_back({{At(bucket->output, offset), At(bucket->other, offset)},
+                          target.mutable_data_ptr(),
+                          numel});
         } else {
           copies.push_back({At(bucket->output, offset), target.mutable_data_ptr(), numel});
         }
         return true;
       });
       const at::ScalarType to = dtypes_[like].sharded;
-      BatchedSum(sums, bucket->reduced, to, PostScale(*bucket), accumulate[like]);
-      BatchedCopy(device_, copies, bucket->reduced, to, PostScale(*bucket), accumulate[like]);
+      kernels::BatchedSum(sums, bucket->reduced, to, PostScale(*bucket), accumulate[like]);
+      kernels::BatchedCopy(device_, copies, bucket->reduced, to, PostScale(*bucket),
+                           accumulate[like]);
     }
   }
   written_ = streams_->Record(DeviceStreams::Stream::kReduce);
   Drop();
 }
 
-// What the compute stream has allocated and the reduce stream reads goes back in ReleaseInputs, when the one has waited for
-// the other. Left to the allocator, it would go back when the host finds that both have passed: the host is a whole
-// backward ahead, and all gradients of the model would be held at once.
+// What the compute stream has allocated and the reduce stream reads goes back in ReleaseInputs,
+// when the one has waited for the other. Left to the allocator, it would go back when the host
+// finds that both have passed: the host is a whole backward ahead, and all gradients of the model
+// would be held at once.
 void GradReducer::HoldInputs() {
   const size_t before = held_.size();
   for (const auto& bucket : buckets_) {
@@ -441,4 +485,4 @@ void GradReducer::Join() {
   ReleaseInputs();
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

@@ -17,33 +17,36 @@
 #include "hsdp/grad_reducer.h"
 #include "hsdp/shard_layout.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 
 /// What one unit computes and reduces in; absent: as stored.
 struct Precision {
   std::optional<at::ScalarType> param_dtype;   ///< of the full parameters, floating point ones only
   std::optional<at::ScalarType> reduce_dtype;  ///< of the sums over the ranks
-  bool keep_low_precision_grads = false;       ///< the sharded gradients have param_dtype, not the shards' dtype
+  bool keep_low_precision_grads =
+      false;  ///< the sharded gradients have param_dtype, not the shards' dtype
 };
 
 /// The parameters of one unit: their shards, and their full form while the unit computes.
 ///
-/// Memory: one flat buffer of bytes holds this rank's shards, laid out by ShardLayout (16-byte aligned); each shard is a
-/// tensor with a storage of its own over a piece of it. The full parameters are tensors whose storages have no memory while
-/// the unit is sharded; unsharding lends them pieces of one buffer. Their bytes are written past autograd, so version
-/// counters stand still and tensors saved for backward stay valid across a reshard.
-/// A parameter without dimensions is whole on every rank; all compute with the first one's value. Their copies stay equal
-/// to the last bit: Gloo's ranks sum the gradients in one order, on CUDA the first one's sum goes to all (see GradReducer).
-/// A gather begins with this rank's own rows, cast on the way. Large parameters are gathered in place; small ones, and
-/// those that the backend can't take where they are, go through one packed buffer, whatever their dtypes. Ownership:
-/// buffers and the full parameters; never the module's own sharded Parameters, whose references torch's `swap_tensors`
-/// counts. Thread safety: one thread at a time (the caller's in forward, autograd's in backward).
+/// Memory: one flat buffer of bytes holds this rank's shards, laid out by ShardLayout (16-byte
+/// aligned); each shard is a tensor with a storage of its own over a piece of it. The full
+/// parameters are tensors whose storages have no memory while the unit is sharded; unsharding lends
+/// them pieces of one buffer. Their bytes are written past autograd, so version counters stand
+/// still and tensors saved for backward stay valid across a reshard. A parameter without dimensions
+/// is whole on every rank; all compute with the first one's value. Their copies stay equal to the
+/// last bit: Gloo's ranks sum the gradients in one order, on CUDA the first one's sum goes to all
+/// (see GradReducer). A gather begins with this rank's own rows, cast on the way. Large parameters
+/// are gathered in place; small ones, and those that the backend can't take where they are, go
+/// through one packed buffer, whatever their dtypes. Ownership: buffers and the full parameters;
+/// never the module's own sharded Parameters, whose references torch's `swap_tensors` counts.
+/// Thread safety: one thread at a time (the caller's in forward, autograd's in backward).
 class ParamGroup {
  public:
   enum class State { kSharded, kGathering, kUnsharded };
 
-  ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes, Precision precision,
-             at::Device device, std::shared_ptr<Collectives> collectives);
+  ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes,
+             Precision precision, at::Device device, std::shared_ptr<Collectives> collectives);
   ~ParamGroup();
   ParamGroup(const ParamGroup&) = delete;
   ParamGroup& operator=(const ParamGroup&) = delete;
@@ -51,32 +54,40 @@ class ParamGroup {
   /// Of the wrapped module, for messages.
   const std::string& name() const { return name_; }
   void set_name(std::string name) { name_ = std::move(name); }
-  /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new flat buffer.
+  /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new
+  /// flat buffer.
   std::vector<at::Tensor> ShardFull(const std::vector<at::Tensor>& full);
-  /// Copies `shards` (this rank's rows, the dtypes and the device given here) into a new flat buffer; the layout, and with
-  /// it the unsharded tensors, follow. Returns the new shards; the old ones stay valid for whoever holds them.
+  /// Copies `shards` (this rank's rows, the dtypes and the device given here) into a new flat
+  /// buffer; the layout, and with it the unsharded tensors, follow. Returns the new shards; the old
+  /// ones stay valid for whoever holds them.
   std::vector<at::Tensor> Rebind(const std::vector<at::Tensor>& shards, at::Device device);
 
-  /// Full-size tensors without memory, in the dtypes of the computation, for the caller to make Parameters of.
+  /// Full-size tensors without memory, in the dtypes of the computation, for the caller to make
+  /// Parameters of.
   std::vector<at::Tensor> EmptyFull() const;
-  /// Those Parameters. From here on unsharding fills them; `on_grad` is called by autograd each time that parameter
-  /// `trainable[i]`'s gradient is accumulated, without the GIL. Gradients that wait for a reduction are taken over. Throws
-  /// c10::Error while partial sums wait for an all-reduce, or where such a gradient's parameter is no longer trained.
-  void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable, std::function<void(size_t)> on_grad);
+  /// Those Parameters. From here on unsharding fills them; `on_grad` is called by autograd each
+  /// time that parameter `trainable[i]`'s gradient is accumulated, without the GIL. Gradients that
+  /// wait for a reduction are taken over. Throws c10::Error while partial sums wait for an
+  /// all-reduce, or where such a gradient's parameter is no longer trained.
+  void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
+                std::function<void(size_t)> on_grad);
 
   State state() const { return state_; }
   /// Starts the all-gather. No effect unless sharded.
   void StartGather();
-  /// Makes the full parameters usable on the current stream; gathers first if nobody has. Blocks the host on the CPU only.
+  /// Makes the full parameters usable on the current stream; gathers first if nobody has. Blocks
+  /// the host on the CPU only.
   void Unshard();
   /// Takes the full parameters' memory away, or drops a gather that was started.
   void Reshard();
 
-  /// Takes what autograd has accumulated and starts the reduction. Parameters without a gradient contribute zeros.
+  /// Takes what autograd has accumulated and starts the reduction. Parameters without a gradient
+  /// contribute zeros.
   void StartReduce();
   /// Forgets what autograd has accumulated: after a backward that raised.
   void DropGrads();
-  /// Forgets what backwards without a reduction, or without an all-reduce, have left for a later one.
+  /// Forgets what backwards without a reduction, or without an all-reduce, have left for a later
+  /// one.
   void DropKept();
   GradReducer& reducer() { return *reducer_; }
   ReduceOptions& reduce_options() { return reduce_options_; }
@@ -108,15 +119,17 @@ class ParamGroup {
 
   std::optional<ShardLayout> layout_;  // of the flat buffer, in bytes of the shards' dtypes
   std::vector<int64_t> shard_offsets_;
-  std::vector<int64_t> full_offsets_;              // in bytes of the full dtypes, one past the end too
-  bool is_whole_ = false;                          // one shard, stored as it is used: the shards are the full parameters
-  int64_t packed_stride_ = 0;                      // bytes of one rank in the packed buffer
-  std::vector<std::pair<int64_t, Cut>> in_place_;  // offsets in the full buffer, and pieces in bytes
-  std::vector<Move> own_full_, own_packed_;        // this rank's rows: flat to full, flat to packed
-  std::vector<Move> unpack_;                       // packed to full
+  std::vector<int64_t> full_offsets_;  // in bytes of the full dtypes, one past the end too
+  bool is_whole_ = false;  // one shard, stored as it is used: the shards are the full parameters
+  int64_t packed_stride_ = 0;  // bytes of one rank in the packed buffer
+  std::vector<std::pair<int64_t, Cut>>
+      in_place_;                             // offsets in the full buffer, and pieces in bytes
+  std::vector<Move> own_full_, own_packed_;  // this rank's rows: flat to full, flat to packed
+  std::vector<Move> unpack_;                 // packed to full
 
   at::Tensor flat_;    // bytes: this rank's shards
-  at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank, while a gather is on its way
+  at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank, while a gather
+                       // is on its way
   at::Tensor lent_;    // bytes: what the full parameters' storages point into while unsharded
   Collectives::Works gather_works_;
   std::unique_ptr<DeviceStreams::Mark> gather_mark_;
@@ -124,12 +137,13 @@ class ParamGroup {
 
   std::vector<at::Tensor> full_;
   std::vector<size_t> trainable_;
-  // Gradient accumulators live as long as somebody holds them: kept, so that their hooks are. A shared_ptr in torch 2.11,
-  // an intrusive_ptr in 2.15.
-  std::vector<decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()))> accumulators_;
+  // Gradient accumulators live as long as somebody holds them: kept, so that their hooks are. A
+  // shared_ptr in torch 2.11, an intrusive_ptr in 2.15.
+  std::vector<decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()))>
+      accumulators_;
   std::shared_ptr<std::function<void(size_t)>> on_grad_;
   ReduceOptions reduce_options_;
   std::unique_ptr<GradReducer> reducer_;
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

@@ -6,20 +6,24 @@
 #include <utility>
 #include <vector>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 
-/// Small exchanges between all ranks of a root, where they have to be sure of each other before they exchange tensors:
-/// ranks that issue different collectives in one group crash or corrupt each other.
+/// Small exchanges between all ranks of a root, where they have to be sure of each other before
+/// they exchange tensors: ranks that issue different collectives in one group crash or corrupt each
+/// other.
 ///
-/// Ownership: none; the group is looked up by name at every call. Thread safety: one caller at a time.
+/// Ownership: none; the group is looked up by name at every call. Thread safety: one caller at a
+/// time.
 class Peers {
  public:
-  /// `group`: the name of a Gloo group that nothing else uses, so that a rank which waits here can't meet another one's
-  /// gather or reduction. `ranks`: the numbers that its ranks, in order, have in the default group.
-  Peers(std::string group, std::vector<int64_t> ranks) : group_(std::move(group)), ranks_(std::move(ranks)) {}
+  /// `group`: the name of a Gloo group that nothing else uses, so that a rank which waits here
+  /// can't meet another one's gather or reduction. `ranks`: the numbers that its ranks, in order,
+  /// have in the default group.
+  Peers(std::string group, std::vector<int64_t> ranks)
+      : group_(std::move(group)), ranks_(std::move(ranks)) {}
 
-  /// Everybody's `words` in the order of the ranks, as many from each. Blocks until all ranks are here; throws what the
-  /// group throws if they don't come within its timeout.
+  /// Everybody's `words` in the order of the ranks, as many from each. Blocks until all ranks are
+  /// here; throws what the group throws if they don't come within its timeout.
   std::vector<std::vector<int64_t>> Exchange(const std::vector<int64_t>& words) const;
   /// What `shown` makes of each rank's words, a line for each; empty if they are all the same.
   std::string Differing(const std::vector<std::vector<int64_t>>& all,
@@ -30,4 +34,4 @@ class Peers {
   std::vector<int64_t> ranks_;
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

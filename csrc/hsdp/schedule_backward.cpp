@@ -8,17 +8,19 @@
 
 #include "hsdp/schedule.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 namespace {
 
-constexpr size_t kReductionsInFlight = 2;  // more would hold packed gradients without moving bytes any sooner
+constexpr size_t kReductionsInFlight =
+    2;  // more would hold packed gradients without moving bytes any sooner
 constexpr auto kPatience = std::chrono::milliseconds(200);
 constexpr auto kPause = std::chrono::microseconds(50);
 
 }  // namespace
 
 bool Schedule::Runs(const Unit& unit) const {
-  return std::any_of(active_.begin(), active_.end(), [&](const Call& call) { return call.unit.get() == &unit; });
+  return std::any_of(active_.begin(), active_.end(),
+                     [&](const Call& call) { return call.unit.get() == &unit; });
 }
 
 void Schedule::BeginBackward() {
@@ -46,12 +48,14 @@ void Schedule::BeginBackward() {
     if (reduces(*unit) && !Contains(participants_, unit)) reduce_queue_.push_back(unit);
   }
   OrderGathers();
-  torch::autograd::Engine::get_default_engine().queue_callback([weak = weak_from_this(), until_over] {
-    if (const auto self = weak.lock()) self->EndBackward();
-  });
+  torch::autograd::Engine::get_default_engine().queue_callback(
+      [weak = weak_from_this(), until_over] {
+        if (const auto self = weak.lock()) self->EndBackward();
+      });
 }
 
-// The order in which units are gathered is settled here; how early depends on what this rank's backward reaches.
+// The order in which units are gathered is settled here; how early depends on what this rank's
+// backward reaches.
 void Schedule::OrderGathers() {
   const auto asked = [](const auto& unit) { return !unit->backward_prefetch.empty(); };
   if (std::none_of(participants_.begin(), participants_.end(), asked)) return;
@@ -68,7 +72,8 @@ void Schedule::OrderGathers() {
 
 void Schedule::BeforeBackward(const std::shared_ptr<Unit>& unit) {
   BeginBackward();
-  differentiates_ = differentiates_ || at::GradMode::is_enabled();  // create_graph: autograd's mode in its hooks
+  differentiates_ =
+      differentiates_ || at::GradMode::is_enabled();  // create_graph: autograd's mode in its hooks
   UnshardForBackward(unit);
   unit->on_backward();
 }
@@ -88,29 +93,33 @@ void Schedule::UnshardForBackward(const std::shared_ptr<Unit>& unit) {
   for (const auto& weak : unit->backward_prefetch) {
     if (const auto next = weak.lock()) StartGathersUntil(ahead_ = next);
   }
-  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPre) PrefetchBackward(*unit);
+  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPre)
+    PrefetchBackward(*unit);
   Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
 }
 
 // One gather ahead of `current`, never two: each holds a whole unit.
 void Schedule::PrefetchBackward(const Unit& current) {
-  const bool is_ahead = ahead_ && ahead_.get() != &current && ahead_->group->state() == ParamGroup::State::kGathering;
+  const bool is_ahead =
+      ahead_ && ahead_.get() != &current && ahead_->group->state() == ParamGroup::State::kGathering;
   if (gather_queue_.empty() || is_ahead) return;
   ahead_ = gather_queue_.front();
   gather_queue_.pop_front();
   Naming(*ahead_, "all-gather", [&] { ahead_->group->StartGather(); });
 }
 
-void Schedule::WatchInputs(const std::shared_ptr<Unit>& unit, const std::vector<at::Tensor>& inputs) {
+void Schedule::WatchInputs(const std::shared_ptr<Unit>& unit,
+                           const std::vector<at::Tensor>& inputs) {
   if (!unit->frozen) return;
   for (const at::Tensor& input : inputs) {
     if (!input.requires_grad()) continue;
     ++unit->inputs;
-    input.register_hook([weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](const at::Tensor&) {
-      const auto self = weak.lock();
-      const auto alive = weak_unit.lock();
-      if (self && alive) self->InputArrived(alive);
-    });
+    input.register_hook(
+        [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](const at::Tensor&) {
+          const auto self = weak.lock();
+          const auto alive = weak_unit.lock();
+          if (self && alive) self->InputArrived(alive);
+        });
   }
 }
 
@@ -120,8 +129,8 @@ void Schedule::InputArrived(const std::shared_ptr<Unit>& unit) {
   FreeIfOver(*unit);
 }
 
-// A parameter that is trained has been used for the last time when its gradient arrives. A frozen one may still be needed
-// for the gradients of the unit's inputs.
+// A parameter that is trained has been used for the last time when its gradient arrives. A frozen
+// one may still be needed for the gradients of the unit's inputs.
 void Schedule::FreeIfOver(Unit& unit) {
   if (!unit.reshard_after_backward || differentiates_ || Runs(unit)) return;
   if (!unit.complete && !unit.group->trainable().empty()) return;
@@ -135,12 +144,14 @@ void Schedule::GradArrived(const std::shared_ptr<Unit>& unit, size_t slot) {
   if (unit->arrived[slot]) return;
   unit->arrived[slot] = true;
   if (++unit->arrivals < unit->arrived.size()) return;
-  // All there. Should more come (a reentrant checkpoint runs backward piece by piece), they count anew.
+  // All there. Should more come (a reentrant checkpoint runs backward piece by piece), they count
+  // anew.
   unit->arrived.assign(unit->arrived.size(), false);
   unit->arrivals = 0;
   unit->complete = true;
   FreeIfOver(*unit);
-  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPost) PrefetchBackward(*unit);
+  if (unit->backward_prefetch.empty() && backward_prefetch_ == BackwardPrefetch::kPost)
+    PrefetchBackward(*unit);
   if (!unit->sync || in_forward_too_) return;
   unit->ready = true;
   if (Contains(reduce_queue_, unit)) {
@@ -163,7 +174,8 @@ void Schedule::LaunchNext() {
 void Schedule::Launch(const std::shared_ptr<Unit>& unit) {
   unit->ready = false;
   if (Contains(reducing_, unit)) AdvanceReductions(0);
-  // On a device, whose results are taken on the host long before they are there, this is what bounds reductions in flight.
+  // On a device, whose results are taken on the host long before they are there, this is what
+  // bounds reductions in flight.
   for (; joining_.size() >= kReductionsInFlight; joining_.pop_front()) {
     const std::shared_ptr<Unit>& older = joining_.front();
     if (!older->group->trainable().empty()) older->group->reducer().ReleaseInputs();
@@ -175,7 +187,8 @@ void Schedule::Launch(const std::shared_ptr<Unit>& unit) {
   } catch (const c10::DistBackendError&) {
     throw;
   } catch (const c10::Error&) {
-    // A gradient that can't be reduced. It is gone, so that this rank now joins with zeros, as its peers expect it to.
+    // A gradient that can't be reduced. It is gone, so that this rank now joins with zeros, as its
+    // peers expect it to.
     KeepError();
     Naming(*unit, "reduction", start);
   }
@@ -187,7 +200,8 @@ void Schedule::KeepError() {
   if (!error_) error_ = std::current_exception();
 }
 
-// All-reduces start in the order of the reductions, each when its reduce-scatter is over; results are taken in that order.
+// All-reduces start in the order of the reductions, each when its reduce-scatter is over; results
+// are taken in that order.
 void Schedule::AdvanceReductions(size_t keep) {
   for (const auto& unit : reducing_) {
     Naming(*unit, "reduction", [&] { unit->group->reducer().Advance(false); });
@@ -210,12 +224,15 @@ void Schedule::AdvanceReductions(size_t keep) {
   }
 }
 
-// A peer that has no gradient for this unit joins its reduction at the end of backward only, and to get there it may need a
-// gather that this rank has not started. So nobody waits for a reduction with gathers left to start; while this rank still
-// computes it gives the reduction some time first, because every gather started early holds a unit's memory.
+// A peer that has no gradient for this unit joins its reduction at the end of backward only, and to
+// get there it may need a gather that this rank has not started. So nobody waits for a reduction
+// with gathers left to start; while this rank still computes it gives the reduction some time
+// first, because every gather started early holds a unit's memory.
 void Schedule::AwaitReduction(const Unit& unit) {
   GradReducer& reducer = unit.group->reducer();
-  const auto advance = [&](bool wait) { return Naming(unit, "reduction", [&] { return reducer.Advance(wait); }); };
+  const auto advance = [&](bool wait) {
+    return Naming(unit, "reduction", [&] { return reducer.Advance(wait); });
+  };
   auto patience = std::chrono::steady_clock::now() + kPatience;
   while (!gather_queue_.empty()) {
     if (advance(false)) return;
@@ -232,14 +249,16 @@ bool Schedule::FreesAfterBackward(const Unit& unit) const {
   return unit.reshard_after_backward && !differentiates_ && !Runs(unit);
 }
 
-// Gathers that this rank had no use for: peers may wait for them before they can join a reduction. Two at a time, since
-// each holds a whole unit; the older one is over when the peers have come to it too.
+// Gathers that this rank had no use for: peers may wait for them before they can join a reduction.
+// Two at a time, since each holds a whole unit; the older one is over when the peers have come to
+// it too.
 void Schedule::GatherTheRest() {
   for (std::shared_ptr<Unit> last; !gather_queue_.empty();) {
     const auto older = std::exchange(last, gather_queue_.front());
     StartGathersUntil(last);
     if (!older || !FreesAfterBackward(*older)) continue;
-    // On their way there they reduce, and need this rank for that. Only afterwards may this rank wait for a reduction.
+    // On their way there they reduce, and need this rank for that. Only afterwards may this rank
+    // wait for a reduction.
     LaunchBefore(*older, kReductionsInFlight);
     Release(older);
     LaunchBefore(*older, SIZE_MAX);
@@ -249,11 +268,13 @@ void Schedule::GatherTheRest() {
 // Starts the reductions that come before `unit`'s, until `limit` are in flight.
 void Schedule::LaunchBefore(const Unit& unit, size_t limit) {
   const auto place = [this](const Unit& wanted) {
-    const auto at = std::find_if(participants_.rbegin(), participants_.rend(),
-                                 [&](const auto& participant) { return participant.get() == &wanted; });
+    const auto at =
+        std::find_if(participants_.rbegin(), participants_.rend(),
+                     [&](const auto& participant) { return participant.get() == &wanted; });
     return at - participants_.rbegin();
   };
-  while (!reduce_queue_.empty() && reducing_.size() < limit && place(*reduce_queue_.front()) < place(unit)) {
+  while (!reduce_queue_.empty() && reducing_.size() < limit &&
+         place(*reduce_queue_.front()) < place(unit)) {
     LaunchNext();
   }
 }
@@ -272,7 +293,8 @@ void Schedule::EndBackward() {
     if (!Contains(owing_, unit)) owing_.push_back(unit);
   }
   std::erase_if(owing_, [this](const auto& unit) {
-    return unit->group->trainable().empty() || (unit->sync && !in_forward_too_ && !unit->group->reducer().has_partial());
+    return unit->group->trainable().empty() ||
+           (unit->sync && !in_forward_too_ && !unit->group->reducer().has_partial());
   });
   ahead_.reset();
   in_backward_ = false;
@@ -283,4 +305,4 @@ void Schedule::EndBackward() {
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <utility>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 
 ParamShape ParamShape::Of(const std::vector<int64_t>& sizes, int64_t shards, int64_t item) {
   if (sizes.empty()) return {shards, item};
@@ -24,18 +24,27 @@ ShardLayout::ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t
   offsets_.reserve(params_.size() + 1);
   offsets_.push_back(0);
   for (size_t i = 0; i < params_.size(); ++i) {
-    if (params_[i].rows < 0 || params_[i].row_size < 0) throw std::invalid_argument("ShardLayout: a negative size");
+    if (params_[i].rows < 0 || params_[i].row_size < 0)
+      throw std::invalid_argument("ShardLayout: a negative size");
     const int64_t padded = chunk_rows(i) * params_[i].row_size;
     offsets_.push_back(offsets_.back() + (padded + alignment - 1) / alignment * alignment);
   }
 }
 
-int64_t ShardLayout::chunk_rows(size_t i) const { return (params_.at(i).rows + shards_ - 1) / shards_; }
+int64_t ShardLayout::chunk_rows(size_t i) const {
+  return (params_.at(i).rows + shards_ - 1) / shards_;
+}
 
-int64_t ShardLayout::first_row(size_t i, int64_t rank) const { return std::min(rank * chunk_rows(i), params_.at(i).rows); }
+int64_t ShardLayout::first_row(size_t i, int64_t rank) const {
+  return std::min(rank * chunk_rows(i), params_.at(i).rows);
+}
 
-int64_t ShardLayout::shard_rows(size_t i, int64_t rank) const { return first_row(i, rank + 1) - first_row(i, rank); }
+int64_t ShardLayout::shard_rows(size_t i, int64_t rank) const {
+  return first_row(i, rank + 1) - first_row(i, rank);
+}
 
-int64_t ShardLayout::shard_numel(size_t i, int64_t rank) const { return shard_rows(i, rank) * params_.at(i).row_size; }
+int64_t ShardLayout::shard_numel(size_t i, int64_t rank) const {
+  return shard_rows(i, rank) * params_.at(i).row_size;
+}
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

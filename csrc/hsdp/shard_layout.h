@@ -4,15 +4,15 @@
 #include <cstdint>
 #include <vector>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 
 /// Where one parameter's dim-0 shards lie. Pure arithmetic, no tensors.
 ///
-/// Chunks are what torch.chunk and DTensor's Shard(0) make: ceil(rows / shards) rows each, the last one that has any may
-/// have fewer, trailing ranks may have none.
+/// Chunks are what torch.chunk and DTensor's Shard(0) make: ceil(rows / shards) rows each, the last
+/// one that has any may have fewer, trailing ranks may have none.
 struct ParamShape {
-  /// `item`: elements, or bytes, that one element of the parameter counts as. A parameter of no dimension can't be cut:
-  /// it counts as one row a rank, each of them the whole value.
+  /// `item`: elements, or bytes, that one element of the parameter counts as. A parameter of no
+  /// dimension can't be cut: it counts as one row a rank, each of them the whole value.
   static ParamShape Of(const std::vector<int64_t>& sizes, int64_t shards, int64_t item = 1);
 
   int64_t rows = 0;      ///< size of dimension 0
@@ -26,12 +26,14 @@ std::vector<int64_t> ShardSizes(std::vector<int64_t> sizes, int64_t rows);
 
 /// The layout of a unit's parameters over the ranks of a shard group, in elements of one dtype.
 ///
-/// Flat shard buffer: the shards of one rank one after the other, each padded to `chunk_rows` rows and then to `alignment`
-/// elements, so that every rank's buffer has the same size and a collective can move it as it is. A packed unsharded buffer
-/// is the `shards` flat buffers one after the other, by rank.
+/// Flat shard buffer: the shards of one rank one after the other, each padded to `chunk_rows` rows
+/// and then to `alignment` elements, so that every rank's buffer has the same size and a collective
+/// can move it as it is. A packed unsharded buffer is the `shards` flat buffers one after the
+/// other, by rank.
 class ShardLayout {
  public:
-  /// `alignment` in elements; `shards` >= 1. Throws std::invalid_argument on a negative size or a `shards` below one.
+  /// `alignment` in elements; `shards` >= 1. Throws std::invalid_argument on a negative size or a
+  /// `shards` below one.
   ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment);
 
   int64_t shards() const { return shards_; }
@@ -50,7 +52,8 @@ class ShardLayout {
   int64_t offset(size_t i) const { return offsets_.at(i); }
   /// Elements of one rank's flat buffer, padding included; the same on all ranks.
   int64_t flat_numel() const { return offsets_.back(); }
-  /// Whether every rank holds the same number of rows, so that the shards laid end to end are the parameter.
+  /// Whether every rank holds the same number of rows, so that the shards laid end to end are the
+  /// parameter.
   bool even(size_t i) const { return params_.at(i).rows % shards_ == 0; }
 
  private:
@@ -59,4 +62,4 @@ class ShardLayout {
   std::vector<int64_t> offsets_;  // params_.size() + 1 entries
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

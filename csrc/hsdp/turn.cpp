@@ -3,19 +3,22 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 
-// By the thread too: a backward within this one (reentrant checkpointing) is a graph task of its own, and runs in the
-// thread of the one around it. Whatever else runs there (on CUDA other threads' graphs do) could not wait for its end
-// anyway.
+// By the thread too: a backward within this one (reentrant checkpointing) is a graph task of its
+// own, and runs in the thread of the one around it. Whatever else runs there (on CUDA other
+// threads' graphs do) could not wait for its end anyway.
 bool Turn::HasBackward() const {
   return holder_ == Holder::kBackward &&
-         (thread_ == std::this_thread::get_id() || graph_task_ == torch::autograd::get_current_graph_task_id());
+         (thread_ == std::this_thread::get_id() ||
+          graph_task_ == torch::autograd::get_current_graph_task_id());
 }
 
-// On CUDA the hooks of a backward within a forward run in autograd's thread, for which the forward's waits.
+// On CUDA the hooks of a backward within a forward run in autograd's thread, for which the
+// forward's waits.
 bool Turn::HasForward() const {
-  const bool within = graph_task_ != -1 && graph_task_ == torch::autograd::get_current_graph_task_id();
+  const bool within =
+      graph_task_ != -1 && graph_task_ == torch::autograd::get_current_graph_task_id();
   return holder_ == Holder::kForward && (within || thread_ == std::this_thread::get_id());
 }
 
@@ -43,10 +46,10 @@ void Turn::Give(Holder holder, std::optional<int64_t> backward) {
 void Turn::BeginForward() {
   std::unique_lock lock(mutex_);
   if (HasForward()) return;
-  TORCH_CHECK(
-      holder_ != Holder::kForward, who_(),
-      "another thread of this process is in a forward of the same wrapped module. Run them one after the other: all "
-      "ranks have to run the same forwards in the same order");
+  TORCH_CHECK(holder_ != Holder::kForward, who_(),
+              "another thread of this process is in a forward of the same wrapped module. Run them "
+              "one after the other: all "
+              "ranks have to run the same forwards in the same order");
   Take(lock, Holder::kForward);
 }
 
@@ -63,7 +66,8 @@ std::shared_ptr<void> Turn::BeginBackward() {
   Take(lock, Holder::kBackward);
   graph_task_ = graph_task;
   const int64_t number = ++backwards_;
-  return {nullptr, [self = shared_from_this(), number](void*) { self->Give(Holder::kBackward, number); }};
+  return {nullptr,
+          [self = shared_from_this(), number](void*) { self->Give(Holder::kBackward, number); }};
 }
 
 void Turn::EndBackward() { Give(Holder::kBackward); }
@@ -84,4 +88,4 @@ bool Turn::running_here() const {
   return HasForward() || HasBackward();
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

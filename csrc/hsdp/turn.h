@@ -10,33 +10,35 @@
 #include <thread>
 #include <utility>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::hsdp {
 
-/// Whose turn it is with the modules of one root: a forward's, a backward's, or somebody's who reads the sharded parameters
-/// (`state_dict()`, perhaps in another thread than the one that trains). One at a time, the others wait; readers are not
-/// overtaken. All of it thread safe. GIL: must not be held where it may wait.
+/// Whose turn it is with the modules of one root: a forward's, a backward's, or somebody's who
+/// reads the sharded parameters
+/// (`state_dict()`, perhaps in another thread than the one that trains). One at a time, the others
+/// wait; readers are not overtaken. All of it thread safe. GIL: must not be held where it may wait.
 class Turn : public std::enable_shared_from_this<Turn> {
  public:
   /// `who`: how errors begin; names rank and module.
   explicit Turn(std::function<std::string()> who) : who_(std::move(who)) {}
 
-  /// No effect inside of this thread's own forward. Throws c10::Error while another thread's forward is under way: ranks
-  /// could not agree on the order of the two.
+  /// No effect inside of this thread's own forward. Throws c10::Error while another thread's
+  /// forward is under way: ranks could not agree on the order of the two.
   void BeginForward();
   void EndForward();
 
-  /// Until EndBackward, or until what is returned is destroyed: a backward that raises is over then too. Null where a
-  /// forward is under way, which calls autograd itself.
+  /// Until EndBackward, or until what is returned is destroyed: a backward that raises is over then
+  /// too. Null where a forward is under way, which calls autograd itself.
   std::shared_ptr<void> BeginBackward();
   void EndBackward();
 
-  /// False, without effect, where this thread has the turn already; true calls for EndRead. Another thread's forward or
-  /// backward is waited for. With `only_if_quiet` nobody's is, not even this thread's own: null while one is under way.
+  /// False, without effect, where this thread has the turn already; true calls for EndRead. Another
+  /// thread's forward or backward is waited for. With `only_if_quiet` nobody's is, not even this
+  /// thread's own: null while one is under way.
   std::optional<bool> BeginRead(bool only_if_quiet = false);
   void EndRead();
 
-  /// Whether a forward or a backward is under way in this thread. Of autograd's threads: in the one that it began in, and
-  /// wherever that graph is worked on.
+  /// Whether a forward or a backward is under way in this thread. Of autograd's threads: in the one
+  /// that it began in, and wherever that graph is worked on.
   bool running_here() const;
 
  private:
@@ -58,4 +60,4 @@ class Turn : public std::enable_shared_from_this<Turn> {
   int64_t readers_waiting_ = 0;
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::hsdp

@@ -4,7 +4,7 @@
 
 #include "base/error.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::io {
 namespace {
 
 // Calls until it is not interrupted; throws what else goes wrong.
@@ -13,7 +13,7 @@ auto Checked(const char* op, const std::string& path, int64_t offset, const Call
   for (;;) {
     const auto rc = call();
     if (rc >= 0) return rc;
-    if (rc != -EINTR) throw IoError(op, path, offset, static_cast<int>(-rc));
+    if (rc != -EINTR) throw base::IoError(op, path, offset, static_cast<int>(-rc));
   }
 }
 
@@ -22,10 +22,12 @@ auto Checked(const char* op, const std::string& path, int64_t offset, const Call
 File File::Open(FileSystem& fs, const std::string& path, OpenMode mode) {
   std::unique_ptr<RawFile> raw;
   Checked("open", path, -1, [&] { return fs.Open(path, mode, &raw); });
-  return File(std::move(raw), path, mode == OpenMode::kReadDirect || mode == OpenMode::kCreateDirect);
+  return File(std::move(raw), path,
+              mode == OpenMode::kReadDirect || mode == OpenMode::kCreateDirect);
 }
 
-File File::OpenInside(FileSystem& fs, const std::string& directory, const std::string& name, OpenMode mode) {
+File File::OpenInside(FileSystem& fs, const std::string& directory, const std::string& name,
+                      OpenMode mode) {
   std::unique_ptr<RawFile> raw;
   const std::string path = JoinPath(directory, name);
   Checked("open", path, -1, [&] { return fs.OpenInside(directory, name, mode, &raw); });
@@ -40,28 +42,35 @@ void File::ReadAt(std::span<std::byte> target, int64_t offset, const std::string
   size_t done = 0;
   while (done < target.size()) {
     const int64_t at = offset + static_cast<int64_t>(done);
-    const auto n = Checked("pread", path_, at, [&] { return raw_->PRead(target.data() + done, target.size() - done, at); });
+    const auto n = Checked("pread", path_, at, [&] {
+      return raw_->PRead(target.data() + done, target.size() - done, at);
+    });
     if (n == 0) {
-      throw CorruptionError(path_, what, std::to_string(target.size()) + " bytes at offset " + std::to_string(offset),
-                            "a file that ends after " + std::to_string(done) + " of them");
+      throw base::CorruptionError(
+          path_, what, std::to_string(target.size()) + " bytes at offset " + std::to_string(offset),
+          "a file that ends after " + std::to_string(done) + " of them");
     }
     done += static_cast<size_t>(n);
   }
 }
 
-void File::ReadDirect(std::span<std::byte> target, int64_t offset, int64_t end, const std::string& what) const {
+void File::ReadDirect(std::span<std::byte> target, int64_t offset, int64_t end,
+                      const std::string& what) const {
   size_t done = 0;
   while (offset + static_cast<int64_t>(done) < end) {
     const int64_t at = offset + static_cast<int64_t>(done);
-    const auto n = Checked("pread", path_, at, [&] { return raw_->PRead(target.data() + done, target.size() - done, at); });
+    const auto n = Checked("pread", path_, at, [&] {
+      return raw_->PRead(target.data() + done, target.size() - done, at);
+    });
     if (n == 0) {
-      throw CorruptionError(path_, what, std::to_string(end - offset) + " bytes at offset " + std::to_string(offset),
-                            "a file that ends after " + std::to_string(done) + " of them");
+      throw base::CorruptionError(
+          path_, what, std::to_string(end - offset) + " bytes at offset " + std::to_string(offset),
+          "a file that ends after " + std::to_string(done) + " of them");
     }
     if (at + n >= end) return;
     // Cut short inside a page, a direct read can only go on from the page's start.
     done = (done + static_cast<size_t>(n)) / 4096 * 4096;
-    if (n < 4096) throw IoError("pread", path_, at, EINVAL);
+    if (n < 4096) throw base::IoError("pread", path_, at, EINVAL);
   }
 }
 
@@ -69,7 +78,8 @@ void File::WriteAt(std::span<const std::byte> data, int64_t offset) {
   size_t done = 0;
   while (done < data.size()) {
     const int64_t at = offset + static_cast<int64_t>(done);
-    // Asked before the call: by its end another thread, refused as well, may have turned direct I/O off.
+    // Asked before the call: by its end another thread, refused as well, may have turned direct I/O
+    // off.
     const bool was_direct = direct();
     const auto n = raw_->PWrite(data.data() + done, data.size() - done, at);
     if (n == -EINTR) continue;
@@ -78,7 +88,7 @@ void File::WriteAt(std::span<const std::byte> data, int64_t offset) {
       continue;
     }
     // A write of nothing without an error is a device that is full and can't say so.
-    if (n <= 0) throw IoError("pwrite", path_, at, n == 0 ? ENOSPC : static_cast<int>(-n));
+    if (n <= 0) throw base::IoError("pwrite", path_, at, n == 0 ? ENOSPC : static_cast<int>(-n));
     done += static_cast<size_t>(n);
     // A direct write cut short may stop inside a block; only a buffered one can go on from there.
     if (direct() && done < data.size() && done % 4096 != 0) DisableDirect();
@@ -95,15 +105,16 @@ bool File::Allocate(int64_t size) {
     if (rc >= 0) return true;
     if (rc == -EINTR) continue;
     if (rc == -EOPNOTSUPP || rc == -ENOSYS || rc == -EINVAL) return false;
-    throw IoError("fallocate", path_, size, -rc);
+    throw base::IoError("fallocate", path_, size, -rc);
   }
 }
 
 void File::Sync() {
-  // Never a second fsync after a failed one: the kernel may have dropped the dirty pages and would report success.
+  // Never a second fsync after a failed one: the kernel may have dropped the dirty pages and would
+  // report success.
   const int rc = raw_->Sync();
   if (rc == -EINTR) return Sync();
-  if (rc < 0) throw IoError("fsync", path_, -1, -rc);
+  if (rc < 0) throw base::IoError("fsync", path_, -1, -rc);
 }
 
 void File::DisableDirect() {
@@ -124,7 +135,7 @@ bool GetStatus(FileSystem& fs, const std::string& path, FileStatus* status) {
     const int rc = fs.Status(path, status);
     if (rc >= 0) return true;
     if (rc == -ENOENT) return false;
-    if (rc != -EINTR) throw IoError("stat", path, -1, -rc);
+    if (rc != -EINTR) throw base::IoError("stat", path, -1, -rc);
   }
 }
 
@@ -143,7 +154,7 @@ bool RemoveFile(FileSystem& fs, const std::string& path) {
     const int rc = fs.Remove(path);
     if (rc >= 0) return true;
     if (rc == -ENOENT) return false;
-    if (rc != -EINTR) throw IoError("unlink", path, -1, -rc);
+    if (rc != -EINTR) throw base::IoError("unlink", path, -1, -rc);
   }
 }
 
@@ -155,15 +166,18 @@ void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
   const size_t end = path.find_last_not_of('/');
   if (end == std::string::npos) return;  // a root, or where we are
   const size_t slash = path.rfind('/', end);
-  const std::string parent = slash == std::string::npos ? "" : slash == 0 ? "/" : path.substr(0, slash);
+  const std::string parent = slash == std::string::npos ? ""
+                             : slash == 0               ? "/"
+                                                        : path.substr(0, slash);
   FileStatus status;
   if (GetStatus(fs, path, &status)) {
-    // A save may have made it and died before it synced the parent. What is above was synced before this was made.
+    // A save may have made it and died before it synced the parent. What is above was synced before
+    // this was made.
     try {
       if (sync) SyncDirectory(fs, parent);
-    } catch (const IoError& error) {
-      // One that we may not read (/home), that is read-only, or that knows no syncing (a mount point's parent, all of them)
-      // holds no entry that a save made.
+    } catch (const base::IoError& error) {
+      // One that we may not read (/home), that is read-only, or that knows no syncing (a mount
+      // point's parent, all of them) holds no entry that a save made.
       const int code = error.error_number();
       if (code != EACCES && code != EROFS && code != EINVAL) throw;
     }
@@ -174,10 +188,10 @@ void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
     const int rc = fs.MakeDirectory(path);
     if (rc == -EINTR) continue;
     if (rc == -EEXIST) break;  // another rank was faster, or somebody who does not sync
-    if (rc < 0) throw IoError("mkdir", path, -1, -rc);
+    if (rc < 0) throw base::IoError("mkdir", path, -1, -rc);
     break;
   }
   if (sync) SyncDirectory(fs, parent);
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::io

@@ -10,33 +10,40 @@
 
 #include "io/file_system.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::io {
 
-/// An open file whose calls do all of what is asked or throw: the one place that knows EINTR and short reads and writes.
+/// An open file whose calls do all of what is asked or throw: the one place that knows EINTR and
+/// short reads and writes.
 ///
-/// Errors: IoError with the call, the path and the offset; a read past the end is a CorruptionError, since every reader
-/// here knows how long the file must be. Thread-safe as the RawFile is; Close is for the owner.
+/// Errors: IoError with the call, the path and the offset; a read past the end is a
+/// CorruptionError, since every reader here knows how long the file must be. Thread-safe as the
+/// RawFile is; Close is for the owner.
 class File {
  public:
   static File Open(FileSystem& fs, const std::string& path, OpenMode mode);
 
-  /// Opens `name` in `directory` for reading, wherever it is that links may lead to, as long as it is inside.
-  static File OpenInside(FileSystem& fs, const std::string& directory, const std::string& name, OpenMode mode);
+  /// Opens `name` in `directory` for reading, wherever it is that links may lead to, as long as it
+  /// is inside.
+  static File OpenInside(FileSystem& fs, const std::string& directory, const std::string& name,
+                         OpenMode mode);
 
   const std::string& path() const { return path_; }
   bool direct() const { return *direct_; }
   int64_t Size() const;
   bool IsCached(int64_t offset, int64_t size) const { return raw_->IsCached(offset, size); }
-  /// Fills `target` from `offset`. `what` names the part that is read, for the message of a file that is too short.
+  /// Fills `target` from `offset`. `what` names the part that is read, for the message of a file
+  /// that is too short.
   void ReadAt(std::span<std::byte> target, int64_t offset, const std::string& what) const;
-  /// As ReadAt, on a file opened for direct reads: address, `offset` and the size of `target` are multiples of 4096; wanted
-  /// are the bytes up to `end`, which may be the file's own.
-  void ReadDirect(std::span<std::byte> target, int64_t offset, int64_t end, const std::string& what) const;
-  /// With direct I/O: address, size and offset are multiples of 4096. Falls back to buffered writes for good where the file
-  /// system refuses the first direct one (EINVAL).
+  /// As ReadAt, on a file opened for direct reads: address, `offset` and the size of `target` are
+  /// multiples of 4096; wanted are the bytes up to `end`, which may be the file's own.
+  void ReadDirect(std::span<std::byte> target, int64_t offset, int64_t end,
+                  const std::string& what) const;
+  /// With direct I/O: address, size and offset are multiples of 4096. Falls back to buffered writes
+  /// for good where the file system refuses the first direct one (EINVAL).
   void WriteAt(std::span<const std::byte> data, int64_t offset);
   void Truncate(int64_t size);
-  /// Reserves `size` bytes; false where the file system can't, which is no error. ENOSPC and EDQUOT are.
+  /// Reserves `size` bytes; false where the file system can't, which is no error. ENOSPC and EDQUOT
+  /// are.
   bool Allocate(int64_t size);
   void Sync();
   void DisableDirect();
@@ -44,7 +51,9 @@ class File {
 
  private:
   File(std::unique_ptr<RawFile> raw, std::string path, bool direct)
-      : raw_(std::move(raw)), path_(std::move(path)), direct_(std::make_unique<std::atomic<bool>>(direct)) {}
+      : raw_(std::move(raw)),
+        path_(std::move(path)),
+        direct_(std::make_unique<std::atomic<bool>>(direct)) {}
 
   std::unique_ptr<RawFile> raw_;
   std::string path_;
@@ -60,8 +69,8 @@ void RenameFile(FileSystem& fs, const std::string& from, const std::string& to);
 /// Removes a file; one that isn't there is no error. False if it was not there.
 bool RemoveFile(FileSystem& fs, const std::string& path);
 void SyncDirectory(FileSystem& fs, const std::string& path);
-/// Makes `path` and its missing parents. With `sync`, the entry of each directory that this call made is durable in its
-/// parent on return, and so is that of the lowest one that was there before.
+/// Makes `path` and its missing parents. With `sync`, the entry of each directory that this call
+/// made is durable in its parent on return, and so is that of the lowest one that was there before.
 void MakeDirectories(FileSystem& fs, const std::string& path, bool sync);
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::io

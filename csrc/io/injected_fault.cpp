@@ -6,14 +6,15 @@
 #include <mutex>
 #include <utility>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::io {
 namespace {
 
 std::mutex mutex;
 std::atomic<bool> in_use{false};
 
-// Kept on the heap for good: a fault may hold Python objects, which must not be let go after the interpreter has ended.
-// Shared, so that no such object is copied or let go, which takes the GIL, under the mutex.
+// Kept on the heap for good: a fault may hold Python objects, which must not be let go after the
+// interpreter has ended. Shared, so that no such object is copied or let go, which takes the GIL,
+// under the mutex.
 std::shared_ptr<const InjectedFault>& Current() {
   static auto& fault = *new std::shared_ptr<const InjectedFault>;
   return fault;
@@ -30,7 +31,8 @@ int Ask(const char* op, const std::string& path) {
 
 class FaultyFile : public RawFile {
  public:
-  FaultyFile(std::unique_ptr<RawFile> real, std::string path) : real_(std::move(real)), path_(std::move(path)) {}
+  FaultyFile(std::unique_ptr<RawFile> real, std::string path)
+      : real_(std::move(real)), path_(std::move(path)) {}
 
   ssize_t PRead(void* data, size_t size, int64_t offset) override {
     const int rc = Ask("pread", path_);
@@ -62,7 +64,9 @@ class FaultyFile : public RawFile {
   }
 
  private:
-  static size_t Cut(size_t size, int limit) { return limit > 0 ? std::min(size, static_cast<size_t>(limit)) : size; }
+  static size_t Cut(size_t size, int limit) {
+    return limit > 0 ? std::min(size, static_cast<size_t>(limit)) : size;
+  }
   template <typename Real>
   int Call(const char* op, const Real& real) {
     const int rc = Ask(op, path_);
@@ -82,7 +86,8 @@ class FaultyFileSystem : public FileSystem {
   }
   int OpenInside(const std::string& directory, const std::string& name, OpenMode mode,
                  std::unique_ptr<RawFile>* file) override {
-    return Wrapped(directory + "/" + name, file, [&] { return real_.OpenInside(directory, name, mode, file); });
+    return Wrapped(directory + "/" + name, file,
+                   [&] { return real_.OpenInside(directory, name, mode, file); });
   }
   bool IsInMemory(const std::string& path) override { return real_.IsInMemory(path); }
   int Status(const std::string& path, FileStatus* status) override {
@@ -135,4 +140,4 @@ FileSystem& WithInjectedFault(FileSystem& real) {
   return faulty;
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::io

@@ -13,7 +13,7 @@
 #include "io/file_system.h"
 #include "io/injected_fault.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::io {
 namespace {
 
 int Result(int rc) { return rc < 0 ? -errno : rc; }
@@ -30,7 +30,8 @@ class PosixFile : public RawFile {
     return n < 0 ? -errno : n;
   }
   bool IsCached(int64_t offset, int64_t size) override {
-    // cachestat, Linux 6.5: by number, as older headers lack it. Without it a file counts as not cached.
+    // cachestat, Linux 6.5: by number, as older headers lack it. Without it a file counts as not
+    // cached.
     constexpr long kCachestat = 451;
     struct {
       uint64_t offset, size;
@@ -58,7 +59,8 @@ class PosixFile : public RawFile {
     return flags < 0 ? -errno : Result(::fcntl(fd_, F_SETFL, flags & ~O_DIRECT));
   }
   int Close() override {
-    // Never again, also after EINTR: on Linux the descriptor is gone either way and may be another thread's by now.
+    // Never again, also after EINTR: on Linux the descriptor is gone either way and may be another
+    // thread's by now.
     const int fd = fd_;
     fd_ = -1;
     const int rc = fd < 0 ? 0 : Result(::close(fd));
@@ -75,7 +77,9 @@ class Posix : public FileSystem {
     const bool create = mode == OpenMode::kCreate || mode == OpenMode::kCreateDirect;
     const bool direct = mode == OpenMode::kReadDirect || mode == OpenMode::kCreateDirect;
     if (direct && IsInMemory(create ? path.substr(0, path.rfind('/') + 1) : path)) return -EINVAL;
-    const int access = create ? O_RDWR | O_CREAT | O_EXCL : mode == OpenMode::kWrite ? O_WRONLY : O_RDONLY;
+    const int access = create                     ? O_RDWR | O_CREAT | O_EXCL
+                       : mode == OpenMode::kWrite ? O_WRONLY
+                                                  : O_RDONLY;
     const int flags = O_CLOEXEC | access | (direct ? O_DIRECT : 0);
     int fd = ::open(path.c_str(), flags, 0666);
     if (fd < 0) {
@@ -98,7 +102,8 @@ class Posix : public FileSystem {
     if (!S_ISREG(found.st_mode)) return -EOPNOTSUPP;
     return Open(path, mode, file);
   }
-  // Newer kernels take O_DIRECT on tmpfs and copy all the same: an aligned bounce buffer would only add a copy.
+  // Newer kernels take O_DIRECT on tmpfs and copy all the same: an aligned bounce buffer would only
+  // add a copy.
   bool IsInMemory(const std::string& path) override {
     struct statfs found;
     return ::statfs(path.empty() ? "." : path.c_str(), &found) == 0 &&
@@ -107,7 +112,8 @@ class Posix : public FileSystem {
   int Status(const std::string& path, FileStatus* status) override {
     struct stat found;
     if (::stat(path.c_str(), &found) < 0) return -errno;
-    *status = {S_ISDIR(found.st_mode), static_cast<int64_t>(found.st_size), static_cast<int64_t>(found.st_mtime)};
+    *status = {S_ISDIR(found.st_mode), static_cast<int64_t>(found.st_size),
+               static_cast<int64_t>(found.st_mtime)};
     return 0;
   }
   int List(const std::string& directory, std::vector<std::string>* names) override {
@@ -124,14 +130,19 @@ class Posix : public FileSystem {
     ::closedir(stream);
     return -error;
   }
-  int MakeDirectory(const std::string& path) override { return Result(::mkdir(path.c_str(), 0777)); }
-  int Rename(const std::string& from, const std::string& to) override { return Result(::rename(from.c_str(), to.c_str())); }
+  int MakeDirectory(const std::string& path) override {
+    return Result(::mkdir(path.c_str(), 0777));
+  }
+  int Rename(const std::string& from, const std::string& to) override {
+    return Result(::rename(from.c_str(), to.c_str()));
+  }
   int Remove(const std::string& path) override { return Result(::unlink(path.c_str())); }
   int SyncDirectory(const std::string& path) override {
     const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) return -errno;
     int rc = Result(::fsync(fd));
-    // A file system that has no such notion (some network ones) says EINVAL; its renames are its server's business.
+    // A file system that has no such notion (some network ones) says EINVAL; its renames are its
+    // server's business.
     if (rc == -EINVAL) rc = 0;
     ::close(fd);
     return rc;
@@ -153,4 +164,4 @@ FileSystem& PosixFileSystem() {
   return WithInjectedFault(instance);
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::io

@@ -4,7 +4,7 @@
 
 #include <atomic>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::kernels {
 namespace {
 
 std::atomic<int64_t> copied_bytes{0};
@@ -13,29 +13,36 @@ void CheckSegments(std::span<const CopySegment> segments, size_t src_align, size
   for (size_t i = 0; i < segments.size(); ++i) {
     const auto& [src, dst, numel] = segments[i];
     TORCH_CHECK_VALUE(numel >= 0, "BatchedCopy: segment ", i, " has ", numel, " elements");
-    TORCH_CHECK_VALUE(numel == 0 || dst != nullptr, "BatchedCopy: segment ", i, " has no destination");
-    // Off its natural alignment an address is undefined behaviour on the CPU and a fault on the GPU.
-    TORCH_CHECK_VALUE(
-        reinterpret_cast<uintptr_t>(src) % src_align == 0 && reinterpret_cast<uintptr_t>(dst) % dst_align == 0,
-        "BatchedCopy: segment ", i, " lies at an address that is no multiple of its dtype's size");
+    TORCH_CHECK_VALUE(numel == 0 || dst != nullptr, "BatchedCopy: segment ", i,
+                      " has no destination");
+    // Off its natural alignment an address is undefined behaviour on the CPU and a fault on the
+    // GPU.
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(src) % src_align == 0 &&
+                          reinterpret_cast<uintptr_t>(dst) % dst_align == 0,
+                      "BatchedCopy: segment ", i,
+                      " lies at an address that is no multiple of its dtype's size");
   }
 }
 
 }  // namespace
 
-void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst,
-                 double scale, bool accumulate) {
-  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "BatchedCopy: CPU and CUDA only, not ", device);
-  const auto from_item = static_cast<int64_t>(c10::elementSize(src)), to_item = static_cast<int64_t>(c10::elementSize(dst));
+void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src,
+                 c10::ScalarType dst, double scale, bool accumulate) {
+  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "BatchedCopy: CPU and CUDA only, not ",
+                    device);
+  const auto from_item = static_cast<int64_t>(c10::elementSize(src)),
+             to_item = static_cast<int64_t>(c10::elementSize(dst));
   int64_t bytes = 0;
   for (const auto& segment : segments) {
-    bytes += segment.numel * ((segment.src != nullptr ? from_item : 0) + (accumulate ? 2 : 1) * to_item);
+    bytes +=
+        segment.numel * ((segment.src != nullptr ? from_item : 0) + (accumulate ? 2 : 1) * to_item);
   }
-  kernels::CountBytes(bytes);
+  CountBytes(bytes);
   const bool copies_bits = src == dst && scale == 1.0 && !accumulate;
-  TORCH_CHECK_TYPE(copies_bits || (kernels::Computes(src) && kernels::Computes(dst)), "BatchedCopy: ", src, " to ", dst,
-                   " with scale ", scale, accumulate ? ", accumulating," : "",
-                   " is not supported: only float32, float64, bfloat16 and float16 are cast, scaled or accumulated");
+  TORCH_CHECK_TYPE(copies_bits || (Computes(src) && Computes(dst)), "BatchedCopy: ", src, " to ",
+                   dst, " with scale ", scale, accumulate ? ", accumulating," : "",
+                   " is not supported: only float32, float64, bfloat16 and float16 are cast, "
+                   "scaled or accumulated");
 #ifndef HSDP_CKPT_WITH_CUDA
   TORCH_CHECK(!device.is_cuda(), "BatchedCopy: torch_hsdp_ckpt was built without CUDA");
 #endif
@@ -43,21 +50,21 @@ void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10:
     // Bits have no natural alignment: torch itself makes tensors of complex128 on 8-byte addresses.
     CheckSegments(segments, 1, 1);
     const auto item = static_cast<int64_t>(c10::elementSize(src));
-    if (device.is_cpu()) return kernels::CopyCpu(segments, item);
+    if (device.is_cpu()) return CopyCpu(segments, item);
 #ifdef HSDP_CKPT_WITH_CUDA
-    return kernels::CopyCuda(device, segments, item);
+    return CopyCuda(device, segments, item);
 #endif
   } else {
     CheckSegments(segments, c10::elementSize(src), c10::elementSize(dst));
-    if (device.is_cpu()) return kernels::CastCpu(segments, src, dst, scale, accumulate);
+    if (device.is_cpu()) return CastCpu(segments, src, dst, scale, accumulate);
 #ifdef HSDP_CKPT_WITH_CUDA
-    return kernels::CastCuda(device, segments, src, dst, scale, accumulate);
+    return CastCuda(device, segments, src, dst, scale, accumulate);
 #endif
   }
 }
 
 int64_t CopiedBytes() { return copied_bytes.load(std::memory_order_relaxed); }
 
-void kernels::CountBytes(int64_t bytes) { copied_bytes.fetch_add(bytes, std::memory_order_relaxed); }
+void CountBytes(int64_t bytes) { copied_bytes.fetch_add(bytes, std::memory_order_relaxed); }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::kernels

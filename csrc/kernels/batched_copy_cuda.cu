@@ -15,13 +15,15 @@
 
 #include "kernels/batched_copy.h"
 
-// One launch for all segments. Each segment is cut into tiles, a block moves one tile, and finds its segment by a binary
-// search over the tiles' running count: blocks stay busy whether there are three large segments or thousands of small ones.
+// One launch for all segments. Each segment is cut into tiles, a block moves one tile, and finds
+// its segment by a binary search over the tiles' running count: blocks stay busy whether there are
+// three large segments or thousands of small ones.
 namespace hsdp_ckpt::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-// 16-byte vectors that a thread has in flight: with 8 blocks on a multiprocessor some 128 KiB, enough for HBM3's latency.
+// 16-byte vectors that a thread has in flight: with 8 blocks on a multiprocessor some 128 KiB,
+// enough for HBM3's latency.
 constexpr int kInFlight = 4;
 constexpr int64_t kVector = 16;
 // A tile's bytes on its wider side: two rounds of a block.
@@ -89,7 +91,8 @@ __device__ void CopyWords(const char* src, char* dst, int64_t n) {
 template <typename W>
 __device__ void CopyBytes(const char* src, char* dst, int64_t bytes) {
   constexpr int64_t kWord = sizeof(W);
-  const int64_t to_aligned = (kWord - static_cast<int64_t>(reinterpret_cast<uintptr_t>(dst) % kWord)) % kWord;
+  const int64_t to_aligned =
+      (kWord - static_cast<int64_t>(reinterpret_cast<uintptr_t>(dst) % kWord)) % kWord;
   const int64_t head = to_aligned < bytes ? to_aligned : bytes;
   const int64_t words = (bytes - head) / kWord;
   CopyWords<W>(src == nullptr ? nullptr : src + head, dst + head, words);
@@ -109,7 +112,8 @@ __global__ void __launch_bounds__(kThreads) CopyKernel(const __grid_constant__ T
   const char* src = segment.src == nullptr ? nullptr : segment.src + first;
   char* dst = segment.dst + first;
   // The widest word at which both sides can be aligned at once.
-  const uintptr_t apart = src == nullptr ? 0 : reinterpret_cast<uintptr_t>(src) - reinterpret_cast<uintptr_t>(dst);
+  const uintptr_t apart =
+      src == nullptr ? 0 : reinterpret_cast<uintptr_t>(src) - reinterpret_cast<uintptr_t>(dst);
   if (apart % 16 == 0) {
     CopyBytes<uint4>(src, dst, bytes);
   } else if (apart % 8 == 0) {
@@ -139,15 +143,18 @@ __device__ double MulAdd(double x, double scale, double sum, bool accumulate) {
 
 template <typename Src, typename Dst>
 struct Cast {
-  using C = std::conditional_t<std::is_same_v<Src, double> || std::is_same_v<Dst, double>, double, float>;
+  using C =
+      std::conditional_t<std::is_same_v<Src, double> || std::is_same_v<Dst, double>, double, float>;
 
   template <bool kAccumulate>
   static __device__ Dst One(Src x, Dst sum, C scale) {
-    const C y = MulAdd<C>(static_cast<C>(x), scale, kAccumulate ? static_cast<C>(sum) : C{0}, kAccumulate);
+    const C y =
+        MulAdd<C>(static_cast<C>(x), scale, kAccumulate ? static_cast<C>(sum) : C{0}, kAccumulate);
     if constexpr (std::is_floating_point_v<Dst>) {
       return static_cast<Dst>(y);
     } else {
-      return static_cast<Dst>(static_cast<float>(y));  // from float64 by way of float32, as ATen casts
+      return static_cast<Dst>(
+          static_cast<float>(y));  // from float64 by way of float32, as ATen casts
     }
   }
 };
@@ -156,8 +163,9 @@ struct Cast {
 template <typename Src, typename Dst, bool kAccumulate>
 __device__ void CastItems(const Src* src, Dst* dst, int64_t n, typename Cast<Src, Dst>::C scale) {
   for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-    dst[i] =
-        src == nullptr ? Dst{} : Cast<Src, Dst>::template One<kAccumulate>(src[i], kAccumulate ? dst[i] : Dst{}, scale);
+    dst[i] = src == nullptr ? Dst{}
+                            : Cast<Src, Dst>::template One<kAccumulate>(
+                                  src[i], kAccumulate ? dst[i] : Dst{}, scale);
   }
 }
 
@@ -168,22 +176,27 @@ constexpr int64_t kTileItems = kTileBytes / (sizeof(Src) > sizeof(Dst) ? sizeof(
 template <typename Src, typename Dst, bool kAccumulate, typename Table>
 __global__ void __launch_bounds__(kThreads)
     CastKernel(const __grid_constant__ Table table, typename Cast<Src, Dst>::C scale) {
-  // Elements of a vector: 16 bytes on the wider side, so that neighbouring threads touch neighbouring bytes on both.
+  // Elements of a vector: 16 bytes on the wider side, so that neighbouring threads touch
+  // neighbouring bytes on both.
   constexpr int kItems = kVector / (sizeof(Src) > sizeof(Dst) ? sizeof(Src) : sizeof(Dst));
   using SrcPack = Pack<Src, kItems>;
   using DstPack = Pack<Dst, kItems>;
 
   const Entry& segment = FindSegment(table, blockIdx.x);
   const int64_t first = (blockIdx.x - segment.first_tile) * kTileItems<Src, Dst>;
-  int64_t n = segment.numel - first < kTileItems<Src, Dst> ? segment.numel - first : kTileItems<Src, Dst>;
+  int64_t n =
+      segment.numel - first < kTileItems<Src, Dst> ? segment.numel - first : kTileItems<Src, Dst>;
   auto* dst = reinterpret_cast<Dst*>(segment.dst) + first;
   if (segment.src == nullptr) {
-    if (!kAccumulate) CopyBytes<uint4>(nullptr, reinterpret_cast<char*>(dst), n * static_cast<int64_t>(sizeof(Dst)));
+    if (!kAccumulate)
+      CopyBytes<uint4>(nullptr, reinterpret_cast<char*>(dst),
+                       n * static_cast<int64_t>(sizeof(Dst)));
     return;
   }
   const auto* src = reinterpret_cast<const Src*>(segment.src) + first;
 
-  const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(dst) % sizeof(DstPack) / sizeof(Dst));
+  const auto misaligned =
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(dst) % sizeof(DstPack) / sizeof(Dst));
   const int64_t to_aligned = (kItems - misaligned) % kItems;
   const int64_t head = to_aligned < n ? to_aligned : n;
   if (reinterpret_cast<uintptr_t>(src + head) % sizeof(SrcPack) != 0) {
@@ -212,26 +225,30 @@ __global__ void __launch_bounds__(kThreads)
       if (base + k * kThreads < packs) {
 #pragma unroll
         for (int j = 0; j < kItems; ++j) {
-          out[k].item[j] = Cast<Src, Dst>::template One<kAccumulate>(in[k].item[j], out[k].item[j], scale);
+          out[k].item[j] =
+              Cast<Src, Dst>::template One<kAccumulate>(in[k].item[j], out[k].item[j], scale);
         }
         to[base + k * kThreads] = out[k];
       }
     }
   }
-  CastItems<Src, Dst, kAccumulate>(src + packs * kItems, dst + packs * kItems, n - packs * kItems, scale);
+  CastItems<Src, Dst, kAccumulate>(src + packs * kItems, dst + packs * kItems, n - packs * kItems,
+                                   scale);
 }
 
-/// Calls `launch(table, blocks, stream)` for all segments: once, with the table as an argument or, where it is too long for
-/// that, in device memory. A captured graph would replay a table that is long gone, so there it is several launches.
+/// Calls `launch(table, blocks, stream)` for all segments: once, with the table as an argument or,
+/// where it is too long for that, in device memory. A captured graph would replay a table that is
+/// long gone, so there it is several launches.
 template <typename Launch>
-void ForEachTable(c10::Device device, std::span<const CopySegment> segments, int64_t item, int64_t tile,
-                  const Launch& launch) {
+void ForEachTable(c10::Device device, std::span<const CopySegment> segments, int64_t item,
+                  int64_t tile, const Launch& launch) {
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
   std::vector<Entry> entries;
   entries.reserve(segments.size());
   for (const auto& [src, dst, numel] : segments) {
-    if (numel > 0) entries.push_back({static_cast<const char*>(src), static_cast<char*>(dst), numel * item, 0});
+    if (numel > 0)
+      entries.push_back({static_cast<const char*>(src), static_cast<char*>(dst), numel * item, 0});
   }
   const auto number = [&](std::span<Entry> part) {
     int64_t tiles = 0;
@@ -239,25 +256,32 @@ void ForEachTable(c10::Device device, std::span<const CopySegment> segments, int
       entry.first_tile = tiles;
       tiles += (entry.numel + tile - 1) / tile;
     }
-    TORCH_CHECK(tiles <= std::numeric_limits<int32_t>::max(), "BatchedCopy: more elements than one launch can take");
+    TORCH_CHECK(tiles <= std::numeric_limits<int32_t>::max(),
+                "BatchedCopy: more elements than one launch can take");
     return static_cast<unsigned>(tiles);
   };
-  const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  const bool capturing =
+      c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   if (entries.size() > kArgEntries && !capturing) {
     const unsigned blocks = number(entries);
     const size_t bytes = entries.size() * sizeof(Entry);
-    // No host synchronisation: the pinned block is not handed out again before the event recorded here has passed, and
-    // the device block, made and freed on this stream, only to work that is queued behind this launch.
+    // No host synchronisation: the pinned block is not handed out again before the event recorded
+    // here has passed, and the device block, made and freed on this stream, only to work that is
+    // queued behind this launch.
     c10::DataPtr pinned = at::getHostAllocator(at::kCUDA)->allocate(bytes);
     c10::DataPtr table = c10::cuda::CUDACachingAllocator::get()->allocate(bytes);
     std::copy(entries.begin(), entries.end(), static_cast<Entry*>(pinned.get()));
-    C10_CUDA_CHECK(cudaMemcpyAsync(table.get(), pinned.get(), bytes, cudaMemcpyHostToDevice, stream));
-    at::getHostAllocator(at::kCUDA)->record_event(pinned.get(), pinned.get_context(), stream.unwrap());
-    launch(MemoryTable{static_cast<int>(entries.size()), static_cast<const Entry*>(table.get())}, blocks, stream);
+    C10_CUDA_CHECK(
+        cudaMemcpyAsync(table.get(), pinned.get(), bytes, cudaMemcpyHostToDevice, stream));
+    at::getHostAllocator(at::kCUDA)->record_event(pinned.get(), pinned.get_context(),
+                                                  stream.unwrap());
+    launch(MemoryTable{static_cast<int>(entries.size()), static_cast<const Entry*>(table.get())},
+           blocks, stream);
     return;
   }
   for (size_t first = 0; first < entries.size(); first += kArgEntries) {
-    const std::span<Entry> part(entries.data() + first, std::min<size_t>(kArgEntries, entries.size() - first));
+    const std::span<Entry> part(entries.data() + first,
+                                std::min<size_t>(kArgEntries, entries.size() - first));
     const unsigned blocks = number(part);
     ArgTable table{static_cast<int>(part.size()), {}};
     std::copy(part.begin(), part.end(), table.entries);
@@ -266,17 +290,19 @@ void ForEachTable(c10::Device device, std::span<const CopySegment> segments, int
 }
 
 template <typename Src, typename Dst>
-void CastAll(c10::Device device, std::span<const CopySegment> segments, double scale, bool accumulate) {
+void CastAll(c10::Device device, std::span<const CopySegment> segments, double scale,
+             bool accumulate) {
   const auto s = static_cast<typename Cast<Src, Dst>::C>(scale);
-  ForEachTable(device, segments, 1, kTileItems<Src, Dst>, [&](const auto& table, unsigned blocks, cudaStream_t stream) {
-    using Table = std::decay_t<decltype(table)>;
-    if (accumulate) {
-      CastKernel<Src, Dst, true, Table><<<blocks, kThreads, 0, stream>>>(table, s);
-    } else {
-      CastKernel<Src, Dst, false, Table><<<blocks, kThreads, 0, stream>>>(table, s);
-    }
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
+  ForEachTable(device, segments, 1, kTileItems<Src, Dst>,
+               [&](const auto& table, unsigned blocks, cudaStream_t stream) {
+                 using Table = std::decay_t<decltype(table)>;
+                 if (accumulate) {
+                   CastKernel<Src, Dst, true, Table><<<blocks, kThreads, 0, stream>>>(table, s);
+                 } else {
+                   CastKernel<Src, Dst, false, Table><<<blocks, kThreads, 0, stream>>>(table, s);
+                 }
+                 C10_CUDA_KERNEL_LAUNCH_CHECK();
+               });
 }
 
 template <typename Fn>
@@ -298,16 +324,19 @@ void WithType(c10::ScalarType type, const Fn& fn) {
 }  // namespace
 
 void CopyCuda(c10::Device device, std::span<const CopySegment> segments, int64_t item) {
-  ForEachTable(device, segments, item, kTileBytes, [](const auto& table, unsigned blocks, cudaStream_t stream) {
-    CopyKernel<std::decay_t<decltype(table)>><<<blocks, kThreads, 0, stream>>>(table);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
+  ForEachTable(device, segments, item, kTileBytes,
+               [](const auto& table, unsigned blocks, cudaStream_t stream) {
+                 CopyKernel<std::decay_t<decltype(table)>><<<blocks, kThreads, 0, stream>>>(table);
+                 C10_CUDA_KERNEL_LAUNCH_CHECK();
+               });
 }
 
-void CastCuda(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst,
-              double scale, bool accumulate) {
+void CastCuda(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src,
+              c10::ScalarType dst, double scale, bool accumulate) {
   WithType(src, [&](auto s) {
-    WithType(dst, [&](auto d) { CastAll<decltype(s), decltype(d)>(device, segments, scale, accumulate); });
+    WithType(dst, [&](auto d) {
+      CastAll<decltype(s), decltype(d)>(device, segments, scale, accumulate);
+    });
   });
 }
 

@@ -1,13 +1,15 @@
 #pragma once
 
-// One run of BatchedCopy on one CPU thread: CastRun<Src, Dst, kAccumulate>(src, dst, n, scale, stream), CopyRun.
+// One run of BatchedCopy on one CPU thread: CastRun<Src, Dst, kAccumulate>(src, dst, n, scale,
+// stream), CopyRun.
 //
-// `stream` writes past the caches: worth it where the whole batch is larger than they are, since a line is then not read
-// before it is overwritten.
+// `stream` writes past the caches: worth it where the whole batch is larger than they are, since a
+// line is then not read before it is overwritten.
 //
-// The library is built for the oldest processor of its architecture, which on x86-64 has no instruction for float16 and
-// half of the vector width, so there a second version is compiled for AVX2 and F16C and chosen at run time.
-// The tail of a run goes through the same vector code as its body: an element's result does not depend on where it lies.
+// The library is built for the oldest processor of its architecture, which on x86-64 has no
+// instruction for float16 and half of the vector width, so there a second version is compiled for
+// AVX2 and F16C and chosen at run time. The tail of a run goes through the same vector code as its
+// body: an element's result does not depend on where it lies.
 
 #include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
@@ -28,7 +30,8 @@ namespace hsdp_ckpt::kernels {
 
 /// What a pair of dtypes computes in.
 template <typename Src, typename Dst>
-using ComputeType = std::conditional_t<std::is_same_v<Src, double> || std::is_same_v<Dst, double>, double, float>;
+using ComputeType =
+    std::conditional_t<std::is_same_v<Src, double> || std::is_same_v<Dst, double>, double, float>;
 
 /// One rounding, or as ATen's casts have it, one to float first where float64 goes to 16 bits.
 template <typename To, typename From>
@@ -52,8 +55,9 @@ void CastRunPortable(const Src* __restrict src, Dst* __restrict dst, int64_t n, 
 }
 
 #ifdef HSDP_CKPT_CAST_AVX2
-// The attribute instead of compiler flags for a whole file: c10's inline functions compiled with AVX2 in one file could be
-// the ones that the linker keeps for all. No FMA: the product is rounded, as ATen rounds it.
+// The attribute instead of compiler flags for a whole file: c10's inline functions compiled with
+// AVX2 in one file could be the ones that the linker keeps for all. No FMA: the product is rounded,
+// as ATen rounds it.
 #define HSDP_CKPT_AVX2 __attribute__((target("avx2,f16c"), always_inline)) inline
 
 struct F8 {
@@ -94,7 +98,8 @@ HSDP_CKPT_AVX2 __m256i RoundToBFloat16(__m256 x) {
   // Half of the last place kept, less one, plus the last bit kept: to nearest, ties to even.
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
+  return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd),
+                           16);
 }
 /// The addition could carry a NaN over into zero.
 HSDP_CKPT_AVX2 __m256i KeepNaN(__m256i rounded, __m256 x) {
@@ -106,10 +111,11 @@ HSDP_CKPT_AVX2 void Pack(const F8& x, const F8& y, Packed<float>& out) {
   out = {{_mm256_castps_si256(x.v), _mm256_castps_si256(y.v)}};
 }
 HSDP_CKPT_AVX2 void Pack(const F8& x, const F8& y, Packed<c10::Half>& out) {
-  out = {
-      {_mm256_set_m128i(_mm256_cvtps_ph(y.v, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT))}};
+  out = {{_mm256_set_m128i(_mm256_cvtps_ph(y.v, _MM_FROUND_TO_NEAREST_INT),
+                           _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT))}};
 }
-/// Bound by the number of instructions where the data is in the caches: NaNs are rare, so one comparison for all sixteen.
+/// Bound by the number of instructions where the data is in the caches: NaNs are rare, so one
+/// comparison for all sixteen.
 HSDP_CKPT_AVX2 void Pack(const F8& x, const F8& y, Packed<c10::BFloat16>& out) {
   __m256i low = RoundToBFloat16(x.v), high = RoundToBFloat16(y.v);
   if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(x.v, y.v, _CMP_UNORD_Q)) != 0, 0)) {
@@ -120,7 +126,8 @@ HSDP_CKPT_AVX2 void Pack(const F8& x, const F8& y, Packed<c10::BFloat16>& out) {
   out = {{_mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), _MM_SHUFFLE(3, 1, 2, 0))}};
 }
 HSDP_CKPT_AVX2 void Pack(const D8& x, const D8& y, Packed<double>& out) {
-  out = {{_mm256_castpd_si256(x.lo), _mm256_castpd_si256(x.hi), _mm256_castpd_si256(y.lo), _mm256_castpd_si256(y.hi)}};
+  out = {{_mm256_castpd_si256(x.lo), _mm256_castpd_si256(x.hi), _mm256_castpd_si256(y.lo),
+          _mm256_castpd_si256(y.hi)}};
 }
 template <typename T>
 HSDP_CKPT_AVX2 void Pack(const D8& x, const D8& y, Packed<T>& out) {
@@ -158,14 +165,17 @@ HSDP_CKPT_AVX2 void CastSixteen(const Src* src, const Dst* dst, C scale, Packed<
 }
 
 template <typename Src, typename Dst, bool kScale, bool kAccumulate>
-__attribute__((target("avx2,f16c"))) void CastRunAvx2(const Src* src, Dst* dst, int64_t n, double scale, bool stream) {
+__attribute__((target("avx2,f16c"))) void CastRunAvx2(const Src* src, Dst* dst, int64_t n,
+                                                      double scale, bool stream) {
   using C = ComputeType<Src, Dst>;
   const C s = static_cast<C>(scale);
-  const auto cast = [s](const Src* from, Dst* to) __attribute__((target("avx2,f16c"), always_inline)) {
-    Packed<Dst> out;
-    CastSixteen<Src, Dst, kScale, kAccumulate>(from, to, s, out);
-    for (size_t v = 0; v < std::size(out.v); ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + v, out.v[v]);
-  };
+  const auto cast = [s](const Src* from, Dst* to)
+                        __attribute__((target("avx2,f16c"), always_inline)) {
+                          Packed<Dst> out;
+                          CastSixteen<Src, Dst, kScale, kAccumulate>(from, to, s, out);
+                          for (size_t v = 0; v < std::size(out.v); ++v)
+                            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + v, out.v[v]);
+                        };
   int64_t i = 0;
   if (!kAccumulate && stream && n >= 32) {
     // Sixteen that end behind the first whole vector; what is left goes the usual way.
@@ -174,7 +184,8 @@ __attribute__((target("avx2,f16c"))) void CastRunAvx2(const Src* src, Dst* dst, 
     for (; i + 16 <= n; i += 16) {
       Packed<Dst> out;
       CastSixteen<Src, Dst, kScale, false>(src + i, dst + i, s, out);
-      for (size_t v = 0; v < std::size(out.v); ++v) _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i) + v, out.v[v]);
+      for (size_t v = 0; v < std::size(out.v); ++v)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i) + v, out.v[v]);
     }
     _mm_sfence();
   }
@@ -203,13 +214,16 @@ __attribute__((target("avx2"))) inline void StreamBytes(const char* src, char* d
   _mm_sfence();
 }
 
-/// Within the caches. memcpy takes `rep movsb` for more than a few KiB, which runs at a fifteenth of its speed (Zen 4)
-/// where `dst` lies a few bytes behind `src` within their pages: so do the pieces of parameters that don't divide evenly.
+/// Within the caches. memcpy takes `rep movsb` for more than a few KiB, which runs at a fifteenth
+/// of its speed (Zen 4) where `dst` lies a few bytes behind `src` within their pages: so do the
+/// pieces of parameters that don't divide evenly.
 __attribute__((target("avx2"))) inline void CopyBytes(const char* src, char* dst, int64_t bytes) {
   const auto move = [](const char* from, char* to) __attribute__((target("avx2"), always_inline)) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   };
-  // One vector that ends in the first whole one, then stores that never cross a line; the last vector ends where all does.
+  // One vector that ends in the first whole one, then stores that never cross a line; the last
+  // vector ends where all does.
   move(src, dst);
   int64_t i = 32 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(dst) % 32);
   for (; i + 128 <= bytes; i += 128) {
@@ -242,8 +256,10 @@ inline void CopyRun(const char* src, char* dst, int64_t bytes, [[maybe_unused]] 
 template <typename Src, typename Dst, bool kAccumulate>
 void CastRun(const Src* src, Dst* dst, int64_t n, double scale, [[maybe_unused]] bool stream) {
 #ifdef HSDP_CKPT_CAST_AVX2
-  if (HasAvx2() && scale == 1.0) return CastRunAvx2<Src, Dst, false, kAccumulate>(src, dst, n, 1.0, stream && n >= 1024);
-  if (HasAvx2()) return CastRunAvx2<Src, Dst, true, kAccumulate>(src, dst, n, scale, stream && n >= 1024);
+  if (HasAvx2() && scale == 1.0)
+    return CastRunAvx2<Src, Dst, false, kAccumulate>(src, dst, n, 1.0, stream && n >= 1024);
+  if (HasAvx2())
+    return CastRunAvx2<Src, Dst, true, kAccumulate>(src, dst, n, scale, stream && n >= 1024);
 #endif
   CastRunPortable<Src, Dst, kAccumulate>(src, dst, n, scale);
 }

@@ -12,11 +12,12 @@
 
 namespace hsdp_ckpt::kernels {
 
-// Bytes that are worth a task of their own: some 50 us of copying against the few us that waking a thread costs.
+// Bytes that are worth a task of their own: some 50 us of copying against the few us that waking a
+// thread costs.
 inline constexpr int64_t kTaskBytes = 512 << 10;
 
-/// While one lives, batches of this thread are not shared out: a background thread would start a team of its own and take
-/// the cores away from the computation that it works beside.
+/// While one lives, batches of this thread are not shared out: a background thread would start a
+/// team of its own and take the cores away from the computation that it works beside.
 class OneThread {
  public:
   OneThread() : before_(wanted) { wanted = true; }
@@ -30,11 +31,12 @@ class OneThread {
   const bool before_;
 };
 
-/// Calls `run(first task, last task)` for ranges that together are [0, tasks), on torch's own threads.
+/// Calls `run(first task, last task)` for ranges that together are [0, tasks), on torch's own
+/// threads.
 void ForEachTask(int64_t tasks, c10::function_ref<void(int64_t, int64_t)> run);
 
-/// Calls `run(segment, first element, elements)` for pieces that together are all segments, on torch's threads if there is
-/// enough to do. `item` is the bytes that one element moves.
+/// Calls `run(segment, first element, elements)` for pieces that together are all segments, on
+/// torch's threads if there is enough to do. `item` is the bytes that one element moves.
 template <typename Segment, typename Run>
 void ForEachPiece(std::span<const Segment> segments, int64_t item, const Run& run) {
   int64_t total = 0;

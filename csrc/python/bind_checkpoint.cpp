@@ -1,24 +1,25 @@
-// The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape, address, first byte,
-// bytes): the caller keeps them alive and contiguous during the call. An image crosses as (offset in the file, address,
-// bytes). The GIL is released for all that reads, writes or waits.
+// The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape,
+// address, first byte, bytes): the caller keeps them alive and contiguous during the call. An image
+// crosses as (offset in the file, address, bytes). The GIL is released for all that reads, writes
+// or waits.
 #include <pybind11/functional.h>
 
 #include "base/crc32.h"
 #include "base/error.h"
-#include "checkpoint/claim.h"
-#include "checkpoint/commit.h"
-#include "checkpoint/data_file_name.h"
-#include "checkpoint/shard_file_writer.h"
+#include "checkpoint/commit/claim.h"
+#include "checkpoint/commit/commit.h"
+#include "checkpoint/save/shard_file_writer.h"
+#include "format/data_file_name.h"
+#include "format/record.h"
+#include "format/tensor_pickle.h"
 #include "io/file.h"
 #include "io/injected_fault.h"
 #include "python/module.h"
-#include "record/record.h"
-#include "record/tensor_pickle.h"
 #include "snapshot/staging_copy.h"
 
 namespace py = pybind11;
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 namespace {
 
 using Shape = std::vector<int64_t>;
@@ -26,94 +27,109 @@ using TensorArgument = std::tuple<std::string, std::string, Shape, uintptr_t, in
 using PlaceResult = std::pair<int64_t, int64_t>;
 using ImageArgument = std::tuple<int64_t, uintptr_t, int64_t>;
 
-const DType& KnownDType(const std::string& name) {
-  const DType* dtype = FindDType(std::string_view(name));
+const format::DType& KnownDType(const std::string& name) {
+  const format::DType* dtype = format::FindDType(std::string_view(name));
   if (dtype == nullptr) throw py::value_error("no record format for dtype " + name);
   return *dtype;
 }
 
-std::vector<PlaceResult> WriteAll(ShardFileWriter& writer, const std::vector<RecordSource>& records) {
+std::vector<PlaceResult> WriteAll(checkpoint::ShardFileWriter& writer,
+                                  const std::vector<checkpoint::RecordSource>& records) {
   std::vector<PlaceResult> places;
   const py::gil_scoped_release release;
   for (const auto& place : writer.Write(records)) places.emplace_back(place.offset, place.length);
   return places;
 }
 
-std::vector<PlaceResult> WriteTensors(ShardFileWriter& writer, const std::vector<TensorArgument>& tensors) {
-  std::vector<RecordSource> records;
+std::vector<PlaceResult> WriteTensors(checkpoint::ShardFileWriter& writer,
+                                      const std::vector<TensorArgument>& tensors) {
+  std::vector<checkpoint::RecordSource> records;
   for (const auto& [name, dtype_name, shape, address, first, size] : tensors) {
     const auto* data = reinterpret_cast<const std::byte*>(address);
-    records.push_back({name, &KnownDType(dtype_name), shape, {data, static_cast<size_t>(size)}, first});
+    records.push_back(
+        {name, &KnownDType(dtype_name), shape, {data, static_cast<size_t>(size)}, first});
   }
   return WriteAll(writer, records);
 }
 
-std::vector<PlaceResult> WriteObjects(ShardFileWriter& writer,
-                                      const std::vector<std::pair<std::string, py::buffer>>& objects) {
-  std::vector<RecordSource> records;
+std::vector<PlaceResult> WriteObjects(
+    checkpoint::ShardFileWriter& writer,
+    const std::vector<std::pair<std::string, py::buffer>>& objects) {
+  std::vector<checkpoint::RecordSource> records;
   std::vector<py::buffer_info> views;  // keep the memory where it is until the write is over
   views.reserve(objects.size());
   for (const auto& [name, buffer] : objects) {
     const auto& view = views.emplace_back(buffer.request());
-    records.push_back(
-        {name, nullptr, {}, {static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize)}});
+    records.push_back({name,
+                       nullptr,
+                       {},
+                       {static_cast<const std::byte*>(view.ptr),
+                        static_cast<size_t>(view.size * view.itemsize)}});
   }
   return WriteAll(writer, records);
 }
 
 std::string MakeFileName(int64_t rank, uint64_t save_id, int64_t number) {
-  return DataFileName{rank, save_id, ThisProcess(), false, number}.ToString();
+  return format::DataFileName{rank, save_id, format::ThisProcess(), false, number}.ToString();
 }
 
 std::string MakeTorchPrefix(int64_t rank, uint64_t save_id) {
-  const std::string name = DataFileName{rank, save_id, ThisProcess(), true, 0}.ToString();
+  const std::string name =
+      format::DataFileName{rank, save_id, format::ThisProcess(), true, 0}.ToString();
   return name.substr(0, name.rfind('_') + 1);
 }
 
-std::unique_ptr<ShardFileWriter> MakeWriter(const std::string& directory, const std::string& name, int threads, bool sync,
-                                            int64_t reserve, const ImageArgument& image,
-                                            std::vector<std::shared_ptr<StagingCopy>> copies) {
-  const auto parsed = DataFileName::Parse(name);
+std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
+    const std::string& directory, const std::string& name, int threads, bool sync, int64_t reserve,
+    const ImageArgument& image, std::vector<std::shared_ptr<snapshot::StagingCopy>> copies) {
+  const auto parsed = format::DataFileName::Parse(name);
   if (!parsed) throw py::value_error("not a data file's name: " + name);
   const py::gil_scoped_release release;
   const auto& [offset, address, size] = image;
   const auto checksums = [copies = std::move(copies)](const std::byte* payload) {
     std::span<const uint32_t> found;
-    for (size_t i = 0; i < copies.size() && found.empty(); ++i) found = copies[i]->Checksums(payload);
+    for (size_t i = 0; i < copies.size() && found.empty(); ++i)
+      found = copies[i]->Checksums(payload);
     return found;
   };
-  return std::make_unique<ShardFileWriter>(
-      PosixFileSystem(), directory, *parsed,
-      WriterOptions{.threads = threads,
-                    .sync = sync,
-                    .reserve = reserve,
-                    .image = {offset, {reinterpret_cast<std::byte*>(address), static_cast<size_t>(size)}, checksums}});
+  return std::make_unique<checkpoint::ShardFileWriter>(
+      io::PosixFileSystem(), directory, *parsed,
+      checkpoint::WriterOptions{
+          .threads = threads,
+          .sync = sync,
+          .reserve = reserve,
+          .image = {offset,
+                    {reinterpret_cast<std::byte*>(address), static_cast<size_t>(size)},
+                    checksums}});
 }
 
-std::pair<int64_t, bool> Finish(ShardFileWriter& writer) {
+std::pair<int64_t, bool> Finish(checkpoint::ShardFileWriter& writer) {
   const py::gil_scoped_release release;
-  const WrittenFile written = writer.Finish();
+  const checkpoint::WrittenFile written = writer.Finish();
   return {written.size, written.direct};
 }
 
 std::pair<std::vector<std::string>, std::vector<std::string>> CommitCheckpoint(
-    const std::string& directory, const std::string& metadata_name, const std::string& claim, const py::buffer& metadata,
-    const std::vector<std::tuple<std::string, int64_t, bool>>& files, const std::vector<std::string>& superseded,
-    bool sync) {
+    const std::string& directory, const std::string& metadata_name, const std::string& claim,
+    const py::buffer& metadata, const std::vector<std::tuple<std::string, int64_t, bool>>& files,
+    const std::vector<std::string>& superseded, bool sync) {
   const py::buffer_info view = metadata.request();
-  const std::span bytes(static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize));
-  CommitRequest request{directory, metadata_name, claim, bytes, {}, superseded, sync};
+  const std::span bytes(static_cast<const std::byte*>(view.ptr),
+                        static_cast<size_t>(view.size * view.itemsize));
+  checkpoint::CommitRequest request{directory, metadata_name, claim, bytes, {}, superseded, sync};
   for (const auto& [name, size, exact] : files) request.files.push_back({name, size, exact});
   const py::gil_scoped_release release;
-  auto result = Commit(PosixFileSystem(), request, IsProvablyDead);
+  auto result = checkpoint::Commit(io::PosixFileSystem(), request, format::IsProvablyDead);
   return {std::move(result.removed), std::move(result.left)};
 }
 
-int64_t RecordBytes(const std::string& dtype, const Shape& shape) { return SizeOfRecord(KnownDType(dtype), shape).total(); }
+int64_t RecordBytes(const std::string& dtype, const Shape& shape) {
+  return format::SizeOfRecord(KnownDType(dtype), shape).total();
+}
 
 std::vector<std::string> RecordDTypes() {
   std::vector<std::string> names;
-  for (const DType& dtype : DTypes()) names.emplace_back(dtype.name);
+  for (const format::DType& dtype : format::DTypes()) names.emplace_back(dtype.name);
   return names;
 }
 
@@ -121,46 +137,58 @@ std::vector<std::string> RecordDTypes() {
 
 void BindCheckpoint(py::module_& module) {
   const auto released = py::call_guard<py::gil_scoped_release>();
-  py::class_<ShardFileWriter>(module, "ShardFileWriter")
-      .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"), py::arg("sync"),
-           py::arg("reserve"), py::arg("image"), py::arg("copies"))
+  py::class_<checkpoint::ShardFileWriter>(module, "ShardFileWriter")
+      .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"),
+           py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"))
       .def("write_tensors", &WriteTensors, py::arg("tensors"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
       .def("finish", &Finish);
-  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"), py::arg("claim"),
-             py::arg("metadata"), py::arg("files"), py::arg("superseded"), py::arg("sync"));
+  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"),
+             py::arg("claim"), py::arg("metadata"), py::arg("files"), py::arg("superseded"),
+             py::arg("sync"));
   module.def(
       "claim_directory",
-      [](const std::string& directory, const std::string& metadata_name, uint64_t save_id, bool overwrite) {
-        return ClaimDirectory(PosixFileSystem(), directory, metadata_name, save_id, overwrite);
+      [](const std::string& directory, const std::string& metadata_name, uint64_t save_id,
+         bool overwrite) {
+        return checkpoint::ClaimDirectory(io::PosixFileSystem(), directory, metadata_name, save_id,
+                                          overwrite);
       },
-      py::arg("directory"), py::arg("metadata_name"), py::arg("save_id"), py::arg("overwrite"), released);
+      py::arg("directory"), py::arg("metadata_name"), py::arg("save_id"), py::arg("overwrite"),
+      released);
   module.def(
       "release_claim",
-      [](const std::string& directory, const std::string& claim) { ReleaseClaim(PosixFileSystem(), directory, claim); },
+      [](const std::string& directory, const std::string& claim) {
+        checkpoint::ReleaseClaim(io::PosixFileSystem(), directory, claim);
+      },
       py::arg("directory"), py::arg("claim"), released);
   module.def(
-      "make_directories", [](const std::string& path, bool sync) { MakeDirectories(PosixFileSystem(), path, sync); },
+      "make_directories",
+      [](const std::string& path, bool sync) {
+        io::MakeDirectories(io::PosixFileSystem(), path, sync);
+      },
       py::arg("path"), py::arg("sync"), released);
   module.def(
-      "sync_directory", [](const std::string& path) { SyncDirectory(PosixFileSystem(), path); }, py::arg("path"), released);
+      "sync_directory",
+      [](const std::string& path) { io::SyncDirectory(io::PosixFileSystem(), path); },
+      py::arg("path"), released);
   module.def(
       "_inject_fault",
       [](const std::optional<std::function<int(std::string, std::string)>>& fault) {
-        InjectFault(fault ? InjectedFault(*fault) : InjectedFault());
+        io::InjectFault(fault ? io::InjectedFault(*fault) : io::InjectedFault());
       },
       py::arg("fault"));
-  module.def("new_save_id", &NewSaveId);
+  module.def("new_save_id", &format::NewSaveId);
   module.def(
       "crc32",
       [](uintptr_t address, size_t size, uint32_t seed) {
-        return Crc32({reinterpret_cast<const std::byte*>(address), size}, seed);
+        return base::Crc32({reinterpret_cast<const std::byte*>(address), size}, seed);
       },
       py::arg("address"), py::arg("size"), py::arg("seed"), released);
-  module.def("data_file_name", &MakeFileName, py::arg("rank"), py::arg("save_id"), py::arg("number"));
+  module.def("data_file_name", &MakeFileName, py::arg("rank"), py::arg("save_id"),
+             py::arg("number"));
   module.def("torch_file_prefix", &MakeTorchPrefix, py::arg("rank"), py::arg("save_id"));
   module.def("record_bytes", &RecordBytes, py::arg("dtype"), py::arg("shape"));
   module.def("record_dtypes", &RecordDTypes);
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

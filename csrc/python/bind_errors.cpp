@@ -1,4 +1,5 @@
-// C++ exceptions to Python's: IoError becomes OSError with errno and filename, the others the package's own types.
+// C++ exceptions to Python's: IoError becomes OSError with errno and filename, the others the
+// package's own types.
 #include <torch/csrc/Exceptions.h>
 
 #include <cstring>
@@ -8,11 +9,14 @@
 
 namespace py = pybind11;
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 namespace {
 
-// The Python types live as long as the interpreter: created once in `torch_hsdp_ckpt.errors`, looked up at the first use.
-py::object ErrorType(const char* name) { return py::module_::import("torch_hsdp_ckpt.errors").attr(name); }
+// The Python types live as long as the interpreter: created once in `torch_hsdp_ckpt.errors`,
+// looked up at the first use.
+py::object ErrorType(const char* name) {
+  return py::module_::import("torch_hsdp_ckpt.errors").attr(name);
+}
 
 // A damaged file's names need not be UTF-8, and an error about them is to be no other error.
 py::object Text(const std::exception& error) {
@@ -32,20 +36,24 @@ void BindErrors(py::module_&) {
     if (!pointer) return;
     try {
       std::rethrow_exception(pointer);
-    } catch (const IoError& error) {
-      // OSError(errno, message, filename): Python picks the subclass (FileNotFoundError, PermissionError, ...).
-      const std::string message = std::string(std::strerror(error.error_number())) + " (" + error.op() +
-                                  (error.offset() < 0 ? "" : " at offset " + std::to_string(error.offset())) + ")";
-      Raise(py::module_::import("builtins").attr("OSError")(error.error_number(), message, error.path()));
-    } catch (const CorruptionError& error) {
+    } catch (const base::IoError& error) {
+      // OSError(errno, message, filename): Python picks the subclass (FileNotFoundError,
+      // PermissionError, ...).
+      const std::string message =
+          std::string(std::strerror(error.error_number())) + " (" + error.op() +
+          (error.offset() < 0 ? "" : " at offset " + std::to_string(error.offset())) + ")";
+      Raise(py::module_::import("builtins")
+                .attr("OSError")(error.error_number(), message, error.path()));
+    } catch (const base::CorruptionError& error) {
       Raise(ErrorType("CorruptCheckpointError")(Text(error)));
-    } catch (const Error& error) {
+    } catch (const base::Error& error) {
       Raise(ErrorType("CheckpointError")(Text(error)));
     } catch (const c10::Error&) {
-      // As torch's own functions raise it: without the C++ stack, unless TORCH_SHOW_CPP_STACKTRACES asks for it.
+      // As torch's own functions raise it: without the C++ stack, unless TORCH_SHOW_CPP_STACKTRACES
+      // asks for it.
       torch::translate_exception_to_python(pointer);
     }
   });
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

@@ -1,11 +1,12 @@
-// `Metadata` to DCP's Python classes. The instances are made as an unpickler makes them: without __init__, fields set one
-// by one, also on the frozen MetadataIndex. Plain C API, for there may be millions.
+// `Metadata` to DCP's Python classes. The instances are made as an unpickler makes them: without
+// __init__, fields set one by one, also on the frozen MetadataIndex. Plain C API, for there may be
+// millions.
 #include <set>
 #include <string>
 
-#include "metadata/metadata.h"
-#include "metadata/pickle_strings.h"
-#include "metadata/trailer.h"
+#include "format/metadata.h"
+#include "format/trailer.h"
+#include "pickle/pickle_strings.h"
 #include "python/dcp_types.h"
 #include "python/metadata_from_python.h"
 #include "python/metadata_to_python.h"
@@ -13,11 +14,12 @@
 
 namespace py = pybind11;
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 namespace {
 
 std::span<const std::byte> Span(const py::buffer_info& view) {
-  if (view.ndim != 1 || view.strides[0] != view.itemsize) throw py::value_error("a buffer that is not contiguous");
+  if (view.ndim != 1 || view.strides[0] != view.itemsize)
+    throw py::value_error("a buffer that is not contiguous");
   return {static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize)};
 }
 
@@ -27,12 +29,16 @@ py::object Steal(PyObject* object) {
 }
 
 py::object Str(std::string_view text) {
-  return Steal(PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogatepass"));
+  return Steal(
+      PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogatepass"));
 }
 py::object Int(int64_t value) { return Steal(PyLong_FromLongLong(value)); }
-py::object OptionalStr(const std::optional<std::string>& text) { return text ? Str(*text) : py::none(); }
+py::object OptionalStr(const std::optional<std::string>& text) {
+  return text ? Str(*text) : py::none();
+}
 
-// The cycle collector would go over the growing heap again and again, and nothing made here is garbage.
+// The cycle collector would go over the growing heap again and again, and nothing made here is
+// garbage.
 class CollectorPause {
  public:
   CollectorPause() : was_enabled_(PyGC_Disable() != 0) {}
@@ -48,14 +54,17 @@ class CollectorPause {
 
 class PythonMetadata : DcpTypes {
  public:
-  py::object Make(const Metadata& metadata) {
+  py::object Make(const format::Metadata& metadata) {
     py::dict entries;
-    for (const auto& [name, entry] : metadata.state_dict_metadata) Put(entries, Str(name), Entry(entry));
+    for (const auto& [name, entry] : metadata.state_dict_metadata)
+      Put(entries, Str(name), Entry(entry));
     const py::object result = New(metadata_);
     Set(result, state_dict_metadata_, entries);
     Set(result, planner_data_, Plain(metadata.planner_data));
-    Set(result, storage_data_, metadata.storage_data ? StorageData(*metadata.storage_data) : py::none());
-    Set(result, storage_meta_, metadata.storage_meta ? MakeStorageMeta(*metadata.storage_meta) : py::none());
+    Set(result, storage_data_,
+        metadata.storage_data ? StorageData(*metadata.storage_data) : py::none());
+    Set(result, storage_meta_,
+        metadata.storage_meta ? MakeStorageMeta(*metadata.storage_meta) : py::none());
     Set(result, version_, OptionalStr(metadata.version));
     return result;
   }
@@ -67,13 +76,14 @@ class PythonMetadata : DcpTypes {
   }
   // Past the frozen class's own __setattr__, into the instance's __dict__.
   static void Set(const py::object& object, const py::str& name, const py::object& value) {
-    if (PyObject_GenericSetAttr(object.ptr(), name.ptr(), value.ptr()) != 0) throw py::error_already_set();
+    if (PyObject_GenericSetAttr(object.ptr(), name.ptr(), value.ptr()) != 0)
+      throw py::error_already_set();
   }
   static void Put(const py::dict& dict, const py::object& key, const py::object& value) {
     if (PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr()) != 0) throw py::error_already_set();
   }
 
-  py::object Numbers(const Shape& shape, const py::object& cls) const {
+  py::object Numbers(const format::Shape& shape, const py::object& cls) const {
     auto* type = reinterpret_cast<PyTypeObject*>(cls.ptr());  // tuple, or torch.Size, which is one
     py::object numbers = Steal(type->tp_alloc(type, static_cast<Py_ssize_t>(shape.size())));
     for (size_t i = 0; i < shape.size(); ++i) {
@@ -81,28 +91,30 @@ class PythonMetadata : DcpTypes {
     }
     return numbers;
   }
-  py::object Size(const Shape& shape) const { return Numbers(shape, size_); }
+  py::object Size(const format::Shape& shape) const { return Numbers(shape, size_); }
 
-  py::object Properties(const TensorProperties& properties) const {
+  py::object Properties(const format::TensorProperties& properties) const {
     const py::object result = New(tensor_properties_);
-    const std::string dtype(Name(properties.dtype)), layout(Name(properties.layout));
+    const std::string dtype(format::Name(properties.dtype)),
+        layout(format::Name(properties.layout));
     Set(result, dtype_, torch_.attr(dtype.c_str()));
     Set(result, layout_, torch_.attr(layout.c_str()));
     Set(result, requires_grad_, py::bool_(properties.requires_grad));
     Set(result, memory_format_, memory_formats_[static_cast<size_t>(properties.memory_format)]);
     Set(result, pin_memory_, py::bool_(properties.pin_memory));
     // A torch that does not know the field would not compare it, nor write it again.
-    if (knows_strides_) Set(result, strides_, properties.strides ? Tuple(*properties.strides) : py::none());
+    if (knows_strides_)
+      Set(result, strides_, properties.strides ? Tuple(*properties.strides) : py::none());
     return result;
   }
-  py::object Tuple(const Shape& shape) const {
+  py::object Tuple(const format::Shape& shape) const {
     py::tuple numbers(shape.size());
     for (size_t i = 0; i < shape.size(); ++i) numbers[i] = Int(shape[i]);
     return numbers;
   }
 
-  py::object Entry(const EntryMetadata& entry) const {
-    const auto* tensor = std::get_if<TensorMetadata>(&entry);
+  py::object Entry(const format::EntryMetadata& entry) const {
+    const auto* tensor = std::get_if<format::TensorMetadata>(&entry);
     if (!tensor) return New(bytes_);
     py::list chunks(tensor->chunks.size());
     for (size_t i = 0; i < tensor->chunks.size(); ++i) {
@@ -118,7 +130,8 @@ class PythonMetadata : DcpTypes {
     return result;
   }
 
-  py::object StorageData(const std::vector<std::pair<MetadataIndex, StorageInfo>>& storage) const {
+  py::object StorageData(
+      const std::vector<std::pair<format::MetadataIndex, format::StorageInfo>>& storage) const {
     py::dict result;
     for (const auto& [index, info] : storage) {
       const py::object key = New(index_);
@@ -129,7 +142,8 @@ class PythonMetadata : DcpTypes {
       Set(value, relative_path_, Str(info.relative_path));
       Set(value, offset_, Int(info.offset));
       Set(value, length_, Int(info.length));
-      if (info.transform_descriptors) Set(value, transform_descriptors_, Strings(*info.transform_descriptors));
+      if (info.transform_descriptors)
+        Set(value, transform_descriptors_, Strings(*info.transform_descriptors));
       Put(result, key, value);
     }
     return result;
@@ -141,14 +155,17 @@ class PythonMetadata : DcpTypes {
     return result;
   }
 
-  py::object MakeStorageMeta(const StorageMeta& meta) const {
+  py::object MakeStorageMeta(const format::StorageMeta& meta) const {
     const py::object result = New(storage_meta_class_);
     py::object checkpoint_id = py::none();
-    if (const auto* text = std::get_if<std::string>(&meta.checkpoint_id)) checkpoint_id = Str(*text);
-    if (const auto* path = std::get_if<PathlibPath>(&meta.checkpoint_id)) {
+    if (const auto* text = std::get_if<std::string>(&meta.checkpoint_id))
+      checkpoint_id = Str(*text);
+    if (const auto* path = std::get_if<format::PathlibPath>(&meta.checkpoint_id)) {
       // Another system's path can only be made as a pure one.
-      const std::string name = path->class_name == "WindowsPath" ? "PureWindowsPath" : path->class_name;
-      checkpoint_id = py::module_::import("pathlib").attr(name.c_str())(*py::tuple(Strings(path->parts)));
+      const std::string name =
+          path->class_name == "WindowsPath" ? "PureWindowsPath" : path->class_name;
+      checkpoint_id =
+          py::module_::import("pathlib").attr(name.c_str())(*py::tuple(Strings(path->parts)));
     }
     Set(result, checkpoint_id_, checkpoint_id);
     Set(result, save_id_, OptionalStr(meta.save_id));
@@ -158,40 +175,45 @@ class PythonMetadata : DcpTypes {
   }
 
   // Children come before their parents, and a shared node becomes one shared object.
-  static py::object Plain(const PlainData& data) {
+  static py::object Plain(const format::PlainData& data) {
     std::vector<py::object> objects;
     objects.reserve(data.nodes.size());
-    for (const PlainData::Node& node : data.nodes) {
-      objects.push_back(std::visit([&](const auto& value) { return PlainObject(value, objects); }, node));
+    for (const format::PlainData::Node& node : data.nodes) {
+      objects.push_back(
+          std::visit([&](const auto& value) { return PlainObject(value, objects); }, node));
     }
     return objects.back();
   }
   using Objects = std::vector<py::object>;
-  static py::object PlainObject(PlainData::None, const Objects&) { return py::none(); }
+  static py::object PlainObject(format::PlainData::None, const Objects&) { return py::none(); }
   static py::object PlainObject(bool value, const Objects&) { return py::bool_(value); }
   static py::object PlainObject(int64_t value, const Objects&) { return Int(value); }
   static py::object PlainObject(double value, const Objects&) { return py::float_(value); }
   static py::object PlainObject(const std::string& value, const Objects&) { return Str(value); }
-  static py::object PlainObject(const PlainData::Bytes& bytes, const Objects&) { return py::bytes(bytes.value); }
-  static py::object PlainObject(const PlainData::BigInt& big, const Objects&) {
+  static py::object PlainObject(const format::PlainData::Bytes& bytes, const Objects&) {
+    return py::bytes(bytes.value);
+  }
+  static py::object PlainObject(const format::PlainData::BigInt& big, const Objects&) {
     const auto from_bytes = py::type::of(Int(0)).attr("from_bytes");
     return from_bytes(py::bytes(big.two_complement), "little", py::arg("signed") = true);
   }
-  static py::object PlainObject(const PlainData::Container& container, const Objects& objects) {
-    const std::vector<PlainData::Id>& items = container.items;
-    if (container.kind == PlainData::Kind::kDict) {
+  static py::object PlainObject(const format::PlainData::Container& container,
+                                const Objects& objects) {
+    const std::vector<format::PlainData::Id>& items = container.items;
+    if (container.kind == format::PlainData::Kind::kDict) {
       py::dict dict;
-      for (size_t i = 0; i < items.size(); i += 2) Put(dict, objects[items[i]], objects[items[i + 1]]);
+      for (size_t i = 0; i < items.size(); i += 2)
+        Put(dict, objects[items[i]], objects[items[i + 1]]);
       return dict;
     }
     py::list list(items.size());
     for (size_t i = 0; i < items.size(); ++i) list[i] = objects[items[i]];
     switch (container.kind) {
-      case PlainData::Kind::kTuple:
+      case format::PlainData::Kind::kTuple:
         return py::tuple(list);
-      case PlainData::Kind::kSet:
+      case format::PlainData::Kind::kSet:
         return Steal(PySet_New(list.ptr()));
-      case PlainData::Kind::kFrozenSet:
+      case format::PlainData::Kind::kFrozenSet:
         return Steal(PyFrozenSet_New(list.ptr()));
       default:
         return list;
@@ -201,16 +223,17 @@ class PythonMetadata : DcpTypes {
 
 py::object Decode(const py::buffer& file, const std::string& path) {
   const py::buffer_info view = file.request();
-  Metadata metadata;
+  format::Metadata metadata;
   {
     py::gil_scoped_release released;
-    metadata = DecodeMetadata(Span(view), path);
+    metadata = format::DecodeMetadata(Span(view), path);
   }
   return MetadataToPython(metadata);
 }
 
-// The data files that it may name, each once: strings that end as their names do and come with the records, not before
-// them, where tensors may be called so. What the file is else would be decoded for nothing, at ten times its size.
+// The data files that it may name, each once: strings that end as their names do and come with the
+// records, not before them, where tensors may be called so. What the file is else would be decoded
+// for nothing, at ten times its size.
 py::list Files(const py::buffer& file, const std::string& path) {
   const py::buffer_info view = file.request();
   const std::span<const std::byte> bytes = Span(view);
@@ -218,12 +241,13 @@ py::list Files(const py::buffer& file, const std::string& path) {
   {
     const py::gil_scoped_release released;
     bool in_records = false;
-    ForEachString(CheckMetadataTrailer(bytes, path).pickle, path, [&](std::string_view text) {
-      in_records = in_records || text == "storage_data";
-      if (!text.ends_with(".distcp") || others.contains(text)) return;
-      auto& seen = in_records ? files : others;
-      if (!seen.contains(text)) seen.emplace(text);
-    });
+    pickle::ForEachString(format::CheckMetadataTrailer(bytes, path).pickle, path,
+                          [&](std::string_view text) {
+                            in_records = in_records || text == "storage_data";
+                            if (!text.ends_with(".distcp") || others.contains(text)) return;
+                            auto& seen = in_records ? files : others;
+                            if (!seen.contains(text)) seen.emplace(text);
+                          });
   }
   py::list names;
   for (const std::string& name : files) names.append(py::bytes(name));
@@ -231,31 +255,33 @@ py::list Files(const py::buffer& file, const std::string& path) {
 }
 
 py::object Encode(const py::object& metadata) {
-  const std::optional<Metadata> converted = MetadataFromPython(metadata);
+  const std::optional<format::Metadata> converted = MetadataFromPython(metadata);
   if (!converted) return py::none();
   std::string file;
   {
     py::gil_scoped_release released;
-    file = EncodeMetadata(*converted);
+    file = format::EncodeMetadata(*converted);
   }
   return py::bytes(file);
 }
 
-py::bytes Trailer(const py::buffer& pickle) { return MetadataTrailer(Span(pickle.request())); }
+py::bytes Trailer(const py::buffer& pickle) {
+  return format::MetadataTrailer(Span(pickle.request()));
+}
 
 }  // namespace
 
-py::object MetadataToPython(const Metadata& metadata) {
+py::object MetadataToPython(const format::Metadata& metadata) {
   const CollectorPause paused;
   return PythonMetadata().Make(metadata);
 }
 
 void BindMetadata(py::module_& module) {
-  module.attr("MAX_METADATA_BYTES") = kMaxMetadataBytes;
+  module.attr("MAX_METADATA_BYTES") = format::kMaxMetadataBytes;
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
   module.def("metadata_files", &Files, py::arg("file"), py::arg("path"));
   module.def("encode_metadata", &Encode, py::arg("metadata"));
   module.def("metadata_trailer", &Trailer, py::arg("pickle"));
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

@@ -1,76 +1,84 @@
-// The load engine for torch_hsdp_ckpt/_items.py: one call takes all items of a load. Targets cross as addresses: the caller
-// keeps them alive and contiguous until the plan has been read. The GIL is released for all that reads or waits.
+// The load engine for torch_hsdp_ckpt/checkpoint/storage/tensor_reads.py: one call takes all items of a load. Targets cross
+// as addresses: the caller keeps them alive and contiguous until the plan has been read. The GIL is
+// released for all that reads or waits.
 #include <algorithm>
 #include <cstring>
 
 #include "base/parallel.h"
-#include "checkpoint/checkpoint_reader.h"
+#include "checkpoint/load/checkpoint_reader.h"
+#include "format/zip.h"
 #include "io/file.h"
 #include "python/module.h"
-#include "record/zip.h"
 
 namespace py = pybind11;
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 namespace {
 
 using Shape = std::vector<int64_t>;
-using ItemArgument =
-    std::tuple<std::string, uint32_t, int64_t, int64_t, Shape, Shape, std::optional<std::string>, uintptr_t>;
-using ReadArgument = std::tuple<std::string, uint32_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>;
+using ItemArgument = std::tuple<std::string, uint32_t, int64_t, int64_t, Shape, Shape,
+                                std::optional<std::string>, uintptr_t>;
+using ReadArgument =
+    std::tuple<std::string, uint32_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>;
 using ObjectArgument = std::tuple<std::string, uint32_t, int64_t, int64_t>;
 using Names = std::vector<std::string>;
 
-ItemRequest Request(const ItemArgument& argument) {
+checkpoint::ItemRequest Request(const ItemArgument& argument) {
   const auto& [name, file, offset, length, box_offsets, box_lengths, dtype, address] = argument;
-  const DType* target = dtype ? FindDType(std::string_view(*dtype)) : nullptr;
-  return {name, file, offset, length, box_offsets, box_lengths, target, reinterpret_cast<std::byte*>(address)};
+  const format::DType* target = dtype ? format::FindDType(std::string_view(*dtype)) : nullptr;
+  return {name,        file,        offset, length,
+          box_offsets, box_lengths, target, reinterpret_cast<std::byte*>(address)};
 }
 
-py::object Answer(const ItemAnswer& answer) {
-  if (answer.kind == ItemAnswer::Kind::kTorch) return py::none();
-  if (answer.kind == ItemAnswer::Kind::kLands) return py::bool_(true);
-  const TensorDescription& tensor = answer.tensor;
-  return py::make_tuple(std::string(tensor.dtype->name), tensor.shape, tensor.stride, tensor.storage_offset);
+py::object Answer(const checkpoint::ItemAnswer& answer) {
+  if (answer.kind == checkpoint::ItemAnswer::Kind::kTorch) return py::none();
+  if (answer.kind == checkpoint::ItemAnswer::Kind::kLands) return py::bool_(true);
+  const format::TensorDescription& tensor = answer.tensor;
+  return py::make_tuple(std::string(tensor.dtype->name), tensor.shape, tensor.stride,
+                        tensor.storage_offset);
 }
 
 py::tuple Resolve(const py::object& self, const std::vector<ItemArgument>& items, int threads) {
-  auto& reader = self.cast<CheckpointReader&>();
-  std::vector<ItemRequest> requests;
+  auto& reader = self.cast<checkpoint::CheckpointReader&>();
+  std::vector<checkpoint::ItemRequest> requests;
   requests.reserve(items.size());
   for (const auto& item : items) requests.push_back(Request(item));
-  std::vector<ItemAnswer> answers;
-  std::unique_ptr<ReadPlan> plan;
+  std::vector<checkpoint::ItemAnswer> answers;
+  std::unique_ptr<checkpoint::ReadPlan> plan;
   {
     const py::gil_scoped_release release;
     answers = reader.Resolve(requests, threads);
-    std::vector<PlannedRead> reads;
-    for (ItemAnswer& answer : answers) {
-      if (answer.kind == ItemAnswer::Kind::kLands) reads.push_back(std::move(answer.read));
+    std::vector<checkpoint::PlannedRead> reads;
+    for (checkpoint::ItemAnswer& answer : answers) {
+      if (answer.kind == checkpoint::ItemAnswer::Kind::kLands)
+        reads.push_back(std::move(answer.read));
     }
-    plan = std::make_unique<ReadPlan>(reader.files(), std::move(reads));
+    plan = std::make_unique<checkpoint::ReadPlan>(reader.files(), std::move(reads));
   }
   py::list out;
-  for (const ItemAnswer& answer : answers) out.append(Answer(answer));
+  for (const checkpoint::ItemAnswer& answer : answers) out.append(Answer(answer));
   const py::object owned = py::cast(std::move(plan));
   py::detail::keep_alive_impl(owned, self);
   return py::make_tuple(owned, out);
 }
 
-std::unique_ptr<ReadPlan> MakePlan(CheckpointReader& reader, const std::vector<ReadArgument>& arguments) {
-  std::vector<PlannedRead> reads;
+std::unique_ptr<checkpoint::ReadPlan> MakePlan(checkpoint::CheckpointReader& reader,
+                                               const std::vector<ReadArgument>& arguments) {
+  std::vector<checkpoint::PlannedRead> reads;
   for (const auto& [name, file, offset, length, first, size, address] : arguments) {
-    reads.push_back({file, {name, offset, length, first, size, reinterpret_cast<std::byte*>(address)}});
+    reads.push_back(
+        {file, {name, offset, length, first, size, reinterpret_cast<std::byte*>(address)}});
   }
   const py::gil_scoped_release release;
-  return std::make_unique<ReadPlan>(reader.files(), std::move(reads));
+  return std::make_unique<checkpoint::ReadPlan>(reader.files(), std::move(reads));
 }
 
-py::list ReadObjects(CheckpointReader& reader, const std::vector<ObjectArgument>& objects, int threads) {
+py::list ReadObjects(checkpoint::CheckpointReader& reader,
+                     const std::vector<ObjectArgument>& objects, int threads) {
   std::vector<std::vector<std::byte>> bytes(objects.size());
   {
     const py::gil_scoped_release release;
-    ParallelFor(objects.size(), threads, [&](size_t i) {
+    base::ParallelFor(objects.size(), threads, [&](size_t i) {
       const auto& [name, file, offset, length] = objects[i];
       bytes[i] = reader.file(file).ReadBytes(name, offset, length);
     });
@@ -83,14 +91,16 @@ py::list ReadObjects(CheckpointReader& reader, const std::vector<ObjectArgument>
   return out;
 }
 
-// Of what torch.save wrote: names, offsets and sizes of the entries, in a zip that every reader of zips sees alike.
+// Of what torch.save wrote: names, offsets and sizes of the entries, in a zip that every reader of
+// zips sees alike.
 py::list ZipEntries(const py::bytes& data, const std::string& what) {
   const auto bytes = std::as_bytes(std::span(std::string_view(data)));
   const auto source = [&](std::span<std::byte> target, uint64_t at) {
     std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(at), target.size(), target.begin());
   };
   py::list out;
-  for (const ZipEntry& entry : ReadZipDirectory(source, bytes.size(), what, "the object"))
+  for (const format::ZipEntry& entry :
+       format::ReadZipDirectory(source, bytes.size(), what, "the object"))
     out.append(py::make_tuple(py::bytes(entry.name), entry.data_offset, entry.size));
   return out;
 }
@@ -99,37 +109,49 @@ py::list ZipEntries(const py::bytes& data, const std::string& what) {
 
 void BindReader(py::module_& module) {
   module.def("zip_entries", &ZipEntries, py::arg("data"), py::arg("what"));
-  module.def("is_in_memory", [](const std::string& path) { return PosixFileSystem().IsInMemory(path); }, py::arg("path"));
+  module.def(
+      "is_in_memory",
+      [](const std::string& path) { return io::PosixFileSystem().IsInMemory(path); },
+      py::arg("path"));
   const auto released = py::call_guard<py::gil_scoped_release>();
-  py::class_<ReadPlan>(module, "ReadPlan")
-      .def_property_readonly("pieces", [](const ReadPlan& plan) { return plan.pieces().size(); })
-      .def_property_readonly("bytes", &ReadPlan::bytes)
-      .def_property_readonly("digest", [](const ReadPlan& plan) { return py::bytes(plan.Digest()); })
-      .def_property_readonly("bytes_read", &ReadPlan::bytes_read)
-      .def_property_readonly_static("BUFFER_BYTES", [](const py::object&) { return ReadPlan::kBufferBytes; })
-      .def("read_all", &ReadPlan::ReadAll, py::arg("threads"), released)
+  py::class_<checkpoint::ReadPlan>(module, "ReadPlan")
+      .def_property_readonly("pieces",
+                             [](const checkpoint::ReadPlan& plan) { return plan.pieces().size(); })
+      .def_property_readonly("bytes", &checkpoint::ReadPlan::bytes)
+      .def_property_readonly(
+          "digest", [](const checkpoint::ReadPlan& plan) { return py::bytes(plan.Digest()); })
+      .def_property_readonly("bytes_read", &checkpoint::ReadPlan::bytes_read)
+      .def_property_readonly_static(
+          "BUFFER_BYTES", [](const py::object&) { return checkpoint::ReadPlan::kBufferBytes; })
+      .def("read_all", &checkpoint::ReadPlan::ReadAll, py::arg("threads"), released)
       .def(
           "fill",
-          [](ReadPlan& plan, size_t piece, uintptr_t buffer) { plan.Fill(piece, reinterpret_cast<std::byte*>(buffer)); },
+          [](checkpoint::ReadPlan& plan, size_t piece, uintptr_t buffer) {
+            plan.Fill(piece, reinterpret_cast<std::byte*>(buffer));
+          },
           py::arg("piece"), py::arg("buffer"), released)
       .def(
           "deliver",
-          [](ReadPlan& plan, size_t piece, uintptr_t buffer) {
+          [](checkpoint::ReadPlan& plan, size_t piece, uintptr_t buffer) {
             plan.Deliver(piece, reinterpret_cast<const std::byte*>(buffer));
           },
           py::arg("piece"), py::arg("buffer"), released)
-      .def("finish", &ReadPlan::Finish, released);
-  py::class_<CheckpointReader>(module, "CheckpointReader")
+      .def("finish", &checkpoint::ReadPlan::Finish, released);
+  py::class_<checkpoint::CheckpointReader>(module, "CheckpointReader")
       .def(py::init([](const std::string& directory, bool direct) {
-             return std::make_unique<CheckpointReader>(PosixFileSystem(), directory, direct);
+             return std::make_unique<checkpoint::CheckpointReader>(io::PosixFileSystem(), directory,
+                                                                   direct);
            }),
            py::arg("directory"), py::arg("direct"))
       .def(
-          "open", [](CheckpointReader& reader, const Names& names, int threads) { return reader.Open(names, threads); },
+          "open",
+          [](checkpoint::CheckpointReader& reader, const Names& names, int threads) {
+            return reader.Open(names, threads);
+          },
           py::arg("names"), py::arg("threads"), released)
       .def("resolve", &Resolve, py::arg("items"), py::arg("threads"))
       .def("plan", &MakePlan, py::arg("reads"), py::keep_alive<0, 1>())
       .def("read_objects", &ReadObjects, py::arg("objects"), py::arg("threads"));
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

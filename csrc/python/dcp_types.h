@@ -2,7 +2,7 @@
 
 #include "python/module.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 
 /// DCP's metadata classes and their fields' names, looked up once a call. Needs the GIL.
 struct DcpTypes {
@@ -24,19 +24,25 @@ struct DcpTypes {
       pybind11::module_::import("torch.distributed.checkpoint.filesystem").attr("_StorageInfo");
   pybind11::object size_ = torch_.attr("Size");
   // In the order of MemoryFormat.
-  pybind11::object memory_formats_[3] = {torch_.attr("contiguous_format"), torch_.attr("channels_last"),
+  pybind11::object memory_formats_[3] = {torch_.attr("contiguous_format"),
+                                         torch_.attr("channels_last"),
                                          torch_.attr("preserve_format")};
-  bool knows_strides_ = pybind11::cast<pybind11::dict>(tensor_properties_.attr("__dataclass_fields__")).contains("strides");
-  pybind11::str state_dict_metadata_ = Intern("state_dict_metadata"), planner_data_ = Intern("planner_data"),
-                storage_data_ = Intern("storage_data"), storage_meta_ = Intern("storage_meta"),
-                version_ = Intern("version"), dtype_ = Intern("dtype"), layout_ = Intern("layout"),
+  bool knows_strides_ =
+      pybind11::cast<pybind11::dict>(tensor_properties_.attr("__dataclass_fields__"))
+          .contains("strides");
+  pybind11::str state_dict_metadata_ = Intern("state_dict_metadata"),
+                planner_data_ = Intern("planner_data"), storage_data_ = Intern("storage_data"),
+                storage_meta_ = Intern("storage_meta"), version_ = Intern("version"),
+                dtype_ = Intern("dtype"), layout_ = Intern("layout"),
                 requires_grad_ = Intern("requires_grad"), memory_format_ = Intern("memory_format"),
-                pin_memory_ = Intern("pin_memory"), strides_ = Intern("strides"), properties_ = Intern("properties"),
-                size_name_ = Intern("size"), chunks_ = Intern("chunks"), offsets_ = Intern("offsets"),
-                sizes_ = Intern("sizes"), fqn_ = Intern("fqn"), offset_ = Intern("offset"), index_name_ = Intern("index"),
+                pin_memory_ = Intern("pin_memory"), strides_ = Intern("strides"),
+                properties_ = Intern("properties"), size_name_ = Intern("size"),
+                chunks_ = Intern("chunks"), offsets_ = Intern("offsets"), sizes_ = Intern("sizes"),
+                fqn_ = Intern("fqn"), offset_ = Intern("offset"), index_name_ = Intern("index"),
                 relative_path_ = Intern("relative_path"), length_ = Intern("length"),
-                transform_descriptors_ = Intern("transform_descriptors"), checkpoint_id_ = Intern("checkpoint_id"),
-                save_id_ = Intern("save_id"), load_id_ = Intern("load_id"), modules_ = Intern("modules");
+                transform_descriptors_ = Intern("transform_descriptors"),
+                checkpoint_id_ = Intern("checkpoint_id"), save_id_ = Intern("save_id"),
+                load_id_ = Intern("load_id"), modules_ = Intern("modules");
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

@@ -9,7 +9,7 @@
 
 namespace py = pybind11;
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 namespace {
 
 // Attribute names, made once; never freed, since the interpreter may be gone by then.
@@ -36,12 +36,14 @@ py::object LocalOf(PyObject* tensor) {
 
 // Whether a tensor's bytes lie where its address says, one after the other in row-major order.
 bool IsDirect(const at::Tensor& tensor) {
-  if (tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.is_meta() || tensor.is_conj() || tensor.is_neg() ||
-      !tensor.is_contiguous()) {
+  if (tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.is_meta() ||
+      tensor.is_conj() || tensor.is_neg() || !tensor.is_contiguous()) {
     return false;
   }
-  const at::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();  // no count of references moves
-  return static_cast<int64_t>(storage.nbytes() / tensor.itemsize()) >= tensor.storage_offset() + tensor.numel();
+  const at::Storage& storage =
+      tensor.unsafeGetTensorImpl()->unsafe_storage();  // no count of references moves
+  return static_cast<int64_t>(storage.nbytes() / tensor.itemsize()) >=
+         tensor.storage_offset() + tensor.numel();
 }
 
 int64_t VersionOf(PyObject* tensor) {
@@ -54,9 +56,13 @@ Versions VersionsOf(PyObject* tensor, PyObject* local) {
   return {version, local == tensor ? version : VersionOf(local)};
 }
 
-void Append(std::string& out, int64_t word) { out.append(reinterpret_cast<const char*>(&word), sizeof(word)); }
+void Append(std::string& out, int64_t word) {
+  out.append(reinterpret_cast<const char*>(&word), sizeof(word));
+}
 
-void AppendPointer(std::string& out, const void* pointer) { Append(out, reinterpret_cast<int64_t>(pointer)); }
+void AppendPointer(std::string& out, const void* pointer) {
+  Append(out, reinterpret_cast<int64_t>(pointer));
+}
 
 // The string that DCP makes names and paths of.
 void AppendKey(std::string& out, PyObject* key) {
@@ -76,28 +82,33 @@ Kind KindOf(PyObject* value) {
   if (THPVariable_CheckExact(value)) return Kind::kTensor;
   if (PyDict_CheckExact(value)) return Kind::kMapping;
   if (PyList_CheckExact(value)) return Kind::kList;
-  if (value == Py_None || PyUnicode_CheckExact(value) || PyLong_CheckExact(value) || PyFloat_CheckExact(value) ||
-      PyBool_Check(value) || PyTuple_CheckExact(value)) {
+  if (value == Py_None || PyUnicode_CheckExact(value) || PyLong_CheckExact(value) ||
+      PyFloat_CheckExact(value) || PyBool_Check(value) || PyTuple_CheckExact(value)) {
     return Kind::kObject;
   }
-  if (PyType_IsSubtype(Py_TYPE(value), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0) return Kind::kTensor;
+  if (PyType_IsSubtype(Py_TYPE(value), reinterpret_cast<PyTypeObject*>(THPVariableClass)) != 0)
+    return Kind::kTensor;
   if (THPVariable_Check(value)) return Kind::kTensor;
-  // Not a static of its own: an import may let another thread have the GIL, which would then wait for the static's guard.
+  // Not a static of its own: an import may let another thread have the GIL, which would then wait
+  // for the static's guard.
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> mapping;
-  mapping.call_once_and_store_result([] { return py::object(py::module_::import("collections.abc").attr("Mapping")); });
+  mapping.call_once_and_store_result(
+      [] { return py::object(py::module_::import("collections.abc").attr("Mapping")); });
   const int is_mapping = PyObject_IsInstance(value, mapping.get_stored().ptr());
   if (is_mapping < 0) throw py::error_already_set();
   if (is_mapping > 0) return Kind::kMapping;
   return PyList_Check(value) ? Kind::kList : Kind::kObject;
 }
 
-// Numbers addresses, 0 among them, in the order in which they come; a table for as many as are announced, without a node
-// for each of thousands.
+// Numbers addresses, 0 among them, in the order in which they come; a table for as many as are
+// announced, without a node for each of thousands.
 class ByAddress {
  public:
   static constexpr size_t kNone = SIZE_MAX;
 
-  explicit ByAddress(size_t most) : slots_(std::bit_ceil(2 * most + 1), kNone) { addresses_.reserve(most); }
+  explicit ByAddress(size_t most) : slots_(std::bit_ceil(2 * most + 1), kNone) {
+    addresses_.reserve(most);
+  }
 
   size_t Add(uintptr_t address) {
     size_t& slot = slots_[SlotOf(address)];
@@ -114,7 +125,8 @@ class ByAddress {
   // Where the address is, or else is to be.
   size_t SlotOf(uintptr_t address) const {
     size_t slot = static_cast<size_t>((address * 0x9E3779B97F4A7C15u) >> 32) & (slots_.size() - 1);
-    while (slots_[slot] != kNone && addresses_[slots_[slot]] != address) slot = (slot + 1) & (slots_.size() - 1);
+    while (slots_[slot] != kNone && addresses_[slots_[slot]] != address)
+      slot = (slot + 1) & (slots_.size() - 1);
     return slot;
   }
 
@@ -139,7 +151,9 @@ bool IsTraversed(PyObject* list) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
     const py::object item = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list, i));
     const Kind kind = KindOf(item.ptr());
-    if (kind == Kind::kTensor || kind == Kind::kMapping || (kind == Kind::kList && IsTraversed(item.ptr()))) return true;
+    if (kind == Kind::kTensor || kind == Kind::kMapping ||
+        (kind == Kind::kList && IsTraversed(item.ptr())))
+      return true;
   }
   return false;
 }
@@ -161,7 +175,8 @@ int64_t Watch::Changed() const {
 
 LiveState::LiveState(const py::object& state_dict) {
   if (KindOf(state_dict.ptr()) != Kind::kMapping) throw py::type_error("a state dict is a mapping");
-  // As large as the one before: a string that grows to hundreds of KiB touches twice as much fresh memory.
+  // As large as the one before: a string that grows to hundreds of KiB touches twice as much fresh
+  // memory.
   static std::atomic<size_t> last_size{0};
   fingerprint_.reserve(last_size);
   Walk(state_dict.ptr(), true);
@@ -178,14 +193,16 @@ void LiveState::Walk(PyObject* container, bool mapping) {
   } else if (PyDict_CheckExact(container)) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(container, &at, &key, &value);) {
-      const py::object kept_key = py::reinterpret_borrow<py::object>(key);  // whose __str__ may be anybody's code
+      const py::object kept_key =
+          py::reinterpret_borrow<py::object>(key);  // whose __str__ may be anybody's code
       py::object kept = py::reinterpret_borrow<py::object>(value);
       AppendKey(fingerprint_, key);
       Take(std::move(kept));
     }
   } else {  // whose order and values are its own affair, an OrderedDict's too
     static PyObject* const items = Name("items");
-    const py::object iterator = Steal(PyObject_GetIter(Steal(PyObject_CallMethodNoArgs(container, items)).ptr()));
+    const py::object iterator =
+        Steal(PyObject_GetIter(Steal(PyObject_CallMethodNoArgs(container, items)).ptr()));
     while (PyObject* next = PyIter_Next(iterator.ptr())) {
       auto [key, value] = Steal(next).cast<std::pair<py::object, py::object>>();
       AppendKey(fingerprint_, key.ptr());
@@ -199,7 +216,8 @@ void LiveState::Walk(PyObject* container, bool mapping) {
 void LiveState::Take(py::object owned) {
   PyObject* const value = owned.ptr();
   const Kind kind = KindOf(value);
-  if (kind == Kind::kMapping || (kind == Kind::kList && IsTraversed(value))) return Walk(value, kind == Kind::kMapping);
+  if (kind == Kind::kMapping || (kind == Kind::kList && IsTraversed(value)))
+    return Walk(value, kind == Kind::kMapping);
   values_.push_back(std::move(owned));
   if (kind == Kind::kTensor) {
     tensors_.push_back(Look(value, &fingerprint_));
@@ -221,10 +239,14 @@ LiveState::Place LiveState::Look(PyObject* tensor, std::string* fingerprint) con
     Append(*fingerprint, 'T');
     AppendPointer(*fingerprint, Py_TYPE(tensor));
     AppendPointer(*fingerprint, Py_TYPE(holder));
-    AppendPointer(*fingerprint, inner ? Attribute(tensor, name).ptr() : nullptr);  // the tensor keeps it
-    Append(*fingerprint, static_cast<int64_t>(local.scalar_type()) << 32 | static_cast<int64_t>(local.layout()) << 16 |
-                             static_cast<int64_t>(direct) << 1 | static_cast<int64_t>(local.requires_grad()));
-    Append(*fingerprint, static_cast<int64_t>(local.device().type()) << 16 | (local.device().index() & 0xff));
+    AppendPointer(*fingerprint,
+                  inner ? Attribute(tensor, name).ptr() : nullptr);  // the tensor keeps it
+    Append(*fingerprint, static_cast<int64_t>(local.scalar_type()) << 32 |
+                             static_cast<int64_t>(local.layout()) << 16 |
+                             static_cast<int64_t>(direct) << 1 |
+                             static_cast<int64_t>(local.requires_grad()));
+    Append(*fingerprint,
+           static_cast<int64_t>(local.device().type()) << 16 | (local.device().index() & 0xff));
     Append(*fingerprint, strided ? local.dim() : -1);
     if (strided) {
       for (const int64_t size : local.sizes()) Append(*fingerprint, size);
@@ -232,7 +254,8 @@ LiveState::Place LiveState::Look(PyObject* tensor, std::string* fingerprint) con
     }
   }
   return {0, direct ? reinterpret_cast<uintptr_t>(local.const_data_ptr()) : 0,
-          direct ? static_cast<int64_t>(local.nbytes()) : 0, local.is_cpu(), VersionsOf(tensor, holder)};
+          direct ? static_cast<int64_t>(local.nbytes()) : 0, local.is_cpu(),
+          VersionsOf(tensor, holder)};
 }
 
 py::list LiveState::Values() const {
@@ -258,7 +281,8 @@ void LiveState::Replace(size_t index, const py::object& tensor) {
   values_[value] = tensor;
 }
 
-LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py::object& optimizers) const {
+LiveState::Guarded LiveState::FindGuarded(const py::object& parameters,
+                                          const py::object& optimizers) const {
   struct Owner {
     py::object tensor;
     int64_t bytes = -1;
@@ -268,14 +292,18 @@ LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py
   std::vector<size_t> owner_of(tensors_.size()), tensor_of;  // by tensor; by object
   for (size_t i = 0; i < tensors_.size(); ++i) {
     owner_of[i] = numbers.Add(tensors_[i].address);
-    if (objects.Add(reinterpret_cast<uintptr_t>(values_[tensors_[i].value].ptr())) == tensor_of.size())
+    if (objects.Add(reinterpret_cast<uintptr_t>(values_[tensors_[i].value].ptr())) ==
+        tensor_of.size())
       tensor_of.push_back(i);
   }
-  std::vector<Owner> owners(numbers.size());  // of each address among the state's tensors, the largest
+  std::vector<Owner> owners(
+      numbers.size());  // of each address among the state's tensors, the largest
   const auto add = [&](const py::object& tensor) {
-    // An optimizer's state is mostly the same objects, which have been looked at. What costs is to bring each from memory.
+    // An optimizer's state is mostly the same objects, which have been looked at. What costs is to
+    // bring each from memory.
     const size_t object = objects.Find(reinterpret_cast<uintptr_t>(tensor.ptr()));
-    const Place place = object != ByAddress::kNone ? tensors_[tensor_of[object]] : Look(tensor.ptr(), nullptr);
+    const Place place =
+        object != ByAddress::kNone ? tensors_[tensor_of[object]] : Look(tensor.ptr(), nullptr);
     const size_t number = numbers.Find(place.address);
     if (number == ByAddress::kNone || owners[number].bytes >= place.bytes) return;
     owners[number] = {tensor, place.bytes, place.versions};
@@ -301,35 +329,40 @@ LiveState::Guarded LiveState::FindGuarded(const py::object& parameters, const py
   Guarded out{std::make_shared<Watch>(), {}, 0};
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Place& tensor = tensors_[i];
-    if (const Owner& owner = owners[owner_of[i]]; tensor.address != 0 && tensor.bytes <= owner.bytes) {
+    if (const Owner& owner = owners[owner_of[i]];
+        tensor.address != 0 && tensor.bytes <= owner.bytes) {
       out.watch->Add(owner.tensor, i, owner.versions);
     } else {
       out.unguarded.push_back(i);
       PyObject* const value = values_[tensor.value].ptr();
       const py::object local = LocalOf(value);
-      out.unguarded_bytes += static_cast<int64_t>(THPVariable_Unpack(local ? local.ptr() : value).nbytes());
+      out.unguarded_bytes +=
+          static_cast<int64_t>(THPVariable_Unpack(local ? local.ptr() : value).nbytes());
     }
   }
   return out;
 }
 
-std::shared_ptr<StagingCopy> LiveState::Copies(const StagingParts& parts, size_t skip, uintptr_t image,
-                                               const std::vector<int64_t>& places, const std::vector<size_t>& unguarded,
-                                               bool others) const {
+std::shared_ptr<snapshot::StagingCopy> LiveState::Copies(const StagingParts& parts, size_t skip,
+                                                         uintptr_t image,
+                                                         const std::vector<int64_t>& places,
+                                                         const std::vector<size_t>& unguarded,
+                                                         bool others) const {
   std::vector<char> wanted(tensors_.size(), others ? 1 : 0);
   for (const size_t tensor : unguarded) wanted.at(tensor) = others ? 0 : 1;
   TORCH_CHECK(places.size() == parts.parts.size(), "each part has a place");
-  std::vector<CopyPiece> pieces;
+  std::vector<snapshot::CopyPiece> pieces;
   pieces.reserve(places.size());
   for (size_t i = skip; i < places.size(); ++i) {
     const StagingParts::Part& part = parts.parts[i];
     const Place& tensor = tensors_.at(part.tensor);
     if (wanted[part.tensor] == 0 || part.size == 0 || !tensor.on_cpu) continue;
     TORCH_INTERNAL_ASSERT(part.first + part.size <= tensor.bytes);
-    pieces.push_back({reinterpret_cast<const std::byte*>(tensor.address + static_cast<uintptr_t>(part.first)),
-                      reinterpret_cast<std::byte*>(image + static_cast<uintptr_t>(places[i])), part.size});
+    pieces.push_back(
+        {reinterpret_cast<const std::byte*>(tensor.address + static_cast<uintptr_t>(part.first)),
+         reinterpret_cast<std::byte*>(image + static_cast<uintptr_t>(places[i])), part.size});
   }
-  return std::make_shared<StagingCopy>(pieces);
+  return std::make_shared<snapshot::StagingCopy>(pieces);
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

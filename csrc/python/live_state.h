@@ -10,7 +10,7 @@
 
 #include "snapshot/staging_copy.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 
 /// The parts of tensors that this rank saves; bytes.
 struct StagingParts {
@@ -25,8 +25,9 @@ struct StagingParts {
 /// What a tensor's version counter shows, and its local one's.
 using Versions = std::pair<int64_t, int64_t>;
 
-/// Guarded tensors and their version counters, and their local tensors' counters, as they were when this was made. It keeps
-/// Python objects, no `at::Tensor`: torch swaps tensors in place only while nobody in C++ holds them.
+/// Guarded tensors and their version counters, and their local tensors' counters, as they were when
+/// this was made. It keeps Python objects, no `at::Tensor`: torch swaps tensors in place only while
+/// nobody in C++ holds them.
 class Watch {
  public:
   void Add(pybind11::object owner, size_t tensor, Versions versions);
@@ -43,23 +44,25 @@ class Watch {
   std::vector<Entry> entries_;
 };
 
-/// A nested state dict, flat: its values in the order of DCP's flattening, where the bytes of its tensors (a DTensor's: of
-/// its local one) lie, and a fingerprint of everything that a save's plan depends on. One pass, since a call of async_save
-/// has thousands of tensors to look at and milliseconds to do it in.
+/// A nested state dict, flat: its values in the order of DCP's flattening, where the bytes of its
+/// tensors (a DTensor's: of its local one) lie, and a fingerprint of everything that a save's plan
+/// depends on. One pass, since a call of async_save has thousands of tensors to look at and
+/// milliseconds to do it in.
 ///
 /// All methods need the GIL. An object is used by one thread at a time.
 class LiveState {
  public:
   explicit LiveState(const pybind11::object& state_dict);
 
-  /// Equal for equal keys, types of values, and tensors' specs (the same objects), dtypes, shapes, strides and devices. It
-  /// holds addresses of types and specs: who keeps it, keeps these alive.
+  /// Equal for equal keys, types of values, and tensors' specs (the same objects), dtypes, shapes,
+  /// strides and devices. It holds addresses of types and specs: who keeps it, keeps these alive.
   const std::string& fingerprint() const { return fingerprint_; }
   pybind11::list Values() const;
   std::vector<size_t> places() const;  ///< of the tensors among the values
 
   pybind11::object Tensor(size_t index) const;
-  /// Of the tensor's bytes, one after the other in row-major order; 0 where they do not lie like that.
+  /// Of the tensor's bytes, one after the other in row-major order; 0 where they do not lie like
+  /// that.
   uintptr_t address(size_t index) const { return tensors_.at(index).address; }
   void Replace(size_t index, const pybind11::object& tensor);
 
@@ -68,15 +71,17 @@ class LiveState {
     std::vector<size_t> unguarded;  ///< tensors that nobody guards
     int64_t unguarded_bytes = 0;
   };
-  /// Which tensors share their memory with a tensor of the optimizers' states, or with one of their parameters that is
-  /// among `parameters` (lists of them). By memory, since state dicts hold detached aliases.
+  /// Which tensors share their memory with a tensor of the optimizers' states, or with one of their
+  /// parameters that is among `parameters` (lists of them). By memory, since state dicts hold
+  /// detached aliases.
   Guarded FindGuarded(const pybind11::object& parameters, const pybind11::object& optimizers) const;
 
-  /// The copying of the parts of the tensors in `unguarded`, or of all others, into an image at `image`, in which each
-  /// part, but for the first `skip` ones, has its place; on the CPU alone.
-  std::shared_ptr<StagingCopy> Copies(const StagingParts& parts, size_t skip, uintptr_t image,
-                                      const std::vector<int64_t>& places, const std::vector<size_t>& unguarded,
-                                      bool others) const;
+  /// The copying of the parts of the tensors in `unguarded`, or of all others, into an image at
+  /// `image`, in which each part, but for the first `skip` ones, has its place; on the CPU alone.
+  std::shared_ptr<snapshot::StagingCopy> Copies(const StagingParts& parts, size_t skip,
+                                                uintptr_t image, const std::vector<int64_t>& places,
+                                                const std::vector<size_t>& unguarded,
+                                                bool others) const;
 
  private:
   struct Place {
@@ -87,7 +92,8 @@ class LiveState {
     Versions versions;
   };
   void Walk(PyObject* container, bool mapping);
-  void Take(pybind11::object owned);  // KindOf may run anybody's code, which may take the value out of its container
+  void Take(pybind11::object owned);  // KindOf may run anybody's code, which may take the value out
+                                      // of its container
   Place Look(PyObject* tensor, std::string* fingerprint) const;
 
   std::vector<pybind11::object> values_;
@@ -95,4 +101,4 @@ class LiveState {
   std::string fingerprint_;
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

@@ -6,7 +6,7 @@
 
 namespace py = pybind11;
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 namespace {
 
 // Thrown and caught in here only: a value that has no exact C++ counterpart.
@@ -14,9 +14,9 @@ struct Foreign {};
 
 class Converter : DcpTypes {
  public:
-  Metadata Convert(const py::object& object) {
+  format::Metadata Convert(const py::object& object) {
     Expect(object, metadata_);
-    Metadata metadata;
+    format::Metadata metadata;
     const py::object entries = Get(object, state_dict_metadata_);
     ForEachItem(entries, [&](const py::object& name, const py::object& entry) {
       metadata.state_dict_metadata.emplace_back(Str(name), Entry(entry));
@@ -24,10 +24,12 @@ class Converter : DcpTypes {
     PlainNode(Get(object, planner_data_), metadata.planner_data, 0);
     if (const py::object storage = Get(object, storage_data_); !storage.is_none()) {
       auto& pairs = metadata.storage_data.emplace();
-      ForEachItem(storage,
-                  [&](const py::object& index, const py::object& info) { pairs.emplace_back(Index(index), Info(info)); });
+      ForEachItem(storage, [&](const py::object& index, const py::object& info) {
+        pairs.emplace_back(Index(index), Info(info));
+      });
     }
-    if (const py::object meta = Get(object, storage_meta_); !meta.is_none()) metadata.storage_meta = Meta(meta);
+    if (const py::object meta = Get(object, storage_meta_); !meta.is_none())
+      metadata.storage_meta = Meta(meta);
     metadata.version = OptionalStr(Get(object, version_));
     return metadata;
   }
@@ -56,7 +58,8 @@ class Converter : DcpTypes {
   static std::string Str(const py::object& object) {
     Check(PyUnicode_CheckExact(object.ptr()));
     Py_ssize_t size = 0;
-    if (const char* text = PyUnicode_AsUTF8AndSize(object.ptr(), &size)) return {text, static_cast<size_t>(size)};
+    if (const char* text = PyUnicode_AsUTF8AndSize(object.ptr(), &size))
+      return {text, static_cast<size_t>(size)};
     PyErr_Clear();  // a lone surrogate: the way without the cache
     PyObject* bytes = PyUnicode_AsEncodedString(object.ptr(), "utf-8", "surrogatepass");
     if (!bytes) throw py::error_already_set();
@@ -69,7 +72,8 @@ class Converter : DcpTypes {
   static std::vector<std::string> Strings(const py::object& object) {
     Check(PyList_CheckExact(object.ptr()));
     std::vector<std::string> strings;
-    for (const py::handle item : object) strings.push_back(Str(py::reinterpret_borrow<py::object>(item)));
+    for (const py::handle item : object)
+      strings.push_back(Str(py::reinterpret_borrow<py::object>(item)));
     return strings;
   }
   static int64_t Int(PyObject* object) {
@@ -83,27 +87,28 @@ class Converter : DcpTypes {
     Check(PyBool_Check(object.ptr()));
     return object.ptr() == Py_True;
   }
-  static Shape Numbers(const py::object& tuple) {
-    Shape shape(static_cast<size_t>(PyTuple_GET_SIZE(tuple.ptr())));
-    for (size_t i = 0; i < shape.size(); ++i) shape[i] = Int(PyTuple_GET_ITEM(tuple.ptr(), static_cast<Py_ssize_t>(i)));
+  static format::Shape Numbers(const py::object& tuple) {
+    format::Shape shape(static_cast<size_t>(PyTuple_GET_SIZE(tuple.ptr())));
+    for (size_t i = 0; i < shape.size(); ++i)
+      shape[i] = Int(PyTuple_GET_ITEM(tuple.ptr(), static_cast<Py_ssize_t>(i)));
     return shape;
   }
-  Shape Size(const py::object& object) const {
+  format::Shape Size(const py::object& object) const {
     Expect(object, size_);
     return Numbers(object);
   }
 
-  TensorProperties Properties(const py::object& object) {
+  format::TensorProperties Properties(const py::object& object) {
     Expect(object, tensor_properties_);
-    TensorProperties properties;
-    properties.dtype = TorchName(Get(object, dtype_), dtypes_, &DtypeFromName);
-    properties.layout = TorchName(Get(object, layout_), layouts_, &LayoutFromName);
+    format::TensorProperties properties;
+    properties.dtype = TorchName(Get(object, dtype_), dtypes_, &format::DtypeFromName);
+    properties.layout = TorchName(Get(object, layout_), layouts_, &format::LayoutFromName);
     properties.requires_grad = Bool(Get(object, requires_grad_));
     const py::object format = Get(object, memory_format_);
     size_t code = 0;
     while (code < 3 && !memory_formats_[code].is(format)) ++code;
     Check(code < 3);
-    properties.memory_format = static_cast<MemoryFormat>(code);
+    properties.memory_format = static_cast<format::MemoryFormat>(code);
     properties.pin_memory = Bool(Get(object, pin_memory_));
     if (knows_strides_) {
       const py::object strides = Get(object, strides_);
@@ -124,10 +129,12 @@ class Converter : DcpTypes {
     return known[object.ptr()] = *value;
   }
 
-  EntryMetadata Entry(const py::object& object) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == bytes_.ptr()) return BytesMetadata{};
+  format::EntryMetadata Entry(const py::object& object) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == bytes_.ptr())
+      return format::BytesMetadata{};
     Expect(object, tensor_);
-    TensorMetadata tensor{Properties(Get(object, properties_)), Size(Get(object, size_name_)), {}};
+    format::TensorMetadata tensor{
+        Properties(Get(object, properties_)), Size(Get(object, size_name_)), {}};
     const py::object chunks = Get(object, chunks_);
     Check(PyList_CheckExact(chunks.ptr()));
     for (const py::handle item : chunks) {
@@ -137,31 +144,35 @@ class Converter : DcpTypes {
     }
     return tensor;
   }
-  MetadataIndex Index(const py::object& object) const {
+  format::MetadataIndex Index(const py::object& object) const {
     Expect(object, index_);
-    MetadataIndex index{Str(Get(object, fqn_)), {}, {}};
-    if (const py::object offset = Get(object, offset_); !offset.is_none()) index.offset = Size(offset);
-    if (const py::object hint = Get(object, index_name_); !hint.is_none()) index.index = Int(hint.ptr());
+    format::MetadataIndex index{Str(Get(object, fqn_)), {}, {}};
+    if (const py::object offset = Get(object, offset_); !offset.is_none())
+      index.offset = Size(offset);
+    if (const py::object hint = Get(object, index_name_); !hint.is_none())
+      index.index = Int(hint.ptr());
     return index;
   }
-  StorageInfo Info(const py::object& object) const {
+  format::StorageInfo Info(const py::object& object) const {
     Expect(object, storage_info_);
-    StorageInfo info{
-        Str(Get(object, relative_path_)), Int(Get(object, offset_).ptr()), Int(Get(object, length_).ptr()), {}};
+    format::StorageInfo info{Str(Get(object, relative_path_)),
+                             Int(Get(object, offset_).ptr()),
+                             Int(Get(object, length_).ptr()),
+                             {}};
     if (const py::object transforms = Get(object, transform_descriptors_); !transforms.is_none()) {
       info.transform_descriptors = Strings(transforms);
     }
     return info;
   }
-  StorageMeta Meta(const py::object& object) const {
+  format::StorageMeta Meta(const py::object& object) const {
     Expect(object, storage_meta_class_);
-    StorageMeta meta;
+    format::StorageMeta meta;
     const py::object checkpoint_id = Get(object, checkpoint_id_);
     if (PyUnicode_CheckExact(checkpoint_id.ptr())) {
       meta.checkpoint_id = Str(checkpoint_id);
     } else if (!checkpoint_id.is_none()) {
       Expect(checkpoint_id, py::module_::import("pathlib").attr("PosixPath"));
-      PathlibPath path{"PosixPath", {}};
+      format::PathlibPath path{"PosixPath", {}};
       for (const py::handle part : checkpoint_id.attr("parts"))
         path.parts.push_back(Str(py::reinterpret_borrow<py::object>(part)));
       meta.checkpoint_id = std::move(path);
@@ -172,35 +183,39 @@ class Converter : DcpTypes {
     return meta;
   }
 
-  // ---- plain data --------------------------------------------------------------------------------------------------
-  // A list that stands in two places stays one node. A value inside itself runs into the depth limit, which pickle takes
-  // over.
-  PlainData::Id PlainNode(const py::object& object, PlainData& data, int depth) {
+  // ---- plain data
+  // --------------------------------------------------------------------------------------------------
+  // A list that stands in two places stays one node. A value inside itself runs into the depth
+  // limit, which pickle takes over.
+  format::PlainData::Id PlainNode(const py::object& object, format::PlainData& data, int depth) {
     Check(depth <= 200);
-    if (const auto seen = plain_ids_.find(object.ptr()); seen != plain_ids_.end()) return seen->second;
-    PlainData::Node node = PlainValue(object, data, depth);
+    if (const auto seen = plain_ids_.find(object.ptr()); seen != plain_ids_.end())
+      return seen->second;
+    format::PlainData::Node node = PlainValue(object, data, depth);
     data.nodes.push_back(std::move(node));
-    const auto id = static_cast<PlainData::Id>(data.nodes.size() - 1);
-    plain_ids_[object.ptr()] = id;  // the metadata holds it, so the address is its own until we are done
+    const auto id = static_cast<format::PlainData::Id>(data.nodes.size() - 1);
+    plain_ids_[object.ptr()] =
+        id;  // the metadata holds it, so the address is its own until we are done
     return id;
   }
-  PlainData::Node PlainValue(const py::object& object, PlainData& data, int depth) {
+  format::PlainData::Node PlainValue(const py::object& object, format::PlainData& data, int depth) {
     PyObject* raw = object.ptr();
-    if (object.is_none()) return PlainData::None{};
+    if (object.is_none()) return format::PlainData::None{};
     if (PyBool_Check(raw)) return raw == Py_True;
     if (PyUnicode_CheckExact(raw)) return Str(object);
     if (PyFloat_CheckExact(raw)) return PyFloat_AS_DOUBLE(raw);
-    if (PyBytes_CheckExact(raw)) return PlainData::Bytes{py::reinterpret_borrow<py::bytes>(object)};
+    if (PyBytes_CheckExact(raw))
+      return format::PlainData::Bytes{py::reinterpret_borrow<py::bytes>(object)};
     if (PyLong_CheckExact(raw)) {
       int overflow = 0;
       const int64_t value = PyLong_AsLongLongAndOverflow(raw, &overflow);
       if (overflow == 0) return value;
       const auto bytes = py::cast<int64_t>(object.attr("bit_length")()) / 8 + 1;
       const py::bytes little = object.attr("to_bytes")(bytes, "little", py::arg("signed") = true);
-      return PlainData::BigInt{little};
+      return format::PlainData::BigInt{little};
     }
-    using Kind = PlainData::Kind;
-    PlainData::Container container{};
+    using Kind = format::PlainData::Kind;
+    format::PlainData::Container container{};
     if (PyDict_CheckExact(raw)) {
       container.kind = Kind::kDict;
       ForEachItem(object, [&](const py::object& key, const py::object& value) {
@@ -218,19 +233,20 @@ class Converter : DcpTypes {
       container.kind = PyFrozenSet_CheckExact(raw) ? Kind::kFrozenSet : Kind::kSet;
     }
     for (const py::handle item : object) {
-      container.items.push_back(PlainNode(py::reinterpret_borrow<py::object>(item), data, depth + 1));
+      container.items.push_back(
+          PlainNode(py::reinterpret_borrow<py::object>(item), data, depth + 1));
     }
     return container;
   }
 
-  std::unordered_map<PyObject*, Dtype> dtypes_;
-  std::unordered_map<PyObject*, Layout> layouts_;
-  std::unordered_map<PyObject*, PlainData::Id> plain_ids_;
+  std::unordered_map<PyObject*, format::Dtype> dtypes_;
+  std::unordered_map<PyObject*, format::Layout> layouts_;
+  std::unordered_map<PyObject*, format::PlainData::Id> plain_ids_;
 };
 
 }  // namespace
 
-std::optional<Metadata> MetadataFromPython(const py::object& metadata) {
+std::optional<format::Metadata> MetadataFromPython(const py::object& metadata) {
   try {
     return Converter().Convert(metadata);
   } catch (const Foreign&) {
@@ -238,4 +254,4 @@ std::optional<Metadata> MetadataFromPython(const py::object& metadata) {
   }
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

@@ -4,11 +4,12 @@
 #include <map>
 #include <string>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::python {
 namespace {
 
 std::map<std::string, std::string> BuildInfo() {
-  std::map<std::string, std::string> info{{"torch", HSDP_CKPT_TORCH_VERSION}, {"compiler", __VERSION__}};
+  std::map<std::string, std::string> info{{"torch", HSDP_CKPT_TORCH_VERSION},
+                                          {"compiler", __VERSION__}};
 #ifdef HSDP_CKPT_WITH_CUDA
   info["cuda"] = HSDP_CKPT_CUDA_VERSION;
   info["cuda_archs"] = HSDP_CKPT_CUDA_ARCHS;
@@ -25,10 +26,10 @@ std::map<std::string, std::string> BuildInfo() {
 }
 
 }  // namespace
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python
 
 PYBIND11_MODULE(_C, module) {
-  using namespace hsdp_ckpt;
+  using namespace hsdp_ckpt::python;
   module.def("_build_info", &BuildInfo);
   BindCheckpoint(module);
   BindErrors(module);

@@ -3,8 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-// What each bind_*.cpp adds to the module. No logic here: arguments are converted, the GIL is released, a room is called.
-namespace hsdp_ckpt {
+// What each bind_*.cpp adds to the module. No logic here: arguments are converted, the GIL is
+// released, a room is called.
+namespace hsdp_ckpt::python {
 
 void BindCheckpoint(pybind11::module_& module);
 void BindErrors(pybind11::module_& module);
@@ -16,4 +17,4 @@ void BindReader(pybind11::module_& module);
 void BindSnapshot(pybind11::module_& module);
 void BindVerify(pybind11::module_& module);
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::python

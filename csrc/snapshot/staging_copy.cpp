@@ -6,9 +6,9 @@
 #include "base/crc32.h"
 #include "base/parallel.h"
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::snapshot {
 
-static_assert(StagingCopy::kChunk % kChecksumBlock == 0);
+static_assert(StagingCopy::kChunk % base::kChecksumBlock == 0);
 
 StagingCopy::StagingCopy(const std::vector<CopyPiece>& pieces) {
   int64_t in_chunk = 0;
@@ -19,7 +19,7 @@ StagingCopy::StagingCopy(const std::vector<CopyPiece>& pieces) {
       const CopyPiece& piece = pieces[index];
       const int64_t size = std::min(piece.size - from, kChunk);
       parts_.push_back({{piece.source + from, piece.target + from, size}, index, sums});
-      sums += static_cast<size_t>((size + kChecksumBlock - 1) / kChecksumBlock);
+      sums += static_cast<size_t>((size + base::kChecksumBlock - 1) / base::kChecksumBlock);
       from += size;
       bytes_ += size;
       in_chunk += size;
@@ -33,7 +33,8 @@ StagingCopy::StagingCopy(const std::vector<CopyPiece>& pieces) {
   if (in_chunk > 0) chunks_.push_back(parts_.size());
   left_ = chunks_.size();
   sums_.resize(sums);
-  std::sort(sums_of_.begin(), sums_of_.end(), [](const Sums& a, const Sums& b) { return a.target < b.target; });
+  std::sort(sums_of_.begin(), sums_of_.end(),
+            [](const Sums& a, const Sums& b) { return a.target < b.target; });
 }
 
 void StagingCopy::Run() {
@@ -41,13 +42,14 @@ void StagingCopy::Run() {
     for (size_t i = chunk == 0 ? 0 : chunks_[chunk - 1]; i < chunks_[chunk]; ++i) {
       const CopyPiece& piece = parts_[i].piece;
       size_t sum = parts_[i].first_sum;
-      for (int64_t at = 0; at < piece.size; at += kChecksumBlock) {
-        const auto size = static_cast<size_t>(std::min(kChecksumBlock, piece.size - at));
-        sums_[sum++] = CopyAndCrc32({piece.target + at, size}, {piece.source + at, size});
+      for (int64_t at = 0; at < piece.size; at += base::kChecksumBlock) {
+        const auto size = static_cast<size_t>(std::min(base::kChecksumBlock, piece.size - at));
+        sums_[sum++] = base::CopyAndCrc32({piece.target + at, size}, {piece.source + at, size});
       }
     }
     if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      const std::lock_guard lock(mutex_);  // else the notice could fall between a waiter's look and its wait
+      const std::lock_guard lock(
+          mutex_);  // else the notice could fall between a waiter's look and its wait
       none_left_.notify_all();
     }
   }
@@ -60,8 +62,9 @@ void StagingCopy::Finish() {
 }
 
 std::span<const uint32_t> StagingCopy::Checksums(const std::byte* target) const {
-  const auto found = std::lower_bound(sums_of_.begin(), sums_of_.end(), target,
-                                      [](const Sums& sums, const std::byte* at) { return sums.target < at; });
+  const auto found =
+      std::lower_bound(sums_of_.begin(), sums_of_.end(), target,
+                       [](const Sums& sums, const std::byte* at) { return sums.target < at; });
   if (found == sums_of_.end() || found->target != target) return {};
   return std::span(sums_).subspan(found->first, found->count);
 }
@@ -78,7 +81,7 @@ void StagingCopy::Cancel() {
 
 int64_t StagingCopy::FirstChange(int threads) const {
   std::atomic<size_t> first{SIZE_MAX};
-  ParallelFor(chunks_.size(), threads, [&](size_t chunk) {
+  base::ParallelFor(chunks_.size(), threads, [&](size_t chunk) {
     for (size_t i = chunk == 0 ? 0 : chunks_[chunk - 1]; i < chunks_[chunk]; ++i) {
       const CopyPiece& piece = parts_[i].piece;
       if (std::memcmp(piece.target, piece.source, static_cast<size_t>(piece.size)) == 0) continue;
@@ -90,4 +93,4 @@ int64_t StagingCopy::FirstChange(int threads) const {
   return first == SIZE_MAX ? -1 : static_cast<int64_t>(first.load());
 }
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::snapshot

@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-namespace hsdp_ckpt {
+namespace hsdp_ckpt::snapshot {
 
 /// A record's payload, and where in the staging image it goes.
 struct CopyPiece {
@@ -17,12 +17,14 @@ struct CopyPiece {
   int64_t size;  ///< bytes
 };
 
-/// A snapshot's copying, done by whichever threads come: one in the background while training goes on, and the training
-/// thread itself once it must not go on before everything is copied. It sums what it copies: while a piece is in the cache
-/// that costs a twentieth of copying it, later on half.
+/// A snapshot's copying, done by whichever threads come: one in the background while training goes
+/// on, and the training thread itself once it must not go on before everything is copied. It sums
+/// what it copies: while a piece is in the cache that costs a twentieth of copying it, later on
+/// half.
 ///
-/// It owns no thread and no memory, so a forked child may drop it. Sources and targets have to live until done() or, after
-/// Cancel(), until Finish() has returned; they may be read meanwhile, but not written. All methods are thread-safe.
+/// It owns no thread and no memory, so a forked child may drop it. Sources and targets have to live
+/// until done() or, after Cancel(), until Finish() has returned; they may be read meanwhile, but
+/// not written. All methods are thread-safe.
 class StagingCopy {
  public:
   /// Bytes that a thread takes on at a time: small enough for two threads to end together.
@@ -39,11 +41,11 @@ class StagingCopy {
   void Cancel();
   bool done() const { return left_.load(std::memory_order_acquire) == 0; }
   int64_t bytes() const { return bytes_; }
-  /// After done(), without a Cancel(): the CRC-32 of each kChecksumBlock of the payload that was copied to `target`, the
-  /// last one shorter. Empty if none was.
+  /// After done(), without a Cancel(): the CRC-32 of each base::kChecksumBlock of the payload that
+  /// was copied to `target`, the last one shorter. Empty if none was.
   std::span<const uint32_t> Checksums(const std::byte* target) const;
-  /// The first piece whose source no longer is what was copied, or -1. After done(); reads everything, in `threads`
-  /// threads.
+  /// The first piece whose source no longer is what was copied, or -1. After done(); reads
+  /// everything, in `threads` threads.
   int64_t FirstChange(int threads) const;
 
  private:
@@ -69,4 +71,4 @@ class StagingCopy {
   std::condition_variable none_left_;
 };
 
-}  // namespace hsdp_ckpt
+}  // namespace hsdp_ckpt::snapshot

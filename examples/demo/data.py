@@ -20,8 +20,11 @@ VOCABULARY = 257
 LENGTH = 128
 """Bytes in a training sequence, unless the training script is told otherwise."""
 
-# Left out of the default text: other people's packages, and sources written by generators or for the tests of Python itself.
-_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"})
+# Left out of the default text: other people's packages, and sources written by generators or for
+# the tests of Python itself.
+_LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
+)
 
 
 class DataError(ValueError):
@@ -31,23 +34,29 @@ class DataError(ValueError):
 def standard_library() -> list[Path]:
     """Returns the ``.py`` files of the Python that runs this, sorted by their path."""
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted(f for f in root.rglob("*.py") if not _LEFT_OUT.intersection(f.relative_to(root).parts))
+    return sorted(
+        f for f in root.rglob("*.py") if not _LEFT_OUT.intersection(f.relative_to(root).parts)
+    )
 
 
 def read_text(files: Iterable[str | Path] | None, length: int) -> bytes:
     """Returns the bytes of ``files`` one after the other (None: Python's standard library).
 
-    Raises DataError if a file can't be read, or if all of them together hold less than one sequence of ``length`` bytes.
-    """
+    Raises DataError if a file can't be read, or if all of them together hold less than one sequence
+    of ``length`` bytes."""
     texts = []
     for file in standard_library() if files is None else files:
         try:
             texts.append(Path(file).read_bytes())
         except OSError as error:
-            raise DataError(f"cannot read the data file {file}: {error.strerror or error}") from None
+            raise DataError(
+                f"cannot read the data file {file}: {error.strerror or error}"
+            ) from None
     text = b"\n".join(texts)
     if len(text) <= length:
-        raise DataError(f"the data holds {len(text)} bytes; one training sequence needs more than {length}")
+        raise DataError(
+            f"the data holds {len(text)} bytes; one training sequence needs more than {length}"
+        )
     return text
 
 
@@ -57,11 +66,12 @@ def fingerprint(text: bytes) -> str:
 
 
 def positions(step: int, sequences: Sequence[int], size: int, length: int, seed: int) -> list[int]:
-    """Returns where each of the step's ``sequences`` (their numbers in the global batch) starts in a text of ``size`` bytes.
+    """Returns where each of the step's ``sequences`` (their numbers in the global batch) starts in
+    a text of ``size`` bytes.
 
-    A function of its arguments alone: which rank asks, and how many ranks there are, changes nothing. So a job that resumes
-    on another mesh sees the same data, and the position in the data is saved by saving the step.
-    """
+    A function of its arguments alone: which rank asks, and how many ranks there are, changes
+    nothing. So a job that resumes on another mesh sees the same data, and the position in the data
+    is saved by saving the step."""
     starts = []
     for sequence in sequences:
         digest = hashlib.blake2b(struct.pack("<QQQ", seed, step, sequence), digest_size=8).digest()
@@ -70,7 +80,8 @@ def positions(step: int, sequences: Sequence[int], size: int, length: int, seed:
 
 
 def share(rank: int, ranks: int, batch: int) -> range:
-    """Returns the numbers of the sequences that ``rank`` of ``ranks`` computes of a global batch: neighbours, in order."""
+    """Returns the numbers of the sequences that ``rank`` of ``ranks`` computes of a global batch:
+    neighbours, in order."""
     each = batch // ranks
     return range(rank * each, (rank + 1) * each)
 

@@ -1,4 +1,5 @@
-"""The log of a training run: one JSON object a line, appended, so that a killed job's log still says how far it came."""
+"""The log of a training run: one JSON object a line, appended, so that a killed job's log still
+says how far it came."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any, TextIO
 
 
 class Journal:
-    """Appends events to a file, a whole line at a time, and shows them on stdout; with path None does nothing."""
+    """Appends events to a file, a whole line at a time, and shows them on stdout; with path None
+    does nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._file: TextIO | None = None if path is None else path.open("a", encoding="utf-8")
@@ -31,7 +33,8 @@ class Journal:
 
 
 class Tail:
-    """Reads what a journal got since the last look. A line that is still being written, or was cut by a kill, is left out."""
+    """Reads what a journal got since the last look. A line that is still being written, or was cut
+    by a kill, is left out."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0

@@ -19,7 +19,8 @@ class JobError(Exception):
 
 
 class Job:
-    """A job under torch's launcher with ``ranks`` processes on this host. Its output goes to files under ``logs``.
+    """A job under torch's launcher with ``ranks`` processes on this host. Its output goes to files
+    under ``logs``.
 
     Use it as a context manager: whatever happens, none of its processes outlives the block.
     """
@@ -27,9 +28,17 @@ class Job:
     def __init__(self, name: str, ranks: int, arguments: Sequence[str], logs: Path) -> None:
         self.name, self.ranks, self._logs = name, ranks, logs
         logs.mkdir(parents=True, exist_ok=True)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
         launcher += ["--redirects", "3", "--log-dir", str(logs), "-m", "examples.demo.train"]
-        # One thread a rank: the ranks already fill the cores. cuBLAS needs its setting to give the same bits twice.
+        # One thread a rank: the ranks already fill the cores. cuBLAS needs its setting to give the
+        # same bits twice.
         env = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}
         with (logs / "torchrun.log").open("wb") as output:
             self._torchrun = subprocess.Popen(
@@ -51,16 +60,22 @@ class Job:
         """Says whether the job goes on. Raises JobError if it has failed."""
         code = self._torchrun.poll()
         if code:
-            raise JobError(f"the {self.name} run failed (exit code {code}): {self._failure()}\nits logs: {self._logs}")
+            raise JobError(
+                f"the {self.name} run failed (exit code {code}): {self._failure()}\nits logs: "
+                f"{self._logs}"
+            )
         return code is None
 
     def processes(self) -> list[int]:
-        """Returns the pids of torchrun and all below it (a rank leads its own process group: one killpg would not do)."""
-        # Nobody reaps torchrun but us: until poll() has seen its end, its pid and its children's are really its own.
+        """Returns the pids of torchrun and all below it (a rank leads its own process group: one
+        killpg would not do)."""
+        # Nobody reaps torchrun but us: until poll() has seen its end, its pid and its children's
+        # are really its own.
         return _family(self._torchrun.pid) if self._torchrun.poll() is None else []
 
     def kill(self) -> None:
-        """Ends the whole job with SIGKILL, as a host that loses power would, and waits until nothing of it is left."""
+        """Ends the whole job with SIGKILL, as a host that loses power would, and waits until
+        nothing of it is left."""
         family = self.processes()  # listed before anything dies: an orphan has another parent
         send(signal.SIGKILL, family)
         self._torchrun.wait()
@@ -80,7 +95,13 @@ class Job:
         for file in self._logs.glob("**/error.json"):
             message = json.loads(file.read_text(encoding="utf-8"))["message"]
             if isinstance(message, dict):
-                raised.append((int(message["extraInfo"]["timestamp"]), int(file.parent.name), str(message["message"])))
+                raised.append(
+                    (
+                        int(message["extraInfo"]["timestamp"]),
+                        int(file.parent.name),
+                        str(message["message"]),
+                    )
+                )
         if raised:
             return min(raised)[1], "raised " + min(raised)[2]
         text = (self._logs / "torchrun.log").read_text(encoding="utf-8", errors="replace")
@@ -89,13 +110,22 @@ class Job:
 
 
 def _tail(file: Path, lines: int = 15) -> str:
-    return "\n".join("  " + line for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    return "\n".join(
+        "  " + line
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    )
 
 
 def _stat(pid: int) -> list[str]:
-    """Returns the fields of /proc/PID/stat after the program's name (state, parent, ...); none if there is no such process."""
+    """Returns the fields of /proc/PID/stat after the program's name (state, parent, ...); none if
+    there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except (FileNotFoundError, ProcessLookupError):
         return []
 

@@ -41,7 +41,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each on a normalised copy of the residual stream. The unit that FSDP wraps."""
+    """Attention and an MLP, each on a normalised copy of the residual stream. The unit that FSDP
+    wraps."""
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
@@ -49,7 +50,9 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
+            nn.Linear(config.width, 4 * config.width),
+            nn.GELU(),
+            nn.Linear(4 * config.width, config.width),
         )
         self.dropout = nn.Dropout(config.dropout)
 
@@ -62,8 +65,8 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     """Logits ``(batch, length, 257)`` for tokens ``(batch, length)`` of int64.
 
-    Two shapes are awkward on purpose, as real models' are: no usual number of ranks divides 257, and ``scale`` has one row.
-    """
+    Two shapes are awkward on purpose, as real models' are: no usual number of ranks divides 257,
+    and ``scale`` has one row."""
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
@@ -80,7 +83,9 @@ class Gpt(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.tokens(tokens) + self.positions(
+            torch.arange(tokens.shape[1], device=tokens.device)
+        )
         for block in self.blocks:
             x = block(x)
         logits: torch.Tensor = self.head(self.norm(x)) * self.scale

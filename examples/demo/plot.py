@@ -1,4 +1,5 @@
-"""The picture of the demo: the loss curve over crash and resume, and what resuming changed in it."""
+"""The picture of the demo: the loss curve over crash and resume, and what resuming changed in
+it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from .report import Run
 
 _INK, _FAINT = "#24292f", "#d0d7de"
 _COLOURS = ("#0969da", "#bf8700", "#8250df")
-_STYLES = ({"marker": "o", "markersize": 7}, {"marker": "s", "markersize": 4.5}, {"marker": "D", "markersize": 3})
+_STYLES = (
+    {"marker": "o", "markersize": 7},
+    {"marker": "s", "markersize": 4.5},
+    {"marker": "D", "markersize": 3},
+)
 
 
 class NoMatplotlibError(Exception):
@@ -52,14 +57,31 @@ def save(path: Path, reference: Run, crashed: Run, resumed: Sequence[Run], crash
 def _losses(axes: Any, reference: Run, crashed: Run, resumed: Sequence[Run], crash: Crash) -> None:
     whole, died = reference.losses(), crashed.losses()
     saved = resumed[0].resumed_from()
-    axes.plot(list(whole), list(whole.values()), color=_FAINT, linewidth=7, solid_capstyle="round", label="never interrupted")
-    axes.plot(list(died), list(died.values()), color=_INK, linewidth=1.6, label="the job that gets killed")
+    axes.plot(
+        list(whole),
+        list(whole.values()),
+        color=_FAINT,
+        linewidth=7,
+        solid_capstyle="round",
+        label="never interrupted",
+    )
+    axes.plot(
+        list(died), list(died.values()), color=_INK, linewidth=1.6, label="the job that gets killed"
+    )
     for run, colour, look in zip(resumed, _COLOURS, _STYLES, strict=False):
         losses = run.losses()
-        axes.plot(list(losses), list(losses.values()), color=colour, linewidth=1.2, label=run.name, **look)
+        axes.plot(
+            list(losses), list(losses.values()), color=colour, linewidth=1.2, label=run.name, **look
+        )
     axes.axvspan(saved, crash.step, color="#cf222e", alpha=0.08, linewidth=0)
     axes.plot(
-        [crash.step], [died[crash.step]], marker="X", color="#cf222e", markersize=14, markeredgecolor="white", linestyle="none"
+        [crash.step],
+        [died[crash.step]],
+        marker="X",
+        color="#cf222e",
+        markersize=14,
+        markeredgecolor="white",
+        linestyle="none",
     )
     top = axes.get_ylim()[1]
     axes.annotate(
@@ -76,7 +98,9 @@ def _losses(axes: Any, reference: Run, crashed: Run, resumed: Sequence[Run], cra
         color="#1a7f37", ha="right", va="top",
     )  # fmt: skip
     axes.set_ylabel("loss (nats per byte)")
-    axes.set_title("Killed in the middle of a save, resumed on three meshes", loc="left", fontweight="bold")
+    axes.set_title(
+        "Killed in the middle of a save, resumed on three meshes", loc="left", fontweight="bold"
+    )
     axes.legend(frameon=False, loc="upper right")
 
 
@@ -86,9 +110,16 @@ def _differences(axes: Any, reference: Run, resumed: Sequence[Run]) -> None:
         losses = {step: loss for step, loss in run.losses().items() if step in whole}
         off = [abs(loss - whole[step]) for step, loss in losses.items()]
         axes.plot(list(losses), off, color=colour, linewidth=1.2, **look)
-    if resumed[0].losses() and all(whole[step] == loss for step, loss in resumed[0].losses().items()):
+    if resumed[0].losses() and all(
+        whole[step] == loss for step, loss in resumed[0].losses().items()
+    ):
         axes.text(
-            0.01, 0.8, f"{resumed[0].name}:\nno difference in any bit", transform=axes.transAxes, color=_COLOURS[0], va="top"
+            0.01,
+            0.8,
+            f"{resumed[0].name}:\nno difference in any bit",
+            transform=axes.transAxes,
+            color=_COLOURS[0],
+            va="top",
         )
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axes.margins(y=0.15)

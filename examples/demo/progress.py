@@ -10,7 +10,8 @@ _WIDTH = 24
 
 
 class Progress:
-    """Counts ``total`` units of work. ``every``: without a terminal, one line for so many units and one for each new label."""
+    """Counts ``total`` units of work. ``every``: without a terminal, one line for so many units and
+    one for each new label."""
 
     def __init__(self, total: int, stream: TextIO, every: int = 10) -> None:
         self._total, self._stream, self._every = total, stream, every
@@ -23,7 +24,9 @@ class Progress:
         if self._terminal:
             filled = _WIDTH * self._done // self._total
             bar = "█" * filled + "░" * (_WIDTH - filled)
-            line = f"{bar} {100 * self._done // self._total:3d} %  {self._clock()}  {label}  {detail}"
+            line = (
+                f"{bar} {100 * self._done // self._total:3d} %  {self._clock()}  {label}  {detail}"
+            )
             # \x1b[K clears what a longer line before left over.
             self._stream.write("\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K")
             self._stream.flush()

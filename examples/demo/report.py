@@ -11,9 +11,9 @@ from .crash import Crash
 ROUNDING = 1e-4
 """The largest relative difference between losses that another order of summation may explain.
 
-A mesh with other groups adds gradients in another order: the first steps differ by the last bits, and training lets that grow
-(5e-8 after 16 steps, measured). A resume that forgets Adam's state, or is off by one step of data, differs by 1.5e-1 and 2e-1.
-"""
+A mesh with other groups adds gradients in another order: the first steps differ by the last bits,
+and training lets that grow (5e-8 after 16 steps, measured). A resume that forgets Adam's state, or
+is off by one step of data, differs by 1.5e-1 and 2e-1. """
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class Run:
 
     def losses(self) -> dict[int, float]:
         """Returns the exact loss of every step."""
-        return {event["step"]: float.fromhex(event["hex"]) for event in self.events if event["event"] == "step"}
+        return {
+            event["step"]: float.fromhex(event["hex"])
+            for event in self.events
+            if event["event"] == "step"
+        }
 
     def first(self, event: str) -> dict[str, Any]:
         """Returns the first event of this kind. Raises LookupError if the run has none."""
@@ -60,23 +64,38 @@ def crash_claim(crash: Crash | None, whole_bytes: int, ranks: int) -> Claim:
     if crash is None:
         return Claim(name, False, "every save was committed before the kill")
     files = "1 data file" if crash.files == 1 else f"{crash.files} data files"
-    found = f"left {files}, {mebibytes(crash.bytes)} (whole: {mebibytes(whole_bytes)}), no .metadata"
-    return Claim(name, True, f"SIGKILL to torchrun and {ranks} ranks in the save of step {crash.step}: {found}")
+    found = (
+        f"left {files}, {mebibytes(crash.bytes)} (whole: {mebibytes(whole_bytes)}), no .metadata"
+    )
+    return Claim(
+        name,
+        True,
+        f"SIGKILL to torchrun and {ranks} ranks in the save of step {crash.step}: {found}",
+    )
 
 
 def resume_claim(resumed: Run, crash: Crash, committed: int) -> Claim:
     came_from, skipped = resumed.resumed_from(), resumed.first("resume")["skipped"]
     detail = f"from step {came_from}, the newest committed one; skipped as incomplete: {', '.join(map(str, skipped)) or 'none'}"
-    return Claim("resumed from the last committed checkpoint", came_from == committed and skipped == [crash.step], detail)
+    return Claim(
+        "resumed from the last committed checkpoint",
+        came_from == committed and skipped == [crash.step],
+        detail,
+    )
 
 
 def same_bits(reference: Run, resumed: Run, last: int) -> Claim:
-    """The resumed run's losses against the reference's, from the first step after the checkpoint to the last one."""
+    """The resumed run's losses against the reference's, from the first step after the checkpoint to
+    the last one."""
     steps = range(resumed.resumed_from() + 1, last + 1)
     ours, theirs = resumed.losses(), reference.losses()
     wrong = [step for step in steps if ours.get(step) != theirs.get(step)]
     passed = not wrong and len(steps) > 0
-    detail = f"{len(steps)} losses equal bit for bit" if passed else f"the losses of steps {wrong} differ"
+    detail = (
+        f"{len(steps)} losses equal bit for bit"
+        if passed
+        else f"the losses of steps {wrong} differ"
+    )
     return Claim(f"{resumed.name}: the uninterrupted run", passed, detail)
 
 
@@ -86,12 +105,14 @@ def within_rounding(reference: Run, resumed: Run, last: int) -> Claim:
     ours, theirs = resumed.losses(), reference.losses()
     missing = [step for step in steps if step not in ours]
     if missing:
-        return Claim(f"{resumed.name}: the uninterrupted run", False, f"no losses for the steps {missing}")
+        return Claim(
+            f"{resumed.name}: the uninterrupted run", False, f"no losses for the steps {missing}"
+        )
     off = [abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in steps]
-    detail = (
-        f"first loss off by {off[0]:.1e}, largest difference {max(off):.1e} (relative, {len(off)} steps; bound {ROUNDING:.0e})"
+    detail = f"first loss off by {off[0]:.1e}, largest difference {max(off):.1e} (relative, {len(off)} steps; bound {ROUNDING:.0e})"
+    return Claim(
+        f"{resumed.name}: the uninterrupted run within rounding", max(off) <= ROUNDING, detail
     )
-    return Claim(f"{resumed.name}: the uninterrupted run within rounding", max(off) <= ROUNDING, detail)
 
 
 def stock_claims(found: Mapping[str, Any]) -> list[Claim]:
@@ -100,14 +121,22 @@ def stock_claims(found: Mapping[str, Any]) -> list[Claim]:
 
     def claim(name: str, wrong: list[str], right: str) -> Claim:
         return Claim(
-            name, not wrong and found["tensors"] > 0, f"{len(wrong)} differ: {', '.join(wrong[:5])}" if wrong else right
+            name,
+            not wrong and found["tensors"] > 0,
+            f"{len(wrong)} differ: {', '.join(wrong[:5])}" if wrong else right,
         )
 
     alone = f"stock torch {found['torch']} reads the last checkpoint"
     return [
-        claim(alone, found["memory"] + found["foreign"], f"{size}, equal to what the job held in memory"),
         claim(
-            "the job that died ends where the other one does", found["other"], f"{size}, model and Adam state equal bit for bit"
+            alone,
+            found["memory"] + found["foreign"],
+            f"{size}, equal to what the job held in memory",
+        ),
+        claim(
+            "the job that died ends where the other one does",
+            found["other"],
+            f"{size}, model and Adam state equal bit for bit",
         ),
     ]
 
@@ -117,6 +146,9 @@ def text(claims: list[Claim], figures: Mapping[str, str]) -> str:
     wide = max(len(name) for name in figures)
     lines = [f"  {name:<{wide}}  {value}" for name, value in figures.items()] + [""]
     for claim in claims:
-        lines += [f"  {'PASS' if claim.passed else 'FAIL'}  {claim.name}", f"        {claim.detail}"]
+        lines += [
+            f"  {'PASS' if claim.passed else 'FAIL'}  {claim.name}",
+            f"        {claim.detail}",
+        ]
     passed = sum(claim.passed for claim in claims)
     return "\n".join([*lines, "", f"  {passed} of {len(claims)} claims hold"])

@@ -1,4 +1,5 @@
-"""The demo: a reference run, a run killed in the middle of a save, and the same job resumed on three meshes."""
+"""The demo: a reference run, a run killed in the middle of a save, and the same job resumed on
+three meshes."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What to run. ``replicas`` divides ``ranks``; ``model`` holds further arguments for the training script."""
+    """What to run. ``replicas`` divides ``ranks``; ``model`` holds further arguments for the
+    training script."""
 
     ranks: int = 4
     replicas: int = 2
@@ -51,7 +53,8 @@ class Options:
 
     @property
     def half(self) -> tuple[int, int]:
-        """Ranks and replicas of a job on half the ranks: it loses replicas first, then shards; 0 replicas: 1-D."""
+        """Ranks and replicas of a job on half the ranks: it loses replicas first, then shards; 0
+        replicas: 1-D."""
         ranks = self.ranks // 2
         if self.replicas % 2 == 0:
             return ranks, self.replicas // 2
@@ -65,14 +68,20 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raises UsageError for what can't work; makes the directory, and clears what an earlier demo left in it."""
+    """Raises UsageError for what can't work; makes the directory, and clears what an earlier demo
+    left in it."""
     if options.ranks < 1 or options.replicas < 1:
-        name, value = ("--ranks", options.ranks) if options.ranks < 1 else ("--replicas", options.replicas)
+        name, value = (
+            ("--ranks", options.ranks) if options.ranks < 1 else ("--replicas", options.replicas)
+        )
         raise UsageError(f"{name} must be at least 1, got {value}")
     if options.ranks % options.replicas:
         raise UsageError(f"--replicas {options.replicas} does not divide --ranks {options.ranks}")
     if options.steps < 2:
-        raise UsageError(f"--steps must be at least 2 (one save to resume from, one to be killed in), got {options.steps}")
+        raise UsageError(
+            "--steps must be at least 2 (one save to resume from, one to be killed in), got "
+            f"{options.steps}"
+        )
     try:
         data.read_text(options.data or None, data.LENGTH)
     except data.DataError as error:
@@ -81,8 +90,13 @@ def check(options: Options) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()) and not (directory / _MARKER).is_file():
-            raise UsageError(f"{directory} holds other things than a demo's; name an empty or a new directory with --dir")
-        (directory / _MARKER).write_text("Made by python -m examples.demo, which clears its files here.\n", encoding="utf-8")
+            raise UsageError(
+                f"{directory} holds other things than a demo's; name an empty or a new directory "
+                "with --dir"
+            )
+        (directory / _MARKER).write_text(
+            "Made by python -m examples.demo, which clears its files here.\n", encoding="utf-8"
+        )
         for name in _OURS:
             path = directory / name
             if path.is_dir():
@@ -103,7 +117,8 @@ class Demo:
         self.progress = Progress(options.steps + options.crash_step + runs * again, stream)
 
     def run(self) -> bool:
-        """Runs it all, prints the report and returns whether every claim holds. Raises JobError if a training run fails."""
+        """Runs it all, prints the report and returns whether every claim holds. Raises JobError if
+        a training run fails."""
         begin = time.monotonic()
         o, root = self.options, self.directory
         mesh = f"{o.replicas} x {o.ranks // o.replicas}"
@@ -115,17 +130,35 @@ class Demo:
             self.progress.note("every save was committed before the kill: once more")
             shutil.rmtree(root / "job")
         else:
-            self.finish([report.crash_claim(None, 0, o.ranks)], {"time": f"{time.monotonic() - begin:.0f} s"})
+            self.finish(
+                [report.crash_claim(None, 0, o.ranks)],
+                {"time": f"{time.monotonic() - begin:.0f} s"},
+            )
             return False
         committed = checkpoints.steps_in(root / "job")[0][-1]
-        # Two more jobs take over from the same checkpoint: each gets a copy before the first one goes on and prunes it.
+        # Two more jobs take over from the same checkpoint: each gets a copy before the first one
+        # goes on and prunes it.
         for name in ("one-dimension", "half") if o.half[0] else ("one-dimension",):
-            shutil.copytree(checkpoints.path_of(root / "job", committed), checkpoints.path_of(root / name, committed))
-        same = self.train(f"resumed on the same {mesh} mesh", "job", o.ranks, o.replicas, "--export", str(root / "state.pt"))
+            shutil.copytree(
+                checkpoints.path_of(root / "job", committed),
+                checkpoints.path_of(root / name, committed),
+            )
+        same = self.train(
+            f"resumed on the same {mesh} mesh",
+            "job",
+            o.ranks,
+            o.replicas,
+            "--export",
+            str(root / "state.pt"),
+        )
         others = [self.train(f"resumed as 1-D FSDP over {o.ranks}", "one-dimension", o.ranks, 0)]
         if o.half[0]:
-            others.append(self.train(f"resumed on half the ranks ({_shape(*o.half)})", "half", *o.half))
-        whole_bytes = sum(crash.data_files(checkpoints.path_of(root / "reference", o.steps)).values())
+            others.append(
+                self.train(f"resumed on half the ranks ({_shape(*o.half)})", "half", *o.half)
+            )
+        whole_bytes = sum(
+            crash.data_files(checkpoints.path_of(root / "reference", o.steps)).values()
+        )
         claims = [
             report.crash_claim(found, whole_bytes, o.ranks),
             report.resume_claim(same, found, committed),
@@ -176,7 +209,9 @@ class Demo:
         root, o = self.directory / "job", self.options
         tail = Tail(root / "log.jsonl")
         with self.job(run.name, "job", o.ranks, o.replicas) as job:
-            found = crash.kill_in_save(job, root, tail, o.crash_step, lambda event: self.seen(run, event))
+            found = crash.kill_in_save(
+                job, root, tail, o.crash_step, lambda event: self.seen(run, event)
+            )
         run.seconds = time.monotonic() - begin
         if found:
             self.progress.note(f"killed with SIGKILL in the save of step {found.step}")
@@ -184,8 +219,24 @@ class Demo:
 
     def job(self, name: str, directory: str, ranks: int, replicas: int, *more: str) -> Job:
         o = self.options
-        arguments = ["--dir", str(self.directory / directory), "--steps", str(o.steps), "--save-every", str(o.save_every)]
-        arguments += ["--replicas", str(replicas), "--batch", str(o.batch), "--resume", "latest", *o.model, *more]
+        arguments = [
+            "--dir",
+            str(self.directory / directory),
+            "--steps",
+            str(o.steps),
+            "--save-every",
+            str(o.save_every),
+        ]
+        arguments += [
+            "--replicas",
+            str(replicas),
+            "--batch",
+            str(o.batch),
+            "--resume",
+            "latest",
+            *o.model,
+            *more,
+        ]
         if o.data:
             arguments += ["--data", *(str(file.resolve()) for file in o.data)]
         self.progress.advance(name, "starting")
@@ -198,7 +249,9 @@ class Demo:
     def seen(self, run: report.Run, event: dict[str, object]) -> None:
         run.events.append(event)
         if event["event"] == "step":
-            self.progress.advance(run.name, f"step {event['step']}/{self.options.steps}  loss {event['loss']:.4f}", 1)
+            self.progress.advance(
+                run.name, f"step {event['step']}/{self.options.steps}  loss {event['loss']:.4f}", 1
+            )
         elif event["event"] == "save":
             self.progress.advance(run.name, f"step {event['step']}/{self.options.steps}  saving")
 
@@ -210,9 +263,13 @@ class Demo:
         script = Path(__file__).with_name("stock.py").read_text(encoding="utf-8")
         # Through stdin, so that this package's directory is not on its path.
         command: Sequence[str] = [sys.executable, "-", last[0], str(root / "state.pt"), last[1]]
-        done = subprocess.run(command, input=script, capture_output=True, text=True, cwd=root, check=False)
+        done = subprocess.run(
+            command, input=script, capture_output=True, text=True, cwd=root, check=False
+        )
         if done.returncode:
-            raise JobError(f"stock torch cannot read the checkpoint {last[0]}:\n{done.stderr.strip()}")
+            raise JobError(
+                f"stock torch cannot read the checkpoint {last[0]}:\n{done.stderr.strip()}"
+            )
         found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
         return found
 

@@ -1,8 +1,9 @@
-"""Reads checkpoints with stock torch alone and compares them. Fed to an interpreter: nothing of this package is imported.
+"""Reads checkpoints with stock torch alone and compares them. Fed to an interpreter: nothing of
+this package is imported.
 
-Arguments: CHECKPOINT EXPORTED OTHER_CHECKPOINT. Prints one JSON object: how many tensors and bytes were read, and the names
-of those that differ from what the job held in memory (EXPORTED, by torch.save) and from OTHER_CHECKPOINT, bit for bit.
-"""
+Arguments: CHECKPOINT EXPORTED OTHER_CHECKPOINT. Prints one JSON object: how many tensors and bytes
+were read, and the names of those that differ from what the job held in memory (EXPORTED, by
+torch.save) and from OTHER_CHECKPOINT, bit for bit."""
 
 import json
 import sys
@@ -31,16 +32,25 @@ def tensors(prefix: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def trained(state: Any) -> dict[str, torch.Tensor]:
-    """Returns the model's and the optimizer's tensors by name; the rest of a state (random numbers) differs by rank."""
-    return {name: tensor for key in ("model", "optimizer") for name, tensor in tensors(key, state[key])}
+    """Returns the model's and the optimizer's tensors by name; the rest of a state (random numbers)
+    differs by rank."""
+    return {
+        name: tensor for key in ("model", "optimizer") for name, tensor in tensors(key, state[key])
+    }
 
 
 def different(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> list[str]:
     def same(a: torch.Tensor, b: torch.Tensor) -> bool:
         alike = a.dtype == b.dtype and a.shape == b.shape
-        return alike and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        return alike and torch.equal(
+            a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+        )
 
-    return sorted(n for n in ours.keys() | others.keys() if n not in ours or n not in others or not same(ours[n], others[n]))
+    return sorted(
+        n
+        for n in ours.keys() | others.keys()
+        if n not in ours or n not in others or not same(ours[n], others[n])
+    )
 
 
 def main(checkpoint: str, exported: str, other: str) -> None:

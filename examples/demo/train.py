@@ -1,8 +1,9 @@
-"""An ordinary training script: a byte-level GPT under HSDP with checkpoints. torch's launcher starts it.
+"""An ordinary training script: a byte-level GPT under HSDP with checkpoints. torch's launcher
+starts it.
 
-One host:    torchrun --nproc-per-node 4 -m examples.demo.train --dir run --replicas 2 --resume latest
-Many hosts:  the same on each, with --nnodes, --rdzv-backend c10d, --rdzv-endpoint and a --dir that all of them share.
-"""
+One host:    torchrun --nproc-per-node 4 -m examples.demo.train --dir run --replicas 2 --resume
+latest Many hosts:  the same on each, with --nnodes, --rdzv-backend c10d, --rdzv-endpoint and a
+--dir that all of them share."""
 
 from __future__ import annotations
 
@@ -25,7 +26,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
-from torch_hsdp_ckpt import FileSystemReader, FileSystemWriter, FullyShardedDataParallel, ShardingStrategy
+from torch_hsdp_ckpt import (
+    FileSystemReader,
+    FileSystemWriter,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+)
 from torch_hsdp_ckpt.training import run_directory as checkpoints
 
 from . import data
@@ -38,15 +44,37 @@ class UsageError(Exception):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="examples.demo.train", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="examples.demo.train", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     add = parser.add_argument
-    add("--dir", type=Path, required=True, help="checkpoints and log.jsonl go here; all hosts must see it")
-    add("--data", nargs="+", metavar="FILE", help="text to train on (default: the sources of Python's standard library)")
+    add(
+        "--dir",
+        type=Path,
+        required=True,
+        help="checkpoints and log.jsonl go here; all hosts must see it",
+    )
+    add(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="text to train on (default: the sources of Python's standard library)",
+    )
     add("--steps", type=int, default=200)
     add("--save-every", type=int, default=20, metavar="STEPS")
     add("--keep", type=int, default=2, help="checkpoints to keep")
-    add("--resume", choices=["latest", "no"], default="no", help="latest: go on from the newest committed checkpoint, if any")
-    add("--replicas", type=int, default=2, help="the mesh is REPLICAS x ranks/REPLICAS; 0: 1-D FSDP over all ranks")
+    add(
+        "--resume",
+        choices=["latest", "no"],
+        default="no",
+        help="latest: go on from the newest committed checkpoint, if any",
+    )
+    add(
+        "--replicas",
+        type=int,
+        default=2,
+        help="the mesh is REPLICAS x ranks/REPLICAS; 0: 1-D FSDP over all ranks",
+    )
     add("--batch", type=int, default=8, help="sequences a step, over all ranks")
     add("--length", type=int, default=GptConfig.length, help="bytes a sequence")
     add("--width", type=int, default=GptConfig.width)
@@ -60,7 +88,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto: CUDA if every rank of a host has a GPU of its own",
     )
-    add("--export", type=Path, metavar="FILE", help="at the end write the whole state, gathered on rank 0, with torch.save")
+    add(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="at the end write the whole state, gathered on rank 0, with torch.save",
+    )
     return parser.parse_args(argv)
 
 
@@ -68,12 +101,17 @@ def pick_device(wanted: str) -> torch.device:
     """Returns this rank's device."""
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks else "cpu"
+        wanted = (
+            "cuda"
+            if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks
+            else "cpu"
+        )
     if wanted == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    # The same step twice gives the same bits on a GPU too, so that a resumed run can be compared with one that never stopped.
+    # The same step twice gives the same bits on a GPU too, so that a resumed run can be compared
+    # with one that never stopped.
     torch.use_deterministic_algorithms(True)
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -82,12 +120,17 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def make_mesh(device: torch.device, replicas: int) -> tuple[DeviceMesh, ShardingStrategy]:
-    """Returns the mesh of all ranks, with the strategy that goes with it: ``replicas`` rows, or one dimension if that is 0."""
+    """Returns the mesh of all ranks, with the strategy that goes with it: ``replicas`` rows, or one
+    dimension if that is 0."""
     world = dist.get_world_size()
     if replicas == 0:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",)), ShardingStrategy.FULL_SHARD
+        return init_device_mesh(
+            device.type, (world,), mesh_dim_names=("shard",)
+        ), ShardingStrategy.FULL_SHARD
     shape = (replicas, world // replicas)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")), ShardingStrategy.HYBRID_SHARD
+    return init_device_mesh(
+        device.type, shape, mesh_dim_names=("replicate", "shard")
+    ), ShardingStrategy.HYBRID_SHARD
 
 
 class Trainer:
@@ -98,19 +141,26 @@ class Trainer:
         self.step = 0
         self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.text_digest = data.fingerprint(text)
-        # Every rank builds the same model, whatever the mesh; from then on each has random numbers of its own.
+        # Every rank builds the same model, whatever the mesh; from then on each has random numbers
+        # of its own.
         torch.manual_seed(args.seed)
-        model = Gpt(GptConfig(args.width, args.layers, max(1, args.width // 64), args.length, args.dropout)).to(device)
+        model = Gpt(
+            GptConfig(args.width, args.layers, max(1, args.width // 64), args.length, args.dropout)
+        ).to(device)
         self.elements = sum(p.numel() for p in model.parameters())
         torch.manual_seed(args.seed + 1 + dist.get_rank())
         mesh, strategy = make_mesh(device, args.replicas)
         self.model = FullyShardedDataParallel(
-            model, device_mesh=mesh, sharding_strategy=strategy, auto_wrap_policy=ModuleWrapPolicy({Block})
+            model,
+            device_mesh=mesh,
+            sharding_strategy=strategy,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
 
     def train_step(self) -> float:
-        """Takes one step and returns the loss of its global batch before the step, in nats per byte, on every rank."""
+        """Takes one step and returns the loss of its global batch before the step, in nats per
+        byte, on every rank."""
         args, rank, ranks = self.args, dist.get_rank(), dist.get_world_size()
         mine = data.share(rank, ranks, args.batch)
         tokens, targets = data.sample(self.text, self.step, mine, args.length, args.seed)
@@ -125,7 +175,8 @@ class Trainer:
         return math.fsum(torch.cat(gathered).tolist()) / int(args.batch)
 
     def state(self) -> dict[str, Any]:
-        """Returns one dict with everything that a resumed job needs. Tensors are shards, not copies."""
+        """Returns one dict with everything that a resumed job needs. Tensors are shards, not
+        copies."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         # Random numbers differ by rank, so each rank has a key of its own.
         rng = {"cpu": torch.get_rng_state()}
@@ -142,16 +193,26 @@ class Trainer:
         dcp.save(self.state(), storage_writer=FileSystemWriter(path))
 
     def load(self, path: Path) -> None:
-        """Takes over the checkpoint at ``path``, saved on any mesh. Raises UsageError if it belongs to other data."""
+        """Takes over the checkpoint at ``path``, saved on any mesh. Raises UsageError if it belongs
+        to other data."""
         reader = FileSystemReader(path)
         state = self.state()
-        # A rank that did not exist when the checkpoint was saved keeps the random numbers it was born with.
+        # A rank that did not exist when the checkpoint was saved keeps the random numbers it was
+        # born with.
         if f"rng.rank{dist.get_rank()}.cpu" not in reader.read_metadata().state_dict_metadata:
             del state["rng"]
         dcp.load(state, storage_reader=reader)
-        if state["progress"]["text"] != self.text_digest or state["progress"]["seed"] != self.args.seed:
+        if (
+            state["progress"]["text"] != self.text_digest
+            or state["progress"]["seed"] != self.args.seed
+        ):
             raise UsageError(f"{path} was trained on other data or with another --seed")
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
         self.step = state["progress"]["step"]
         for rng in state.get("rng", {}).values():
             torch.set_rng_state(rng["cpu"])
@@ -159,7 +220,8 @@ class Trainer:
                 torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def export(self, path: Path) -> None:
-        """Gathers every tensor whole and writes model and optimizer with torch.save on rank 0: a file for one process."""
+        """Gathers every tensor whole and writes model and optimizer with torch.save on rank 0: a
+        file for one process."""
         whole = {key: value for key, value in self.state().items() if key in ("model", "optimizer")}
         whole = torch.utils._pytree.tree_map_only(DTensor, lambda t: t.full_tensor().cpu(), whole)
         if dist.get_rank() == 0:
@@ -167,14 +229,17 @@ class Trainer:
 
 
 def resume(trainer: Trainer, root: Path, journal: Journal) -> None:
-    """Goes on from the newest committed checkpoint under ``root``; from the start, said so, if there is none."""
+    """Goes on from the newest committed checkpoint under ``root``; from the start, said so, if
+    there is none."""
     # One rank looks, so that all take the same one.
     found: list[Any] = [checkpoints.steps_in(root) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     committed, incomplete = found[0]
     if committed:
         trainer.load(checkpoints.path_of(root, committed[-1]))
-    journal.write("resume", step=trainer.step, skipped=[step for step in incomplete if step > trainer.step])
+    journal.write(
+        "resume", step=trainer.step, skipped=[step for step in incomplete if step > trainer.step]
+    )
 
 
 def train(args: argparse.Namespace, trainer: Trainer, journal: Journal) -> None:
@@ -182,7 +247,9 @@ def train(args: argparse.Namespace, trainer: Trainer, journal: Journal) -> None:
         begin = time.monotonic()
         loss = trainer.train_step()
         seconds = round(time.monotonic() - begin, 4)
-        journal.write("step", step=trainer.step, loss=round(loss, 6), hex=loss.hex(), seconds=seconds)
+        journal.write(
+            "step", step=trainer.step, loss=round(loss, 6), hex=loss.hex(), seconds=seconds
+        )
         if trainer.step % args.save_every == 0 or trainer.step == args.steps:
             journal.write("save", step=trainer.step)
             begin = time.monotonic()
@@ -197,7 +264,9 @@ def check(args: argparse.Namespace) -> bytes:
     ranks = int(os.environ["WORLD_SIZE"])
     for name in ("steps", "save_every", "keep", "batch", "length", "width", "layers"):
         if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
+            )
     if args.replicas < 0 or (args.replicas and ranks % args.replicas):
         raise UsageError(f"--replicas {args.replicas} does not divide the {ranks} ranks")
     if args.batch % ranks:
@@ -214,13 +283,20 @@ def check(args: argparse.Namespace) -> bytes:
 def run(args: argparse.Namespace) -> None:
     text = check(args)
     device = pick_device(args.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5)
+    )
     rank, ranks = dist.get_rank(), dist.get_world_size()
     trainer = Trainer(args, device, text)
     with Journal(args.dir / "log.jsonl" if rank == 0 else None) as journal:
         shape = [args.replicas, ranks // args.replicas] if args.replicas else [ranks]
         journal.write(
-            "start", mesh=shape, device=device.type, parameters=trainer.elements, bytes=len(text), torch=torch.__version__
+            "start",
+            mesh=shape,
+            device=device.type,
+            parameters=trainer.elements,
+            bytes=len(text),
+            torch=torch.__version__,
         )
         if args.resume == "latest":
             resume(trainer, args.dir, journal)
@@ -235,7 +311,10 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if "LOCAL_RANK" not in os.environ:
-        sys.exit("start me with torch's launcher: torchrun --nproc-per-node 4 -m examples.demo.train --dir DIR")
+        sys.exit(
+            "start me with torch's launcher: torchrun --nproc-per-node 4 -m examples.demo.train "
+            "--dir DIR"
+        )
     try:
         run(args)
     except UsageError as error:

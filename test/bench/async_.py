@@ -1,4 +1,5 @@
-"""What saving in the background costs a training loop: a wrapped model with Adam, a save every few steps, 4 Gloo ranks.
+"""What saving in the background costs a training loop: a wrapped model with Adam, a save every few
+steps, 4 Gloo ranks.
 
 The state that is loaded at the end, by stock torch, has to be the one at the last call.
 """
@@ -35,7 +36,10 @@ class _Saver:
         self.system, self.group = system, group
         # DCP's best: torch 2.15's stager, which copies on a thread into memory that it keeps.
         options = StagingOptions(
-            use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
+            use_pinned_memory=False,
+            use_shared_memory=True,
+            use_async_staging=True,
+            use_non_blocking_copy=False,
         )
         self.stager = {"async_stager": DefaultStager(options)} if "stager" in system else {}
 
@@ -48,7 +52,8 @@ class _Saver:
         return dcp.async_save(state, storage_writer=writer, process_group=self.group, **self.stager)
 
     def before_step(self, response: Any) -> None:
-        """With DCP's asynchronous stager it is the caller who has to wait before the weights change."""
+        """With DCP's asynchronous stager it is the caller who has to wait before the weights
+        change."""
         if self.stager:
             response.staging_completion.result()
 
@@ -58,7 +63,14 @@ def _upload(response: Any) -> Any:
 
 
 def _loop(
-    rank: int, system: str, width: int, layers: int, steps: int, every: int, pairs: int, scratch: str
+    rank: int,
+    system: str,
+    width: int,
+    layers: int,
+    steps: int,
+    every: int,
+    pairs: int,
+    scratch: str,
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Loops without and with saves, in turn, since the machine's speed moves."""
     warnings.simplefilter("ignore", UserWarning)  # torch's, on saving over a checkpoint
@@ -67,7 +79,14 @@ def _loop(
     model = wrap("ours" if system == "ours" else "fsdp2", Net(width, layers), mesh)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     save = _Saver(system, dist.new_group(backend="gloo"))
-    out: dict[str, list[float]] = {"call": [], "step": [], "step, saving": [], "durable": [], "without": [], "with": []}
+    out: dict[str, list[float]] = {
+        "call": [],
+        "step": [],
+        "step, saving": [],
+        "durable": [],
+        "without": [],
+        "with": [],
+    }
 
     def state() -> dict[str, Any]:
         weights, moments = get_state_dict(model, optimizer)
@@ -100,14 +119,18 @@ def _loop(
                     Path(path).mkdir(parents=True, exist_ok=True)
                 given = state()
                 if not record and i + every >= steps:
-                    expected = {name: value.to_local().clone() for name, value in given["model"].items()}
+                    expected = {
+                        name: value.to_local().clone() for name, value in given["model"].items()
+                    }
                 dist.barrier()
                 at = time.perf_counter()
                 response = new = save(given, path)
                 call = _slowest(time.perf_counter() - at)
                 if record:
                     out["call"].append(call)
-                    _upload(new).add_done_callback(lambda _, at=at: out["durable"].append(time.perf_counter() - at))
+                    _upload(new).add_done_callback(
+                        lambda _, at=at: out["durable"].append(time.perf_counter() - at)
+                    )
             seconds = _slowest(train(new))
             if record:
                 out["step, saving" if new is not None else "step"].append(seconds)
@@ -127,7 +150,11 @@ def _loop(
     loop(saving=True, record=False)
     target = {"model": {name: torch.zeros_like(value) for name, value in state()["model"].items()}}
     dcp.load(target, storage_reader=dcp.FileSystemReader(path))
-    wrong = [name for name, value in target["model"].items() if not torch.equal(value.to_local(), expected[name])]
+    wrong = [
+        name
+        for name, value in target["model"].items()
+        if not torch.equal(value.to_local(), expected[name])
+    ]
     bytes_ = sum(p.numel() for p in Net(width, layers).parameters()) * 12
     return {"wrong": wrong, "bytes": bytes_}, out
 
@@ -137,19 +164,26 @@ class _Many(nn.Module):
 
     def __init__(self, tensors: int, total: int) -> None:
         super().__init__()
-        self.parts = nn.ParameterList(nn.Parameter(torch.zeros(4, total // (48 * tensors))) for _ in range(tensors))
+        self.parts = nn.ParameterList(
+            nn.Parameter(torch.zeros(4, total // (48 * tensors))) for _ in range(tensors)
+        )
 
     def forward(self) -> torch.Tensor:
         return sum(p.sum() for p in self.parts)  # type: ignore[return-value]
 
 
-def _calls(rank: int, tensors: int, total: int, rounds: int, scratch: str) -> tuple[list[float], list[float], list[float], int]:
-    """Our call alone, and how long an idle job's save takes beside the synchronous one; each the slowest rank's."""
+def _calls(
+    rank: int, tensors: int, total: int, rounds: int, scratch: str
+) -> tuple[list[float], list[float], list[float], int]:
+    """Our call alone, and how long an idle job's save takes beside the synchronous one; each the
+    slowest rank's."""
     import torch_hsdp_ckpt as ours
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = ours.FullyShardedDataParallel(
-        _Many(tensors, total), device_mesh=mesh, sharding_strategy=ours.ShardingStrategy.HYBRID_SHARD
+        _Many(tensors, total),
+        device_mesh=mesh,
+        sharding_strategy=ours.ShardingStrategy.HYBRID_SHARD,
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     model().backward()
@@ -186,14 +220,23 @@ def measure(scratch: str, systems: tuple[str, ...], quick: bool) -> str:
     rows = []
     gib = 0.0
     for system in systems:
-        outcomes = run_ranks(_loop, 4, system, width, layers, steps, every, pairs, scratch, timeout=600.0)
+        outcomes = run_ranks(
+            _loop, 4, system, width, layers, steps, every, pairs, scratch, timeout=600.0
+        )
         facts, readings = outcomes[0]
         if any(outcome[0]["wrong"] for outcome in outcomes):
-            raise SystemExit(f"{system}: the checkpoint is not the state at the call: {facts['wrong'][:3]}")
+            raise SystemExit(
+                f"{system}: the checkpoint is not the state at the call: {facts['wrong'][:3]}"
+            )
         gib = facts["bytes"] / 2**30
         call = statistics.median(readings["call"])
-        wait = max(0.0, statistics.median(readings["step, saving"]) - statistics.median(readings["step"]))
-        added = [with_ - without for with_, without in zip(readings["with"], readings["without"], strict=True)]
+        wait = max(
+            0.0, statistics.median(readings["step, saving"]) - statistics.median(readings["step"])
+        )
+        added = [
+            with_ - without
+            for with_, without in zip(readings["with"], readings["without"], strict=True)
+        ]
         durable = [d for outcome in outcomes for d in outcome[1]["durable"]]
         rows.append(
             [
@@ -222,8 +265,12 @@ def measure(scratch: str, systems: tuple[str, ...], quick: bool) -> str:
     text = f"{title}\n{table(header, rows)}\n"
     if "ours" in systems:
         rows = []
-        for tensors, total in ((100, 1 << 24), (400, 1 << 24)) if quick else ((400, 2 << 30), (1000, 1 << 28)):
-            outcomes = run_ranks(_calls, 4, tensors, total, 2 if quick else 5, scratch, timeout=600.0)
+        for tensors, total in (
+            ((100, 1 << 24), (400, 1 << 24)) if quick else ((400, 2 << 30), (1000, 1 << 28))
+        ):
+            outcomes = run_ranks(
+                _calls, 4, tensors, total, 2 if quick else 5, scratch, timeout=600.0
+            )
             calls, durable, plain, _ = outcomes[0]
             share = f"{max(o[3] for o in outcomes) / 2**20:.1f}"
             rows.append(
@@ -236,6 +283,13 @@ def measure(scratch: str, systems: tuple[str, ...], quick: bool) -> str:
                     milliseconds(plain),
                 ]
             )
-        header = ["tensors", "MiB of state", "call, ms", "MiB staged, most of 4 ranks", "durable, idle job, ms", "`save`, ms"]
+        header = [
+            "tensors",
+            "MiB of state",
+            "call, ms",
+            "MiB staged, most of 4 ranks",
+            "durable, idle job, ms",
+            "`save`, ms",
+        ]
         text += f"\n## Our call alone: Adam's state and parameters\n{table(header, rows)}\n"
     return text

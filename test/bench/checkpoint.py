@@ -1,12 +1,13 @@
-"""Durable saves and cold loads: the storage's own limit, DCP with one and two threads, ours, ours under stock DCP.
+"""Durable saves and cold loads: the storage's own limit, DCP with one and two threads, ours, ours
+under stock DCP.
 
-4 Gloo ranks, 2 replicas x 2 shards. A save's clock stops when its bytes are durable (all systems fsync), a load starts from
-a cold page cache and every tensor is compared afterwards, off the clock. Rounds are interleaved. The limit writes and
-reads each byte once: O_DIRECT in 8 MiB requests and one fsync, plain requests where the file system has no O_DIRECT; the
-row "pread" reads all that a rank needs into targets of its own, which no load without an exchange can beat. "ours" is
-``save`` and ``load``, "ours under dcp" the writer and the reader in stock ``dcp.save`` and ``dcp.load``. A second table saves
-many small tensors.
-"""
+4 Gloo ranks, 2 replicas x 2 shards. A save's clock stops when its bytes are durable (all systems
+fsync), a load starts from a cold page cache and every tensor is compared afterwards, off the clock.
+Rounds are interleaved. The limit writes and reads each byte once: O_DIRECT in 8 MiB requests and
+one fsync, plain requests where the file system has no O_DIRECT; the row "pread" reads all that a
+rank needs into targets of its own, which no load without an exchange can beat. "ours" is ``save``
+and ``load``, "ours under dcp" the writer and the reader in stock ``dcp.save`` and ``dcp.load``. A
+second table saves many small tensors."""
 
 import mmap
 import os
@@ -34,9 +35,16 @@ Readings = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def shapes(total: int) -> Iterator[tuple[int, ...]]:
-    """fp32 parameters of a transformer of width 1024 with odd-sized embeddings and vectors, until ``total`` bytes are full."""
+    """fp32 parameters of a transformer of width 1024 with odd-sized embeddings and vectors, until
+    ``total`` bytes are full."""
     width = 1024
-    matrices = [(4 * width, width), (width, 4 * width), (3 * width, width), (width, width), (5003, width)]
+    matrices = [
+        (4 * width, width),
+        (width, 4 * width),
+        (3 * width, width),
+        (width, width),
+        (5003, width),
+    ]
     vectors = [(width,), (width,), (7,)]
     while True:
         for shape in (*matrices, *vectors):
@@ -60,7 +68,9 @@ def make_state(mesh: DeviceMesh, total: int, seed: int | None) -> dict[str, Any]
         stride = torch.empty(shape, device="meta").stride()
         placements = [Replicate(), Shard(0)]
         whole = torch.Size(shape)
-        state[f"layers.{i}"] = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole, stride=stride)
+        state[f"layers.{i}"] = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=whole, stride=stride
+        )
     return state
 
 
@@ -96,7 +106,9 @@ def raw_load(path: Path, share: int) -> None:
 
 
 def pread_load(path: Path, share: int, targets: list[memoryview]) -> None:
-    own = range(dist.get_rank() % SHARDS, RANKS, SHARDS)  # the files that together are this rank's shard
+    own = range(
+        dist.get_rank() % SHARDS, RANKS, SHARDS
+    )  # the files that together are this rank's shard
     for rank, target in zip(own, targets, strict=True):
         with open(path / f"raw{rank}", "rb", buffering=0) as f:
             for offset in range(0, share, REQUEST):
@@ -112,7 +124,9 @@ def save(system: str, state: dict[str, Any], path: Path) -> None:
             return
         dcp.save(state, storage_writer=torch_hsdp_ckpt.FileSystemWriter(str(path)))
     else:
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(path, thread_count=2 if "2" in system else 1))
+        dcp.save(
+            state, storage_writer=dcp.FileSystemWriter(path, thread_count=2 if "2" in system else 1)
+        )
 
 
 def load(system: str, state: dict[str, Any], path: Path) -> None:
@@ -144,7 +158,9 @@ def on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _measure(rank: int, directory: str, total: int, rounds: int, systems: tuple[str, ...]) -> tuple[int, Readings]:
+def _measure(
+    rank: int, directory: str, total: int, rounds: int, systems: tuple[str, ...]
+) -> tuple[int, Readings]:
     mesh = init_device_mesh("cpu", (REPLICAS, SHARDS), mesh_dim_names=("replicate", "shard"))
     state = make_state(mesh, total, seed=1)
     held = sum(t.nbytes for t in tensors(state).values())
@@ -163,10 +179,14 @@ def _measure(rank: int, directory: str, total: int, rounds: int, systems: tuple[
                 raw_save(path, share) if raw else save(system, state, path)
             if system != "pread":
                 written = on_disk(path) / (held * SHARDS)
-                readings[system, "save"].append(meter.reading() | {"bytes": 1.0 if raw else written})
+                readings[system, "save"].append(
+                    meter.reading() | {"bytes": 1.0 if raw else written}
+                )
             cool(path)
             target = {} if raw else make_state(mesh, total, seed=None)
-            targets = [memoryview(bytearray(share)) for _ in range(REPLICAS if system == "pread" else 0)]
+            targets = [
+                memoryview(bytearray(share)) for _ in range(REPLICAS if system == "pread" else 0)
+            ]
             with Meter() as meter:
                 if system == "limit":
                     raw_load(path, share)
@@ -193,16 +213,42 @@ def measure(directory: Path, total: int, rounds: int, systems: tuple[str, ...]) 
     ranks: list[Readings] = [readings for _, readings in outcomes]
     rows = []
     for kind in ("save", "load"):
-        medians = {s: statistics.median(r["seconds"] for r in ranks[0][s, kind]) for s in systems if (s, kind) in ranks[0]}
+        medians = {
+            s: statistics.median(r["seconds"] for r in ranks[0][s, kind])
+            for s in systems
+            if (s, kind) in ranks[0]
+        }
         for system, median in medians.items():
             mine = [readings[system, kind] for readings in ranks]
-            cpu = statistics.median(sum(r["cpu"] for r in one) for one in zip(*mine, strict=True)) / gib
+            cpu = (
+                statistics.median(sum(r["cpu"] for r in one) for one in zip(*mine, strict=True))
+                / gib
+            )
             mib = max(r["mib"] for one in mine for r in one)
             relative = f"{medians['limit'] / median:.2f}" if "limit" in medians else "-"
             times = milliseconds([r["seconds"] for r in mine[0]])
             size = f"{mine[0][0]['bytes']:.4f}" if kind == "save" else ""
-            rows.append([kind, system, times, f"{gib / median:.2f}", relative, f"{cpu:.2f}", f"{mib:.0f}", size])
-    header = ["", "system", "ms, median [range]", "GiB/s", "of the limit's speed", "CPU s/GiB, all", "extra MiB, worst rank"]
+            rows.append(
+                [
+                    kind,
+                    system,
+                    times,
+                    f"{gib / median:.2f}",
+                    relative,
+                    f"{cpu:.2f}",
+                    f"{mib:.0f}",
+                    size,
+                ]
+            )
+    header = [
+        "",
+        "system",
+        "ms, median [range]",
+        "GiB/s",
+        "of the limit's speed",
+        "CPU s/GiB, all",
+        "extra MiB, worst rank",
+    ]
     header.append("on disk / state")
     cold = "all caches dropped" if os.geteuid() == 0 else "the files' pages dropped"
     mesh = f"{RANKS} ranks = {REPLICAS} replicas x {SHARDS} shards"
@@ -210,13 +256,17 @@ def measure(directory: Path, total: int, rounds: int, systems: tuple[str, ...]) 
     return f"{title}\n{table(header, rows)}\n"
 
 
-def _small(rank: int, directory: str, count: int, rounds: int, systems: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+def _small(
+    rank: int, directory: str, count: int, rounds: int, systems: tuple[str, ...]
+) -> dict[str, list[dict[str, Any]]]:
     mesh = init_device_mesh("cpu", (REPLICAS, SHARDS), mesh_dim_names=("replicate", "shard"))
     whole, placements = torch.Size((1024,)), [Replicate(), Shard(0)]
     state: dict[str, Any] = {}
     for i in range(count):
         local = torch.rand(1024 // SHARDS)
-        state[f"layers.{i}"] = DTensor.from_local(local, mesh, placements, run_check=False, shape=whole, stride=(1,))
+        state[f"layers.{i}"] = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=whole, stride=(1,)
+        )
     readings: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(rounds):
         for system in systems:
@@ -241,6 +291,13 @@ def measure_small(directory: Path, count: int, rounds: int, systems: tuple[str, 
     rows = []
     for system, mine in readings.items():
         size = mine[0]["bytes"]
-        rows.append([system, milliseconds([r["seconds"] for r in mine]), f"{size / 2**20:.1f}", f"{size / (count * 4096):.2f}"])
+        rows.append(
+            [
+                system,
+                milliseconds([r["seconds"] for r in mine]),
+                f"{size / 2**20:.1f}",
+                f"{size / (count * 4096):.2f}",
+            ]
+        )
     header = ["system", "ms, median [range]", "MiB on disk", "on disk / state"]
     return f"## Saves of {count} tensors of 4 KiB, {file_system(directory)}, {rounds} rounds\n{table(header, rows)}\n"

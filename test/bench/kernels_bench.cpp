@@ -1,6 +1,6 @@
-// BatchedCopy beside the operators that torch's FSDP2 packs and unpacks with, and beside a plain copy of the same bytes:
-// Catch2 benchmarks on one thread, for test/bench/run.py, which makes a table of their XML. No tests: CTest does not run
-// them.
+// BatchedCopy beside the operators that torch's FSDP2 packs and unpacks with, and beside a plain
+// copy of the same bytes: Catch2 benchmarks on one thread, for test/bench/run.py, which makes a
+// table of their XML. No tests: CTest does not run them.
 #define CATCH_CONFIG_RUNNER
 #define CATCH_CONFIG_ENABLE_BENCHMARKING
 
@@ -22,8 +22,8 @@
 
 namespace {
 
-using hsdp_ckpt::BatchedCopy;
-using hsdp_ckpt::CopySegment;
+using hsdp_ckpt::kernels::BatchedCopy;
+using hsdp_ckpt::kernels::CopySegment;
 
 constexpr int64_t kShards = 4;
 
@@ -62,16 +62,20 @@ std::vector<at::Tensor> Block(int64_t d, bool uneven, at::TensorOptions options)
   return params;
 }
 
-/// The segments between full parameters and `kShards` buffers of all parameters' chunks, zeros where a chunk runs short.
-std::vector<CopySegment> Segments(const std::vector<at::Tensor>& params, const at::Tensor& packed, bool pack) {
-  std::vector<CopySegment> segments;
+/// The segments between full parameters and `kShards` buffers of all parameters' chunks, zeros
+/// where a chunk runs short.
+std::vector<kernels::CopySegment> Segments(const std::vector<at::Tensor>& params,
+                                           const at::Tensor& packed, bool pack) {
+  std::vector<kernels::CopySegment> segments;
   auto* base = static_cast<char*>(packed.data_ptr());
   const int64_t item = packed.element_size();
   int64_t offset = 0;
   for (int64_t shard = 0; shard < kShards; ++shard) {
     for (const auto& param : params) {
-      const int64_t row = param.numel() / param.size(0), rows = (param.size(0) + kShards - 1) / kShards;
-      const int64_t first = std::min(shard * rows, param.size(0)), last = std::min(first + rows, param.size(0));
+      const int64_t row = param.numel() / param.size(0),
+                    rows = (param.size(0) + kShards - 1) / kShards;
+      const int64_t first = std::min(shard * rows, param.size(0)),
+                    last = std::min(first + rows, param.size(0));
       char* whole = static_cast<char*>(param.data_ptr()) + first * row * param.element_size();
       char* part = base + offset * item;
       const int64_t n = (last - first) * row, padding = rows * row - n;
@@ -90,7 +94,8 @@ std::vector<CopySegment> Segments(const std::vector<at::Tensor>& params, const a
 std::vector<Case> Cases(at::Device device, int64_t d) {
   std::vector<Case> cases;
   const auto copy_of = [device](int64_t bytes) -> std::function<void()> {
-    const auto from = at::ones({bytes}, at::TensorOptions().device(device).dtype(at::kByte)), to = at::zeros_like(from);
+    const auto from = at::ones({bytes}, at::TensorOptions().device(device).dtype(at::kByte)),
+               to = at::zeros_like(from);
     if (device.is_cuda()) return [=] { to.copy_(from); };
     return [=] { std::memcpy(to.data_ptr(), from.data_ptr(), from.nbytes()); };
   };
@@ -103,7 +108,7 @@ std::vector<Case> Cases(at::Device device, int64_t d) {
     auto theirs = at::empty_like(ours);
     cases.push_back({name,
                      bytes,
-                     [=] { BatchedCopy(device, segments, from, to); },
+                     [=] { kernels::BatchedCopy(device, segments, from, to); },
                      [=]() mutable { at::_chunk_cat_out(theirs, params, 0, kShards); },
                      copy_of(bytes / 2),
                      {ours}});
@@ -122,20 +127,24 @@ std::vector<Case> Cases(at::Device device, int64_t d) {
     }
     const auto segments = Segments(params, packed, /*pack=*/false);
     const int64_t bytes = 2 * static_cast<int64_t>(packed.nbytes());
-    cases.push_back({"unpack fp32", bytes, [=] { BatchedCopy(device, segments, at::kFloat, at::kFloat); },
-                     [=]() mutable { at::split_with_sizes_copy_out(outs, packed, sizes, 1); }, copy_of(bytes / 2), params});
+    cases.push_back({"unpack fp32", bytes,
+                     [=] { kernels::BatchedCopy(device, segments, at::kFloat, at::kFloat); },
+                     [=]() mutable { at::split_with_sizes_copy_out(outs, packed, sizes, 1); },
+                     copy_of(bytes / 2), params});
   }
   const auto cast = [&](const char* name, at::ScalarType from, at::ScalarType to, bool accumulate) {
     const auto src = at::rand({12 * d * d}, at::TensorOptions().device(device)).to(from);
-    const auto ours = at::zeros({12 * d * d}, src.options().dtype(to)), theirs = at::zeros_like(ours);
-    const CopySegment segment{src.data_ptr(), ours.data_ptr(), src.numel()};
+    const auto ours = at::zeros({12 * d * d}, src.options().dtype(to)),
+               theirs = at::zeros_like(ours);
+    const kernels::CopySegment segment{src.data_ptr(), ours.data_ptr(), src.numel()};
     const int64_t bytes = static_cast<int64_t>(src.nbytes() + ours.nbytes() * (accumulate ? 2 : 1));
-    cases.push_back({name,
-                     bytes,
-                     [=] { BatchedCopy(device, {&segment, 1}, from, to, 1.0, accumulate); },
-                     [=] { accumulate ? theirs.add_(src) : theirs.copy_(src); },
-                     copy_of(bytes / 2),
-                     {ours}});
+    cases.push_back(
+        {name,
+         bytes,
+         [=] { kernels::BatchedCopy(device, {&segment, 1}, from, to, 1.0, accumulate); },
+         [=] { accumulate ? theirs.add_(src) : theirs.copy_(src); },
+         copy_of(bytes / 2),
+         {ours}});
   };
   cast("cast fp32 to bf16", at::kFloat, at::kBFloat16, false);
   cast("cast bf16 to fp32", at::kBFloat16, at::kFloat, false);
@@ -144,16 +153,17 @@ std::vector<Case> Cases(at::Device device, int64_t d) {
   return cases;
 }
 
-/// Several rounds of all three, so that what else the machine does meets each of them. The names are fields for run.py:
-/// device, width, what, bytes, calls that are timed as one, whose.
+/// Several rounds of all three, so that what else the machine does meets each of them. The names
+/// are fields for run.py: device, width, what, bytes, calls that are timed as one, whose.
 void Run(at::Device device, int64_t d) {
   constexpr int kRounds = 7;
   const int calls = device.is_cuda() ? 20 : 1;
   for (const auto& item : Cases(device, d)) {
-    const std::string fields = device.str() + "|" + std::to_string(d) + "|" + item.name + "|" + std::to_string(item.bytes) +
-                               "|" + std::to_string(calls) + "|";
+    const std::string fields = device.str() + "|" + std::to_string(d) + "|" + item.name + "|" +
+                               std::to_string(item.bytes) + "|" + std::to_string(calls) + "|";
     for (int round = 0; round < kRounds; ++round) {
-      for (const auto& side : {std::pair("ours", &item.ours), {"torch", &item.torch}, {"copy", &item.copy}}) {
+      for (const auto& side :
+           {std::pair("ours", &item.ours), {"torch", &item.torch}, {"copy", &item.copy}}) {
         BENCHMARK(fields + side.first) {
           for (int i = 0; i < calls; ++i) (*side.second)();
           Synchronize(device);

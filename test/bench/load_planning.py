@@ -1,4 +1,5 @@
-"""Loads that are all planning: very many small tensors, and one rank's part of a very large job's metadata."""
+"""Loads that are all planning: very many small tensors, and one rank's part of a very large job's
+metadata."""
 
 import pickle
 import statistics
@@ -67,10 +68,14 @@ def _big_metadata(ranks: int, tensors: int) -> Metadata:
     storage: dict[MetadataIndex, Any] = {}
     for t in range(tensors):
         name = f"model.layers.{t}.weight"
-        chunks = [ChunkStorageMetadata(torch.Size([8 * r, 0]), torch.Size([8, 64])) for r in range(ranks)]
+        chunks = [
+            ChunkStorageMetadata(torch.Size([8 * r, 0]), torch.Size([8, 64])) for r in range(ranks)
+        ]
         entries[name] = TensorStorageMetadata(properties, torch.Size([8 * ranks, 64]), chunks)
         for r, chunk in enumerate(chunks):
-            storage[MetadataIndex(name, chunk.offsets, r)] = _StorageInfo(f"__{r}_0.distcp", 2048 * t, 2048)
+            storage[MetadataIndex(name, chunk.offsets, r)] = _StorageInfo(
+                f"__{r}_0.distcp", 2048 * t, 2048
+            )
     return Metadata(entries, {name: (name,) for name in entries}, storage)
 
 
@@ -85,7 +90,10 @@ def _plan(rank: int, ranks: int, tensors: int, rounds: int) -> dict[str, list[fl
     del metadata
     mesh = init_device_mesh("cpu", (ranks,))
     state = {
-        name: DTensor.from_local(torch.zeros(8, 64, dtype=torch.bfloat16), mesh, [Shard(0)], run_check=False) for name in names
+        name: DTensor.from_local(
+            torch.zeros(8, 64, dtype=torch.bfloat16), mesh, [Shard(0)], run_check=False
+        )
+        for name in names
     }
 
     def stock() -> None:
@@ -103,16 +111,23 @@ def _plan(rank: int, ranks: int, tensors: int, rounds: int) -> dict[str, list[fl
 
 def _rows(readings: dict[str, list[float]]) -> list[list[str]]:
     base = statistics.median(readings["dcp"])
-    return [[name, milliseconds(seconds), f"{base / statistics.median(seconds):.1f}"] for name, seconds in readings.items()]
+    return [
+        [name, milliseconds(seconds), f"{base / statistics.median(seconds):.1f}"]
+        for name, seconds in readings.items()
+    ]
 
 
 def measure(quick: bool) -> str:
     """Markdown tables of both."""
-    count, (ranks, tensors), rounds = (5_000, (128, 100), 2) if quick else (100_000, (1024, 1000), 3)
+    count, (ranks, tensors), rounds = (
+        (5_000, (128, 100), 2) if quick else (100_000, (1024, 1000), 3)
+    )
     header = ["", "ms, median [range]", "times as fast as DCP"]
     (small,) = run_ranks(_small, 1, count, rounds, timeout=1800.0)
     (plan,) = run_ranks(_plan, 1, ranks, tensors, rounds, timeout=1800.0)
     return (
-        f"## {count} tensors of 64 bytes, one rank, page cache, checked\n{table(header, _rows(small))}\n\n"
-        f"## Planning one rank's load, metadata of {ranks} ranks x {tensors} tensors\n{table(header, _rows(plan))}\n"
+        f"## {count} tensors of 64 bytes, one rank, page cache, "
+        f"checked\n{table(header, _rows(small))}\n\n"
+        f"## Planning one rank's load, metadata of {ranks} ranks x {tensors} "
+        f"tensors\n{table(header, _rows(plan))}\n"
     )

@@ -25,11 +25,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def file_system(path: str | os.PathLike[str]) -> str:
-    """Type and device of the file system that holds ``path``: the longest mount point that is a prefix of it."""
+    """Type and device of the file system that holds ``path``: the longest mount point that is a
+    prefix of it."""
     real = os.path.realpath(path)
     with open("/proc/mounts", encoding="utf-8") as f:
         mounts = [line.split()[:3] for line in f]
-    inside = [(len(m), kind, device) for device, m, kind in mounts if (real + "/").startswith(m.rstrip("/") + "/")]
+    inside = [
+        (len(m), kind, device)
+        for device, m, kind in mounts
+        if (real + "/").startswith(m.rstrip("/") + "/")
+    ]
     _, kind, device = max(inside)
     return f"{kind} ({device})"
 
@@ -37,7 +42,9 @@ def file_system(path: str | os.PathLike[str]) -> str:
 def machine() -> str:
     cpu = platform.processor() or platform.machine()
     with open("/proc/cpuinfo", encoding="utf-8") as f:
-        cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu
+        )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory{gpu}, Linux {platform.release()}"

@@ -1,8 +1,9 @@
-"""Cold loads on another mesh than the one that saved: 2 replicas x 2 shards, onto 1 x 4, two ranks and one process.
+"""Cold loads on another mesh than the one that saved: 2 replicas x 2 shards, onto 1 x 4, two ranks
+and one process.
 
-Each system loads the files that it saved itself, every tensor is compared afterwards, off the clock. Rounds are interleaved.
-"Read" is what the loading ranks' system calls read from files, over what their targets hold.
-"""
+Each system loads the files that it saved itself, every tensor is compared afterwards, off the
+clock. Rounds are interleaved. "Read" is what the loading ranks' system calls read from files, over
+what their targets hold."""
 
 import statistics
 from collections import defaultdict
@@ -33,7 +34,9 @@ def _values(index: int, shape: tuple[int, ...]) -> torch.Tensor:
 def _save(rank: int, directory: str, total: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     state = {
-        f"layers.{i}": distribute_tensor(_values(i, shape), mesh, [Replicate(), Shard(0)], src_data_rank=None)
+        f"layers.{i}": distribute_tensor(
+            _values(i, shape), mesh, [Replicate(), Shard(0)], src_data_rank=None
+        )
         for i, shape in enumerate(checkpoint.shapes(total))
     }
     dcp.save(state, storage_writer=dcp.FileSystemWriter(f"{directory}/dcp"))
@@ -66,8 +69,12 @@ def _load(
             readings[system].append(meter.reading() | {"read": _read_so_far() - before})
             for i, tensor in enumerate(state.values()):
                 assert isinstance(tensor, DTensor)
-                expected = distribute_tensor(_values(i, shapes[i]), mesh, [Shard(0)], src_data_rank=None)
-                assert torch.equal(tensor.to_local(), expected.to_local()), f"{system} loaded layers.{i} wrong"
+                expected = distribute_tensor(
+                    _values(i, shapes[i]), mesh, [Shard(0)], src_data_rank=None
+                )
+                assert torch.equal(tensor.to_local(), expected.to_local()), (
+                    f"{system} loaded layers.{i} wrong"
+                )
                 tensor.to_local().zero_()
             dist.barrier()
     return need, readings
@@ -83,11 +90,29 @@ def measure(directory: Path, total: int, rounds: int, systems: tuple[str, ...]) 
         base = statistics.median(r["seconds"] for r in results[0][1][systems[0]])
         for system in systems:
             seconds = [r["seconds"] for r in results[0][1][system]]
-            cpu = statistics.median(sum(one[system][i]["cpu"] for _, one in results) for i in range(rounds))
-            read = statistics.median(sum(one[system][i]["read"] for _, one in results) for i in range(rounds))
+            cpu = statistics.median(
+                sum(one[system][i]["cpu"] for _, one in results) for i in range(rounds)
+            )
+            read = statistics.median(
+                sum(one[system][i]["read"] for _, one in results) for i in range(rounds)
+            )
             times = f"{base / statistics.median(seconds):.2f}"
-            rows.append([name, system, milliseconds(seconds), times, f"{cpu * 2**30 / need:.2f}", f"{read / need:.3f}"])
-    header = ["onto", "", "ms, median [range]", f"times as fast as {systems[0]}", "CPU s per GiB", "bytes read / needed"]
-    return (
-        f"## {total / 2**30:.2f} GiB saved by 2 x 2, {file_system(directory)}, {rounds} rounds, cold\n{table(header, rows)}\n"
-    )
+            rows.append(
+                [
+                    name,
+                    system,
+                    milliseconds(seconds),
+                    times,
+                    f"{cpu * 2**30 / need:.2f}",
+                    f"{read / need:.3f}",
+                ]
+            )
+    header = [
+        "onto",
+        "",
+        "ms, median [range]",
+        f"times as fast as {systems[0]}",
+        "CPU s per GiB",
+        "bytes read / needed",
+    ]
+    return f"## {total / 2**30:.2f} GiB saved by 2 x 2, {file_system(directory)}, {rounds} rounds, cold\n{table(header, rows)}\n"

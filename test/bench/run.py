@@ -1,9 +1,11 @@
-"""Runs the benchmarks: torch's ways and ours in one run; medians and ranges; ``results/<name>.md`` with the machine named.
+"""Runs the benchmarks: torch's ways and ours in one run; medians and ranges; ``results/<name>.md``
+with the machine named.
 
-usage: python test/bench/run.py [--quick] [--gpu] [--systems dcp,ours] [--dir DIR] [checkpoint|save_scale|step|... ...]
+usage: python test/bench/run.py [--quick] [--gpu] [--systems dcp,ours] [--dir DIR]
+[checkpoint|save_scale|step|... ...]
 
-Times move with the machine, ratios within one run count. ``--quick`` is small: it shows that everything runs.
-"""
+Times move with the machine, ratios within one run count. ``--quick`` is small: it shows that
+everything runs."""
 
 import argparse
 import os
@@ -37,7 +39,11 @@ def short(system: str) -> str:
 
 
 def chosen(args: argparse.Namespace, all_systems: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(system for system in all_systems if args.systems is None or short(system) in args.systems.split(","))
+    return tuple(
+        system
+        for system in all_systems
+        if args.systems is None or short(system) in args.systems.split(",")
+    )
 
 
 def run_checkpoint(args: argparse.Namespace) -> str:
@@ -47,9 +53,13 @@ def run_checkpoint(args: argparse.Namespace) -> str:
     for parent in (args.dir, Path("/dev/shm")):
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as scratch:
-            sections.append(checkpoint.measure(Path(scratch), total, 2 if args.quick else args.rounds, names))
+            sections.append(
+                checkpoint.measure(Path(scratch), total, 2 if args.quick else args.rounds, names)
+            )
             if parent == args.dir:
-                small = checkpoint.measure_small(Path(scratch), 1000 if args.quick else 10000, 2 if args.quick else 3, names)
+                small = checkpoint.measure_small(
+                    Path(scratch), 1000 if args.quick else 10000, 2 if args.quick else 3, names
+                )
     return "\n".join([*sections, small])
 
 
@@ -57,7 +67,9 @@ def run_step(args: argparse.Namespace) -> str:
     names = chosen(args, systems.WRAPPERS)
     steps = 3 if args.quick else 6
     sections = [step.own_time(names, 5 if args.quick else 20)]
-    sections += [step.communication(names, kind, steps, args.quick) for kind in ("blocks", "small", "uneven")]
+    sections += [
+        step.communication(names, kind, steps, args.quick) for kind in ("blocks", "small", "uneven")
+    ]
     sections.append(step.in_place(3 if args.quick else 9))
     sections += [step.memory(names, kind, 3, args.quick) for kind in ("blocks", "small", "uneven")]
     return "\n".join(sections)
@@ -71,8 +83,19 @@ def run_kernels(args: argparse.Namespace) -> str:
     binaries = sorted(ROOT.glob("build/*/test/kernels_bench"), key=os.path.getmtime)
     if not binaries:
         raise SystemExit("kernels_bench is not built: build with HSDP_CKPT_TESTS=1 first")
-    command = [str(binaries[-1]), "[cuda]" if args.gpu else "[benchmark]", "--reporter", "xml", "--benchmark-no-analysis"]
-    command += ["--benchmark-samples", "1" if args.quick else "10", "--benchmark-warmup-time", "1" if args.quick else "10"]
+    command = [
+        str(binaries[-1]),
+        "[cuda]" if args.gpu else "[benchmark]",
+        "--reporter",
+        "xml",
+        "--benchmark-no-analysis",
+    ]
+    command += [
+        "--benchmark-samples",
+        "1" if args.quick else "10",
+        "--benchmark-warmup-time",
+        "1" if args.quick else "10",
+    ]
     output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
     times: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for result in ElementTree.fromstring(output.stdout).iter("BenchmarkResults"):
@@ -81,13 +104,28 @@ def run_kernels(args: argparse.Namespace) -> str:
         times.setdefault(tuple(case), {}).setdefault(whose, []).append(milliseconds)
     rows = []
     for (device, width, what, moved), by_whose in times.items():
-        ours, torchs, copy = (statistics.median(by_whose[whose]) for whose in ("ours", "torch", "copy"))
+        ours, torchs, copy = (
+            statistics.median(by_whose[whose]) for whose in ("ours", "torch", "copy")
+        )
         figures = [f"{int(moved) / 2**20:.1f}", *(f"{ms:.3f}" for ms in (ours, torchs, copy))]
-        rows.append([f"{device} d={width}", what, *figures, f"{torchs / ours:.2f}", f"{copy / ours:.2f}"])
-    header = ["device", "what", "MiB moved", "ours ms", "torch ms", "copy ms", "speed / torch", "speed / copy"]
+        rows.append(
+            [f"{device} d={width}", what, *figures, f"{torchs / ours:.2f}", f"{copy / ours:.2f}"]
+        )
+    header = [
+        "device",
+        "what",
+        "MiB moved",
+        "ours ms",
+        "torch ms",
+        "copy ms",
+        "speed / torch",
+        "speed / copy",
+    ]
     return (
-        "Catch2 benchmarks, one CPU thread: medians of seven rounds. MiB moved: read and written together (a cast from fp32 to "
-        "bf16 reads twice of what it writes); the copy is a memcpy, on a GPU a device-to-device copy, that moves as many, "
+        "Catch2 benchmarks, one CPU thread: medians of seven rounds. MiB moved: read and written "
+        "together (a cast from fp32 to "
+        "bf16 reads twice of what it writes); the copy is a memcpy, on a GPU a device-to-device "
+        "copy, that moves as many, "
         "half of them in and half of them out.\n\n" + table(header, rows)
     )
 
@@ -140,26 +178,42 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help=f"which: {', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
-    parser.add_argument("--gpu", action="store_true", help="only what runs on the GPU; an error without one")
+    parser.add_argument(
+        "--gpu", action="store_true", help="only what runs on the GPU; an error without one"
+    )
     choices = list(dict.fromkeys(short(system) for each in SYSTEMS.values() for system in each))
     parser.add_argument("--systems", metavar="A,B", help=f"some of: {', '.join(choices)}")
-    parser.add_argument("--dir", type=Path, default=ROOT / "build" / "bench", help="a directory on the disk to measure")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=ROOT / "build" / "bench",
+        help="a directory on the disk to measure",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of saves and loads")
     args = parser.parse_args()
     names = args.names or (["kernels"] if args.gpu else list(BENCHMARKS))
     unknown = set(names) - set(BENCHMARKS)
     if unknown:
-        parser.error(f"unknown benchmark {', '.join(sorted(unknown))}: one of {', '.join(BENCHMARKS)}")
+        parser.error(
+            f"unknown benchmark {', '.join(sorted(unknown))}: one of {', '.join(BENCHMARKS)}"
+        )
     for name in names:
         if args.systems is not None and name in SYSTEMS and not chosen(args, SYSTEMS[name]):
-            parser.error(f"--systems {args.systems}: {name} has {', '.join(map(short, SYSTEMS[name]))}")
+            parser.error(
+                f"--systems {args.systems}: {name} has {', '.join(map(short, SYSTEMS[name]))}"
+            )
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: torch sees no CUDA device")
     for name in names:
-        publish(name + ("-gpu" if args.gpu else "") + ("-quick" if args.quick else ""), BENCHMARKS[name](args))
+        publish(
+            name + ("-gpu" if args.gpu else "") + ("-quick" if args.quick else ""),
+            BENCHMARKS[name](args),
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What planning a save costs as the job grows: this rank's part before its first byte, and the coordinator's whole metadata.
+"""What planning a save costs as the job grows: this rank's part before its first byte, and the
+coordinator's whole metadata.
 
-One process stands for one rank of ``replicas * shards`` (torch's fake process group); the state is DTensors of 8 x 64 elements
-a shard. All that a rank does between the call and its first byte is timed, the one small all-gather excepted.
-"""
+One process stands for one rank of ``replicas * shards`` (torch's fake process group); the state is
+DTensors of 8 x 64 elements a shard. All that a rank does between the call and its first byte is
+timed, the one small all-gather excepted."""
 
 import os
 import tempfile
@@ -32,7 +33,12 @@ def _row(shards: int, rounds: int) -> list[str]:
     shape = torch.Size((shards * 8, 64))
     state = {
         f"layers.{i}.weight": DTensor.from_local(
-            torch.empty(8, 64), mesh, [Replicate(), Shard(0)], run_check=False, shape=shape, stride=(64, 1)
+            torch.empty(8, 64),
+            mesh,
+            [Replicate(), Shard(0)],
+            run_check=False,
+            shape=shape,
+            stride=(64, 1),
         )
         for i in range(tensors)
     }
@@ -69,9 +75,13 @@ def measure(quick: bool) -> str:
     """A Markdown section: 1,024 and 16,384 ranks."""
     rounds = 3 if quick else 5
     rows = [_row(shards, rounds) for shards in ((16,) if quick else (128, 2048))]
-    header = ["ranks", "a rank, before its first byte", "the coordinator's metadata", "written and synced", "MiB"]
-    title = (
-        f"## {TENSORS} tensors, {REPLICAS} replicas, {rounds} rounds; ms, median [range]; CRC-32 by {_C._build_info()['crc32']}"
-    )
+    header = [
+        "ranks",
+        "a rank, before its first byte",
+        "the coordinator's metadata",
+        "written and synced",
+        "MiB",
+    ]
+    title = f"## {TENSORS} tensors, {REPLICAS} replicas, {rounds} rounds; ms, median [range]; CRC-32 by {_C._build_info()['crc32']}"
     told = f"What a rank tells the others before its first byte, in one all-gather: {_SLOT.size} bytes."
     return f"{title}\n{table(header, rows)}\n\n{told}\n"

@@ -1,6 +1,7 @@
-// A store of fixed bandwidth that all processes share, for shared_store.py: LD_PRELOADed, it lets every read of a file
-// below STORE_DIRECTORY return only when the store, which serves one request after the other at STORE_BYTES_PER_SECOND,
-// would have sent its bytes. It does not know who reads: torch's reader and ours are slowed down by the same code.
+// A store of fixed bandwidth that all processes share, for shared_store.py: LD_PRELOADed, it lets
+// every read of a file below STORE_DIRECTORY return only when the store, which serves one request
+// after the other at STORE_BYTES_PER_SECOND, would have sent its bytes. It does not know who reads:
+// torch's reader and ours are slowed down by the same code.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -15,13 +16,15 @@
 
 namespace {
 
-/// When the store will have served all that has been asked so far, in ns of the monotonic clock; in memory of STORE_CLOCK.
+/// When the store will have served all that has been asked so far, in ns of the monotonic clock; in
+/// memory of STORE_CLOCK.
 struct Store {
   const char* directory = std::getenv("STORE_DIRECTORY");
   double bytes_per_second = std::atof(std::getenv("STORE_BYTES_PER_SECOND"));
   std::atomic<int64_t>* free_at = [] {
     const int fd = ::open(std::getenv("STORE_CLOCK"), O_RDWR | O_CLOEXEC);
-    void* memory = ::mmap(nullptr, sizeof(std::atomic<int64_t>), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void* memory =
+        ::mmap(nullptr, sizeof(std::atomic<int64_t>), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (memory == MAP_FAILED) std::abort();
     ::close(fd);
     return static_cast<std::atomic<int64_t>*>(memory);
@@ -65,7 +68,9 @@ ssize_t Served(const char* name, int fd, Arguments... arguments) {
 // The dynamic linker takes these for libc's, in the interpreter and in every library.
 #pragma GCC visibility push(default)
 extern "C" {
-ssize_t read(int fd, void* data, size_t size) { return Served<ssize_t (*)(int, void*, size_t)>("read", fd, data, size); }
+ssize_t read(int fd, void* data, size_t size) {
+  return Served<ssize_t (*)(int, void*, size_t)>("read", fd, data, size);
+}
 ssize_t pread(int fd, void* data, size_t size, off_t at) {
   return Served<ssize_t (*)(int, void*, size_t, off_t)>("pread", fd, data, size, at);
 }

@@ -1,8 +1,9 @@
-"""A SIMULATION of many hosts on one shared store: its total bandwidth is fixed, whoever reads, and ranks stand for hosts.
+"""A SIMULATION of many hosts on one shared store: its total bandwidth is fixed, whoever reads, and
+ranks stand for hosts.
 
-shared_store.cpp slows the system calls of torch's reader and of ours down alike. Replicas exchange over Gloo, as between hosts.
-DCP reads the state once a replica, an exchange once in all: with R replicas the store is busy 1/R of the time.
-"""
+shared_store.cpp slows the system calls of torch's reader and of ours down alike. Replicas exchange
+over Gloo, as between hosts. DCP reads the state once a replica, an exchange once in all: with R
+replicas the store is busy 1/R of the time."""
 
 import json
 import os
@@ -34,12 +35,16 @@ SYSTEMS = ("dcp", "ours, no exchange", "ours")
 def _state(mesh: Any, total: int, value: float) -> dict[str, Any]:
     rows = total // 4096 // 12
     return {
-        f"layers.{i}": DTensor.from_local(torch.full((rows, 1024), value + i), mesh, [Replicate(), Shard(0)], run_check=False)
+        f"layers.{i}": DTensor.from_local(
+            torch.full((rows, 1024), value + i), mesh, [Replicate(), Shard(0)], run_check=False
+        )
         for i in range(12)
     }
 
 
-def _loads(rank: int, directory: str, total: int, rounds: int, systems: list[str]) -> dict[str, list[float]]:
+def _loads(
+    rank: int, directory: str, total: int, rounds: int, systems: list[str]
+) -> dict[str, list[float]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(), 1))
     saved = _state(mesh, total, 1.0)
     dcp.save(saved, storage_writer=dcp.FileSystemWriter(f"{directory}/dcp"))
@@ -57,7 +62,9 @@ def _loads(rank: int, directory: str, total: int, rounds: int, systems: list[str
                 torch_hsdp_ckpt.load(state, checkpoint_id=f"{directory}/ours", exchange=mode)
             dist.barrier()
             seconds[system].append(time.perf_counter() - start)
-            assert all(torch.equal(state[k].to_local(), v.to_local()) for k, v in saved.items()), system
+            assert all(torch.equal(state[k].to_local(), v.to_local()) for k, v in saved.items()), (
+                system
+            )
     return seconds
 
 
@@ -78,8 +85,18 @@ def measure(quick: bool, systems: tuple[str, ...]) -> str:
                 "STORE_CLOCK": f"{scratch}/clock",
                 "STORE_BYTES_PER_SECOND": str(BANDWIDTH),
             }
-            command = [sys.executable, __file__, str(replicas), f"{scratch}/store", str(total), str(rounds), *systems]
-            output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=environment).stdout
+            command = [
+                sys.executable,
+                __file__,
+                str(replicas),
+                f"{scratch}/store",
+                str(total),
+                str(rounds),
+                *systems,
+            ]
+            output = subprocess.run(
+                command, check=True, text=True, stdout=subprocess.PIPE, env=environment
+            ).stdout
         seconds: dict[str, list[float]] = json.loads(output.splitlines()[-1])
         base = statistics.median(seconds[systems[0]])
         for system in systems:
@@ -87,7 +104,8 @@ def measure(quick: bool, systems: tuple[str, ...]) -> str:
             rows.append([str(replicas), system, milliseconds(seconds[system]), times])
     header = ["replicas", "", "ms, median [range]", f"times as fast as {systems[0]}"]
     title = (
-        f"## SIMULATION: a store of {BANDWIDTH >> 20} MiB/s in all, a state of {total >> 20} MiB on every replica, each a "
+        f"## SIMULATION: a store of {BANDWIDTH >> 20} MiB/s in all, a state of {total >> 20} MiB "
+        "on every replica, each a "
         f"process of this machine, {rounds} rounds"
     )
     limit = f"Reading the state once takes {total / BANDWIDTH:.2f} s there, once a replica R times as long."
@@ -95,5 +113,14 @@ def measure(quick: bool, systems: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    replicas, directory, total, rounds = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    print(json.dumps(run_ranks(_loads, replicas, directory, total, rounds, sys.argv[5:], timeout=600.0)[0]))
+    replicas, directory, total, rounds = (
+        int(sys.argv[1]),
+        sys.argv[2],
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+    )
+    print(
+        json.dumps(
+            run_ranks(_loads, replicas, directory, total, rounds, sys.argv[5:], timeout=600.0)[0]
+        )
+    )

@@ -13,12 +13,17 @@ from systems import Meter, Net, mebibytes, wrap
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-MORE = 5  # times as many rounds where a call takes milliseconds, which the ranks' turns on the cores are a good part of
+# times as many rounds where a call takes milliseconds, which the ranks' turns on the cores are a
+# good part of
+MORE = 5
 CALLS = ("state_dict", "optimizer state", "load_state_dict")
 
 
-def optimizer_state(system: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """The system's own way to a sharded optimizer state; sets the model to SHARDED_STATE_DICT where that is asked for."""
+def optimizer_state(
+    system: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Callable[[], Any]:
+    """The system's own way to a sharded optimizer state; sets the model to SHARDED_STATE_DICT where
+    that is asked for."""
     if system == "fsdp2":
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -31,8 +36,12 @@ def optimizer_state(system: str, model: nn.Module, optimizer: torch.optim.Optimi
     return lambda: api.FullyShardedDataParallel.optim_state_dict(model, optimizer)
 
 
-def _measure(rank: int, systems: tuple[str, ...], width: int, layers: int, rounds: int) -> tuple[float, dict[Any, Any]]:
-    warnings.simplefilter("ignore", FutureWarning)  # torch deprecates set_state_dict_type; it is what is measured
+def _measure(
+    rank: int, systems: tuple[str, ...], width: int, layers: int, rounds: int
+) -> tuple[float, dict[Any, Any]]:
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # torch deprecates set_state_dict_type; it is what is measured
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     mib = mebibytes(Net(width, layers))
     readings: dict[Any, Any] = {}
@@ -69,8 +78,22 @@ def measure(systems: tuple[str, ...], quick: bool) -> str:
         for system in systems:
             times = [r["seconds"] for r in ranks[0][system, call]]
             extra = max(r["mib"] for readings in ranks for r in readings[system, call])
-            rows.append([call, system, milliseconds(times), f"{statistics.median(times) * 1e3 / mib:.3f}", f"{extra:.0f}"])
-    header = ["call", "system", "ms, median [range]", "ms per MiB of parameters", "extra MiB, worst rank"]
+            rows.append(
+                [
+                    call,
+                    system,
+                    milliseconds(times),
+                    f"{statistics.median(times) * 1e3 / mib:.3f}",
+                    f"{extra:.0f}",
+                ]
+            )
+    header = [
+        "call",
+        "system",
+        "ms, median [range]",
+        "ms per MiB of parameters",
+        "extra MiB, worst rank",
+    ]
     counted = f"{rounds} rounds of fsdp1, {MORE * rounds} of the others"
     title = f"## {mib:.0f} MiB of parameters, 4 Gloo ranks, 2 replicas x 2 shards, Adam, {counted}"
     return f"{title}\n{table(header, rows)}\n"

@@ -1,4 +1,5 @@
-"""A training step under FSDP1, FSDP2 and ours: what the wrapper itself costs, a step that is all communication, its memory."""
+"""A training step under FSDP1, FSDP2 and ours: what the wrapper itself costs, a step that is all
+communication, its memory."""
 
 import ctypes
 import multiprocessing
@@ -19,9 +20,16 @@ Times = dict[str, list[float]]
 
 
 def _steps(
-    mesh: DeviceMesh, systems: tuple[str, ...], kind: str, width: int, layers: int, steps: int, real: bool
+    mesh: DeviceMesh,
+    systems: tuple[str, ...],
+    kind: str,
+    width: int,
+    layers: int,
+    steps: int,
+    real: bool,
 ) -> tuple[Times, Times]:
-    """Seconds of forward and backward, and losses, step by step; systems take turns within a step."""
+    """Seconds of forward and backward, and losses, step by step; systems take turns within a
+    step."""
     models = {}
     for system in systems:
         torch.manual_seed(0)
@@ -58,7 +66,8 @@ def _fake(systems: tuple[str, ...], width: int, layers: int, steps: int) -> Time
 
 
 def own_time(systems: tuple[str, ...], steps: int) -> str:
-    """The wrapper's own time: a process group that moves no data, the bare model's time subtracted."""
+    """The wrapper's own time: a process group that moves no data, the bare model's time
+    subtracted."""
     width, layers = 64, 24
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         times = pool.submit(_fake, systems, width, layers, steps).result(timeout=600)
@@ -67,16 +76,27 @@ def own_time(systems: tuple[str, ...], steps: int) -> str:
     own = {system: statistics.median(times[system]) - bare for system in systems}
     best = min((own[s] for s in systems if s != "ours"), default=float("nan"))
     rows = [["bare", milliseconds(times["bare"]), "", ""]]
-    rows += [[s, milliseconds(times[s]), f"{1e6 * own[s] / units:.0f}", f"{own[s] / best:.2f}"] for s in systems]
-    header = ["system", "forward + backward ms, median [range]", "own us per unit", "of torch's better one"]
+    rows += [
+        [s, milliseconds(times[s]), f"{1e6 * own[s] / units:.0f}", f"{own[s] / best:.2f}"]
+        for s in systems
+    ]
+    header = [
+        "system",
+        "forward + backward ms, median [range]",
+        "own us per unit",
+        "of torch's better one",
+    ]
     return f"## Own time: no data moves, 2 replicas x 4 shards, {units} units, {steps} steps\n{table(header, rows)}\n"
 
 
 def _collectives(mesh: DeviceMesh, mib: float, units: int, swap: bool) -> float:
-    """Seconds of one step's four collectives alone: two all-gathers, a reduce-scatter and an all-reduce a unit. ``swap``: an
-    all-to-all and a sum for the reduce-scatter (Gloo's is an all-reduce inside)."""
+    """Seconds of one step's four collectives alone: two all-gathers, a reduce-scatter and an
+    all-reduce a unit. ``swap``: an all-to-all and a sum for the reduce-scatter (Gloo's is an
+    all-reduce inside)."""
     replicate, shard = mesh.get_group(0), mesh.get_group(1)
-    full = torch.zeros(int(mib * 2**20) // 4 // units // dist.get_world_size(shard) * dist.get_world_size(shard))
+    full = torch.zeros(
+        int(mib * 2**20) // 4 // units // dist.get_world_size(shard) * dist.get_world_size(shard)
+    )
     part = torch.zeros(full.numel() // dist.get_world_size(shard))
     swapped = torch.zeros_like(full)
     dist.barrier()
@@ -97,13 +117,18 @@ def _collectives(mesh: DeviceMesh, mib: float, units: int, swap: bool) -> float:
 COLLECTIVES = {"collectives": False, "collectives, all-to-all and sum": True}
 
 
-def _real(rank: int, systems: tuple[str, ...], kind: str, width: int, layers: int, steps: int) -> tuple[Times, Times, float]:
+def _real(
+    rank: int, systems: tuple[str, ...], kind: str, width: int, layers: int, steps: int
+) -> tuple[Times, Times, float]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     mib = mebibytes(model(kind, width, layers))
     units = 1 if kind == "small" else layers
 
     def alone(times: int) -> Times:
-        return {name: [_collectives(mesh, mib, units, swap) for _ in range(times)] for name, swap in COLLECTIVES.items()}
+        return {
+            name: [_collectives(mesh, mib, units, swap) for _ in range(times)]
+            for name, swap in COLLECTIVES.items()
+        }
 
     before = alone(WARMUP + steps // 2)
     times, losses = _steps(mesh, systems, kind, width, layers, steps, real=True)
@@ -113,7 +138,8 @@ def _real(rank: int, systems: tuple[str, ...], kind: str, width: int, layers: in
 
 
 def communication(systems: tuple[str, ...], kind: str, steps: int, quick: bool) -> str:
-    """A step of one token: nearly all of it is communication. 4 Gloo ranks, 2 replicas x 2 shards."""
+    """A step of one token: nearly all of it is communication. 4 Gloo ranks, 2 replicas x 2
+    shards."""
     width, layers = (128, 4) if quick else (512, 8)
     outcomes = run_ranks(_real, 4, systems, kind, width, layers, steps, timeout=1200.0)
     times, losses, mib = outcomes[0]
@@ -123,15 +149,24 @@ def communication(systems: tuple[str, ...], kind: str, steps: int, quick: bool) 
     best = min((medians[s] for s in systems if s != "ours"), default=float("nan"))
     limit = min(medians[name] for name in COLLECTIVES)
     rows = [
-        [s, milliseconds(times[s]), f"{medians[s] / best:.2f}", f"{medians[s] / limit:.2f}"] for s in (*COLLECTIVES, *systems)
+        [s, milliseconds(times[s]), f"{medians[s] / best:.2f}", f"{medians[s] / limit:.2f}"]
+        for s in (*COLLECTIVES, *systems)
     ]
-    header = ["system", "forward + backward ms, median [range]", "of torch's better one", "of the better collectives alone"]
+    header = [
+        "system",
+        "forward + backward ms, median [range]",
+        "of torch's better one",
+        "of the better collectives alone",
+    ]
     title = f"## Communication, {kind}: {mib:.0f} MiB, 4 Gloo ranks, 2 replicas x 2 shards, {steps} steps"
     return f"{title}\n{table(header, rows)}\n"
 
 
-def _peak(rank: int, system: str, kind: str, width: int, layers: int, steps: int) -> tuple[list[float], float, float]:
-    """MiB that a step takes on top of what lies still between steps; MiB of parameters; bytes that ours copies an element."""
+def _peak(
+    rank: int, system: str, kind: str, width: int, layers: int, steps: int
+) -> tuple[list[float], float, float]:
+    """MiB that a step takes on top of what lies still between steps; MiB of parameters; bytes that
+    ours copies an element."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     net = model(kind, width, layers)
     mib = mebibytes(net)
@@ -142,7 +177,9 @@ def _peak(rank: int, system: str, kind: str, width: int, layers: int, steps: int
     for step in range(WARMUP + steps):
         x = torch.randn(1, 1, wrapped.head.in_features)
         optimizer.zero_grad()
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for the next step is no resting state
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what the allocator keeps for the next step is no resting state
         before = copied_bytes()
         with Meter() as meter:
             wrapped(x).square().mean().backward()
@@ -160,7 +197,8 @@ def copied_bytes() -> int:
 
 
 def memory(systems: tuple[str, ...], kind: str, steps: int, quick: bool) -> str:
-    """Peak of forward and backward above the resting state, gradients included; every system in processes of its own."""
+    """Peak of forward and backward above the resting state, gradients included; every system in
+    processes of its own."""
     width, layers = (128, 4) if quick else (512, 8)
     rows, mib = [], 0.0
     for system in systems:
@@ -168,8 +206,14 @@ def memory(systems: tuple[str, ...], kind: str, steps: int, quick: bool) -> str:
         worst = [max(peaks) for peaks in zip(*(peaks for peaks, _, _ in outcomes), strict=True)]
         mib = outcomes[0][1]
         copied = f"{outcomes[0][2]:.1f}, counted" if system == "ours" else ""
-        rows.append([system, f"{statistics.median(worst):.1f} [{min(worst):.1f}..{max(worst):.1f}]", copied])
-    header = ["system", "MiB above the resting state, worst rank, median [range]", "bytes copied an element and step"]
+        rows.append(
+            [system, f"{statistics.median(worst):.1f} [{min(worst):.1f}..{max(worst):.1f}]", copied]
+        )
+    header = [
+        "system",
+        "MiB above the resting state, worst rank, median [range]",
+        "bytes copied an element and step",
+    ]
     title = f"## Memory, {kind}: {mib:.0f} MiB of float32, 4 Gloo ranks, 2 replicas x 2 shards, {steps} steps"
     return f"{title}\n{table(header, rows)}\n"
 
@@ -178,7 +222,10 @@ SIZES = [1 << k for k in range(12, 21)]  # bytes of one message
 
 
 def _swap(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    peer, group = 1 - dist.get_rank(), dist.group.WORLD  # its own methods: dist.isend's checks would count for the pieces
+    peer, group = (
+        1 - dist.get_rank(),
+        dist.group.WORLD,
+    )  # its own methods: dist.isend's checks would count for the pieces
     works = [group.recv([t], peer, 0) for t in theirs] + [group.send([t], peer, 0) for t in mine]
     for work in works:
         work.wait()
@@ -206,12 +253,18 @@ def _ways(rank: int, rounds: int) -> dict[tuple[int, str], list[float]]:
 
 
 def in_place(rounds: int) -> str:
-    """From which size on a parameter's rows travel alone: what two ranks exchange, piece by piece or packed and unpacked."""
+    """From which size on a parameter's rows travel alone: what two ranks exchange, piece by piece
+    or packed and unpacked."""
     times = run_ranks(_ways, 2, rounds)[0]
     rows = []
     for size in SIZES:
         alone, packed = (statistics.median(times[size, way]) for way in ("in place", "packed"))
         both = [milliseconds(times[size, way]) for way in ("in place", "packed")]
         rows.append([f"{size >> 10}", *both, f"{alone / packed:.2f}"])
-    header = ["KiB a piece", "in place ms, median [range]", "packed ms, median [range]", "in place / packed"]
+    header = [
+        "KiB a piece",
+        "in place ms, median [range]",
+        "packed ms, median [range]",
+        "in place / packed",
+    ]
     return f"## In place or packed: 4 MiB between 2 Gloo ranks, {rounds} rounds\n{table(header, rows)}\n"

@@ -52,7 +52,9 @@ class Pile(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(nn.Parameter(torch.full((24 + i % 9, 32), 0.01)) for i in range(1000))
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.full((24 + i % 9, 32), 0.01)) for i in range(1000)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.cat([weight.view(-1) for weight in self.weights]).square().mean()
@@ -70,7 +72,8 @@ class Odd(nn.Module):
 
 
 def model(kind: str, width: int, layers: int) -> Net:
-    """ "blocks", "small" (one unit of 1,000 small parameters) or "uneven" (odd widths, odd rows)."""
+    """ "blocks", "small" (one unit of 1,000 small parameters) or "uneven" (odd widths, odd
+    rows)."""
     net = Net(width - 1 if kind == "uneven" else width, layers if kind == "blocks" else 0)
     if kind == "small":
         net.blocks.append(Pile())
@@ -84,7 +87,8 @@ def mebibytes(module: nn.Module) -> float:
 
 
 def wrap(system: str, net: Net, mesh: DeviceMesh) -> nn.Module:
-    """``net`` under hybrid sharding by one of WRAPPERS, a unit per Block; "bare" leaves it as it is."""
+    """``net`` under hybrid sharding by one of WRAPPERS, a unit per Block; "bare" leaves it as it
+    is."""
     policy = ModuleWrapPolicy({type(block) for block in net.blocks})
     if system == "bare":
         return net
@@ -110,7 +114,9 @@ def wrap(system: str, net: Net, mesh: DeviceMesh) -> nn.Module:
         import torch_hsdp_ckpt as ours
 
         strategy = ours.ShardingStrategy.HYBRID_SHARD
-        return ours.FullyShardedDataParallel(net, device_mesh=mesh, sharding_strategy=strategy, auto_wrap_policy=policy)
+        return ours.FullyShardedDataParallel(
+            net, device_mesh=mesh, sharding_strategy=strategy, auto_wrap_policy=policy
+        )
     raise ValueError(f"unknown system {system!r}: one of bare, {', '.join(WRAPPERS)}")
 
 
@@ -120,23 +126,31 @@ def _memory(key: str) -> float:
 
 
 class Meter:
-    """One block of code between two barriers: ``seconds``, this rank's ``cpu`` seconds and ``mib`` of memory that it took on
-    top of what the process held before."""
+    """One block of code between two barriers: ``seconds``, this rank's ``cpu`` seconds and ``mib``
+    of memory that it took on top of what the process held before."""
 
     def __enter__(self) -> "Meter":
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # the high-water mark starts again from here
         dist.barrier()
         self._resting, self._mapped = _memory("VmRSS"), _memory("RssFile")
         self._cpu, self._start = self._used(), time.perf_counter()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             dist.barrier()
             self.seconds = time.perf_counter() - self._start
             self.cpu = self._used() - self._cpu
-            # Pages of libraries that were touched for the first time are no memory that the block took.
+            # Pages of libraries that were touched for the first time are no memory that the block
+            # took.
             mapped = max(0.0, _memory("RssFile") - self._mapped)
             self.mib = max(0.0, _memory("VmHWM") - self._resting - mapped)
 

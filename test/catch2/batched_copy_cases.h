@@ -1,6 +1,7 @@
 #pragma once
 
-// Random batches of copies that BatchedCopy runs on any device and that ATen's own operators check on the CPU.
+// Random batches of copies that BatchedCopy runs on any device and that ATen's own operators check
+// on the CPU.
 
 #include <ATen/ATen.h>
 
@@ -25,14 +26,39 @@ inline at::ScalarType BitsOf(at::ScalarType type) {
   return by_size.at(std::min<size_t>(5, c10::elementSize(type) == 8 ? 5 : c10::elementSize(type)));
 }
 
-/// Elements of random bits, every fourth one a value where casts go wrong: ties, overflow, denormals, infinities, NaN.
+/// Elements of random bits, every fourth one a value where casts go wrong: ties, overflow,
+/// denormals, infinities, NaN.
 inline at::Tensor Hostile(int64_t n, at::ScalarType type, std::mt19937& random) {
-  static const std::vector<double> kHard{
-      0.0,      -0.0,    1.0,       -1.0,           INFINITY,       -INFINITY,      NAN,
-      65504.0,  65519.0, 65520.0,   65536.,         1e-40,          -1e-45,         3.4e38,
-      0x1p-24,  0x1p-25, 0x1.8p-25, 0x1.01p0,       0x1.03p0,       0x1.02p0,       1e300,
-      1e-310,   2049.0,  2051.0,    0x1.fffffep127, 0x1.fefffep127, 0x1.ff0000p127, 0x1.00000100001p0,
-      0x1p-126, 0x1p-133};
+  static const std::vector<double> kHard{0.0,
+                                         -0.0,
+                                         1.0,
+                                         -1.0,
+                                         INFINITY,
+                                         -INFINITY,
+                                         NAN,
+                                         65504.0,
+                                         65519.0,
+                                         65520.0,
+                                         65536.,
+                                         1e-40,
+                                         -1e-45,
+                                         3.4e38,
+                                         0x1p-24,
+                                         0x1p-25,
+                                         0x1.8p-25,
+                                         0x1.01p0,
+                                         0x1.03p0,
+                                         0x1.02p0,
+                                         1e300,
+                                         1e-310,
+                                         2049.0,
+                                         2051.0,
+                                         0x1.fffffep127,
+                                         0x1.fefffep127,
+                                         0x1.ff0000p127,
+                                         0x1.00000100001p0,
+                                         0x1p-126,
+                                         0x1p-133};
   std::vector<uint32_t> words((static_cast<size_t>(n) * c10::elementSize(type) + 3) / 4);
   std::generate(words.begin(), words.end(), std::ref(random));
   auto out = at::empty({n}, type);
@@ -48,9 +74,10 @@ inline at::Tensor Hostile(int64_t n, at::ScalarType type, std::mt19937& random) 
   return out;
 }
 
-/// Places pieces of `sizes` elements in random order with random gaps; returns each piece's offset and the whole length.
-/// With gaps of up to 19 elements the pieces start at every alignment.
-inline std::pair<std::vector<int64_t>, int64_t> Shuffled(const std::vector<int64_t>& sizes, std::mt19937& random) {
+/// Places pieces of `sizes` elements in random order with random gaps; returns each piece's offset
+/// and the whole length. With gaps of up to 19 elements the pieces start at every alignment.
+inline std::pair<std::vector<int64_t>, int64_t> Shuffled(const std::vector<int64_t>& sizes,
+                                                         std::mt19937& random) {
   std::vector<size_t> order(sizes.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), random);
@@ -64,9 +91,10 @@ inline std::pair<std::vector<int64_t>, int64_t> Shuffled(const std::vector<int64
   return {offsets, end};
 }
 
-/// One batch, checked to the last bit over the whole output buffer, gaps included. NaNs need only be NaNs where computed.
-inline void Check(at::Device device, at::ScalarType src_type, at::ScalarType dst_type, const std::vector<int64_t>& sizes,
-                  double scale, bool accumulate, unsigned seed) {
+/// One batch, checked to the last bit over the whole output buffer, gaps included. NaNs need only
+/// be NaNs where computed.
+inline void Check(at::Device device, at::ScalarType src_type, at::ScalarType dst_type,
+                  const std::vector<int64_t>& sizes, double scale, bool accumulate, unsigned seed) {
   std::mt19937 random(seed);
   const auto [src_offsets, src_numel] = Shuffled(sizes, random);
   const auto [dst_offsets, dst_numel] = Shuffled(sizes, random);
@@ -76,10 +104,11 @@ inline void Check(at::Device device, at::ScalarType src_type, at::ScalarType dst
   const auto out = before.to(device, dst_type, /*non_blocking=*/false, /*copy=*/true);
 
   const bool computes = src_type != dst_type || scale != 1.0 || accumulate;
-  const auto compute = src_type == at::kDouble || dst_type == at::kDouble ? at::kDouble : at::kFloat;
+  const auto compute =
+      src_type == at::kDouble || dst_type == at::kDouble ? at::kDouble : at::kFloat;
   auto expected = before.clone();
   auto computed = at::zeros({dst_numel}, at::kBool);
-  std::vector<hsdp_ckpt::CopySegment> segments;
+  std::vector<hsdp_ckpt::kernels::CopySegment> segments;
   for (size_t i = 0; i < sizes.size(); ++i) {
     const bool zeros = i % 7 == 5;
     const auto piece = src.slice(0, src_offsets[i], src_offsets[i] + sizes[i]);
@@ -94,11 +123,12 @@ inline void Check(at::Device device, at::ScalarType src_type, at::ScalarType dst
       target.copy_(value.to(dst_type));
       computed.slice(0, dst_offsets[i], dst_offsets[i] + sizes[i]).fill_(true);
     }
-    const auto* from = static_cast<const char*>(on_device_src.const_data_ptr()) + src_offsets[i] * src.element_size();
+    const auto* from = static_cast<const char*>(on_device_src.const_data_ptr()) +
+                       src_offsets[i] * src.element_size();
     auto* to = static_cast<char*>(out.data_ptr()) + dst_offsets[i] * out.element_size();
     segments.push_back({zeros ? nullptr : from, to, sizes[i]});
   }
-  hsdp_ckpt::BatchedCopy(device, segments, src_type, dst_type, scale, accumulate);
+  hsdp_ckpt::kernels::BatchedCopy(device, segments, src_type, dst_type, scale, accumulate);
 
   const auto result = out.to(at::kCPU);
   if (!computes) {
@@ -107,19 +137,24 @@ inline void Check(at::Device device, at::ScalarType src_type, at::ScalarType dst
   }
   const auto bits = BitsOf(dst_type);
   const auto differ = result.view(bits).ne(expected.view(bits));
-  const auto wrong = differ.logical_and(computed.logical_and(result.isnan()).logical_and(expected.isnan()).logical_not());
+  const auto wrong = differ.logical_and(
+      computed.logical_and(result.isnan()).logical_and(expected.isnan()).logical_not());
   const auto where = wrong.nonzero();
-  INFO(src_type << " to " << dst_type << ", scale " << scale << ", accumulate " << accumulate << ", seed " << seed);
+  INFO(src_type << " to " << dst_type << ", scale " << scale << ", accumulate " << accumulate
+                << ", seed " << seed);
   if (where.numel() > 0) {
     const auto at = where[0].item<int64_t>();
-    FAIL_CHECK(where.numel() << " elements differ, the first at " << at << ": got " << result[at].item<double>()
-                             << ", expected " << expected[at].item<double>() << ", was " << before[at].item<double>());
+    FAIL_CHECK(where.numel() << " elements differ, the first at " << at << ": got "
+                             << result[at].item<double>() << ", expected "
+                             << expected[at].item<double>() << ", was "
+                             << before[at].item<double>());
   }
   CHECK(where.numel() == 0);
 }
 
 inline std::vector<int64_t> EdgeSizes() {
-  return {0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 255, 256, 257, 1000, 4095, 4096, 4097, 0, 1};
+  return {0,  1,  2,  3,  4,   5,   7,   8,    9,    15,   16,   17, 31,
+          32, 33, 63, 65, 255, 256, 257, 1000, 4095, 4096, 4097, 0,  1};
 }
 
 }  // namespace batched_copy_cases

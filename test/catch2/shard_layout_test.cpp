@@ -4,17 +4,18 @@
 
 #include "catch2.h"
 
-using hsdp_ckpt::ParamShape;
-using hsdp_ckpt::ShardLayout;
+using hsdp_ckpt::hsdp::ParamShape;
+using hsdp_ckpt::hsdp::ShardLayout;
 
 TEST_CASE("chunks are torch.chunk's", "[layout]") {
   const int64_t rows = GENERATE(0, 1, 2, 3, 7, 8, 9, 64, 65);
   const int64_t shards = GENERATE(1, 2, 3, 4, 8, 16);
-  const ShardLayout layout({{rows, 3}}, shards, 4);
+  const hsdp::ShardLayout layout({{rows, 3}}, shards, 4);
   const auto chunks = at::empty({rows, 3}).chunk(shards);
   int64_t first = 0;
   for (int64_t rank = 0; rank < shards; ++rank) {
-    // torch.chunk of no rows still returns empty chunks, and returns fewer chunks where rows run out.
+    // torch.chunk of no rows still returns empty chunks, and returns fewer chunks where rows run
+    // out.
     const int64_t expected = rank < static_cast<int64_t>(chunks.size()) ? chunks[rank].size(0) : 0;
     CHECK(layout.shard_rows(0, rank) == expected);
     CHECK(layout.first_row(0, rank) == first);
@@ -27,8 +28,8 @@ TEST_CASE("chunks are torch.chunk's", "[layout]") {
 TEST_CASE("slices are aligned, disjoint and the same on every rank", "[layout]") {
   const int64_t shards = GENERATE(1, 2, 4, 5);
   const int64_t alignment = GENERATE(1, 4, 8);
-  const std::vector<ParamShape> params{{7, 5}, {1, 1}, {0, 9}, {16, 4}, {3, 1}};
-  const ShardLayout layout(params, shards, alignment);
+  const std::vector<hsdp::ParamShape> params{{7, 5}, {1, 1}, {0, 9}, {16, 4}, {3, 1}};
+  const hsdp::ShardLayout layout(params, shards, alignment);
   int64_t end = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     CHECK(layout.offset(i) % alignment == 0);

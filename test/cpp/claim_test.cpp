@@ -1,13 +1,13 @@
-// Two saves into one directory, one stopped at any of its calls while the other runs: never both, never a mixture, and the
-// one that began last is the directory's.
-#include "checkpoint/claim.h"
+// Two saves into one directory, one stopped at any of its calls while the other runs: never both,
+// never a mixture, and the one that began last is the directory's.
+#include "checkpoint/commit/claim.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "base/bytes.h"
 #include "base/error.h"
-#include "checkpoint/commit.h"
+#include "checkpoint/commit/commit.h"
 #include "fault_file_system.h"
 #include "io/file.h"
 
@@ -16,24 +16,32 @@ namespace {
 
 const std::string kDirectory = "/d";
 
-bool NobodyIsDead(const ProcessIdentity&, int64_t) { return false; }
-bool EverybodyIsDead(const ProcessIdentity&, int64_t) { return true; }
+bool NobodyIsDead(const format::ProcessIdentity&, int64_t) { return false; }
+bool EverybodyIsDead(const format::ProcessIdentity&, int64_t) { return true; }
 
-DataFileName DataOf(uint64_t save) { return {0, save, {1, 2, static_cast<int64_t>(save), 4}, false, 0}; }
+format::DataFileName DataOf(uint64_t save) {
+  return {0, save, {1, 2, static_cast<int64_t>(save), 4}, false, 0};
+}
 
 // A save of one file. Its metadata and its data file hold the save's number.
-void Save(FileSystem& fs, uint64_t save, const std::vector<uint64_t>& older = {},
-          const OwnerIsDead& owner_is_dead = NobodyIsDead) {
+void Save(io::FileSystem& fs, uint64_t save, const std::vector<uint64_t>& older = {},
+          const checkpoint::OwnerIsDead& owner_is_dead = NobodyIsDead) {
   const std::string text = std::to_string(save);
-  const std::string claim = ClaimDirectory(fs, kDirectory, ".metadata", save, /*overwrite=*/true);
+  const std::string claim =
+      checkpoint::ClaimDirectory(fs, kDirectory, ".metadata", save, /*overwrite=*/true);
   const std::string name = DataOf(save).ToString();
-  File file = File::Open(fs, JoinPath(kDirectory, name), OpenMode::kCreate);
-  file.WriteAt(AsBytes(text), 0);
+  io::File file = io::File::Open(fs, io::JoinPath(kDirectory, name), io::OpenMode::kCreate);
+  file.WriteAt(base::AsBytes(text), 0);
   file.Close();
-  CommitRequest request{kDirectory, ".metadata", claim, AsBytes(text), {{name, static_cast<int64_t>(text.size())}},
-                        {},         true};
+  checkpoint::CommitRequest request{kDirectory,
+                                    ".metadata",
+                                    claim,
+                                    base::AsBytes(text),
+                                    {{name, static_cast<int64_t>(text.size())}},
+                                    {},
+                                    true};
   for (const uint64_t each : older) request.superseded.push_back(DataOf(each).ToString());
-  Commit(fs, request, owner_is_dead);
+  checkpoint::Commit(fs, request, owner_is_dead);
 }
 
 // The save that loads; 0 if there is none. What its metadata names has to be there.
@@ -42,23 +50,25 @@ uint64_t Load(FaultFileSystem& fs) {
   if (metadata == nullptr) return 0;
   const std::string text(metadata->begin(), metadata->end());
   const auto* data = fs.Bytes(kDirectory + "/" + DataOf(std::stoull(text)).ToString());
-  if (data == nullptr || std::string(data->begin(), data->end()) != text) throw Error("save " + text + " has no data");
+  if (data == nullptr || std::string(data->begin(), data->end()) != text)
+    throw base::Error("save " + text + " has no data");
   return std::stoull(text);
 }
 
-std::vector<std::string> Claims(FileSystem& fs) {
+std::vector<std::string> Claims(io::FileSystem& fs) {
   std::vector<std::string> claims;
-  for (const auto& name : ListDirectory(fs, kDirectory)) {
-    if (ParseClaim(name)) claims.push_back(name);
+  for (const auto& name : io::ListDirectory(fs, kDirectory)) {
+    if (checkpoint::ParseClaim(name)) claims.push_back(name);
   }
   return claims;
 }
 
 class Stopped : public testing::TestWithParam<std::pair<uint64_t, uint64_t>> {
  protected:
-  // Save `first` runs and is stopped before its call `at`, where save `second` runs from beginning to end. Whether the
-  // first one returned; `reached` is false when it has fewer calls.
-  bool RunBoth(FaultFileSystem& fs, int at, const OwnerIsDead& owner_is_dead, std::string* op, bool* second_done) {
+  // Save `first` runs and is stopped before its call `at`, where save `second` runs from beginning
+  // to end. Whether the first one returned; `reached` is false when it has fewer calls.
+  bool RunBoth(FaultFileSystem& fs, int at, const checkpoint::OwnerIsDead& owner_is_dead,
+               std::string* op, bool* second_done) {
     const auto [first, second] = GetParam();
     Save(fs, 1);
     fs.set_fault([&, this](const std::string& call_op, const std::string&, int call) {
@@ -68,14 +78,14 @@ class Stopped : public testing::TestWithParam<std::pair<uint64_t, uint64_t>> {
       try {
         Save(fs, GetParam().second, {1, GetParam().first}, owner_is_dead);
         *second_done = true;
-      } catch (const Error&) {
+      } catch (const base::Error&) {
       }
       return 0;
     });
     bool done = true;
     try {
       Save(fs, first, {1}, owner_is_dead);
-    } catch (const Error&) {
+    } catch (const base::Error&) {
       done = false;
     }
     fs.set_fault(nullptr);
@@ -126,7 +136,7 @@ TEST(ClaimTest, AnEarlierSaveThatWakesIsToldSo) {
   try {
     Save(fs, 1);
     FAIL();
-  } catch (const Error& error) {
+  } catch (const base::Error& error) {
     EXPECT_THAT(error.what(), testing::HasSubstr("has taken it over; this one is not committed"));
   }
   EXPECT_EQ(Load(fs), 2u);
@@ -136,17 +146,19 @@ TEST(ClaimTest, AnEarlierSaveThatWakesIsToldSo) {
 TEST(ClaimTest, ClaimsOfDeadSavesGoAndNumbersGrow) {
   FaultFileSystem fs;
   fs.MakeDirectory(kDirectory);
-  const std::string first = ClaimDirectory(fs, kDirectory, ".metadata", 9, true);
-  const std::string other_metadata = ClaimDirectory(fs, kDirectory, "__3.metadata", 9, true);
-  const std::string second = ClaimDirectory(fs, kDirectory, ".metadata", 8, true);
+  const std::string first = checkpoint::ClaimDirectory(fs, kDirectory, ".metadata", 9, true);
+  const std::string other_metadata =
+      checkpoint::ClaimDirectory(fs, kDirectory, "__3.metadata", 9, true);
+  const std::string second = checkpoint::ClaimDirectory(fs, kDirectory, ".metadata", 8, true);
   EXPECT_THAT(Claims(fs), testing::UnorderedElementsAre(other_metadata, second));
-  EXPECT_EQ(ParseClaim(first)->writer.number + 1, ParseClaim(second)->writer.number);
-  EXPECT_EQ(ParseClaim(other_metadata)->metadata_name, "__3.metadata");
-  ReleaseClaim(fs, kDirectory, second);
-  ReleaseClaim(fs, kDirectory, second);
+  EXPECT_EQ(checkpoint::ParseClaim(first)->writer.number + 1,
+            checkpoint::ParseClaim(second)->writer.number);
+  EXPECT_EQ(checkpoint::ParseClaim(other_metadata)->metadata_name, "__3.metadata");
+  checkpoint::ReleaseClaim(fs, kDirectory, second);
+  checkpoint::ReleaseClaim(fs, kDirectory, second);
   EXPECT_THAT(Claims(fs), testing::ElementsAre(other_metadata));
   for (const char* bad : {".metadata.tmp", ".metadata", "x.tmp", ".metadata__0_0.distcp.tmp"}) {
-    EXPECT_FALSE(ParseClaim(bad)) << bad;
+    EXPECT_FALSE(checkpoint::ParseClaim(bad)) << bad;
   }
 }
 
@@ -154,17 +166,19 @@ TEST(ClaimTest, WithoutOverwriteACheckpointIsRefusedAndNothingIsLeft) {
   FaultFileSystem fs;
   fs.MakeDirectory(kDirectory);
   Save(fs, 1);
-  ClaimDirectory(fs, kDirectory, ".metadata", 3, /*overwrite=*/true);  // under way: it keeps its claim
-  const auto before = ListDirectory(fs, kDirectory);
-  EXPECT_THROW(ClaimDirectory(fs, kDirectory, ".metadata", 2, /*overwrite=*/false), Error);
-  EXPECT_EQ(ListDirectory(fs, kDirectory), before);
+  checkpoint::ClaimDirectory(fs, kDirectory, ".metadata", 3,
+                             /*overwrite=*/true);  // under way: it keeps its claim
+  const auto before = io::ListDirectory(fs, kDirectory);
+  EXPECT_THROW(checkpoint::ClaimDirectory(fs, kDirectory, ".metadata", 2, /*overwrite=*/false),
+               base::Error);
+  EXPECT_EQ(io::ListDirectory(fs, kDirectory), before);
 }
 
 TEST(ClaimTest, EveryFailingCallIsReportedAndLeavesNoClaimItCanRemove) {
   for (int at = 0, done = 0; done == 0; ++at) {
     FaultFileSystem fs;
     fs.MakeDirectory(kDirectory);
-    ClaimDirectory(fs, kDirectory, ".metadata", 1, true);
+    checkpoint::ClaimDirectory(fs, kDirectory, ".metadata", 1, true);
     bool reached = false;
     fs.set_fault([&](const std::string&, const std::string&, int call) {
       reached = reached || call == at;
@@ -172,8 +186,8 @@ TEST(ClaimTest, EveryFailingCallIsReportedAndLeavesNoClaimItCanRemove) {
     });
     bool threw = false;
     try {
-      ClaimDirectory(fs, kDirectory, ".metadata", 2, false);
-    } catch (const IoError& error) {
+      checkpoint::ClaimDirectory(fs, kDirectory, ".metadata", 2, false);
+    } catch (const base::IoError& error) {
       threw = true;
       EXPECT_EQ(error.error_number(), EACCES);
     }
@@ -184,8 +198,8 @@ TEST(ClaimTest, EveryFailingCallIsReportedAndLeavesNoClaimItCanRemove) {
   }
 }
 
-// A data file of a save that may still commit stays, even when its rank has ended; without a claim it goes. The file's save
-// id is not the claim's where a planner caches plans.
+// A data file of a save that may still commit stays, even when its rank has ended; without a claim
+// it goes. The file's save id is not the claim's where a planner caches plans.
 TEST(ClaimTest, FilesOfASaveUnderWayStay) {
   struct Case {
     uint64_t claimed;
@@ -194,21 +208,22 @@ TEST(ClaimTest, FilesOfASaveUnderWayStay) {
   };
   // The last one's files are of another rank than this one.
   for (const auto& [claimed, metadata, stays] :
-       {Case{0, "", false}, Case{50, ".metadata", true}, Case{51, ".metadata", true}, Case{51, "__0.metadata", true},
-        Case{51, "__7.metadata", false}}) {
+       {Case{0, "", false}, Case{50, ".metadata", true}, Case{51, ".metadata", true},
+        Case{51, "__0.metadata", true}, Case{51, "__7.metadata", false}}) {
     FaultFileSystem fs;
     fs.MakeDirectory(kDirectory);
     const std::string name = DataOf(50).ToString();
     bool begun = false;
     // Between the first save's rename and its clean-up.
-    fs.set_fault([&, claimed = claimed, metadata = metadata](const std::string& op, const std::string&, int) {
+    fs.set_fault([&, claimed = claimed, metadata = metadata](const std::string& op,
+                                                             const std::string&, int) {
       if (op != "fsync directory" || begun) return 0;
       begun = true;
-      if (claimed != 0) ClaimDirectory(fs, kDirectory, metadata, claimed, true);
-      File::Open(fs, JoinPath(kDirectory, name), OpenMode::kCreate).Close();
+      if (claimed != 0) checkpoint::ClaimDirectory(fs, kDirectory, metadata, claimed, true);
+      io::File::Open(fs, io::JoinPath(kDirectory, name), io::OpenMode::kCreate).Close();
       return 0;
     });
-    Save(fs, 1, {}, [](const ProcessIdentity& owner, int64_t) { return owner.pid == 50; });
+    Save(fs, 1, {}, [](const format::ProcessIdentity& owner, int64_t) { return owner.pid == 50; });
     EXPECT_TRUE(begun);
     EXPECT_EQ(fs.Bytes(kDirectory + "/" + name) != nullptr, stays) << claimed << metadata;
   }

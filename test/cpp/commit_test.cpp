@@ -1,5 +1,6 @@
-// Power loss and failures at every call of a save over an older checkpoint: the directory must hold a complete checkpoint.
-#include "checkpoint/commit.h"
+// Power loss and failures at every call of a save over an older checkpoint: the directory must hold
+// a complete checkpoint.
+#include "checkpoint/commit/commit.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -9,9 +10,9 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
-#include "checkpoint/claim.h"
-#include "checkpoint/read_plan.h"
-#include "checkpoint/shard_file_writer.h"
+#include "checkpoint/commit/claim.h"
+#include "checkpoint/load/read_plan.h"
+#include "checkpoint/save/shard_file_writer.h"
 #include "fault_file_system.h"
 #include "io/file.h"
 
@@ -28,43 +29,47 @@ std::vector<float> Values(int generation, int rank) {
   return out;
 }
 
-DataFileName NameOf(int generation, int rank) {
+format::DataFileName NameOf(int generation, int rank) {
   return {rank, static_cast<uint64_t>(generation), {1, 2, 100 + generation, 4}, false, 0};
 }
 
-bool NobodyIsDead(const ProcessIdentity&, int64_t) { return false; }
+bool NobodyIsDead(const format::ProcessIdentity&, int64_t) { return false; }
 
-std::string Claim(FileSystem& fs, const std::string& metadata_name, uint64_t save_id) {
-  return ClaimDirectory(fs, kDirectory, metadata_name, save_id, /*overwrite=*/true);
+std::string Claim(io::FileSystem& fs, const std::string& metadata_name, uint64_t save_id) {
+  return checkpoint::ClaimDirectory(fs, kDirectory, metadata_name, save_id, /*overwrite=*/true);
 }
 
-// A whole save: what every rank does up to its vote, then the coordinator. The "metadata" names files and records.
-CommitResult Save(FileSystem& fs, int generation, const std::vector<std::string>& superseded,
-                  const OwnerIsDead& dead = NobodyIsDead) {
-  CommitRequest request;
+// A whole save: what every rank does up to its vote, then the coordinator. The "metadata" names
+// files and records.
+checkpoint::CommitResult Save(io::FileSystem& fs, int generation,
+                              const std::vector<std::string>& superseded,
+                              const checkpoint::OwnerIsDead& dead = NobodyIsDead) {
+  checkpoint::CommitRequest request;
   request.directory = kDirectory;
   request.metadata_name = ".metadata";
   request.superseded = superseded;
   std::ostringstream metadata;
   metadata << generation << "\n";
-  MakeDirectories(fs, kDirectory, true);
+  io::MakeDirectories(fs, kDirectory, true);
   request.claim = Claim(fs, ".metadata", static_cast<uint64_t>(generation));
   for (int rank = 0; rank < kRanks; ++rank) {
     const auto values = Values(generation, rank);
-    ShardFileWriter writer(fs, kDirectory, NameOf(generation, rank), {.threads = 1, .reserve = 1000, .block = 8192});
-    const RecordSource source{"w",
-                              FindDType(std::string_view("float32")),
-                              {static_cast<int64_t>(values.size())},
-                              std::as_bytes(std::span(values))};
+    checkpoint::ShardFileWriter writer(fs, kDirectory, NameOf(generation, rank),
+                                       {.threads = 1, .reserve = 1000, .block = 8192});
+    const checkpoint::RecordSource source{"w",
+                                          format::FindDType(std::string_view("float32")),
+                                          {static_cast<int64_t>(values.size())},
+                                          std::as_bytes(std::span(values))};
     const auto places = writer.Write({&source, 1});
     const auto written = writer.Finish();
-    SyncDirectory(fs, kDirectory);
+    io::SyncDirectory(fs, kDirectory);
     request.files.push_back({NameOf(generation, rank).ToString(), written.size});
-    metadata << request.files.back().name << " " << places[0].offset << " " << places[0].length << "\n";
+    metadata << request.files.back().name << " " << places[0].offset << " " << places[0].length
+             << "\n";
   }
   const std::string text = metadata.str();
-  request.metadata = AsBytes(text);
-  return Commit(fs, request, dead);
+  request.metadata = base::AsBytes(text);
+  return checkpoint::Commit(fs, request, dead);
 }
 
 // Which generation loads, bit for bit; -1 if there is no metadata. Anything in between throws.
@@ -78,12 +83,14 @@ int Load(FaultFileSystem& fs) {
     std::string name;
     int64_t offset = 0, length = 0;
     in >> name >> offset >> length;
-    std::vector<std::unique_ptr<ShardFileReader>> files;
-    files.push_back(std::make_unique<ShardFileReader>(fs, kDirectory, name));
+    std::vector<std::unique_ptr<checkpoint::ShardFileReader>> files;
+    files.push_back(std::make_unique<checkpoint::ShardFileReader>(fs, kDirectory, name));
     std::vector<float> values(Values(generation, rank).size());
     const auto bytes = std::as_writable_bytes(std::span(values));
-    ReadPlan(files, {{0, {"w", offset, length, 0, static_cast<int64_t>(bytes.size()), bytes.data()}}}).ReadAll(1);
-    if (values != Values(generation, rank)) throw Error("other values");
+    checkpoint::ReadPlan(
+        files, {{0, {"w", offset, length, 0, static_cast<int64_t>(bytes.size()), bytes.data()}}})
+        .ReadAll(1);
+    if (values != Values(generation, rank)) throw base::Error("other values");
   }
   return generation;
 }
@@ -122,7 +129,7 @@ TEST_P(PowerLossTest, AtEveryCallOfASaveOverAnotherLeavesOneOfTheTwo) {
     try {
       Save(fs, 2, Names(1));
       acknowledged = 2;
-    } catch (const IoError&) {
+    } catch (const base::IoError&) {
     }
     fs.set_fault(nullptr);
     fs.PowerLoss(GetParam());
@@ -146,7 +153,7 @@ TEST_P(PowerLossTest, OfAFirstSaveLeavesNothingOrAll) {
     try {
       Save(fs, 1, {});
       acknowledged = 1;
-    } catch (const IoError&) {
+    } catch (const base::IoError&) {
     }
     fs.set_fault(nullptr);
     fs.PowerLoss(GetParam());
@@ -165,8 +172,8 @@ TEST_P(PowerLossTest, InADirectoryThatADeadSaveHasMade) {
     bool alive = true;
     LosePowerAt(fs, at, &alive);  // a process that is killed does no more either
     try {
-      MakeDirectories(fs, kDirectory, true);
-    } catch (const IoError&) {
+      io::MakeDirectories(fs, kDirectory, true);
+    } catch (const base::IoError&) {
     }
     fs.set_fault(nullptr);
     Save(fs, 1, {});
@@ -181,7 +188,7 @@ TEST(CommitTest, TheParentOfADirectoryThatIsThereNeedsSyncingOnlyWhereItCanBe) {
   for (const int error : {EACCES, EROFS, EINVAL, EIO}) {
     FaultFileSystem fs;
     fs.MakeDirectory("/");
-    MakeDirectories(fs, kDirectory, true);
+    io::MakeDirectories(fs, kDirectory, true);
     int synced = 0;
     fs.set_fault([&](const std::string& op, const std::string& path, int) {
       if (op != "fsync directory" || path != "/job") return 0;
@@ -189,17 +196,19 @@ TEST(CommitTest, TheParentOfADirectoryThatIsThereNeedsSyncingOnlyWhereItCanBe) {
       return -error;
     });
     if (error == EIO) {
-      EXPECT_THROW(MakeDirectories(fs, kDirectory, true), IoError);
+      EXPECT_THROW(io::MakeDirectories(fs, kDirectory, true), base::IoError);
     } else {
-      EXPECT_NO_THROW(MakeDirectories(fs, kDirectory, true)) << error;
+      EXPECT_NO_THROW(io::MakeDirectories(fs, kDirectory, true)) << error;
     }
     EXPECT_EQ(synced, 1);
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, PowerLossTest,
-                         testing::Values(FaultFileSystem::Loss::kEverything, FaultFileSystem::Loss::kOnlyBytes,
-                                         FaultFileSystem::Loss::kOnlyEntries, FaultFileSystem::Loss::kEveryOtherPage));
+                         testing::Values(FaultFileSystem::Loss::kEverything,
+                                         FaultFileSystem::Loss::kOnlyBytes,
+                                         FaultFileSystem::Loss::kOnlyEntries,
+                                         FaultFileSystem::Loss::kEveryOtherPage));
 
 TEST(CommitTest, EveryFailingCallIsReportedAndKeepsACompleteCheckpoint) {
   for (const int error : {ENOSPC, EIO, EROFS, EACCES}) {
@@ -215,22 +224,24 @@ TEST(CommitTest, EveryFailingCallIsReportedAndKeepsACompleteCheckpoint) {
         return -error;
       });
       bool threw = false;
-      CommitResult result;
+      checkpoint::CommitResult result;
       try {
         result = Save(fs, 2, Names(1));
-      } catch (const IoError& got) {
+      } catch (const base::IoError& got) {
         threw = true;
         EXPECT_EQ(got.error_number(), error) << failed;
       }
       done = failed.empty();
       fs.set_fault(nullptr);
       const int loaded = Load(fs);
-      // What fails after the commit is said in the result, not thrown; a failed cleanup never fails a save.
+      // What fails after the commit is said in the result, not thrown; a failed cleanup never fails
+      // a save.
       if (threw) {
         EXPECT_TRUE(loaded == 1 || failed == "fsync directory") << failed << " at " << at;
       } else {
         EXPECT_EQ(loaded, 2) << failed << " at " << at;
-        const bool unreadable_parent = (error == EACCES || error == EROFS) && failed == "fsync directory" && at == 1;
+        const bool unreadable_parent =
+            (error == EACCES || error == EROFS) && failed == "fsync directory" && at == 1;
         EXPECT_EQ(result.left.empty(), done || unreadable_parent) << failed << " at " << at;
       }
     }
@@ -241,20 +252,23 @@ TEST(CommitTest, RemovesTheOlderFilesAndNothingElse) {
   FaultFileSystem fs;
   fs.MakeDirectory("/");
   Save(fs, 1, {});
-  const auto alive = NameOf(7, 0).ToString(), dead = NameOf(8, 0).ToString(), mine = NameOf(2, 5).ToString();
-  std::unique_ptr<RawFile> file;
-  for (const auto& name :
-       {alive, dead, mine, std::string("notes.txt"), std::string("__0_0.distcp"), std::string("__1_0.distcp")}) {
-    ASSERT_EQ(fs.Open(kDirectory + "/" + name, OpenMode::kCreate, &file), 0);
+  const auto alive = NameOf(7, 0).ToString(), dead = NameOf(8, 0).ToString(),
+             mine = NameOf(2, 5).ToString();
+  std::unique_ptr<io::RawFile> file;
+  for (const auto& name : {alive, dead, mine, std::string("notes.txt"), std::string("__0_0.distcp"),
+                           std::string("__1_0.distcp")}) {
+    ASSERT_EQ(fs.Open(kDirectory + "/" + name, io::OpenMode::kCreate, &file), 0);
   }
   ASSERT_EQ(fs.MakeDirectory("/other"), 0);
-  ASSERT_EQ(fs.Open("/other/" + dead, OpenMode::kCreate, &file), 0);
+  ASSERT_EQ(fs.Open("/other/" + dead, io::OpenMode::kCreate, &file), 0);
   auto superseded = Names(1);
   superseded.insert(superseded.end(), {"../../other/" + dead, "notes.txt", "__0_0.distcp"});
-  const auto result =
-      Save(fs, 2, superseded, [](const ProcessIdentity& owner, int64_t) { return owner.pid == NameOf(8, 0).owner.pid; });
-  EXPECT_THAT(result.removed, UnorderedElementsAre(Names(1)[0], Names(1)[1], dead, mine,
-                                                   "__0_0.distcp"));  // stock's, as the old metadata named it
+  const auto result = Save(fs, 2, superseded, [](const format::ProcessIdentity& owner, int64_t) {
+    return owner.pid == NameOf(8, 0).owner.pid;
+  });
+  EXPECT_THAT(result.removed,
+              UnorderedElementsAre(Names(1)[0], Names(1)[1], dead, mine,
+                                   "__0_0.distcp"));  // stock's, as the old metadata named it
   EXPECT_NE(fs.Bytes(kDirectory + "/" + alive), nullptr);
   EXPECT_NE(fs.Bytes(kDirectory + "/notes.txt"), nullptr);
   EXPECT_NE(fs.Bytes(kDirectory + "/__1_0.distcp"), nullptr);
@@ -262,27 +276,33 @@ TEST(CommitTest, RemovesTheOlderFilesAndNothingElse) {
   EXPECT_EQ(Load(fs), 2);
 }
 
-// After a restart every older owner is dead. Rank 0 commits first; if the job dies then, rank 1 has its older checkpoint.
+// After a restart every older owner is dead. Rank 0 commits first; if the job dies then, rank 1 has
+// its older checkpoint.
 TEST(CommitTest, FilesThatAnotherMetadataOfTheDirectoryMayNameStay) {
-  const auto everybody_is_dead = [](const ProcessIdentity&, int64_t) { return true; };
+  const auto everybody_is_dead = [](const format::ProcessIdentity&, int64_t) { return true; };
   for (const bool coordinated_too : {false, true}) {
     FaultFileSystem fs;
     fs.MakeDirectory("/");
     Save(fs, 1, {});
     ASSERT_EQ(fs.Rename(kDirectory + "/.metadata", kDirectory + "/__1.metadata"), 0);
-    std::unique_ptr<RawFile> file;
-    ASSERT_EQ(fs.Open(kDirectory + "/" + NameOf(2, 0).ToString(), OpenMode::kCreate, &file), 0);
-    if (coordinated_too) fs.Open(kDirectory + "/.metadata", OpenMode::kCreate, &file);
-    CommitRequest request{
-        kDirectory, "__0.metadata", Claim(fs, "__0.metadata", 2), AsBytes("new"), {{NameOf(2, 0).ToString(), 0}}, {}, true};
-    const auto result = Commit(fs, request, everybody_is_dead);
+    std::unique_ptr<io::RawFile> file;
+    ASSERT_EQ(fs.Open(kDirectory + "/" + NameOf(2, 0).ToString(), io::OpenMode::kCreate, &file), 0);
+    if (coordinated_too) fs.Open(kDirectory + "/.metadata", io::OpenMode::kCreate, &file);
+    checkpoint::CommitRequest request{kDirectory,
+                                      "__0.metadata",
+                                      Claim(fs, "__0.metadata", 2),
+                                      base::AsBytes("new"),
+                                      {{NameOf(2, 0).ToString(), 0}},
+                                      {},
+                                      true};
+    const auto result = checkpoint::Commit(fs, request, everybody_is_dead);
     EXPECT_NE(fs.Bytes(kDirectory + "/" + Names(1)[1]), nullptr);
     // Rank 0's own leftover goes, unless a metadata of all ranks may name it.
     EXPECT_EQ(fs.Bytes(kDirectory + "/" + Names(1)[0]) != nullptr, coordinated_too);
     EXPECT_EQ(result.removed.empty(), coordinated_too);
     request.metadata_name = ".metadata";
     request.claim = Claim(fs, ".metadata", 3);
-    Commit(fs, request, everybody_is_dead);
+    checkpoint::Commit(fs, request, everybody_is_dead);
     EXPECT_NE(fs.Bytes(kDirectory + "/" + Names(1)[1]), nullptr) << "__1.metadata still names it";
   }
 }
@@ -291,45 +311,48 @@ TEST(CommitTest, AMissingOrShortDataFileStopsIt) {
   FaultFileSystem fs;
   fs.MakeDirectory("/");
   Save(fs, 1, {});
-  CommitRequest request{kDirectory, ".metadata", Claim(fs, ".metadata", 2), AsBytes("new"), {{Names(1)[0], 5}},
-                        Names(1),   true};
-  EXPECT_THROW(Commit(fs, request, NobodyIsDead), Error);
+  checkpoint::CommitRequest request{
+      kDirectory, ".metadata", Claim(fs, ".metadata", 2), base::AsBytes("new"), {{Names(1)[0], 5}},
+      Names(1),   true};
+  EXPECT_THROW(checkpoint::Commit(fs, request, NobodyIsDead), base::Error);
   EXPECT_EQ(Load(fs), 1) << "a save that fails leaves files that the older checkpoint has as well";
   request.files = {{"__0_missing.distcp", 5}};
-  EXPECT_THROW(Commit(fs, request, NobodyIsDead), Error);
+  EXPECT_THROW(checkpoint::Commit(fs, request, NobodyIsDead), base::Error);
 }
 
 TEST(DataFileNameTest, ParsesWhatItWritesAndNothingElse) {
-  const DataFileName name{12, 0xfedcba9876543210, {0xabcdef01, 7, 4711, 99}, false, 3};
+  const format::DataFileName name{12, 0xfedcba9876543210, {0xabcdef01, 7, 4711, 99}, false, 3};
   EXPECT_EQ(name.ToString(), "__12_fedcba9876543210_abcdef01_00000007_4711_99_3.distcp");
   for (const bool by_torch : {false, true}) {
-    DataFileName each = name;
+    format::DataFileName each = name;
     each.by_torch = by_torch;
-    const auto back = DataFileName::Parse(each.ToString());
+    const auto back = format::DataFileName::Parse(each.ToString());
     ASSERT_TRUE(back);
     EXPECT_EQ(back->save_id, each.save_id);
     EXPECT_EQ(back->owner, each.owner);
     EXPECT_EQ(back->by_torch, by_torch);
   }
-  for (const char* bad : {"__0_0.distcp", "../__12_fedcba9876543210_abcdef01_00000007_4711_99_3.distcp",
-                          "__012_fedcba9876543210_abcdef01_00000007_4711_99_3.distcp", ".metadata"}) {
-    EXPECT_FALSE(DataFileName::Parse(bad)) << bad;
+  for (const char* bad :
+       {"__0_0.distcp", "../__12_fedcba9876543210_abcdef01_00000007_4711_99_3.distcp",
+        "__012_fedcba9876543210_abcdef01_00000007_4711_99_3.distcp", ".metadata"}) {
+    EXPECT_FALSE(format::DataFileName::Parse(bad)) << bad;
   }
 }
 
 TEST(DataFileNameTest, ThisProcessIsAliveAndAnEarlierOneOfItsPidIsDead) {
-  const auto self = ThisProcess();
-  EXPECT_FALSE(IsProvablyDead(self, 0));
+  const auto self = format::ThisProcess();
+  EXPECT_FALSE(format::IsProvablyDead(self, 0));
   auto earlier = self;
   earlier.start -= 1;
-  EXPECT_TRUE(IsProvablyDead(earlier, 0));
+  EXPECT_TRUE(format::IsProvablyDead(earlier, 0));
   auto elsewhere = earlier;
   elsewhere.host ^= 1;
-  EXPECT_FALSE(IsProvablyDead(elsewhere, 0));
+  EXPECT_FALSE(format::IsProvablyDead(elsewhere, 0));
   auto before_boot = self;
   before_boot.boot ^= 1;
-  EXPECT_TRUE(IsProvablyDead(before_boot, 1));           // untouched since 1970
-  EXPECT_FALSE(IsProvablyDead(before_boot, INT64_MAX));  // written since this boot: another container's
+  EXPECT_TRUE(format::IsProvablyDead(before_boot, 1));  // untouched since 1970
+  EXPECT_FALSE(format::IsProvablyDead(before_boot,
+                                      INT64_MAX));  // written since this boot: another container's
 }
 
 }  // namespace

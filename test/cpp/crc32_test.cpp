@@ -10,11 +10,14 @@ namespace {
 std::span<const std::byte> Bytes(std::string_view text) { return std::as_bytes(std::span(text)); }
 
 TEST(Crc32Test, IsTheCrcOfZipAndGzip) {
-  EXPECT_EQ(Crc32(Bytes("123456789")), 0xCBF43926u);  // the check value of the CRC catalogue, CRC-32/ISO-HDLC
-  EXPECT_EQ(Crc32({}), 0u);
+  EXPECT_EQ(base::Crc32(Bytes("123456789")),
+            0xCBF43926u);  // the check value of the CRC catalogue, CRC-32/ISO-HDLC
+  EXPECT_EQ(base::Crc32({}), 0u);
 }
 
-TEST(Crc32Test, ContinuesFromASeed) { EXPECT_EQ(Crc32(Bytes("6789"), Crc32(Bytes("12345"))), 0xCBF43926u); }
+TEST(Crc32Test, ContinuesFromASeed) {
+  EXPECT_EQ(base::Crc32(Bytes("6789"), base::Crc32(Bytes("12345"))), 0xCBF43926u);
+}
 
 }  // namespace
 }  // namespace hsdp_ckpt

@@ -18,20 +18,23 @@ namespace hsdp_ckpt {
 
 /// A file system in memory that can lose power and fail.
 ///
-/// Every file has its bytes as programs see them and as they are on disk; so has every directory its entries. Sync and
-/// SyncDirectory copy the one to the other. PowerLoss forgets what was not synced, in one of the ways a real disk may.
-/// Calls are counted; `fault` is asked before each one and may make it fail, interrupt it or cut it short. It may also use
-/// the file system itself: what another process does while this one is stopped just there. Thread-safe.
-class FaultFileSystem : public FileSystem {
+/// Every file has its bytes as programs see them and as they are on disk; so has every directory
+/// its entries. Sync and SyncDirectory copy the one to the other. PowerLoss forgets what was not
+/// synced, in one of the ways a real disk may. Calls are counted; `fault` is asked before each one
+/// and may make it fail, interrupt it or cut it short. It may also use the file system itself: what
+/// another process does while this one is stopped just there. Thread-safe.
+class FaultFileSystem : public io::FileSystem {
  public:
-  /// What a call does: 0 goes on, a negative errno fails it, a positive number cuts a read or a write to that many bytes.
+  /// What a call does: 0 goes on, a negative errno fails it, a positive number cuts a read or a
+  /// write to that many bytes.
   using Fault = std::function<int(const std::string& op, const std::string& path, int call)>;
 
   /// What a power loss does to what was not synced.
   enum class Loss {
-    kEverything,     ///< entries and bytes as of their last sync
-    kOnlyBytes,      ///< all entries made it to disk (a journal), bytes did not: a file not synced is empty or old
-    kOnlyEntries,    ///< all bytes made it, entries did not
+    kEverything,   ///< entries and bytes as of their last sync
+    kOnlyBytes,    ///< all entries made it to disk (a journal), bytes did not: a file not synced is
+                   ///< empty or old
+    kOnlyEntries,  ///< all bytes made it, entries did not
     kEveryOtherPage  ///< entries made it, of unsynced bytes every second 512
   };
 
@@ -49,7 +52,8 @@ class FaultFileSystem : public FileSystem {
     if (loss == Loss::kEverything || loss == Loss::kOnlyEntries) {
       entries_ = durable_entries_;
       directories_ = durable_directories_;
-      // What lies in a directory that did not survive is out of reach, whatever was synced of it; so are its directories.
+      // What lies in a directory that did not survive is out of reach, whatever was synced of it;
+      // so are its directories.
       const auto lost = [&](const std::string& path) {
         for (std::string at = Parent(path); at != "/"; at = Parent(at)) {
           if (!directories_.contains(at)) return true;
@@ -58,7 +62,8 @@ class FaultFileSystem : public FileSystem {
       };
       std::erase_if(entries_, [&](const auto& entry) { return lost(entry.first); });
       std::set<std::string> left;
-      std::copy_if(directories_.begin(), directories_.end(), std::inserter(left, left.end()), std::not_fn(lost));
+      std::copy_if(directories_.begin(), directories_.end(), std::inserter(left, left.end()),
+                   std::not_fn(lost));
       directories_ = left;
     }
     for (auto& [path, inode] : entries_) {
@@ -84,11 +89,12 @@ class FaultFileSystem : public FileSystem {
     return found == entries_.end() ? nullptr : &found->second->bytes;
   }
 
-  int Open(const std::string& path, OpenMode mode, std::unique_ptr<RawFile>* file) override {
+  int Open(const std::string& path, io::OpenMode mode,
+           std::unique_ptr<io::RawFile>* file) override {
     const std::lock_guard lock(mutex_);
     if (const int rc = Ask("open", path); rc < 0) return rc;
-    const bool create = mode == OpenMode::kCreate || mode == OpenMode::kCreateDirect;
-    const bool direct = mode == OpenMode::kCreateDirect || mode == OpenMode::kReadDirect;
+    const bool create = mode == io::OpenMode::kCreate || mode == io::OpenMode::kCreateDirect;
+    const bool direct = mode == io::OpenMode::kCreateDirect || mode == io::OpenMode::kReadDirect;
     if (direct && !direct_supported) return -EINVAL;
     const auto found = entries_.find(path);
     if (create && found != entries_.end()) return -EEXIST;
@@ -98,7 +104,7 @@ class FaultFileSystem : public FileSystem {
     *file = std::make_unique<FakeFile>(this, path, inode, direct);
     return 0;
   }
-  int Status(const std::string& path, FileStatus* status) override {
+  int Status(const std::string& path, io::FileStatus* status) override {
     const std::lock_guard lock(mutex_);
     if (const int rc = Ask("stat", path); rc < 0) return rc;
     if (directories_.contains(path)) {
@@ -158,7 +164,7 @@ class FaultFileSystem : public FileSystem {
     std::vector<char> durable;
   };
 
-  class FakeFile : public RawFile {
+  class FakeFile : public io::RawFile {
    public:
     FakeFile(FaultFileSystem* fs, std::string path, std::shared_ptr<Inode> inode, bool direct)
         : fs_(fs), path_(std::move(path)), inode_(std::move(inode)), direct_(direct) {}
@@ -180,7 +186,9 @@ class FaultFileSystem : public FileSystem {
       const auto at = static_cast<size_t>(offset);
       if (direct_ && !fs_->direct_write_supported) return -EINVAL;
       // As the kernel has it: address, size and offset in whole blocks.
-      if (direct_ && (at % 4096 != 0 || size % 4096 != 0 || reinterpret_cast<uintptr_t>(data) % 4096 != 0)) return -EINVAL;
+      if (direct_ &&
+          (at % 4096 != 0 || size % 4096 != 0 || reinterpret_cast<uintptr_t>(data) % 4096 != 0))
+        return -EINVAL;
       if (rc > 0) size = std::min(size, static_cast<size_t>(rc));
       if (inode_->bytes.size() < at + size) inode_->bytes.resize(at + size);
       std::memcpy(inode_->bytes.data() + at, data, size);
@@ -196,7 +204,8 @@ class FaultFileSystem : public FileSystem {
     int Allocate(int64_t size) override {
       const std::lock_guard lock(fs_->mutex_);
       if (const int rc = fs_->Ask("allocate", path_); rc < 0) return rc;
-      if (inode_->bytes.size() < static_cast<size_t>(size)) inode_->bytes.resize(static_cast<size_t>(size));
+      if (inode_->bytes.size() < static_cast<size_t>(size))
+        inode_->bytes.resize(static_cast<size_t>(size));
       return 0;
     }
     int Sync() override {

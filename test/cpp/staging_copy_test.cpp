@@ -29,8 +29,9 @@ struct Memory {
     }
   }
   bool Copied() const {
-    for (const CopyPiece& piece : pieces) {
-      if (std::memcmp(piece.source, piece.target, static_cast<size_t>(piece.size)) != 0) return false;
+    for (const snapshot::CopyPiece& piece : pieces) {
+      if (std::memcmp(piece.source, piece.target, static_cast<size_t>(piece.size)) != 0)
+        return false;
       for (int i = 0; i < 3; ++i) {
         if (piece.target[piece.size + i] != std::byte{0xee}) return false;
       }
@@ -38,14 +39,16 @@ struct Memory {
     return true;
   }
   std::vector<std::byte> source, target;
-  std::vector<CopyPiece> pieces;
+  std::vector<snapshot::CopyPiece> pieces;
 };
 
-const std::vector<int64_t> kSizes = {0, 1, 4, 70'001, 3 * StagingCopy::kChunk + 5, 0, StagingCopy::kChunk, 12, 999'999, 8};
+const std::vector<int64_t> kSizes = {
+    0,  1,       4, 70'001, 3 * snapshot::StagingCopy::kChunk + 5, 0, snapshot::StagingCopy::kChunk,
+    12, 999'999, 8};
 
 TEST(StagingCopy, OneThreadCopiesAllAndNothingElse) {
   Memory memory(kSizes);
-  StagingCopy copy(memory.pieces);
+  snapshot::StagingCopy copy(memory.pieces);
   EXPECT_FALSE(copy.done());
   EXPECT_EQ(copy.bytes(), static_cast<int64_t>(memory.source.size()));
   copy.Finish();
@@ -55,13 +58,15 @@ TEST(StagingCopy, OneThreadCopiesAllAndNothingElse) {
 
 TEST(StagingCopy, SumsWhatItCopies) {
   Memory memory(kSizes);
-  StagingCopy copy(memory.pieces);
+  snapshot::StagingCopy copy(memory.pieces);
   std::thread background([&] { copy.Run(); });
   copy.Finish();
-  for (const CopyPiece& piece : memory.pieces) {
+  for (const snapshot::CopyPiece& piece : memory.pieces) {
     std::vector<uint32_t> expected;
-    for (int64_t at = 0; at < piece.size; at += kChecksumBlock) {
-      expected.push_back(Crc32({piece.source + at, static_cast<size_t>(std::min(kChecksumBlock, piece.size - at))}));
+    for (int64_t at = 0; at < piece.size; at += base::kChecksumBlock) {
+      expected.push_back(
+          base::Crc32({piece.source + at,
+                       static_cast<size_t>(std::min(base::kChecksumBlock, piece.size - at))}));
     }
     if (piece.size == 0) continue;  // has the next one's target
     const auto sums = copy.Checksums(piece.target);
@@ -72,7 +77,7 @@ TEST(StagingCopy, SumsWhatItCopies) {
 }
 
 TEST(StagingCopy, NothingToCopyIsDone) {
-  StagingCopy none(std::vector<CopyPiece>{});
+  snapshot::StagingCopy none(std::vector<snapshot::CopyPiece>{});
   EXPECT_TRUE(none.done());
   none.Finish();
   EXPECT_EQ(none.FirstChange(2), -1);
@@ -81,7 +86,7 @@ TEST(StagingCopy, NothingToCopyIsDone) {
 TEST(StagingCopy, WhoFinishesHelpsAndSeesEverything) {
   for (int round = 0; round < 20; ++round) {
     Memory memory(kSizes);
-    StagingCopy copy(memory.pieces);
+    snapshot::StagingCopy copy(memory.pieces);
     std::vector<std::thread> background;
     for (int i = 0; i < 2; ++i) background.emplace_back([&] { copy.Run(); });
     std::thread second([&] {
@@ -89,8 +94,10 @@ TEST(StagingCopy, WhoFinishesHelpsAndSeesEverything) {
       EXPECT_TRUE(copy.done());
     });
     copy.Finish();
-    EXPECT_TRUE(memory.Copied());  // before the other threads are joined: their chunks have come as well
-    std::memset(memory.source.data(), 0, memory.source.size());  // what a step does: a race if anybody still read
+    EXPECT_TRUE(
+        memory.Copied());  // before the other threads are joined: their chunks have come as well
+    std::memset(memory.source.data(), 0,
+                memory.source.size());  // what a step does: a race if anybody still read
     second.join();
     for (auto& thread : background) thread.join();
   }
@@ -99,7 +106,7 @@ TEST(StagingCopy, WhoFinishesHelpsAndSeesEverything) {
 TEST(StagingCopy, AfterACancelNobodyReadsAnyMore) {
   for (int round = 0; round < 20; ++round) {
     Memory memory(kSizes);
-    StagingCopy copy(memory.pieces);
+    snapshot::StagingCopy copy(memory.pieces);
     std::thread background([&] { copy.Run(); });
     if (round % 2 == 1) std::this_thread::yield();
     copy.Cancel();
@@ -114,12 +121,12 @@ TEST(StagingCopy, AfterACancelNobodyReadsAnyMore) {
 
 TEST(StagingCopy, FindsTheFirstPieceThatHasChanged) {
   Memory memory(kSizes);
-  StagingCopy copy(memory.pieces);
+  snapshot::StagingCopy copy(memory.pieces);
   copy.Finish();
   EXPECT_EQ(copy.FirstChange(2), -1);
   memory.source.back() ^= std::byte{1};
   EXPECT_EQ(copy.FirstChange(2), static_cast<int64_t>(kSizes.size()) - 1);
-  memory.source[1 + 4 + 70'001 + 2 * StagingCopy::kChunk] ^= std::byte{1};
+  memory.source[1 + 4 + 70'001 + 2 * snapshot::StagingCopy::kChunk] ^= std::byte{1};
   EXPECT_EQ(copy.FirstChange(2), 4);
 }
 

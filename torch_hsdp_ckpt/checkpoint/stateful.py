@@ -1,4 +1,5 @@
-"""``Stateful`` objects in a state dict: their code is the user's, and may fail on one rank alone."""
+"""``Stateful`` objects in a state dict: their code is the user's, and may fail on one rank
+alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +13,12 @@ _VALUES = frozenset((torch.Tensor, torch.nn.Parameter, DTensor))
 
 
 def values_of(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Exception | None]:
-    """The state dict with each ``Stateful`` object's state in its place; or nothing, and what one of them raised, which has to
-    travel with the next thing that the ranks tell each other."""
+    """The state dict with each ``Stateful`` object's state in its place; or nothing, and what one
+    of them raised, which has to travel with the next thing that the ranks tell each other."""
     try:
         return {
-            k: v.state_dict() if type(v) not in _VALUES and isinstance(v, Stateful) else v for k, v in state_dict.items()
+            k: v.state_dict() if type(v) not in _VALUES and isinstance(v, Stateful) else v
+            for k, v in state_dict.items()
         }, None
     except Exception as error:
         return {}, error

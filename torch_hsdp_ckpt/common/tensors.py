@@ -1,4 +1,5 @@
-"""Which tensors our own records hold, and how their bytes are brought into contiguous CPU memory."""
+"""Which tensors our own records hold, and how their bytes are brought into contiguous CPU
+memory."""
 
 import contextlib
 import mmap
@@ -16,13 +17,17 @@ RECORD_DTYPES: dict[torch.dtype, str] = {
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """A DTensor's local tensor itself, of which ``to_local`` would return a view; a plain tensor is its own."""
+    """A DTensor's local tensor itself, of which ``to_local`` would return a view; a plain tensor is
+    its own."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether our own record holds all there is to a tensor: dense, of a dtype that has a record format, no subclass."""
-    return type(tensor) is Tensor and tensor.layout == torch.strided and tensor.dtype in RECORD_DTYPES
+    """Whether our own record holds all there is to a tensor: dense, of a dtype that has a record
+    format, no subclass."""
+    return (
+        type(tensor) is Tensor and tensor.layout == torch.strided and tensor.dtype in RECORD_DTYPES
+    )
 
 
 def staged(tensor: Tensor) -> Tensor:
@@ -31,28 +36,37 @@ def staged(tensor: Tensor) -> Tensor:
 
 
 def check_storage(tensor: Tensor, name: str) -> None:
-    """Refuses a tensor without values, and one whose memory was freed under it, as FSDP frees full parameters: reading it would
-    end the process."""
+    """Refuses a tensor without values, and one whose memory was freed under it, as FSDP frees full
+    parameters: reading it would end the process."""
     if tensor.is_meta:
         raise CheckpointError(f"{name} is on the meta device and has no values")
     if tensor.layout != torch.strided or type(tensor) is not Tensor or not tensor.numel():
         return
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     needed = (tensor.storage_offset() + reach + 1) * tensor.itemsize
     if tensor.untyped_storage().size() < needed:
         raise CheckpointError(
-            f"{name}: shape {list(tensor.shape)} needs {needed} bytes, its storage has {tensor.untyped_storage().size()}; "
+            f"{name}: shape {list(tensor.shape)} needs {needed} bytes, its storage has "
+            f"{tensor.untyped_storage().size()}; "
             "was its memory freed, as that of a sharded module's full parameters is?"
         )
 
 
 def is_staged(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 def scratch(size: int, huge: bool = False) -> Tensor:
-    """``size`` bytes (one or more), page-aligned, that go back to the system with the tensor: malloc may keep a large block and
-    put the next one elsewhere. ``huge``: of huge pages where the system has them, for memory that will be filled."""
+    """``size`` bytes (one or more), page-aligned, that go back to the system with the tensor:
+    malloc may keep a large block and put the next one elsewhere. ``huge``: of huge pages where the
+    system has them, for memory that will be filled."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge:
         with contextlib.suppress(OSError):  # an advice: a kernel without huge pages refuses it

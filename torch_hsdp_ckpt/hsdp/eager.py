@@ -1,4 +1,5 @@
-"""Keeps ``torch.compile`` out of the wrapper's own frames: only what the wrapped modules compute is compiled."""
+"""Keeps ``torch.compile`` out of the wrapper's own frames: only what the wrapped modules compute is
+compiled."""
 
 import functools
 import importlib
@@ -7,15 +8,25 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_ROOMS = ("_eager", "_runner", "_root", "_unit", "_precision", "_fully_shard", "_wrap", "_materialize", "fsdp")
+_ROOMS = (
+    "_eager",
+    "_runner",
+    "_root",
+    "_unit",
+    "_precision",
+    "_fully_shard",
+    "_wrap",
+    "_materialize",
+    "fsdp",
+)
 
 
 @functools.cache
 def keep_dynamo_out() -> None:
     """Once, when a module is wrapped: by then DTensor has imported dynamo, which takes seconds.
 
-    Frame by frame: what these functions call, the wrapped module's forward above all, may be compiled.
-    """
+    Frame by frame: what these functions call, the wrapped module's forward above all, may be
+    compiled."""
     from torch._dynamo.decorators import skip
 
     for room in _ROOMS:
@@ -29,6 +40,10 @@ def _functions(module: types.ModuleType) -> Iterator[Callable[..., Any]]:
         if getattr(value, "__module__", None) != module.__name__:
             continue
         for member in vars(value).values() if inspect.isclass(value) else (value,):
-            function = member.fget if isinstance(member, property) else inspect.unwrap(getattr(member, "__func__", member))
+            function = (
+                member.fget
+                if isinstance(member, property)
+                else inspect.unwrap(getattr(member, "__func__", member))
+            )
             if isinstance(function, types.FunctionType):
                 yield function

@@ -1,8 +1,8 @@
 """``FullyShardedDataParallel``: torch's FSDP1 interface on the C++ core.
 
-A wrapped module's parameters are DTensors, sharded on dim 0 over the shard group and replicated over the replicas. They are
-gathered for forward and backward and freed after; gradients are averaged over all ranks and sharded like the parameters.
-"""
+A wrapped module's parameters are DTensors, sharded on dim 0 over the shard group and replicated
+over the replicas. They are gathered for forward and backward and freed after; gradients are
+averaged over all ranks and sharded like the parameters."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,36 +30,42 @@ _PREFIX = WRAPPED + "."
 
 
 class FullyShardedDataParallel(StateDictMixin, nn.Module):
-    """Shards ``module``'s parameters over ``device_mesh`` and runs it, with torch FSDP1's constructor.
+    """Shards ``module``'s parameters over ``device_mesh`` and runs it, with torch FSDP1's
+    constructor.
 
-    ``device_mesh``: 2-D, dim 0 replicas and dim 1 shards, for ``HYBRID_SHARD`` and ``_HYBRID_SHARD_ZERO2``; 1-D for
-    ``FULL_SHARD`` and ``SHARD_GRAD_OP``. ``process_group`` makes it instead: one group for a 1-D mesh (None: the default one),
-    (shard group, replica group) for a 2-D one (None: the ranks of a host are the shards, by LOCAL_WORLD_SIZE).
-    ``sharding_strategy``: None means what the mesh suggests. ``_ZERO2`` and ``SHARD_GRAD_OP`` keep the full parameters from
-    forward to backward. ``NO_SHARD``: every rank holds all; the mesh becomes (ranks, 1).
+    ``device_mesh``: 2-D, dim 0 replicas and dim 1 shards, for ``HYBRID_SHARD`` and
+    ``_HYBRID_SHARD_ZERO2``; 1-D for ``FULL_SHARD`` and ``SHARD_GRAD_OP``. ``process_group`` makes
+    it instead: one group for a 1-D mesh (None: the default one), (shard group, replica group) for a
+    2-D one (None: the ranks of a host are the shards, by LOCAL_WORLD_SIZE). ``sharding_strategy``:
+    None means what the mesh suggests. ``_ZERO2`` and ``SHARD_GRAD_OP`` keep the full parameters
+    from forward to backward. ``NO_SHARD``: every rank holds all; the mesh becomes (ranks, 1).
     ``cpu_offload``: taken on a CPU mesh, where parameters and gradients are there anyway.
-    ``auto_wrap_policy``: as torch's; each module it picks becomes a unit of its own, the rest belongs to this one.
-    ``CustomPolicy`` may give a unit other arguments than the rest.
-    ``backward_prefetch``: the next unit's gather starts before (PRE) or after (POST) this one's gradients, or not ahead (None).
-    ``forward_prefetch``, ``limit_all_gathers``: the next gather is always started ahead, and never more than that one.
-    ``mixed_precision``: as torch's; with ``auto_wrap_policy`` the classes it excepts (BatchNorm) become units in float32.
-    ``ignored_modules``, ``ignored_states``: stay plain parameters, in neither gathers nor reductions.
-    ``param_init_fn``: gives modules on the meta device memory and values; without it ``to_empty`` and ``reset_parameters``.
-    ``device_id``: the module is moved there first. ``sync_module_states``: the first rank's values are sent to all.
-    ``use_orig_params``: parameters always are the module's own here, as with True; False asks for less and is taken.
+    ``auto_wrap_policy``: as torch's; each module it picks becomes a unit of its own, the rest
+    belongs to this one. ``CustomPolicy`` may give a unit other arguments than the rest.
+    ``backward_prefetch``: the next unit's gather starts before (PRE) or after (POST) this one's
+    gradients, or not ahead (None). ``forward_prefetch``, ``limit_all_gathers``: the next gather is
+    always started ahead, and never more than that one. ``mixed_precision``: as torch's; with
+    ``auto_wrap_policy`` the classes it excepts (BatchNorm) become units in float32.
+    ``ignored_modules``, ``ignored_states``: stay plain parameters, in neither gathers nor
+    reductions. ``param_init_fn``: gives modules on the meta device memory and values; without it
+    ``to_empty`` and ``reset_parameters``. ``device_id``: the module is moved there first.
+    ``sync_module_states``: the first rank's values are sent to all. ``use_orig_params``: parameters
+    always are the module's own here, as with True; False asks for less and is taken.
 
-    Numbers are those of torch's ``fully_shard`` on the same mesh: gradients are averaged over shards, then over replicas, a
-    shard group of one included. A parameter that no rank's backward has reached keeps ``grad`` as it was.
+    Numbers are those of torch's ``fully_shard`` on the same mesh: gradients are averaged over
+    shards, then over replicas, a shard group of one included. A parameter that no rank's backward
+    has reached keeps ``grad`` as it was.
 
-    All ranks must construct, run forward and run backward in the same order, as with torch's wrappers; ranks that don't get
-    a RuntimeError that names rank and module.
-    Raises ValueError for arguments that contradict each other or are not served, naming what to use instead.
-    """
+    All ranks must construct, run forward and run backward in the same order, as with torch's
+    wrappers; ranks that don't get a RuntimeError that names rank and module. Raises ValueError for
+    arguments that contradict each other or are not served, naming what to use instead."""
 
     def __init__(
         self,
         module: nn.Module,
-        process_group: dist.ProcessGroup | tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+        process_group: dist.ProcessGroup
+        | tuple[dist.ProcessGroup, dist.ProcessGroup]
+        | None = None,
         sharding_strategy: ShardingStrategy | None = None,
         cpu_offload: CPUOffload | None = None,
         auto_wrap_policy: Callable[..., bool] | Any | None = None,
@@ -76,7 +82,10 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         device_mesh: DeviceMesh | None = None,
     ) -> None:
         check_module(module, "FullyShardedDataParallel")
-        not_ours: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]  # once: they may be generators
+        not_ours: list[Any] = [
+            *(ignored_modules or ()),
+            *(ignored_states or ()),
+        ]  # once: they may be generators
         ignored = ignored_parameters(module, not_ours)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
         check_offload(offloads(cpu_offload), mesh, module)
@@ -98,24 +107,44 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 "sync_module_states": sync_module_states,
                 "device_mesh": mesh,
             }
-            excepted = tuple(mixed_precision._module_classes_to_ignore) if mixed_precision is not None else ()
-            auto_wrap(module, auto_wrap_policy, skip, ignored, excepted, lambda inner, own: _inner(inner, options, own))
+            excepted = (
+                tuple(mixed_precision._module_classes_to_ignore)
+                if mixed_precision is not None
+                else ()
+            )
+            auto_wrap(
+                module,
+                auto_wrap_policy,
+                skip,
+                ignored,
+                excepted,
+                lambda inner, own: _inner(inner, options, own),
+            )
         materialize(module, param_init_fn, device, skipped, ignored)
         if sync_module_states:
             synchronize(module, mesh, ignored)
         self.device_mesh = mesh
         self.sharding_strategy = strategy
-        reshard = None if strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD) else False
-        self._unit = ShardedUnit(own_slots([module], ignored), mesh, device, reshard, *precision.of_unit())
+        reshard = (
+            None
+            if strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
+            else False
+        )
+        self._unit = ShardedUnit(
+            own_slots([module], ignored), mesh, device, reshard, *precision.of_unit()
+        )
         self._checkpoint_wrapped_module = module
-        prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[backward_prefetch]
+        prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[
+            backward_prefetch
+        ]
         self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__, skipped)
         self._init_state_dict()
 
     # -- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped module's forward. If it raises, the full parameters are freed and the wrapper can be used again."""
+        """The wrapped module's forward. If it raises, the full parameters are freed and the wrapper
+        can be used again."""
         return self._runner.run(self._checkpoint_wrapped_module, args, kwargs)
 
     _runner: Runner
@@ -129,7 +158,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside keep their gradients, full size, on this rank; the first one outside reduces the sum."""
+        """Backwards inside keep their gradients, full size, on this rank; the first one outside
+        reduces the sum."""
         cores = [unit.core for unit in self._root_of_all().units]
         before = [core.sync for core in cores]
         for core in cores:
@@ -141,7 +171,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 core.sync = sync
 
     def check_is_root(self) -> bool:
-        """Whether this is the outermost wrapper. Before any forward the one that is asked becomes it, as in torch."""
+        """Whether this is the outermost wrapper. Before any forward the one that is asked becomes
+        it, as in torch."""
         return self._root_of_all().units[0] is self._unit
 
     @staticmethod
@@ -154,13 +185,15 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         offload_to_cpu: bool = False,
         with_grads: bool = False,
     ) -> Iterator[None]:
-        """Within the block the module's parameters are whole, plain and in full precision; forward and backward are refused.
+        """Within the block the module's parameters are whole, plain and in full precision; forward
+        and backward are refused.
 
-        Collective. ``recurse``: also of the wrappers inside ``module``. ``writeback``: changes go into the shards at the end,
-        from each rank its own rows. ``rank0_only``: only rank 0 sees whole parameters; the others keep their shards (not with
-        ``writeback``: NotImplementedError). ``offload_to_cpu``: the whole parameters are on the CPU. ``with_grads``: the
-        gradients are whole too, and written back likewise where there was one before and is one at the end; else they are None.
-        """
+        Collective. ``recurse``: also of the wrappers inside ``module``. ``writeback``: changes go
+        into the shards at the end, from each rank its own rows. ``rank0_only``: only rank 0 sees
+        whole parameters; the others keep their shards (not with ``writeback``:
+        NotImplementedError). ``offload_to_cpu``: the whole parameters are on the CPU.
+        ``with_grads``: the gradients are whole too, and written back likewise where there was one
+        before and is one at the end; else they are None."""
         runners = [runner for _, runner in named_runners(module)]
         if not recurse:
             own = module._runner if isinstance(module, FullyShardedDataParallel) else None
@@ -169,31 +202,44 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             yield
 
     def apply(self, fn: Callable[[nn.Module], None]) -> "FullyShardedDataParallel":
-        """``nn.Module.apply`` on whole parameters, one wrapper after the other; what ``fn`` changes is kept. Collective."""
+        """``nn.Module.apply`` on whole parameters, one wrapper after the other; what ``fn`` changes
+        is kept. Collective."""
         with FullyShardedDataParallel.summon_full_params(self, recurse=False, writeback=True):
             return super().apply(fn)
 
     def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> NoReturn:
-        """Not served: gradients are packed, reduced and taken in C++. Raises NotImplementedError that says what to use."""
+        """Not served: gradients are packed, reduced and taken in C++. Raises NotImplementedError
+        that says what to use."""
         raise NotImplementedError(
-            "register_comm_hook is not served: for reductions in low precision pass MixedPrecision(reduce_dtype=...); for "
+            "register_comm_hook is not served: for reductions in low precision pass "
+            "MixedPrecision(reduce_dtype=...); for "
             "other schemes use fully_shard and its set_all_reduce_hook"
         )
 
     def _reset(self) -> None:
         self._runner.reset()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FullyShardedDataParallel":
-        """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again afterwards."""
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "FullyShardedDataParallel":
+        """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again
+        afterwards."""
         if self._unit.summoned:
-            raise RuntimeError("a wrapped module can't be converted or moved while its full parameters are summoned")
-        self._runner.apply_to_shards(lambda: super(FullyShardedDataParallel, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+            raise RuntimeError(
+                "a wrapped module can't be converted or moved while its full parameters are "
+                "summoned"
+            )
+        self._runner.apply_to_shards(
+            lambda: super(FullyShardedDataParallel, self)._apply(fn, recurse)
+        )  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> Any:
-        """Neither ``copy`` nor ``pickle`` can take process groups along: TypeError says what to do."""
+        """Neither ``copy`` nor ``pickle`` can take process groups along: TypeError says what to
+        do."""
         raise TypeError(
-            "a wrapped module can't be copied or pickled: copy the module before it is wrapped, or load this one's "
+            "a wrapped module can't be copied or pickled: copy the module before it is wrapped, or "
+            "load this one's "
             "state_dict() into another wrapped module"
         )
 
@@ -228,8 +274,11 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             yield name.replace(_PREFIX, ""), buffer
 
     @staticmethod
-    def fsdp_modules(module: nn.Module, root_only: bool = False) -> "list[FullyShardedDataParallel]":
-        """All wrappers in ``module``, outermost first; with ``root_only`` those that no other wrapper holds."""
+    def fsdp_modules(
+        module: nn.Module, root_only: bool = False
+    ) -> "list[FullyShardedDataParallel]":
+        """All wrappers in ``module``, outermost first; with ``root_only`` those that no other
+        wrapper holds."""
         found = [m for m in module.modules() if isinstance(m, FullyShardedDataParallel)]
         if not root_only:
             return found
@@ -237,22 +286,25 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         return [f for f in found if id(f) not in inner]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left the full ones in place;
-        and of what ``no_sync`` has kept, which an optimizer's ``zero_grad`` does not know of."""
+        """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left
+        the full ones in place; and of what ``no_sync`` has kept, which an optimizer's ``zero_grad``
+        does not know of."""
         self._runner.drop_gradients()
         super().zero_grad(set_to_none)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scales all gradients so that their norm over all ranks' shards is at most ``max_norm``.
 
-        Returns the norm before, a plain 0-d tensor, the same on all ranks; zero if there are no gradients. The gradients of
-        ignored parameters count as this rank has them: whoever reduces those has to do so first.
-        """
+        Returns the norm before, a plain 0-d tensor, the same on all ranks; zero if there are no
+        gradients. The gradients of ignored parameters count as this rank has them: whoever reduces
+        those has to do so first."""
         self._reset()
         return clip_grad_norm(self.parameters(), max_norm, norm_type, self._unit.device)
 
 
-def _inner(module: nn.Module, options: dict[str, Any], own: dict[str, Any]) -> FullyShardedDataParallel:
+def _inner(
+    module: nn.Module, options: dict[str, Any], own: dict[str, Any]
+) -> FullyShardedDataParallel:
     """A unit that the policy has picked; its ``own`` arguments come before the outer wrapper's."""
     if "process_group" in own or "device_mesh" in own:
         options = {name: value for name, value in options.items() if name != "device_mesh"}

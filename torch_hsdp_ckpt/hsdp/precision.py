@@ -1,4 +1,5 @@
-"""Mixed precision as torch's two wrappers define it: which dtypes a unit computes, reduces and returns in."""
+"""Mixed precision as torch's two wrappers define it: which dtypes a unit computes, reduces and
+returns in."""
 
 import dataclasses
 from collections.abc import Collection
@@ -12,15 +13,16 @@ from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 from .arguments import at
 from .unit import REDUCED
 
-_BUFFERS_CAST = "_hsdp_ckpt_buffers_cast"  # on a module: {buffer's name: (the dtype that it had, the dtype that it was given)}
+# on a module: {buffer's name: (the dtype that it had, the dtype that it was given)}
+_BUFFERS_CAST = "_hsdp_ckpt_buffers_cast"
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """``param_dtype``: of the full parameters, their gathers and the computation. ``reduce_dtype``: of the reduction (None: the
-    gradients' own). ``buffer_dtype``: the buffers are converted to it once, at the first forward. None: as the parameters,
-    gradients and buffers are. ``keep_low_precision_grads``: the sharded gradients stay in ``param_dtype``.
-    """
+    """``param_dtype``: of the full parameters, their gathers and the computation. ``reduce_dtype``:
+    of the reduction (None: the gradients' own). ``buffer_dtype``: the buffers are converted to it
+    once, at the first forward. None: as the parameters, gradients and buffers are.
+    ``keep_low_precision_grads``: the sharded gradients stay in ``param_dtype``."""
 
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -32,19 +34,26 @@ class Precision:
 
     @staticmethod
     def of(given: MixedPrecision | MixedPrecisionPolicy | None, *modules: nn.Module) -> "Precision":
-        """From torch's own classes, for the unit of ``modules``; None is full precision. ValueError for dtypes by parameter,
-        and for dtypes that no unit serves."""
+        """From torch's own classes, for the unit of ``modules``; None is full precision. ValueError
+        for dtypes by parameter, and for dtypes that no unit serves."""
         if given is None:
             return Precision()
-        if getattr(given, "param_dtype_override_fn", None) is not None:  # torch 2.15 has it, and older versions do not
+        if (
+            getattr(given, "param_dtype_override_fn", None) is not None
+        ):  # torch 2.15 has it, and older versions do not
             raise ValueError(
-                f"{at(*modules)}MixedPrecisionPolicy's param_dtype_override_fn is not served, a unit's parameters have one "
-                "param_dtype: apply fully_shard with an mp_policy of their own to the modules whose parameters are to have "
+                f"{at(*modules)}MixedPrecisionPolicy's param_dtype_override_fn is not served, a "
+                "unit's parameters have one "
+                "param_dtype: apply fully_shard with an mp_policy of their own to the modules "
+                "whose parameters are to have "
                 "another one"
             )
         for dtype in (given.param_dtype, given.reduce_dtype):
             if dtype is not None and dtype not in REDUCED:
-                raise ValueError(f"{at(*modules)}mixed precision in {dtype} is not served: pass {', '.join(map(str, REDUCED))}")
+                raise ValueError(
+                    f"{at(*modules)}mixed precision in {dtype} is not served: pass "
+                    f"{', '.join(map(str, REDUCED))}"
+                )
         if isinstance(given, MixedPrecisionPolicy):
             return Precision(
                 given.param_dtype,
@@ -70,19 +79,26 @@ class Precision:
 
     def input_dtype(self, outermost: bool) -> torch.dtype | None:
         """What floating point arguments are converted to before forward; None: they stay."""
-        return self.param_dtype if (self.cast_root_forward_inputs if outermost else self.cast_forward_inputs) else None
+        return (
+            self.param_dtype
+            if (self.cast_root_forward_inputs if outermost else self.cast_forward_inputs)
+            else None
+        )
 
     def cast_inputs(
         self, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return cast(tuple[tuple[Any, ...], dict[str, Any]], _cast_forward_inputs(dtype, *args, **kwargs))
+        return cast(
+            tuple[tuple[Any, ...], dict[str, Any]], _cast_forward_inputs(dtype, *args, **kwargs)
+        )
 
     def cast_outputs(self, outputs: Any) -> Any:
         dtype = self.output_dtype
         return _apply_to_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs)
 
     def cast_buffers(self, module: nn.Module, ignored: Collection[nn.Module]) -> None:
-        """Converts the floating point buffers of ``module`` that neither wrapped modules below nor ``ignored`` ones hold."""
+        """Converts the floating point buffers of ``module`` that neither wrapped modules below nor
+        ``ignored`` ones hold."""
         dtype = self.buffer_dtype
         if dtype is None:
             return
@@ -94,14 +110,16 @@ class Precision:
 
 
 def saved_dtype(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.dtype:
-    """What ``module``'s ``tensor`` is in state dicts: for a buffer that ``cast_buffers`` has converted, as FSDP1 has it, the
-    dtype before; for one that somebody has converted since, and for all else, its own."""
+    """What ``module``'s ``tensor`` is in state dicts: for a buffer that ``cast_buffers`` has
+    converted, as FSDP1 has it, the dtype before; for one that somebody has converted since, and for
+    all else, its own."""
     before, cast_to = module.__dict__.get(_BUFFERS_CAST, {}).get(name, (tensor.dtype, tensor.dtype))
     return cast(torch.dtype, before if tensor.dtype == cast_to else tensor.dtype)
 
 
 def restore_buffers(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Gives ``state``'s values for the buffers of ``module``, those below wrapped modules excepted, their ``saved_dtype``."""
+    """Gives ``state``'s values for the buffers of ``module``, those below wrapped modules excepted,
+    their ``saved_dtype``."""
     from .runner import runner_of
 
     for name in module.__dict__.get(_BUFFERS_CAST, ()):
@@ -115,7 +133,8 @@ def restore_buffers(module: nn.Module, state: dict[str, Any], prefix: str) -> No
 
 
 def own_modules(module: nn.Module) -> list[nn.Module]:
-    """``module`` and the modules inside, down to those that are wrapped themselves, each once, outermost first."""
+    """``module`` and the modules inside, down to those that are wrapped themselves, each once,
+    outermost first."""
     from .runner import runner_of
 
     found: dict[nn.Module, None] = {}

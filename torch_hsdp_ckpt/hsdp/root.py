@@ -1,4 +1,5 @@
-"""What the wrappers of one outermost module share: the schedule, groups for its reductions only, what ranks agree on."""
+"""What the wrappers of one outermost module share: the schedule, groups for its reductions only,
+what ranks agree on."""
 
 import dataclasses
 import hashlib
@@ -19,7 +20,9 @@ from .unit import ShardedUnit, _weak
 
 # By the group whose ranks they have, or one of those that they span; an entry goes with its group.
 _reduce_group_names: "WeakKeyDictionary[dist.ProcessGroup, str]" = WeakKeyDictionary()
-_peer_group_names: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], str]]" = WeakKeyDictionary()
+_peer_group_names: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], str]]" = (
+    WeakKeyDictionary()
+)
 
 _next_channel = 0  # of the next root: above all that any of its ranks has given to one
 
@@ -31,8 +34,9 @@ class _DifferentModules(RuntimeError):
 
 
 class Root:
-    """``units``: of all wrappers, outermost first, each with its name. ``prefetch``: 0 none, 1 before, 2 after a unit's
-    backward. Collective over the mesh; raises RuntimeError on every rank if the ranks have wrapped different modules."""
+    """``units``: of all wrappers, outermost first, each with its name. ``prefetch``: 0 none, 1
+    before, 2 after a unit's backward. Collective over the mesh; raises RuntimeError on every rank
+    if the ranks have wrapped different modules."""
 
     def __init__(self, units: list[ShardedUnit], prefetch: int) -> None:
         global _next_channel
@@ -46,10 +50,13 @@ class Root:
             raise
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {dist.get_rank()} is at the first forward of module {units[0].core.name}, and the other ranks have not "
+                f"rank {dist.get_rank()} is at the first forward of module {units[0].core.name}, "
+                "and the other ranks have not "
                 f"come there within the group's timeout: {error}"
             ) from error
-        _next_channel = max(_next_channel, channel + 1)  # another thread may have made a root meanwhile
+        _next_channel = max(
+            _next_channel, channel + 1
+        )  # another thread may have made a root meanwhile
         self.schedule = _C.Schedule(prefetch, dist.get_rank(), peers, _weak(self._end_backward))
         groups: dict[DeviceMesh, tuple[str, str | None] | None] = {}
         for unit in units:
@@ -72,7 +79,8 @@ class Root:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Within the block forwards and backwards of other threads wait; it waits for them, not for this thread's own."""
+        """Within the block forwards and backwards of other threads wait; it waits for them, not for
+        this thread's own."""
         first = self.schedule.take_turn()
         try:
             yield
@@ -82,24 +90,30 @@ class Root:
 
     @contextmanager
     def reading(self, whole: str = "", put_back: bool = True) -> Iterator[None]:
-        """Within the block the sharded parameters are in their slots, and forwards and backwards of other threads wait.
+        """Within the block the sharded parameters are in their slots, and forwards and backwards of
+        other threads wait.
 
-        Frees nothing: this rank's peers still have it, or another thread computes with it. Waits for such a forward or backward
-        to end. Full parameters that it finds, of this thread's own forward or of ``unshard()``, it puts back, if ``put_back``.
+        Frees nothing: this rank's peers still have it, or another thread computes with it. Waits
+        for such a forward or backward to end. Full parameters that it finds, of this thread's own
+        forward or of ``unshard()``, it puts back, if ``put_back``.
 
-        ``whole``: what is going to be gathered within the block, on the groups that forwards and backwards use. RuntimeError
-        then, at once, while one is under way in any thread of this rank. Its peers do not hear of that.
-        """
+        ``whole``: what is going to be gathered within the block, on the groups that forwards and
+        backwards use. RuntimeError then, at once, while one is under way in any thread of this
+        rank. Its peers do not hear of that."""
         first = self.schedule.begin_read(only_if_quiet=bool(whole))
         if first is None:
             raise RuntimeError(
-                f"rank {dist.get_rank()}: the {whole} of module {self.units[0].core.name} was asked for while a forward or "
-                "backward of it is under way. It is collective: ask on every rank between the same steps, in the thread that "
+                f"rank {dist.get_rank()}: the {whole} of module {self.units[0].core.name} was "
+                "asked for while a forward or "
+                "backward of it is under way. It is collective: ask on every rank between the same "
+                "steps, in the thread that "
                 "trains, or take the sharded one, which sends nothing"
             )
         shown: list[ShardedUnit] = []
         try:
-            if first or self.schedule.running_here():  # else in a wrapper's state_dict(), for one within
+            if (
+                first or self.schedule.running_here()
+            ):  # else in a wrapper's state_dict(), for one within
                 shown = [unit for unit in self.units if unit.showing_full]
                 self._end_backward()
             yield
@@ -110,12 +124,15 @@ class Root:
                 self.schedule.end_read()
 
     def reset(self) -> None:
-        """The sharded parameters are in their slots and nothing derived from them is in flight. Waits for other threads; raises
-        RuntimeError inside of this thread's own forward or backward."""
+        """The sharded parameters are in their slots and nothing derived from them is in flight.
+        Waits for other threads; raises RuntimeError inside of this thread's own forward or
+        backward."""
         if self.schedule.running_here():
             raise RuntimeError(
-                f"rank {dist.get_rank()}: module {self.units[0].core.name} is in a forward or backward of this thread: what "
-                "frees or changes its parameters (load_state_dict, zero_grad, clip_grad_norm_, to, summon_full_params) has to "
+                f"rank {dist.get_rank()}: module {self.units[0].core.name} is in a forward or "
+                "backward of this thread: what "
+                "frees or changes its parameters (load_state_dict, zero_grad, clip_grad_norm_, to, "
+                "summon_full_params) has to "
                 "come after it"
             )
         self.schedule.reset()
@@ -132,11 +149,12 @@ def _timeout(group: dist.ProcessGroup, device_type: str) -> timedelta | None:
 def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
     """Names of other groups with the ranks of ``mesh``'s, or None where the mesh's own must do.
 
-    Ranks may find that a unit's gradients are complete at different moments of their backwards. In one group such a reduction
-    would meet another rank's gather. Made once for each group of a mesh: they cost threads and sockets.
-    """
+    Ranks may find that a unit's gradients are complete at different moments of their backwards. In
+    one group such a reduction would meet another rank's gather. Made once for each group of a mesh:
+    they cost threads and sockets."""
     if mesh.device_type != "cpu" and mesh.size() != dist.get_world_size():
-        # NCCL may split the default communicator for a new group, which every rank of the job would have to join.
+        # NCCL may split the default communicator for a new group, which every rank of the job would
+        # have to join.
         return None
     names: list[str | None] = []
     for dim in (mesh.ndim - 1, 0) if mesh.ndim == 2 else (0,):
@@ -158,8 +176,8 @@ def _reduce_groups(mesh: DeviceMesh) -> tuple[str, str | None] | None:
 
 
 def _peers(mesh: DeviceMesh) -> _C.Peers | None:
-    """Over all ranks of ``mesh``, on a Gloo group of its own that is made once; None for one rank, and under torch's "fake"
-    backend, where the other ranks do not exist."""
+    """Over all ranks of ``mesh``, on a Gloo group of its own that is made once; None for one rank,
+    and under torch's "fake" backend, where the other ranks do not exist."""
     ranks = sorted(int(rank) for rank in mesh.mesh.flatten())
     if len(ranks) == 1:
         return None
@@ -184,11 +202,13 @@ def _words(data: bytes) -> list[int]:
 
 
 def _check_same(peers: _C.Peers, units: list[ShardedUnit]) -> int:
-    """All ranks have the same units, in the same order; RuntimeError on every rank with the first one that differs. Returns a
-    channel that none of the ranks has used."""
+    """All ranks have the same units, in the same order; RuntimeError on every rank with the first
+    one that differs. Returns a channel that none of the ranks has used."""
     described = [unit.describe() for unit in units]
     digests = [hashlib.sha256(text.encode()).digest() for text in described]
-    everyone = peers.exchange([_next_channel, len(units), *_words(hashlib.sha256(b"".join(digests)).digest())])
+    everyone = peers.exchange(
+        [_next_channel, len(units), *_words(hashlib.sha256(b"".join(digests)).digest())]
+    )
     if all(words[1:] == everyone[0][1:] for words in everyone):
         return max(words[0] for words in everyone)
     count = max(words[1] for words in everyone)
@@ -198,17 +218,25 @@ def _check_same(peers: _C.Peers, units: list[ShardedUnit]) -> int:
     own = described[first] if first < len(described) else "no further module"
     texts = peers.exchange(_words(own.encode()[: 8 * _TEXT_WORDS].ljust(8 * _TEXT_WORDS, b"\0")))
     lines = []
-    for rank, words in zip(sorted(int(rank) for rank in units[0].mesh.mesh.flatten()), texts, strict=True):
-        text = b"".join(word.to_bytes(8, "little", signed=True) for word in words).rstrip(b"\0").decode(errors="replace")
+    for rank, words in zip(
+        sorted(int(rank) for rank in units[0].mesh.mesh.flatten()), texts, strict=True
+    ):
+        text = (
+            b"".join(word.to_bytes(8, "little", signed=True) for word in words)
+            .rstrip(b"\0")
+            .decode(errors="replace")
+        )
         lines.append(f"rank {rank}: {text}")
     raise _DifferentModules(
-        f"ranks have wrapped different modules (this is rank {dist.get_rank()}). Wrap the same ones, with the same arguments, "
+        f"ranks have wrapped different modules (this is rank {dist.get_rank()}). Wrap the same "
+        "ones, with the same arguments, "
         "on all ranks. The first that differs:\n\t" + "\n\t".join(lines)
     )
 
 
 def flat_tensors(outputs: Any) -> list[torch.Tensor]:
-    """The tensors in a module's result, whatever pytrees, dataclasses, mappings, lists and sets they are in."""
+    """The tensors in a module's result, whatever pytrees, dataclasses, mappings, lists and sets
+    they are in."""
     if isinstance(outputs, torch.Tensor):
         return [outputs]
     found: list[torch.Tensor] = []

@@ -1,4 +1,5 @@
-"""Running a wrapped module: gather before its forward, free after, whichever face it was wrapped with."""
+"""Running a wrapped module: gather before its forward, free after, whichever face it was wrapped
+with."""
 
 import threading
 import weakref
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.gate import hold
+from ..common.gate import wait_at_gate
 from .eager import keep_dynamo_out
 from .precision import Precision
 from .root import Root, flat_tensors
@@ -19,12 +20,12 @@ _ATTRIBUTE = "_hsdp_runner"
 
 
 class Runner:
-    """What a wrapped ``module`` has in common under ``FullyShardedDataParallel`` and ``fully_shard``.
+    """What a wrapped ``module`` has in common under ``FullyShardedDataParallel`` and
+    ``fully_shard``.
 
     ``prefetch``: 0 none, 1 before, 2 after a unit's backward; the outermost module's counts.
-    ``label``: what the module is called in errors, if it is not its own class. ``ignored``: modules whose buffers stay as they
-    are.
-    """
+    ``label``: what the module is called in errors, if it is not its own class. ``ignored``: modules
+    whose buffers stay as they are."""
 
     def __init__(
         self,
@@ -42,7 +43,9 @@ class Runner:
         self.ignored = ignored
         self.root: Root | None = None
         self.last_backward = True
-        self.modules: list[weakref.ref[nn.Module]] = []  # several: one unit for modules that were given together
+        self.modules: list[
+            weakref.ref[nn.Module]
+        ] = []  # several: one unit for modules that were given together
         self._cast_inputs: torch.dtype | None = None
         self._rootless = threading.RLock()  # whoever makes the root, or reads while there is none
         self.add(module)
@@ -54,7 +57,8 @@ class Runner:
         self.modules.append(weakref.ref(module))
 
     def hold(self, wait: bool) -> None:
-        """Gathers outside of a forward; with ``wait`` the module shows the full parameters when this returns."""
+        """Gathers outside of a forward; with ``wait`` the module shows the full parameters when
+        this returns."""
         root = self.root or self.make_root()
         with root.turn():
             root.schedule.hold(self.unit.core, wait)
@@ -70,7 +74,8 @@ class Runner:
             self.unit.show_sharded()
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the module can be used again."""
+        """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the
+        module can be used again."""
         root, unit = self.root, self.unit
         if root is None:
             root = self.make_root()
@@ -85,7 +90,8 @@ class Runner:
             if self.precision.output_dtype is not None:
                 outputs = self.precision.cast_outputs(outputs)
             if not root.in_backward():
-                unit.show_sharded()  # first: when the outermost forward is left, another thread may read
+                # first: when the outermost forward is left, another thread may read
+                unit.show_sharded()
             root.schedule.leave_forward(unit.core, flat_tensors(outputs))
         except BaseException:
             if root.schedule.running_here():  # if not, it has not begun
@@ -109,7 +115,8 @@ class Runner:
 
     @contextmanager
     def _while_rootless(self) -> Iterator[None]:
-        """Nobody else makes a root for this module, or for one inside. Other models' may be made, with other ranks."""
+        """Nobody else makes a root for this module, or for one inside. Other models' may be made,
+        with other ranks."""
         modules = [module for reference in self.modules if (module := reference()) is not None]
         runners = {runner for module in modules for _, runner in named_runners(module)}
         with ExitStack() as locks:
@@ -118,7 +125,8 @@ class Runner:
             yield
 
     def make_root(self) -> Root:
-        """At the first use of an outermost module: one schedule for all that are wrapped inside. Collective over the mesh."""
+        """At the first use of an outermost module: one schedule for all that are wrapped inside.
+        Collective over the mesh."""
         with self._while_rootless():
             return self.root or self._make_root()
 
@@ -128,7 +136,8 @@ class Runner:
         inside = list(named_runners(module))
         if any(runner.root is not None for _, runner in inside):
             raise RuntimeError(
-                "a wrapped module has been run on its own before the wrapper around it: call the outermost module first"
+                "a wrapped module has been run on its own before the wrapper around it: call the "
+                "outermost module first"
             )
         for name, runner in inside:
             runner.unit.core.name = f"{name or '(outermost)'} ({runner.label})"
@@ -152,7 +161,8 @@ class Runner:
             self.root.reset()
 
     def drop_gradients(self) -> None:
-        """Before ``zero_grad``: forgets gradients that wait for a backward that reduces, here and in wrapped modules inside."""
+        """Before ``zero_grad``: forgets gradients that wait for a backward that reduces, here and
+        in wrapped modules inside."""
         self.reset()
         if (root := self.root) is None:
             return
@@ -166,8 +176,9 @@ class Runner:
         return [runner.unit for module in modules for _, runner in named_runners(module)]
 
     def apply_to_shards(self, apply: Callable[[], Any]) -> None:
-        """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again afterwards."""
-        hold()
+        """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again
+        afterwards."""
+        wait_at_gate()
         self.reset()
         self.unit.release()
         apply()
@@ -181,7 +192,8 @@ def runner_of(module: nn.Module) -> Runner | None:
 
 
 def named_runners(module: nn.Module) -> Iterator[tuple[str, Runner]]:
-    """Of ``module`` and all inside, outermost first, by the names that the modules have without wrappers. Each once."""
+    """Of ``module`` and all inside, outermost first, by the names that the modules have without
+    wrappers. Each once."""
     seen: set[int] = set()
     for name, inner in module.named_modules():
         runner = runner_of(inner)

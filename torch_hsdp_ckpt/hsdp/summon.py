@@ -9,24 +9,30 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..common.gate import hold
+from ..common.gate import wait_at_gate
 from .runner import Runner
 from .state.full_state import gather
 from .unit import ShardedUnit
 
 
 @contextmanager
-def summon(runners: list[Runner], writeback: bool, rank0_only: bool, offload_to_cpu: bool, with_grads: bool) -> Iterator[None]:
-    """For all ``runners``; see ``FullyShardedDataParallel.summon_full_params``. Collective over their meshes."""
+def summon(
+    runners: list[Runner], writeback: bool, rank0_only: bool, offload_to_cpu: bool, with_grads: bool
+) -> Iterator[None]:
+    """For all ``runners``; see ``FullyShardedDataParallel.summon_full_params``. Collective over
+    their meshes."""
     if writeback and rank0_only:
         raise NotImplementedError(
-            "writeback=True with rank0_only=True is not served: what rank 0 writes would have to be sent to all. Pass "
+            "writeback=True with rank0_only=True is not served: what rank 0 writes would have to "
+            "be sent to all. Pass "
             "writeback=False to look, or rank0_only=False to write"
         )
-    hold()
+    wait_at_gate()
     for runner in runners:
         if runner.unit.summoned:
-            raise RuntimeError(f"the full parameters of module {runner.unit.core.name} have been summoned already")
+            raise RuntimeError(
+                f"the full parameters of module {runner.unit.core.name} have been summoned already"
+            )
         if runner.root is not None and runner.root.in_backward():
             raise RuntimeError("full parameters can't be summoned inside a backward")
         runner.reset()
@@ -38,15 +44,26 @@ def summon(runners: list[Runner], writeback: bool, rank0_only: bool, offload_to_
 
 
 @contextmanager
-def _one(unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, with_grads: bool) -> Iterator[None]:
+def _one(
+    unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, with_grads: bool
+) -> Iterator[None]:
     with torch.inference_mode(False):
         whole = _whole(unit.sharded, offload_to_cpu)
-        full = [nn.Parameter(w, requires_grad=p.requires_grad) for w, p in zip(whole, unit.sharded, strict=True)]
+        full = [
+            nn.Parameter(w, requires_grad=p.requires_grad)
+            for w, p in zip(whole, unit.sharded, strict=True)
+        ]
     if with_grads:
-        having = [(parameter, p.grad) for parameter, p in zip(full, unit.sharded, strict=True) if p.grad is not None]
+        having = [
+            (parameter, p.grad)
+            for parameter, p in zip(full, unit.sharded, strict=True)
+            if p.grad is not None
+        ]
         grads = _whole([grad for _, grad in having], offload_to_cpu)
         for (parameter, sharded), grad in zip(having, grads, strict=True):
-            if sharded.dtype != parameter.dtype:  # mixed precision may keep lower ones, by autograd's leave
+            if (
+                sharded.dtype != parameter.dtype
+            ):  # mixed precision may keep lower ones, by autograd's leave
                 parameter.grad_dtype = sharded.dtype
             parameter.grad = grad
     if not shown:
@@ -57,7 +74,7 @@ def _one(unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, 
     finally:
         current = unit.dismiss()
         if writeback:
-            hold()
+            wait_at_gate()
             with torch.no_grad():
                 for held, sharded in zip(current, unit.sharded, strict=True):
                     unit.write_rows(held, sharded)

@@ -1,7 +1,8 @@
-"""One wrapped module's parameters in Python: which slots they fill, the DTensors around their shards, their gradients.
+"""One wrapped module's parameters in Python: which slots they fill, the DTensors around their
+shards, their gradients.
 
-The C++ core owns memory and timing; here are the objects that users, optimizers and ``nn.Module`` see.
-"""
+The C++ core owns memory and timing; here are the objects that users, optimizers and ``nn.Module``
+see."""
 
 import operator
 import sys
@@ -33,7 +34,8 @@ class Slot(NamedTuple):
     name: str
 
     def put(self, parameter: nn.Parameter) -> None:
-        # Modules with a __setattr__ of their own (nn.RNN keeps a list of its weights) have to hear of it.
+        # Modules with a __setattr__ of their own (nn.RNN keeps a list of its weights) have to hear
+        # of it.
         if type(self.module).__setattr__ is nn.Module.__setattr__:
             self.module._parameters[self.name] = parameter
         else:
@@ -41,7 +43,8 @@ class Slot(NamedTuple):
 
 
 def _weak(method: Callable[[], None]) -> Callable[[], None]:
-    """A bound method that does not keep its object: C++ holds it, and the object holds the C++ side."""
+    """A bound method that does not keep its object: C++ holds it, and the object holds the C++
+    side."""
     reference = weakref.WeakMethod(method)
 
     def call() -> None:
@@ -58,16 +61,17 @@ def collectives_of(mesh: DeviceMesh) -> _C.Collectives:
 
 
 class ShardedUnit:
-    """The parameters of one wrapped module. ``slots``: for each distinct parameter (name from the wrapped module, slots).
+    """The parameters of one wrapped module. ``slots``: for each distinct parameter (name from the
+    wrapped module, slots).
 
-    Shards them in place: afterwards every slot holds an ``nn.Parameter`` around a DTensor, placed ``(Replicate(), Shard(0))``
-    on a 2-D mesh and ``(Shard(0),)`` on a 1-D one, whose local tensor lies in the unit's flat buffer. A parameter without
-    dimensions is replicated on every dimension of the mesh instead.
+    Shards them in place: afterwards every slot holds an ``nn.Parameter`` around a DTensor, placed
+    ``(Replicate(), Shard(0))`` on a 2-D mesh and ``(Shard(0),)`` on a 1-D one, whose local tensor
+    lies in the unit's flat buffer. A parameter without dimensions is replicated on every dimension
+    of the mesh instead.
 
-    ``param_dtype``: of the full parameters that compute, floating point ones only; ``reduce_dtype``: of the sums of their
-    gradients over the ranks (None: as computed). Gradients have the shards' dtype, with ``keep_low_precision_grads``
-    ``param_dtype``.
-    """
+    ``param_dtype``: of the full parameters that compute, floating point ones only;
+    ``reduce_dtype``: of the sums of their gradients over the ranks (None: as computed). Gradients
+    have the shards' dtype, with ``keep_low_precision_grads`` ``param_dtype``."""
 
     def __init__(
         self,
@@ -104,16 +108,22 @@ class ShardedUnit:
         self._placements = (Replicate(), Shard(0)) if mesh.ndim == 2 else (Shard(0),)
         self._specs = [self._spec(p.shape, p.dtype) for p in full]
         self.sharded: list[nn.Parameter] = []
-        self._attributes = [dict(p.__dict__) for p in full]  # what a model's author has hung on its parameters
+        self._attributes = [
+            dict(p.__dict__) for p in full
+        ]  # what a model's author has hung on its parameters
         with torch.no_grad():
             for shard, spec, original in zip(self.core.shard(full), self._specs, full, strict=True):
-                self.sharded.append(nn.Parameter(self._dtensor(shard, spec), requires_grad=original.requires_grad))
+                self.sharded.append(
+                    nn.Parameter(self._dtensor(shard, spec), requires_grad=original.requires_grad)
+                )
                 self.sharded[-1].__dict__.update(self._attributes[len(self.sharded) - 1])
         for original, name in zip(full, self.names, strict=True):
             setattr(original, _OWNER, name)
         self.full: list[nn.Parameter] = []
         self.schedule: _C.Schedule | None = None
-        self._shown: list[nn.Parameter] | None = None  # by entry of _fast, as long as these are the sharded parameters
+        self._shown: list[nn.Parameter] | None = (
+            None  # by entry of _fast, as long as these are the sharded parameters
+        )
         self._flags: list[bool] = []
         self._trainable: list[int] = []
         self._bound = [local_of(p) for p in self.sharded]
@@ -129,24 +139,34 @@ class ShardedUnit:
             where = f"rank {dist.get_rank()}: module {owner_class}: parameter {name} of shape {tuple(p.shape)}"
             if isinstance(p, DTensor):
                 raise ValueError(
-                    f"{where} already is a DTensor: sharding it a second time (tensor parallelism) is not served. Use torch's "
-                    "own fully_shard for this module, or leave the parameter out (ignored_states, ignored_params) and reduce "
+                    f"{where} already is a DTensor: sharding it a second time (tensor parallelism) "
+                    "is not served. Use torch's "
+                    "own fully_shard for this module, or leave the parameter out (ignored_states, "
+                    "ignored_params) and reduce "
                     "its gradient yourself"
                 )
             if (owner := getattr(p, _OWNER, None)) is not None:
                 raise ValueError(
-                    f"{where} is shared with another wrapped module, which has sharded it as {owner}: wrap one module that "
+                    f"{where} is shared with another wrapped module, which has sharded it as "
+                    f"{owner}: wrap one module that "
                     "holds all uses, or leave both modules to the same unit"
                 )
             if p.is_meta:
-                raise ValueError(f"{where} is on the meta device: materialise the module (to_empty and its own init) first")
+                raise ValueError(
+                    f"{where} is on the meta device: materialise the module (to_empty and its own "
+                    "init) first"
+                )
             if p.requires_grad and p.dtype not in REDUCED:
                 raise ValueError(
-                    f"{where} is {p.dtype}, whose gradients are not reduced here (float64, float32, bfloat16, float16 are): "
+                    f"{where} is {p.dtype}, whose gradients are not reduced here (float64, "
+                    "float32, bfloat16, float16 are): "
                     "name it in ignored_states, or convert it"
                 )
             if p.device != device:
-                raise ValueError(f"{where} is on {p.device} and the mesh needs {device}: move the module first (or device_id)")
+                raise ValueError(
+                    f"{where} is on {p.device} and the mesh needs {device}: move the module first "
+                    "(or device_id)"
+                )
 
     def _spec(self, shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
         stride = torch.empty(shape, device="meta").stride()
@@ -159,13 +179,15 @@ class ShardedUnit:
 
     @staticmethod
     def _dtensor(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
-        # Directly, not by from_local: that would put a view of the shard inside, which can't be deep-copied or saved alone.
+        # Directly, not by from_local: that would put a view of the shard inside, which can't be
+        # deep-copied or saved alone.
         return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
     # -- what the module shows
 
     def show_sharded(self) -> None:
-        """Puts the sharded parameters into the module, where users, optimizers and state dicts look."""
+        """Puts the sharded parameters into the module, where users, optimizers and state dicts
+        look."""
         if self.showing_full:
             if self._shown is None:
                 for places, parameter in zip(self.slots, self.sharded, strict=True):
@@ -190,8 +212,8 @@ class ShardedUnit:
     # -- binding memory
 
     def bind(self, schedule: _C.Schedule) -> None:
-        """Makes the full parameters and hands them to ``schedule``. Again whenever shards, dtypes or requires_grad change:
-        then it waits for another thread that has the turn."""
+        """Makes the full parameters and hands them to ``schedule``. Again whenever shards, dtypes
+        or requires_grad change: then it waits for another thread that has the turn."""
         if self.schedule is None:
             self._bind(schedule)
             return
@@ -208,19 +230,43 @@ class ShardedUnit:
         trainable = [i for i, flag in enumerate(flags) if flag]
         if self._grad_dtype is not None:
             for i in trainable:
-                self.sharded[i].grad_dtype = self._grad_dtype  # autograd's leave to have a gradient of another dtype
-        # Not as inference tensors, if the first forward happens to be an evaluation: a later one may need gradients.
+                self.sharded[
+                    i
+                ].grad_dtype = (
+                    self._grad_dtype
+                )  # autograd's leave to have a gradient of another dtype
+        # Not as inference tensors, if the first forward happens to be an evaluation: a later one
+        # may need gradients.
         with torch.inference_mode(False), torch.no_grad():
             pairs = zip(self.core.empty_full(), self.sharded, strict=True)
-            every_full = [nn.Parameter(full, requires_grad=sharded.requires_grad) for full, sharded in pairs]
+            every_full = [
+                nn.Parameter(full, requires_grad=sharded.requires_grad) for full, sharded in pairs
+            ]
         for full, attributes in zip(every_full, self._attributes, strict=True):
             full.__dict__.update(attributes)
         schedule.add(self.core, every_full, trainable)  # first: where it refuses, all is as it was
-        self.schedule, self.full, self._flags, self._trainable = schedule, every_full, flags, trainable
-        every = [(slot, full) for places, full in zip(self.slots, self.full, strict=True) for slot in places]
+        self.schedule, self.full, self._flags, self._trainable = (
+            schedule,
+            every_full,
+            flags,
+            trainable,
+        )
+        every = [
+            (slot, full)
+            for places, full in zip(self.slots, self.full, strict=True)
+            for slot in places
+        ]
         plain = [type(slot.module).__setattr__ is nn.Module.__setattr__ for slot, _ in every]
-        self._fast = [(slot.module._parameters, slot.name, p) for (slot, p), ok in zip(every, plain, strict=True) if ok]
-        kept = [sharded for places, sharded in zip(self.slots, self.sharded, strict=True) for _ in places]
+        self._fast = [
+            (slot.module._parameters, slot.name, p)
+            for (slot, p), ok in zip(every, plain, strict=True)
+            if ok
+        ]
+        kept = [
+            sharded
+            for places, sharded in zip(self.slots, self.sharded, strict=True)
+            for _ in places
+        ]
         self._shown = [p for p, ok in zip(kept, plain, strict=True) if ok]
         self._slow_shown = [p for p, ok in zip(kept, plain, strict=True) if not ok]
         self._slow = [pair for pair, ok in zip(every, plain, strict=True) if not ok]
@@ -229,26 +275,28 @@ class ShardedUnit:
     def describe(self) -> str:
         """One line of all that has to be the same on every rank."""
         parameters = ", ".join(
-            f"{name} {tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}{'' if p.requires_grad else ' frozen'}"
+            f"{name} {tuple(p.shape)} "
+            f"{str(p.dtype).removeprefix('torch.')}{'' if p.requires_grad else ' frozen'}"
             for name, p in zip(self.names, self.sharded, strict=True)
         )
         return f"module {self.core.name} on a mesh of {tuple(self.mesh.shape)}, with parameters: {parameters or 'none'}"
 
     def before_use(self) -> None:
-        """Follows what has happened to the sharded parameters since the last forward: their requires_grad, their conversion by
-        a module inside.
+        """Follows what has happened to the sharded parameters since the last forward: their
+        requires_grad, their conversion by a module inside.
 
-        Raises RuntimeError for a parameter that somebody has put into the module since it was wrapped, and as :meth:`rebind`.
-        """
+        Raises RuntimeError for a parameter that somebody has put into the module since it was
+        wrapped, and as :meth:`rebind`."""
         if self.summoned:
             raise RuntimeError(
-                f"module {self.core.name} can't run while its full parameters are summoned: leave summon_full_params first"
+                f"module {self.core.name} can't run while its full parameters are summoned: leave "
+                "summon_full_params first"
             )
         if not self.showing_full and self._shown is not None:
             if not all(map(operator.is_, [t.get(n) for t, n, _ in self._fast], self._shown)):
                 self._raise_replaced(self._shown)
         if not all(map(operator.is_, map(_LOCAL, self.sharded), self._bound)):
-            gate.hold()
+            gate.wait_at_gate()
             self.rebind()  # to(), double() and the like of a module inside, past the wrapper
         if self._flags != [p.requires_grad for p in self.sharded] and self.schedule is not None:
             self.bind(self.schedule)
@@ -258,13 +306,16 @@ class ShardedUnit:
             if table.get(name) is not expected:
                 index = next(i for i, p in enumerate(self.sharded) if p is expected)
                 raise RuntimeError(
-                    f"parameter {self.names[index]} of module {self.core.name} was replaced or removed after wrapping, which "
-                    "the wrapper can't follow: replace it before, copy values into it (with torch.no_grad()), or use "
+                    f"parameter {self.names[index]} of module {self.core.name} was replaced or "
+                    "removed after wrapping, which "
+                    "the wrapper can't follow: replace it before, copy values into it (with "
+                    "torch.no_grad()), or use "
                     "load_state_dict(assign=True)"
                 )
 
     def summon(self, full: list[nn.Parameter]) -> None:
-        """Puts whole parameters into the module until ``dismiss``; none: leaves the sharded ones there."""
+        """Puts whole parameters into the module until ``dismiss``; none: leaves the sharded ones
+        there."""
         self.show_sharded()
         self.summoned = True
         for places, parameter in zip(self.slots, full, strict=False):
@@ -273,7 +324,10 @@ class ShardedUnit:
 
     def dismiss(self) -> list[torch.Tensor]:
         """Ends ``summon``; returns what the slots held in the meantime."""
-        held = [cast(torch.Tensor, places[0].module._parameters[places[0].name]) for places in self.slots]
+        held = [
+            cast(torch.Tensor, places[0].module._parameters[places[0].name])
+            for places in self.slots
+        ]
         self.summoned = False
         self.showing_full = True
         self.show_sharded()
@@ -285,29 +339,43 @@ class ShardedUnit:
         if whole.ndim == 0:
             local.copy_(whole)
             return
-        first = min(-(-whole.shape[0] // shards) * self.mesh.get_local_rank(self.mesh.ndim - 1), whole.shape[0])
+        first = min(
+            -(-whole.shape[0] // shards) * self.mesh.get_local_rank(self.mesh.ndim - 1),
+            whole.shape[0],
+        )
         local.copy_(whole.narrow(0, first, local.shape[0]))
 
     def release(self) -> None:
-        """Lets go of gradients kept for reuse: ``_apply`` swaps tensors in place, which nobody else may hold then."""
+        """Lets go of gradients kept for reuse: ``_apply`` swaps tensors in place, which nobody else
+        may hold then."""
         self._forget_gradients()
 
     def rebind(self) -> None:
-        """After somebody replaced parameters or their local tensors (``_apply``, ``load_state_dict(assign=True)``): takes what
-        the module's slots hold now, and moves it into a flat buffer of the unit again.
+        """After somebody replaced parameters or their local tensors (``_apply``,
+        ``load_state_dict(assign=True)``): takes what the module's slots hold now, and moves it into
+        a flat buffer of the unit again.
 
-        Raises ValueError, before anything changes, for a parameter that is not placed as this unit's are.
-        """
+        Raises ValueError, before anything changes, for a parameter that is not placed as this
+        unit's are."""
         current: list[nn.Parameter] = []
         for name, places in zip(self.names, self.slots, strict=True):
             parameter: Any = places[0].module._parameters[places[0].name]
             if not isinstance(parameter, DTensor):
-                raise ValueError(f"parameter {name} was replaced by a {type(parameter).__name__}; expected a DTensor")
-            spec = self._specs[len(current)]
-            if parameter.device_mesh != self.mesh or parameter.placements != spec.placements or parameter.shape != spec.shape:
                 raise ValueError(
-                    f"parameter {name} was replaced by one of shape {tuple(parameter.shape)}, placed {parameter.placements} on "
-                    f"{parameter.device_mesh}; expected {tuple(spec.shape)}, {spec.placements} on {self.mesh}"
+                    f"parameter {name} was replaced by a {type(parameter).__name__}; expected a "
+                    "DTensor"
+                )
+            spec = self._specs[len(current)]
+            if (
+                parameter.device_mesh != self.mesh
+                or parameter.placements != spec.placements
+                or parameter.shape != spec.shape
+            ):
+                raise ValueError(
+                    f"parameter {name} was replaced by one of shape {tuple(parameter.shape)}, "
+                    f"placed {parameter.placements} on "
+                    f"{parameter.device_mesh}; expected {tuple(spec.shape)}, {spec.placements} on "
+                    f"{self.mesh}"
                 )
             current.append(cast(nn.Parameter, parameter))
         shards = [local_of(p) for p in current]
@@ -317,7 +385,10 @@ class ShardedUnit:
             return
         devices = {s.device for s in shards}
         if len(devices) > 1:
-            raise ValueError(f"the parameters of one unit were put on several devices: {sorted(map(str, devices))}")
+            raise ValueError(
+                "the parameters of one unit were put on several devices: "
+                f"{sorted(map(str, devices))}"
+            )
         with torch.no_grad():
             bound = self.core.rebind(shards, shards[0].device) if shards else []
         for i, (parameter, shard) in enumerate(zip(current, bound, strict=True)):
@@ -353,12 +424,14 @@ class ShardedUnit:
         return counts + [torch._C._storage_Use_Count(storage) for storage in sorted(storages)]
 
     def _fresh_gradients(self) -> list[DTensor]:
-        """DTensors for the reduced gradients: those of the last step unless somebody still holds one (building one costs
-        tens of microseconds)."""
+        """DTensors for the reduced gradients: those of the last step unless somebody still holds
+        one (building one costs tens of microseconds)."""
         if not self._grads or self._holders() != self._baseline:
             locals_ = self.core.empty_grads()
             specs = [self._grad_spec(i) for i in self._trainable]
-            self._grads = [self._dtensor(local, spec) for local, spec in zip(locals_, specs, strict=True)]
+            self._grads = [
+                self._dtensor(local, spec) for local, spec in zip(locals_, specs, strict=True)
+            ]
             del locals_
             self._baseline = self._holders()
         return self._grads
@@ -382,7 +455,9 @@ class ShardedUnit:
                 for hook in list(hooks.values()):
                     hook(parameter)
 
-    def _add_gradients(self, parameters: list[nn.Parameter], gradients: list[torch.Tensor | None], unused: set[int]) -> None:
+    def _add_gradients(
+        self, parameters: list[nn.Parameter], gradients: list[torch.Tensor | None], unused: set[int]
+    ) -> None:
         missing = [i for i, g in enumerate(gradients) if g is None and i not in unused]
         # Not the cached ones: a parameter that has a gradient may be using one of them.
         fresh = self.core.empty_grads() if missing else []
@@ -396,8 +471,10 @@ class ShardedUnit:
                 targets[i] = gradient._local_tensor
             else:
                 raise ValueError(
-                    f"the gradient of {self.names[self._trainable[i]]} is a {type(gradient).__name__}, not the DTensor that "
-                    "backward left there: set it to None before the next backward, or change the DTensor's local tensor"
+                    f"the gradient of {self.names[self._trainable[i]]} is a "
+                    f"{type(gradient).__name__}, not the DTensor that "
+                    "backward left there: set it to None before the next backward, or change the "
+                    "DTensor's local tensor"
                 )
         self.core.write_grads(targets, [gradients[i] is not None for i in range(len(parameters))])
         for i in missing:
@@ -406,18 +483,24 @@ class ShardedUnit:
 
 def device_of(mesh: DeviceMesh, device_id: int | torch.device | None) -> torch.device:
     if isinstance(device_id, torch.device) and device_id.type != mesh.device_type:
-        raise ValueError(f"device_id is {device_id} and device_mesh is on {mesh.device_type}: pass devices of one type")
+        raise ValueError(
+            f"device_id is {device_id} and device_mesh is on {mesh.device_type}: pass devices of "
+            "one type"
+        )
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     if isinstance(device_id, torch.device) and device_id.index is not None:
         return device_id
     if isinstance(device_id, int):
         return torch.device(mesh.device_type, device_id)
-    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+    return torch.device(
+        mesh.device_type, torch.get_device_module(mesh.device_type).current_device()
+    )
 
 
 def own_slots(modules: list[nn.Module], ignored: set[nn.Parameter]) -> list[tuple[str, list[Slot]]]:
-    """The parameters that no wrapper below holds, in the order of the modules, each with all its places."""
+    """The parameters that no wrapper below holds, in the order of the modules, each with all its
+    places."""
     found: dict[int, tuple[str, list[Slot]]] = {}
 
     def visit(owner: nn.Module, prefix: str, seen: set[nn.Module]) -> None:

@@ -20,11 +20,12 @@ def auto_wrap(
     full_precision: tuple[type[nn.Module], ...],
     wrap: Callable[[nn.Module, dict[str, Any]], nn.Module],
 ) -> None:
-    """Replaces the modules below ``module`` that ``policy`` picks by ``wrap(module, options)``, innermost first; not
-    ``module`` itself. ``options``: what the policy (``CustomPolicy``) asks for that differs for this module.
+    """Replaces the modules below ``module`` that ``policy`` picks by ``wrap(module, options)``,
+    innermost first; not ``module`` itself. ``options``: what the policy (``CustomPolicy``) asks for
+    that differs for this module.
 
-    ``full_precision``: classes whose modules are picked too and get ``{"mixed_precision": None}`` (BatchNorm, as in torch).
-    """
+    ``full_precision``: classes whose modules are picked too and get ``{"mixed_precision": None}``
+    (BatchNorm, as in torch)."""
     skipped = {inner for m in ignored_modules for inner in m.modules()}
     if isinstance(policy, _Policy):
         targets: dict[nn.Module, dict[str, Any]] = policy._run_policy(module, skipped, {})
@@ -32,7 +33,10 @@ def auto_wrap(
         targets = {}
         _choose(module, policy, skipped, ignored, targets)
     else:
-        raise TypeError(f"auto_wrap_policy is a callable or one of torch's policies, not a {type(policy).__name__}")
+        raise TypeError(
+            "auto_wrap_policy is a callable or one of torch's policies, not a "
+            f"{type(policy).__name__}"
+        )
     for inner in module.modules():
         if full_precision and isinstance(inner, full_precision) and inner not in skipped:
             targets[inner] = {**targets.get(inner, {}), "mixed_precision": None}
@@ -50,8 +54,9 @@ def _choose(
     ignored: set[nn.Parameter],
     chosen: dict[nn.Module, dict[str, Any]],
 ) -> int:
-    """torch's protocol for callables: ``recurse=True`` asks whether to look inside, ``recurse=False`` whether to wrap, given
-    the elements that nothing chosen inside holds. Returns how many elements ``module`` leaves to its surroundings."""
+    """torch's protocol for callables: ``recurse=True`` asks whether to look inside,
+    ``recurse=False`` whether to wrap, given the elements that nothing chosen inside holds. Returns
+    how many elements ``module`` leaves to its surroundings."""
     numel = sum(p.numel() for p in module.parameters() if p not in ignored)
     if not policy(module=module, recurse=True, nonwrapped_numel=numel):
         return numel
@@ -78,7 +83,9 @@ def _replace(
     if module in seen:
         return
     seen.add(module)
-    for name, child in list(module._modules.items()):  # not named_children: a child may have two names here
+    for name, child in list(
+        module._modules.items()
+    ):  # not named_children: a child may have two names here
         if child is None or child in wrapped.values():
             continue
         _replace(child, targets, wrapped, wrap, seen)
@@ -89,7 +96,8 @@ def _replace(
 
 
 def _compute_in_float32(module: nn.Module) -> None:
-    """Inputs to float32 and results back to what the inputs were, so that its surroundings need not know."""
+    """Inputs to float32 and results back to what the inputs were, so that its surroundings need not
+    know."""
     if module in _kept_full:
         return
     _kept_full.add(module)
@@ -109,7 +117,9 @@ def _compute_in_float32(module: nn.Module) -> None:
     def narrow(_: nn.Module, args: Any, outputs: Any) -> Any:
         if not came_as:
             return outputs
-        return _apply_to_tensors(lambda t: t.to(came_as[-1]) if t.is_floating_point() else t, outputs)
+        return _apply_to_tensors(
+            lambda t: t.to(came_as[-1]) if t.is_floating_point() else t, outputs
+        )
 
     module.register_forward_pre_hook(widen)
     module.register_forward_hook(narrow)

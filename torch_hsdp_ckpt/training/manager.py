@@ -25,25 +25,27 @@ State = dict[str, Any]
 
 
 class CheckpointManager:
-    """The checkpoints of one training run, ``root/step-000120`` and so on. Every method but ``steps`` is called by all ranks.
+    """The checkpoints of one training run, ``root/step-000120`` and so on. Every method but
+    ``steps`` is called by all ranks.
 
-    Args:
-        root: directory of the checkpoints, seen by all ranks; made by the first save. Other things in it are left alone.
-        save_every: :meth:`save` does something at multiples of this step number.
-        keep_last: the newest good checkpoints that stay, at least 1. Older ones are deleted after a save has committed.
-        keep_every: checkpoints at multiples of this stay for ever. None: none do.
-        sigterm_deadline: seconds from SIGTERM in which the job may still save. The next :meth:`save` but one on every rank
-            then saves whatever the step number, and :attr:`preempted` becomes true; the training loop should end. None: SIGTERM
-            is not looked at. Set on the main thread.
-        process_group: the ranks that save together; None: all.
-        asynchronous: save by ``async_save``, in the background. An older checkpoint is deleted when the new one has committed;
+    Args: root: directory of the checkpoints, seen by all ranks; made by the first save. Other
+        things in it are left alone. save_every: :meth:`save` does something at multiples of this
+        step number. keep_last: the newest good checkpoints that stay, at least 1. Older ones are
+        deleted after a save has committed. keep_every: checkpoints at multiples of this stay for
+        ever. None: none do. sigterm_deadline: seconds from SIGTERM in which the job may still save.
+        The next :meth:`save` but one on every rank
+            then saves whatever the step number, and :attr:`preempted` becomes true; the training
+            loop should end. None: SIGTERM is not looked at. Set on the main thread.
+        process_group: the ranks that save together; None: all. asynchronous: save by
+        ``async_save``, in the background. An older checkpoint is deleted when the new one has
+        committed;
             what fails is raised by the next :meth:`save` that is due, or by :meth:`close`.
-        max_staging_bytes: what ``async_save`` takes under that name, 0 or more, only with ``asynchronous``: other saves copy
+        max_staging_bytes: what ``async_save`` takes under that name, 0 or more, only with
+        ``asynchronous``: other saves copy
             nothing. None: no bound.
 
-    Without torch.distributed it serves one process. Raises ValueError for a number below its least, and for
-    ``max_staging_bytes`` without ``asynchronous``.
-    """
+    Without torch.distributed it serves one process. Raises ValueError for a number below its least,
+    and for ``max_staging_bytes`` without ``asynchronous``."""
 
     def __init__(
         self,
@@ -57,11 +59,19 @@ class CheckpointManager:
         asynchronous: bool = False,
         max_staging_bytes: int | None = None,
     ) -> None:
-        for name, value in (("save_every", save_every), ("keep_last", keep_last), ("keep_every", keep_every)):
+        for name, value in (
+            ("save_every", save_every),
+            ("keep_last", keep_last),
+            ("keep_every", keep_every),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if max_staging_bytes is not None and (max_staging_bytes < 0 or not asynchronous):
-            wrong = "bytes, 0 or more" if max_staging_bytes < 0 else "it bounds asynchronous saves: pass asynchronous=True too"
+            wrong = (
+                "bytes, 0 or more"
+                if max_staging_bytes < 0
+                else "it bounds asynchronous saves: pass asynchronous=True too"
+            )
             raise ValueError(f"max_staging_bytes={max_staging_bytes}: {wrong}")
         self.root = Path(root)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
@@ -74,26 +84,41 @@ class CheckpointManager:
         self._in_flight: AsyncSave | None = None
         self._preemption: Preemption | None = None
         if sigterm_deadline is not None:
-            self._preemption = Preemption(agreement_of(process_group, "preemption"), sigterm_deadline)
+            self._preemption = Preemption(
+                agreement_of(process_group, "preemption"), sigterm_deadline
+            )
 
     def save(self, step: int, state: State | Callable[[], State]) -> bool:
-        """Saves if it is time to; says whether it did. Call it after every step, on all ranks with the same ``step``.
+        """Saves if it is time to; says whether it did. Call it after every step, on all ranks with
+        the same ``step``.
 
-        ``state``: what ``dcp.save`` takes, its ``Stateful`` objects included, or a function that makes it, called only if there
-        is something to save. After a SIGTERM that all ranks have agreed on, saves once more if the deadline has not passed.
+        ``state``: what ``dcp.save`` takes, its ``Stateful`` objects included, or a function that
+        makes it, called only if there is something to save. After a SIGTERM that all ranks have
+        agreed on, saves once more if the deadline has not passed.
 
-        Raises what the save raises, with ``asynchronous`` what the save before has raised (after a SIGTERM when this step has
-        been saved), on every rank; the checkpoints that are there stay.
+        Raises what the save raises, with ``asynchronous`` what the save before has raised (after a
+        SIGTERM when this step has been saved), on every rank; the checkpoints that are there stay.
         """
-        remaining = None if self._preemption is None or self.preempted else self._preemption.remaining()
+        remaining = (
+            None if self._preemption is None or self.preempted else self._preemption.remaining()
+        )
         last = remaining is not None
         if last:
             self.preempted = True
-            self._say(logging.WARNING, "SIGTERM: step %d is the last to be saved, %.1f s are left", step, remaining)
+            self._say(
+                logging.WARNING,
+                "SIGTERM: step %d is the last to be saved, %.1f s are left",
+                step,
+                remaining,
+            )
         if step == self._saved or not (last or step % self.save_every == 0):
             return False
         if remaining is not None and remaining <= 0:
-            self._say(logging.ERROR, "SIGTERM: the deadline has passed before step %d could be saved; nothing is", step)
+            self._say(
+                logging.ERROR,
+                "SIGTERM: the deadline has passed before step %d could be saved; nothing is",
+                step,
+            )
             return False
         if callable(state):
             state = state()
@@ -161,33 +186,44 @@ class CheckpointManager:
 
     def _prune(self, step: int) -> None:
         try:
-            gone = checkpoints.prune(self.root, self.keep_last, self.keep_every, {step}, set(self._damaged))
+            gone = checkpoints.prune(
+                self.root, self.keep_last, self.keep_every, {step}, set(self._damaged)
+            )
         except OSError as error:
             # The save is good; what could not be deleted now is tried again after the next one.
-            _logger.warning("step %d is saved; an older checkpoint could not be deleted: %s", step, error)
+            _logger.warning(
+                "step %d is saved; an older checkpoint could not be deleted: %s", step, error
+            )
         else:
             if gone:
                 _logger.info("deleted the checkpoints of steps %s", gone)
 
     def restore_latest(self, state: State) -> int | None:
-        """Loads the newest good checkpoint into ``state``, in place, as ``dcp.load`` does; returns its step.
+        """Loads the newest good checkpoint into ``state``, in place, as ``dcp.load`` does; returns
+        its step.
 
-        None if there is no committed checkpoint. Checkpoints that did not commit, lack files or fail their checksums are
-        skipped, each with a warning that says why. A ``Stateful`` object is handed the state of a good one only; tensors may
-        hold parts of a damaged one until an older one is read over them.
+        None if there is no committed checkpoint. Checkpoints that did not commit, lack files or
+        fail their checksums are skipped, each with a warning that says why. A ``Stateful`` object
+        is handed the state of a good one only; tensors may hold parts of a damaged one until an
+        older one is read over them.
 
-        Raises:
-            CheckpointError: there are committed checkpoints and none of them is good: starting anew would be a loss unnoticed.
-            CheckpointError, OSError: ``state`` does not fit the checkpoint (a key or a shape differs), or reading failed for a
+        Raises: CheckpointError: there are committed checkpoints and none of them is good: starting
+            anew would be a loss unnoticed. CheckpointError, OSError: ``state`` does not fit the
+            checkpoint (a key or a shape differs), or reading failed for a
                 reason that is not damage. Older checkpoints are not tried then.
         """
         self._wait()
         committed, incomplete = json.loads(self._agreement.verdict("list", self._listing))
         for step in incomplete:
-            self._say(logging.WARNING, "%s: its save did not come to an end, skipped", checkpoints.path_of(self.root, step))
+            self._say(
+                logging.WARNING,
+                "%s: its save did not come to an end, skipped",
+                checkpoints.path_of(self.root, step),
+            )
         for step in reversed(committed):
             path = checkpoints.path_of(self.root, step)
-            # One rank looks at the files first, so that a checkpoint that can't be whole is not begun with.
+            # One rank looks at the files first, so that a checkpoint that can't be whole is not
+            # begun with.
             seen = self._agreement.verdict("look", functools.partial(_seen_damage, path)).decode()
             problem = seen or self._load(path, state)
             if not problem:
@@ -198,13 +234,15 @@ class CheckpointManager:
             self._damaged.add(step)
         if committed:
             raise CheckpointError(
-                f"{self.root}: none of the committed checkpoints (steps {committed}) can be read; the log says why. Delete "
+                f"{self.root}: none of the committed checkpoints (steps {committed}) can be read; "
+                "the log says why. Delete "
                 "them to start anew"
             )
         return None
 
     def _load(self, path: Path, state: State) -> str:
-        """Loads a checkpoint, or says which damage was found in it. Everything else that goes wrong is raised."""
+        """Loads a checkpoint, or says which damage was found in it. Everything else that goes wrong
+        is raised."""
         try:
             load(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
         except CorruptCheckpointError as error:
@@ -219,7 +257,8 @@ class CheckpointManager:
         return json.dumps(checkpoints.steps_in(self.root)).encode()
 
     def steps(self) -> list[int]:
-        """The steps of the committed checkpoints, ascending, as this rank sees the directory now."""
+        """The steps of the committed checkpoints, ascending, as this rank sees the directory
+        now."""
         return checkpoints.steps_in(self.root)[0]
 
     def close(self) -> None:
@@ -232,7 +271,12 @@ class CheckpointManager:
     def __enter__(self) -> "CheckpointManager":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             self.close()
         except Exception as failure:

@@ -1,4 +1,5 @@
-"""SIGTERM, the scheduler's notice: all ranks learn of it at the same step, though it reaches each at a time of its own."""
+"""SIGTERM, the scheduler's notice: all ranks learn of it at the same step, though it reaches each
+at a time of its own."""
 
 import logging
 import signal
@@ -14,18 +15,22 @@ _NEVER = 2**62
 
 
 class Preemption:
-    """Notes SIGTERM and agrees on it. ``deadline``: seconds from the signal in which the last save has to be done.
+    """Notes SIGTERM and agrees on it. ``deadline``: seconds from the signal in which the last save
+    has to be done.
 
-    The agreement costs the training loop no wait: each call of :meth:`remaining` takes the result of the small all-reduce
-    that the call before has started, and starts the next one. So all ranks see a signal at the same call, one after the first
-    rank that had it has called. A rank that calls more often than its peers waits for them.
+    The agreement costs the training loop no wait: each call of :meth:`remaining` takes the result
+    of the small all-reduce that the call before has started, and starts the next one. So all ranks
+    see a signal at the same call, one after the first rank that had it has called. A rank that
+    calls more often than its peers waits for them.
 
-    Made on the main thread (Python's rule for signal handlers); a handler that was there before is called as well.
-    """
+    Made on the main thread (Python's rule for signal handlers); a handler that was there before is
+    called as well."""
 
     def __init__(self, agreement: Agreement, deadline: float) -> None:
         if threading.current_thread() is not threading.main_thread():
-            raise ValueError("sigterm_deadline needs the main thread: Python sets signal handlers there only")
+            raise ValueError(
+                "sigterm_deadline needs the main thread: Python sets signal handlers there only"
+            )
         self._agreement = agreement
         self._deadline = deadline
         self._until: float | None = None  # on this rank's clock
@@ -39,16 +44,21 @@ class Preemption:
             self._before(number, frame)
 
     def remaining(self) -> float | None:
-        """Seconds left for the last save, the same on all ranks, once any rank's signal has been agreed on; else None.
+        """Seconds left for the last save, the same on all ranks, once any rank's signal has been
+        agreed on; else None.
 
-        Called by all ranks, in step. What is left is counted per rank and agreed as the least, so that clocks need not.
-        """
+        Called by all ranks, in step. What is left is counted per rank and agreed as the least, so
+        that clocks need not."""
         least = self._result()
-        left = _NEVER if self._until is None else max(0, int(1000 * (self._until - time.monotonic())))
+        left = (
+            _NEVER if self._until is None else max(0, int(1000 * (self._until - time.monotonic())))
+        )
         self._result = self._agreement.start_min(left)
         return None if least >= _NEVER else least / 1000
 
     def close(self) -> None:
         """Puts the older handler back, unless somebody has set another one since."""
         if signal.getsignal(signal.SIGTERM) == self._on_signal:
-            signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
+            signal.signal(
+                signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL
+            )

@@ -1,7 +1,8 @@
-"""The checkpoints of a training run: one directory a step under one root. Which count, which may go, and in what order.
+"""The checkpoints of a training run: one directory a step under one root. Which count, which may
+go, and in what order.
 
-A checkpoint counts as committed when its ``.metadata`` is there: that file is renamed into place when all data is on disk.
-"""
+A checkpoint counts as committed when its ``.metadata`` is there: that file is renamed into place
+when all data is on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def is_committed(checkpoint: Path) -> bool:
 
 
 def steps_in(root: Path) -> tuple[list[int], list[int]]:
-    """Returns the steps of the committed and of the incomplete checkpoints under ``root``, each ascending."""
+    """Returns the steps of the committed and of the incomplete checkpoints under ``root``, each
+    ascending."""
     committed: list[int] = []
     incomplete: list[int] = []
     for entry in root.iterdir() if root.is_dir() else ():
@@ -39,8 +41,8 @@ def steps_in(root: Path) -> tuple[list[int], list[int]]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What can be seen of a committed checkpoint's damage without reading its data: ``.metadata`` that does not decode, data
-    files that are missing or too short. None if nothing is wrong."""
+    """What can be seen of a committed checkpoint's damage without reading its data: ``.metadata``
+    that does not decode, data files that are missing or too short. None if nothing is wrong."""
     try:
         metadata = read_metadata(checkpoint / ".metadata")
     except (OSError, CheckpointError) as error:
@@ -59,18 +61,23 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def prune(
-    root: Path, keep: int, keep_every: int | None = None, spare: Collection[int] = (), damaged: Collection[int] = ()
+    root: Path,
+    keep: int,
+    keep_every: int | None = None,
+    spare: Collection[int] = (),
+    damaged: Collection[int] = (),
 ) -> list[int]:
     """Deletes checkpoints that are older than the newest ``keep`` good ones; returns their steps.
 
-    Good are the committed ones that are not among ``damaged`` and have none that :func:`damage` sees. Steps in ``spare`` and
-    multiples of ``keep_every`` stay. Incomplete ones stay while they are newer than the oldest kept one: a save may be on its
-    way there. Call it on one rank after a save has committed.
-    """
+    Good are the committed ones that are not among ``damaged`` and have none that :func:`damage`
+    sees. Steps in ``spare`` and multiples of ``keep_every`` stay. Incomplete ones stay while they
+    are newer than the oldest kept one: a save may be on its way there. Call it on one rank after a
+    save has committed."""
     if keep < 1:
         raise ValueError(f"at least the newest checkpoint is kept: keep={keep}")
     committed, incomplete = steps_in(root)
-    # Counted from the newest down, and only good ones: a damaged newest checkpoint must not push out the last good one.
+    # Counted from the newest down, and only good ones: a damaged newest checkpoint must not push
+    # out the last good one.
     good: list[int] = []
     for step in reversed(committed):
         if len(good) < keep and step not in damaged and damage(path_of(root, step)) is None:
@@ -79,8 +86,12 @@ def prune(
         return []
     stays = {*good, *spare, *(step for step in committed if keep_every and step % keep_every == 0)}
     if len(good) < keep:
-        stays.update(committed)  # as long as there are too few good ones, even a damaged one may be of use to somebody
-    gone = [step for step in sorted(committed + incomplete) if step < good[-1] and step not in stays]
+        stays.update(
+            committed
+        )  # as long as there are too few good ones, even a damaged one may be of use to somebody
+    gone = [
+        step for step in sorted(committed + incomplete) if step < good[-1] and step not in stays
+    ]
     for step in gone:
         remove(path_of(root, step))
     return gone
@@ -89,10 +100,10 @@ def prune(
 def remove(checkpoint: Path) -> None:
     """Deletes a checkpoint so that no crash leaves something that looks whole and is not.
 
-    ``.metadata`` goes first, and that is on disk before a data file is touched: else a power loss could bring it back without
-    the files it names. From then on the directory is plainly incomplete, which is what an interrupted delete leaves; the next
-    prune ends it. Of a link to a checkpoint only the link goes: what it leads to is not this run's.
-    """
+    ``.metadata`` goes first, and that is on disk before a data file is touched: else a power loss
+    could bring it back without the files it names. From then on the directory is plainly
+    incomplete, which is what an interrupted delete leaves; the next prune ends it. Of a link to a
+    checkpoint only the link goes: what it leads to is not this run's."""
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return

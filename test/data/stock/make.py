@@ -1,11 +1,11 @@
-"""Writes stock_<torch version>.tar.xz beside this file: checkpoints by the torch that runs it, which the tests go on to read.
+"""Writes stock_<torch version>.tar.xz beside this file: checkpoints by the torch that runs it,
+which the tests go on to read.
 
 Knows nothing of this package; run it once with each torch, in an environment of its own:
     python -m venv v && v/bin/pip install torch==2.3.1 numpy setuptools && v/bin/python make.py
 
-In each archive: ``zip`` and ``legacy`` (records in torch.save's two formats), by two ranks that shard by rows, and ``alone``,
-by one process.
-"""
+In each archive: ``zip`` and ``legacy`` (records in torch.save's two formats), by two ranks that
+shard by rows, and ``alone``, by one process."""
 
 import functools
 import io
@@ -22,7 +22,16 @@ from torch.distributed._tensor import Shard, distribute_tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.device_mesh import init_device_mesh
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+)
 
 
 def values() -> dict:
@@ -41,7 +50,9 @@ def values() -> dict:
 
 
 def ranks(rank: int, directory: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2
+    )
     mesh = init_device_mesh("cpu", (2,))
     rows = {"even": 6, "odd": 5, "one": 1}
     full = {name: torch.arange(count * 4.0).reshape(count, 4) for name, count in rows.items()}

@@ -1,5 +1,6 @@
-"""Ranks that need the same bytes read each of them once, and hand them on: through shared memory on one host, over Gloo between
-hosts. Which way, and with whom, all ranks know from one exchange of digests and host names."""
+"""Ranks that need the same bytes read each of them once, and hand them on: through shared memory on
+one host, over Gloo between hosts. Which way, and with whom, all ranks know from one exchange of
+digests and host names."""
 
 import collections
 import contextlib
@@ -29,7 +30,8 @@ _WORTHWHILE_BYTES = 1 << 20
 
 @functools.lru_cache(maxsize=1)
 def host_identity() -> bytes:
-    """Equal for processes that can share memory: host name, this boot of it, and the namespace of its process ids."""
+    """Equal for processes that can share memory: host name, this boot of it, and the namespace of
+    its process ids."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
@@ -38,22 +40,28 @@ def host_identity() -> bytes:
 
 
 _Key = tuple[str | int, ...]  # a purpose and the members
-_subgroups: "weakref.WeakKeyDictionary[Agreement, dict[_Key, Agreement]]" = weakref.WeakKeyDictionary()
+_subgroups: "weakref.WeakKeyDictionary[Agreement, dict[_Key, Agreement]]" = (
+    weakref.WeakKeyDictionary()
+)
 _tokens: "weakref.WeakKeyDictionary[Agreement, bytes]" = weakref.WeakKeyDictionary()
 _counts: "collections.Counter[tuple[bytes, _Key]]" = collections.Counter()
 
 
 def name_load(agreement: Agreement) -> None:
-    """Gives the agreement a name that none had before, for its subgroups' stores. Called by all ranks, before subgroup()."""
+    """Gives the agreement a name that none had before, for its subgroups' stores. Called by all
+    ranks, before subgroup()."""
     if agreement not in _tokens:
         _tokens[agreement] = agreement.verdict("name", lambda: os.urandom(8))
 
 
-def subgroup(agreement: Agreement, members: Sequence[int], timeout_of: Any, purpose: str = "") -> Agreement:
-    """An agreement of some of the ranks, made by these alone at its first use and kept. ``timeout_of``: the process group.
+def subgroup(
+    agreement: Agreement, members: Sequence[int], timeout_of: Any, purpose: str = ""
+) -> Agreement:
+    """An agreement of some of the ranks, made by these alone at its first use and kept.
+    ``timeout_of``: the process group.
 
-    Without a ``purpose`` all ranks together have the agreement itself; with one they have a group of their own.
-    """
+    Without a ``purpose`` all ranks together have the agreement itself; with one they have a group
+    of their own."""
     key: _Key = (purpose, *members)
     if len(members) == agreement.size and not purpose:
         return agreement
@@ -68,16 +76,20 @@ def subgroup(agreement: Agreement, members: Sequence[int], timeout_of: Any, purp
     store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
     me = members.index(agreement.rank)
     try:
-        group = dist.ProcessGroupGloo(store, me, len(members), _timeout(timeout_of or dist.group.WORLD))
+        group = dist.ProcessGroupGloo(
+            store, me, len(members), _timeout(timeout_of or dist.group.WORLD)
+        )
     except RuntimeError as error:
-        raise CheckpointError(f"load: rank {agreement.rank} waits in vain for ranks {list(members)}: {error}") from error
+        raise CheckpointError(
+            f"load: rank {agreement.rank} waits in vain for ranks {list(members)}: {error}"
+        ) from error
     kept[key] = Agreement(group, me, len(members), agreement.purpose)
     return kept[key]
 
 
 class Exchange:
-    """Runs the plans of one load in a set of ranks that have the same ones. ``peer_failed``: the error that run() raised is
-    another rank's, which knows more of it."""
+    """Runs the plans of one load in a set of ranks that have the same ones. ``peer_failed``: the
+    error that run() raised is another rank's, which knows more of it."""
 
     peer_failed = False
 
@@ -103,11 +115,12 @@ class _Shared(Exchange):
 
 
 class _Network(Exchange):
-    """Rounds of one piece a rank: while the pieces of one round are on their way, the next ones are read.
+    """Rounds of one piece a rank: while the pieces of one round are on their way, the next ones are
+    read.
 
-    Sends and receives, from and to buffers of its own: torch's all-gather by Gloo takes as much memory again, in each of its
-    threads, for the time of a round and, as the allocator has it, for longer.
-    """
+    Sends and receives, from and to buffers of its own: torch's all-gather by Gloo takes as much
+    memory again, in each of its threads, for the time of a round and, as the allocator has it, for
+    longer."""
 
     def __init__(self, group: Agreement) -> None:
         self._agreement = group
@@ -129,7 +142,9 @@ class _Network(Exchange):
                 return
             try:
                 plan.fill(shares[me][0] + round_, self._sent[round_ % 2].data_ptr())
-            except Exception as error:  # the peers' rounds go on; they learn of it when all ranks vote
+            except (
+                Exception
+            ) as error:  # the peers' rounds go on; they learn of it when all ranks vote
                 failure = error
 
         others = [(me + step) % ranks for step in range(1, ranks)]
@@ -139,7 +154,9 @@ class _Network(Exchange):
         try:
             for round_ in range(rounds):
                 group = self._group()
-                works.extend((r, group.recv([self._received[r]], r, 0)) for r in others if has(r, round_))
+                works.extend(
+                    (r, group.recv([self._received[r]], r, 0)) for r in others if has(r, round_)
+                )
                 if has(me, round_):
                     works.extend((-1, group.send([self._sent[round_ % 2]], r, 0)) for r in others)
                 fill(round_ + 1)
@@ -155,7 +172,8 @@ class _Network(Exchange):
             raise CheckpointError(f"a rank of the exchange is gone: {error}") from error
         finally:
             group = work = None
-            if works:  # they hold the connections, and this frame would hold them as long as its error is kept
+            # they hold the connections, and this frame would hold them as long as its error is kept
+            if works:
                 works.clear()
                 self.abort()
         if failure is not None:
@@ -182,15 +200,18 @@ def make_exchange(
     size: int,
     directory: str | os.PathLike[str],
 ) -> Exchange:
-    """The exchange for plans of ``size`` bytes and the digest ``digests[agreement.rank]``: with all ranks of the same digest,
-    at most ``SharedExchange.MAX_MEMBERS`` in a set.
+    """The exchange for plans of ``size`` bytes and the digest ``digests[agreement.rank]``: with all
+    ranks of the same digest, at most ``SharedExchange.MAX_MEMBERS`` in a set.
 
-    "auto": shared memory where all of a set are on one host, Gloo otherwise; none if the checkpoint lies in memory anyway.
-    Every rank of a set comes to the same answer.
-    """
+    "auto": shared memory where all of a set are on one host, Gloo otherwise; none if the checkpoint
+    lies in memory anyway. Every rank of a set comes to the same answer."""
     me = agreement.rank
     members = [rank for rank, digest in enumerate(digests) if digest == digests[me]]
-    if mode == "off" or size < _WORTHWHILE_BYTES or (mode == "auto" and _C.is_in_memory(os.fspath(directory))):
+    if (
+        mode == "off"
+        or size < _WORTHWHILE_BYTES
+        or (mode == "auto" and _C.is_in_memory(os.fspath(directory)))
+    ):
         return Exchange()
     if mode == "shared":
         members = [rank for rank in members if hosts[rank] == hosts[me]]
@@ -205,7 +226,10 @@ def make_exchange(
         if shared is not None:
             return shared
         if mode == "shared":
-            raise CheckpointError("exchange='shared': the ranks of this host can't share memory; use 'network' or 'off'")
+            raise CheckpointError(
+                "exchange='shared': the ranks of this host can't share memory; use 'network' or "
+                "'off'"
+            )
         _logger.warning("ranks %s can't share memory; they exchange over Gloo", members)
     # Not the group that votes and hands out metadata: after an error it is closed.
     return _Network(subgroup(agreement, members, process_group, "data"))

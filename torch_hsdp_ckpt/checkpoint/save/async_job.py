@@ -25,24 +25,26 @@ from .save import Save, pickled
 _logger = logging.getLogger(__name__)
 SnapshotMode = Literal["lazy", "copy", "verify"]
 
-# What can't be copied late is copied whole if it is no more than this, so that the call need not ask the peers which part of
-# it is this rank's.
+# What can't be copied late is copied whole if it is no more than this, so that the call need not
+# ask the peers which part of it is this rank's.
 _COPIED_WHOLE = 1 << 20
 _GIVEN_UP = 'given up for a later one with in_flight="replace"'
 
 
 class AsyncSave(Future[Any]):
-    """What :func:`async_save` returns: a future of the ``Metadata`` that ``save`` would have returned, or of its exception.
+    """What :func:`async_save` returns: a future of the ``Metadata`` that ``save`` would have
+    returned, or of its exception.
 
-    ``staging_completion`` and ``upload_completion`` are DCP's pair: when the first is done, anybody may change the state; the
-    second is this future. ``staged_bytes``: what this rank copied, when staging is done; ``step_wait_seconds``: what
-    ``optimizer.step()`` and the like waited for it.
+    ``staging_completion`` and ``upload_completion`` are DCP's pair: when the first is done, anybody
+    may change the state; the second is this future. ``staged_bytes``: what this rank copied, when
+    staging is done; ``step_wait_seconds``: what ``optimizer.step()`` and the like waited for it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.staging_completion: Future[None] = Future()
-        self.staging_completion.set_running_or_notify_cancel()  # nobody can cancel what the save is written from
+        # nobody can cancel what the save is written from
+        self.staging_completion.set_running_or_notify_cancel()
         self.staged_bytes = 0
         self.step_wait_seconds = 0.0
 
@@ -55,7 +57,8 @@ class AsyncSave(Future[Any]):
 
 
 class Job:
-    """See the module. :meth:`start` is the call; everything after it happens on threads of the job."""
+    """See the module. :meth:`start` is the call; everything after it happens on threads of the
+    job."""
 
     def __init__(
         self,
@@ -70,20 +73,31 @@ class Job:
         self.future = AsyncSave()
         self.future.set_running_or_notify_cancel()
         self.started = False  # whether the future will be done
-        self._writer, self._planner, self._agreement, self._global_ranks = writer, planner, agreement, global_ranks
+        self._writer, self._planner, self._agreement, self._global_ranks = (
+            writer,
+            planner,
+            agreement,
+            global_ranks,
+        )
         self._mode, self._pool, self._limit = mode, pool, limit
-        self._error: BaseException | None = None  # of this rank; travels with the next thing that the ranks tell each other
+        self._error: BaseException | None = (
+            None  # of this rank; travels with the next thing that the ranks tell each other
+        )
         self._given_up: CheckpointError | None = None
-        # Held while the thread is started: one that runs Python code meanwhile keeps the call waiting for the interpreter's
-        # lock, 5 ms each time.
+        # Held while the thread is started: one that runs Python code meanwhile keeps the call
+        # waiting for the interpreter's lock, 5 ms each time.
         self._call = threading.Lock()
         self._running = False
-        # The thread's too: a new one's is 0, where each rank would take some hundred MiB beside the rank that trains there.
+        # The thread's too: a new one's is 0, where each rank would take some hundred MiB beside the
+        # rank that trains there.
         on_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._device = torch.cuda.current_device() if on_device else None
         self._opened = self._staged = False
-        self._call_waits = False  # for the gate: what must be copied before the call returns has no place in memory
-        self._captured: Captured | None = None  # where nothing but the ranks' agreement is needed to plan
+        # for the gate: what must be copied before the call returns has no place in memory
+        self._call_waits = False
+        self._captured: Captured | None = (
+            None  # where nothing but the ranks' agreement is needed to plan
+        )
         self._snapshot: Snapshot | None = None
         self._device_copy: DeviceCopy | None = None
         self._copy: _C.StagingCopy | None = None
@@ -93,7 +107,9 @@ class Job:
         self._records: list[StagedRecord | torch.Tensor] = []
         self._objects: Objects = []
         self._image: Image | None = None
-        self._in_place = 0  # records, the first ones, that have no place in it: they are written from the tensors themselves
+        # records, the first ones, that have no place in it: they are written from the tensors
+        # themselves
+        self._in_place = 0
 
     # -- the call
 
@@ -107,12 +123,16 @@ class Job:
                 self._open_gate()
                 if self._opened:
                     self._save.abandon()
-        # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is finished.
+        # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is
+        # finished.
         try:
             with self._call:
-                threading.Thread(target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False).start()
+                threading.Thread(
+                    target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False
+                ).start()
         except BaseException as error:
-            # No thread is to be had, or Ctrl-C came before it ran: then here and now, since the peers wait for this rank.
+            # No thread is to be had, or Ctrl-C came before it ran: then here and now, since the
+            # peers wait for this rank.
             self._run()
             if not isinstance(error, RuntimeError):
                 raise
@@ -120,26 +140,37 @@ class Job:
             try:
                 self.future.staging_completion.result()
             except BaseException:
-                self._given_up = CheckpointError(f"{self._writer.path}: interrupted while its state was being copied")
+                self._given_up = CheckpointError(
+                    f"{self._writer.path}: interrupted while its state was being copied"
+                )
                 raise
         if interrupt is not None:
             raise interrupt
 
     def _prepare(self, state_dict: dict[str, Any]) -> BaseException | None:
-        """All that the call does itself. Returns Ctrl-C, for the caller; the peers, and the next call, are told of it."""
+        """All that the call does itself. Returns Ctrl-C, for the caller; the peers, and the next
+        call, are told of it."""
         agreement = self._agreement
         try:
             state_dict, failure = values_of(state_dict)
             if failure is not None:
                 raise failure
             if self._mode != "copy":
-                captured = Captured(state_dict, self._planner, agreement.rank, self._global_ranks, agreement.is_coordinator)
+                captured = Captured(
+                    state_dict,
+                    self._planner,
+                    agreement.rank,
+                    self._global_ranks,
+                    agreement.is_coordinator,
+                )
                 if captured.structure is not None:
                     self._captured = captured
                     self._split(captured)
         except BaseException as error:
             self._error = error
-        self._save = Save(state_dict, self._writer, self._planner, agreement, self._global_ranks, self._captured)
+        self._save = Save(
+            state_dict, self._writer, self._planner, agreement, self._global_ranks, self._captured
+        )
         if self._error is None:
             # Much to copy: agreed with the ranks first, so that it is 1/R of it.
             if self._captured is None or self._eager_bytes > _COPIED_WHOLE:
@@ -156,7 +187,9 @@ class Job:
         if self._error is None or isinstance(self._error, Exception):
             return None
         interrupt = self._error
-        self._error = CheckpointError(f"{self._writer.path}: the call was interrupted ({type(interrupt).__name__})")
+        self._error = CheckpointError(
+            f"{self._writer.path}: the call was interrupted ({type(interrupt).__name__})"
+        )
         return interrupt
 
     def _split(self, captured: Captured) -> None:
@@ -181,7 +214,9 @@ class Job:
                 self._open_gate()
             return
         # Before the device's copies are made, which read what is frozen too.
-        captured.freeze_tensors([i for i in self._eager if not (self._opened and captured.live.address(i))])
+        captured.freeze_tensors(
+            [i for i in self._eager if not (self._opened and captured.live.address(i))]
+        )
         if not self._opened:
             self._eager.clear()
         assert captured.structure is not None
@@ -191,7 +226,9 @@ class Job:
         if self._eager:
             self._make_image(captured)
             eager = set(self._eager)
-            self._call_waits = any(part.tensor in eager for part in captured.structure.parts[: self._in_place])
+            self._call_waits = any(
+                part.tensor in eager for part in captured.structure.parts[: self._in_place]
+            )
             copy, sources, targets = self._copies(captured, now=True)
             copy.finish()
             self._summed.append(copy)
@@ -202,7 +239,8 @@ class Job:
                 self._device_copy = DeviceCopy(devices)
 
     def _make_image(self, captured: Captured) -> None:
-        """Places for what this rank will write, in the memory that is kept for it; from the end, if it may not hold all."""
+        """Places for what this rank will write, in the memory that is kept for it; from the end, if
+        it may not hold all."""
         assert captured.structure is not None
         parts, static, live = captured.structure.parts, captured.structure.static, captured.live
         if self._agreement.is_coordinator:
@@ -223,20 +261,34 @@ class Job:
             self._records.append(StagedRecord(part.kind, part.shape, address, part.size))
         self.future.staged_bytes = sum(part.size for part in parts[self._in_place :])
 
-    def _copies(self, captured: Captured, now: bool) -> tuple[_C.StagingCopy, list[torch.Tensor], list[torch.Tensor]]:
-        """The copying of what the call copies, or of the rest: what the CPU does, and what devices do, from where to where."""
+    def _copies(
+        self, captured: Captured, now: bool
+    ) -> tuple[_C.StagingCopy, list[torch.Tensor], list[torch.Tensor]]:
+        """The copying of what the call copies, or of the rest: what the CPU does, and what devices
+        do, from where to where."""
         assert captured.structure is not None
         structure, live = captured.structure, captured.live
         sources: list[torch.Tensor] = []
         targets: list[torch.Tensor] = []
         assert self._image is not None
-        image, eager, places = self._image, set(self._eager), self._image.layout.payloads[len(self._objects) :]
+        image, eager, places = (
+            self._image,
+            set(self._eager),
+            self._image.layout.payloads[len(self._objects) :],
+        )
         for i, part in enumerate(structure.parts if structure.devices else ()):
             local = local_of(live.tensor(part.tensor))
-            if local.is_cuda and i >= self._in_place and part.size and (part.tensor in eager) == now:
+            if (
+                local.is_cuda
+                and i >= self._in_place
+                and part.size
+                and (part.tensor in eager) == now
+            ):
                 sources.append(_slice(local, part))
                 targets.append(image.view(len(self._objects) + i, sources[-1]))
-        copy = live.copies(structure.copied, self._in_place, image.base, places, self._eager, not now)
+        copy = live.copies(
+            structure.copied, self._in_place, image.base, places, self._eager, not now
+        )
         return copy, sources, targets
 
     # -- the threads
@@ -250,8 +302,8 @@ class Job:
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)
-            # Before the CPU copies anything: a peer on this host that is still in its call loses no time to it. Devices copy
-            # meanwhile.
+            # Before the CPU copies anything: a peer on this host that is still in its call loses no
+            # time to it. Devices copy meanwhile.
             self._prepare_copies()
             if not self._opened:
                 self._save.failed_before = self._error or self._given_up
@@ -272,7 +324,9 @@ class Job:
             self._open_gate()
             try:
                 self._save.abandon()
-                _logger.warning("an asynchronous save failed; older checkpoints are as they were: %s", failure)
+                _logger.warning(
+                    "an asynchronous save failed; older checkpoints are as they were: %s", failure
+                )
             finally:
                 self.future.set_exception(failure)
         else:
@@ -297,12 +351,16 @@ class Job:
     def _begin_copy(self) -> None:
         assert self._copy is not None
         if self._snapshot is not None:
-            self._snapshot.begin(self._copy, self._device_copy, self._mode == "lazy" and self._in_place == 0)
+            self._snapshot.begin(
+                self._copy, self._device_copy, self._mode == "lazy" and self._in_place == 0
+            )
         # Beside this one, which may have to write some in its place first.
         threading.Thread(target=self._copy.run, name="torch_hsdp_ckpt_copy").start()
 
     def _stage(self) -> None:
-        verify = self._mode == "verify" and self._snapshot is not None  # else there is no gate, and nothing is read again
+        verify = (
+            self._mode == "verify" and self._snapshot is not None
+        )  # else there is no gate, and nothing is read again
         if self._save.agreed:
             assert self._image is not None
             if self._in_place and self._device_copy is not None:
@@ -314,13 +372,17 @@ class Job:
                 self._device_copy.wait_ready()
                 self._device_copy.synchronize()  # its memory is used again
             self._copy = self._device_copy = self._image = None
-            self.future.staged_bytes = self._save.stage(self._pool, self._limit, verify).copied_bytes
+            self.future.staged_bytes = self._save.stage(
+                self._pool, self._limit, verify
+            ).copied_bytes
 
     def _finish_copy(self) -> None:
         """What was to be read in its place has been; waits for the copies, and opens the gate."""
         if not self.future.staging_completion.done():
             if self._snapshot is not None:
-                self._snapshot.settle(self._mode == "verify" and self._copy is not None, self._save.check_sources)
+                self._snapshot.settle(
+                    self._mode == "verify" and self._copy is not None, self._save.check_sources
+                )
             elif self._copy is not None:
                 self._copy.finish()
             if self._device_copy is not None:
@@ -350,13 +412,16 @@ class Job:
     # -- a later save
 
     def give_up(self) -> None:
-        """Ends the save, on all ranks, unless all of them have voted for it by now. Returns when its outcome is known."""
+        """Ends the save, on all ranks, unless all of them have voted for it by now. Returns when
+        its outcome is known."""
         self._given_up = CheckpointError(f"{self._writer.path}: {_GIVEN_UP}")
         self.future.exception()
 
     def was_given_up(self, error: BaseException) -> bool:
         # Not where a rank failed for another reason besides.
-        return type(error) is CheckpointError and str(error).count(_GIVEN_UP) >= str(error).count("rank ")
+        return type(error) is CheckpointError and str(error).count(_GIVEN_UP) >= str(error).count(
+            "rank "
+        )
 
     def _check_given_up(self) -> None:
         if self._given_up is not None:

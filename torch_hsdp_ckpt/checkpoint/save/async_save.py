@@ -1,4 +1,5 @@
-"""``async_save``: planned at the call, copied behind a gate, written and committed in the background."""
+"""``async_save``: planned at the call, copied behind a gate, written and committed in the
+background."""
 
 import functools
 import os
@@ -31,7 +32,9 @@ class _InFlight:
     """The process's save in flight, and the memory that it writes from."""
 
     def __init__(self) -> None:
-        self.call = threading.RLock()  # a call of another thread would take the memory of a save that has yet to be in flight
+        self.call = (
+            threading.RLock()
+        )  # a call of another thread would take the memory of a save that has yet to be in flight
         self.calling = False
         self.pool = StagingPool()
         self.job: Job | None = None
@@ -49,12 +52,14 @@ class _InFlight:
                 self._forget(before)
 
     def _forget(self, job: Job) -> None:
-        # Not after Ctrl-C in the wait: the job goes on, and the memory that it writes from is its own until it is done.
+        # Not after Ctrl-C in the wait: the job goes on, and the memory that it writes from is its
+        # own until it is done.
         if self.job is job and job.future.done():
             self.job = None
 
     def replace(self) -> None:
-        """Ends the save before, unless it is committed already; raises its exception if it failed for another reason."""
+        """Ends the save before, unless it is committed already; raises its exception if it failed
+        for another reason."""
         if (before := self.job) is not None:
             try:
                 before.give_up()
@@ -78,7 +83,8 @@ def collect(future: AsyncSave) -> None:
 
 
 def _forget_in_child() -> None:
-    # A forked data loader has no thread of ours: what the parent waits for would never be done here.
+    # A forked data loader has no thread of ours: what the parent waits for would never be done
+    # here.
     global _in_flight
     _in_flight = _InFlight()
     gate.forget_in_child()
@@ -93,7 +99,10 @@ def _one_at_a_time(call: Callable[_P, _T]) -> Callable[_P, _T]:
         in_flight = _in_flight
         with in_flight.call:
             if in_flight.calling:
-                raise NestedCallError("async_save: called within a call of its own, by a signal handler or a Stateful object")
+                raise NestedCallError(
+                    "async_save: called within a call of its own, by a signal handler or a "
+                    "Stateful object"
+                )
             in_flight.calling = True
             try:
                 return call(*args, **kwargs)
@@ -119,33 +128,38 @@ def async_save(
     in_flight: InFlight = "wait",
     max_staging_bytes: int | None = None,
 ) -> Any:
-    """Saves the state at the call while training goes on; ``torch.distributed.checkpoint.async_save``'s arguments and more.
+    """Saves the state at the call while training goes on;
+    ``torch.distributed.checkpoint.async_save``'s arguments and more.
 
-    Called by all ranks of ``process_group``, whose backend may be any, on any thread: several take turns. The checkpoint
-    is the state at the call, bit for bit. Each rank copies what it will write, 1/R of its shard, into host memory that is kept
-    for the next save. The parameters of this package's wrapped modules and the states of optimizers that have made a step are
-    copied while training goes on, and the next ``optimizer.step()`` (as our own loading and ``summon_full_params``) waits for
-    what is not copied yet; on CUDA its stream does. Everything else is copied before the call returns. A thread then writes,
-    votes and commits, over a Gloo group of its own, exactly as :func:`save` does. Returns an :class:`AsyncSave`.
+    Called by all ranks of ``process_group``, whose backend may be any, on any thread: several take
+    turns. The checkpoint is the state at the call, bit for bit. Each rank copies what it will
+    write, 1/R of its shard, into host memory that is kept for the next save. The parameters of this
+    package's wrapped modules and the states of optimizers that have made a step are copied while
+    training goes on, and the next ``optimizer.step()`` (as our own loading and
+    ``summon_full_params``) waits for what is not copied yet; on CUDA its stream does. Everything
+    else is copied before the call returns. A thread then writes, votes and commits, over a Gloo
+    group of its own, exactly as :func:`save` does. Returns an :class:`AsyncSave`.
 
-    ``async_stager``, process mode, and whatever :func:`save` leaves to DCP go to torch's own ``async_save``; the log says so.
+    ``async_stager``, process mode, and whatever :func:`save` leaves to DCP go to torch's own
+    ``async_save``; the log says so.
 
-    Args:
-        snapshot: "lazy", as above. "copy": everything is copied before the call returns. "verify": lazy, and before the gate
-            opens everything is read again, and a difference fails the save.
-        in_flight: what to do if the save before is still in flight, the same on all ranks. "wait" for it; "raise"
-            CheckpointError on all ranks if it is so on any; "replace" it: it is given up, unless all have voted for it by then.
-        max_staging_bytes: host memory (pinned for tensors on CUDA devices) that the copies may take on this rank. Not counted
-            are up to 64 MiB of the writer's own, and copies of tensors that do not lie contiguous. Tensors that do not fit are
-            written first, from where they are: the next step waits for that, or this call where nothing guards them. None:
-            all of 1/R of the shard is copied.
+    Args: snapshot: "lazy", as above. "copy": everything is copied before the call returns.
+        "verify": lazy, and before the gate
+            opens everything is read again, and a difference fails the save. in_flight: what to do
+        if the save before is still in flight, the same on all ranks. "wait" for it; "raise"
+            CheckpointError on all ranks if it is so on any; "replace" it: it is given up, unless
+        all have voted for it by then. max_staging_bytes: host memory (pinned for tensors on CUDA
+        devices) that the copies may take on this rank. Not counted
+            are up to 64 MiB of the writer's own, and copies of tensors that do not lie contiguous.
+            Tensors that do not fit are written first, from where they are: the next step waits for
+            that, or this call where nothing guards them. None: all of 1/R of the shard is copied.
 
-    Raises:
-        CheckpointError, OSError: on every rank: the save before has failed (once; the next call saves again); there is too much
-            to copy before the call returns for planning alone, and planning with the ranks failed. What fails later is on the
-            future.
-        ValueError: ``snapshot`` or ``in_flight`` is none of the above; ``max_staging_bytes`` is negative, or set where torch's
-            own code saves, which has no such bound.
+    Raises: CheckpointError, OSError: on every rank: the save before has failed (once; the next call
+        saves again); there is too much
+            to copy before the call returns for planning alone, and planning with the ranks failed.
+            What fails later is on the future.
+        ValueError: ``snapshot`` or ``in_flight`` is none of the above; ``max_staging_bytes`` is
+            negative, or set where torch's own code saves, which has no such bound.
         RuntimeError: called within a call of its own, by a signal handler or a ``Stateful`` object.
     """
     if snapshot not in ("lazy", "copy", "verify"):
@@ -160,11 +174,16 @@ def async_save(
     elif async_checkpointer_type != AsyncCheckpointerType.THREAD:
         reason = f"async_checkpointer_type is {async_checkpointer_type}"
     if max_staging_bytes is not None and reason:
-        raise ValueError(f"max_staging_bytes is set, and torch's own code makes this save, without such a bound: {reason}")
+        raise ValueError(
+            "max_staging_bytes is set, and torch's own code makes this save, without such a "
+            f"bound: {reason}"
+        )
     if in_flight == "raise":
         asked = agreement_of(process_group, "async_save in flight", no_dist)
         if b"y" in asked.exchange("in flight", b"y" if _in_flight.running else b"n"):
-            raise CheckpointError('the asynchronous save before is still in flight, and in_flight="raise"')
+            raise CheckpointError(
+                'the asynchronous save before is still in flight, and in_flight="raise"'
+            )
     if in_flight == "replace":
         _in_flight.replace()
     _in_flight.finish(_in_flight.job)
@@ -187,7 +206,15 @@ def async_save(
         writer.reset(checkpoint_id)
     agreement = agreement_of(process_group, "async_save", no_dist)
     planner = planner if isinstance(planner, DefaultSavePlanner) else DefaultSavePlanner()
-    job = Job(writer, planner, agreement, _global_ranks(process_group, no_dist), snapshot, _in_flight.pool, max_staging_bytes)
+    job = Job(
+        writer,
+        planner,
+        agreement,
+        _global_ranks(process_group, no_dist),
+        snapshot,
+        _in_flight.pool,
+        max_staging_bytes,
+    )
     try:
         job.start(state_dict)
     finally:

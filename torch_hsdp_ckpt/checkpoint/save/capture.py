@@ -1,8 +1,9 @@
-"""What ``async_save`` looks at before it returns: which tensors there are, what this rank writes of them, which can wait.
+"""What ``async_save`` looks at before it returns: which tensors there are, what this rank writes of
+them, which can wait.
 
-Planning costs tens of microseconds a tensor, and a training job saves the same structure again and again: what follows from it
-is kept, and found again by the fingerprint of ``_C.LiveState``, which looks at everything in one pass.
-"""
+Planning costs tens of microseconds a tensor, and a training job saves the same structure again and
+again: what follows from it is kept, and found again by the fingerprint of ``_C.LiveState``, which
+looks at everything in one pass."""
 
 import dataclasses
 import io
@@ -21,7 +22,9 @@ from ...common.tensors import RECORD_DTYPES, local_of
 from .plan import LocalState, StaticPlan, make_static_plan
 
 _KEPT = 4  # structures; a job has one or two
-_PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.Size, torch.device))
+_PLAIN = frozenset(
+    (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.Size, torch.device)
+)
 
 
 class Pickled(NamedTuple):
@@ -34,11 +37,16 @@ class FrozenPlanner(DefaultSavePlanner):
     """DCP's planner, for a state dict whose objects are :class:`Pickled` where they may change."""
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        return io.BytesIO(object.data) if isinstance(object, Pickled) else super().transform_object(write_item, object)
+        return (
+            io.BytesIO(object.data)
+            if isinstance(object, Pickled)
+            else super().transform_object(write_item, object)
+        )
 
 
 class Part(NamedTuple):
-    """A record of this rank: bytes [first, first + size) of a tensor's, contiguous in its local memory."""
+    """A record of this rank: bytes [first, first + size) of a tensor's, contiguous in its local
+    memory."""
 
     tensor: int  # among the tensors of the state
     first: int
@@ -53,7 +61,10 @@ class Structure:
 
     fingerprint: bytes
     key: Any
-    kept: list[Any]  # types and specs, so that their addresses, which are in the fingerprint, mean the same objects
+    kept: list[
+        Any
+        # types and specs, so that their addresses, which are in the fingerprint, mean the same objects
+    ]
     names: list[str]
     paths: dict[str, Any]
     places: list[int]  # of the tensors among the values
@@ -72,7 +83,12 @@ class Captured:
     """A rank's state dict, flat. ``structure`` is None where DCP has to plan a part of it."""
 
     def __init__(
-        self, state_dict: dict[str, Any], planner: DefaultSavePlanner, rank: int, group_ranks: Sequence[int], coordinator: bool
+        self,
+        state_dict: dict[str, Any],
+        planner: DefaultSavePlanner,
+        rank: int,
+        group_ranks: Sequence[int],
+        coordinator: bool,
     ) -> None:
         self.planner = FrozenPlanner(planner.flatten_state_dict, planner.flatten_sharded_tensors)
         self.live = _C.LiveState(state_dict)
@@ -90,9 +106,13 @@ class Captured:
             self.planner.set_up_planner(state_dict, is_coordinator=coordinator)
             local = LocalState(self.planner)
             walked = list(self.planner.state_dict.values())
-            same = len(walked) == len(self._values) and all(a is b for a, b in zip(walked, self._values, strict=True))
+            same = len(walked) == len(self._values) and all(
+                a is b for a, b in zip(walked, self._values, strict=True)
+            )
             if planner.flatten_state_dict and same and not local.rest:
-                self.structure = _structure_of(local, self.live, key, rank, group_ranks, coordinator)
+                self.structure = _structure_of(
+                    local, self.live, key, rank, group_ranks, coordinator
+                )
                 _structures.insert(0, self.structure)
                 del _structures[_KEPT:]
 
@@ -108,14 +128,21 @@ class Captured:
         for i in which:
             tensor = self.live.tensor(i)
             with torch.no_grad():
-                copy = local_of(tensor).detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+                copy = (
+                    local_of(tensor)
+                    .detach()
+                    .resolve_conj()
+                    .resolve_neg()
+                    .clone(memory_format=torch.contiguous_format)
+                )
             if isinstance(tensor, DTensor):
                 copy = DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
             self.live.replace(i, copy)
             self._values[self.structure.places[i]] = copy
 
     def hand_to_planner(self) -> None:
-        """The planner's state dict by name, with what is frozen. Not in the call: 4,000 values take half a millisecond."""
+        """The planner's state dict by name, with what is frozen. Not in the call: 4,000 values take
+        half a millisecond."""
         assert self.structure is not None
         self.planner.state_dict = dict(zip(self.structure.names, self._values, strict=True))
 
@@ -130,7 +157,12 @@ class Captured:
 
 
 def _structure_of(
-    local: LocalState, live: _C.LiveState, key: Any, rank: int, group_ranks: Sequence[int], coordinator: bool
+    local: LocalState,
+    live: _C.LiveState,
+    key: Any,
+    rank: int,
+    group_ranks: Sequence[int],
+    coordinator: bool,
 ) -> Structure:
     static = make_static_plan(local, rank, group_ranks, True, True, coordinator)
     state, places = local.state, live.places
@@ -140,11 +172,15 @@ def _structure_of(
     for index, offsets, sizes in static.pieces:
         whole = static.locals[index]
         first = 0
-        for offset, start, extent in zip(offsets, static.shard_start(index), whole.shape, strict=True):
+        for offset, start, extent in zip(
+            offsets, static.shard_start(index), whole.shape, strict=True
+        ):
             first = first * extent + offset - start
         size = math.prod(sizes) * whole.itemsize
         kind = RECORD_DTYPES[whole.dtype]
-        parts.append(Part(number[static.names[index]], first * whole.itemsize, size, kind, tuple(sizes)))
+        parts.append(
+            Part(number[static.names[index]], first * whole.itemsize, size, kind, tuple(sizes))
+        )
     static.locals = []
     assert local.paths is not None
     return Structure(
@@ -154,8 +190,16 @@ def _structure_of(
         names=names,
         paths=dict(local.paths),
         places=places,
-        objects=[i for i, (name, value) in enumerate(state.items()) if name in objects and type(value) not in _PLAIN],
-        devices={tensor.device for tensor in state.values() if isinstance(tensor, Tensor) and tensor.is_cuda},
+        objects=[
+            i
+            for i, (name, value) in enumerate(state.items())
+            if name in objects and type(value) not in _PLAIN
+        ],
+        devices={
+            tensor.device
+            for tensor in state.values()
+            if isinstance(tensor, Tensor) and tensor.is_cuda
+        },
         digests=local.digests(),
         static=static,
         parts=parts,
@@ -173,7 +217,8 @@ def _frozen(value: Any) -> Any:
 
 
 def _plain_copy(value: Any) -> Any:
-    """Lists, tuples and dicts of values that can't change, copied; NotImplemented if there is anything else in them."""
+    """Lists, tuples and dicts of values that can't change, copied; NotImplemented if there is
+    anything else in them."""
     kind = type(value)
     if kind in _PLAIN:
         return value
@@ -184,5 +229,9 @@ def _plain_copy(value: Any) -> Any:
         return NotImplemented if any(item is NotImplemented for item in items) else kind(items)
     if kind is dict:
         keys, items = [_plain_copy(k) for k in value], [_plain_copy(v) for v in value.values()]
-        return NotImplemented if any(i is NotImplemented for i in (*keys, *items)) else dict(zip(keys, items, strict=True))
+        return (
+            NotImplemented
+            if any(i is NotImplemented for i in (*keys, *items))
+            else dict(zip(keys, items, strict=True))
+        )
     return NotImplemented

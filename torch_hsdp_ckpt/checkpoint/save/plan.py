@@ -1,8 +1,8 @@
 """What each rank writes in a save, from the shapes, meshes and placements of its own state dict.
 
-Ranks compare two digests: of the DTensors' specs, and of the keys, types and shapes of all the rest. Where they are equal
-nobody has to be told anything; ``csrc/checkpoint/save_plan`` then has every rank's records and all their places.
-"""
+Ranks compare two digests: of the DTensors' specs, and of the keys, types and shapes of all the
+rest. Where they are equal nobody has to be told anything; ``csrc/checkpoint/save_plan`` then has
+every rank's records and all their places."""
 
 import dataclasses
 import hashlib
@@ -37,20 +37,24 @@ Piece = tuple[int, list[int], list[int]]  # tensor, offsets in the whole tensor,
 class LocalState:
     """A rank's flattened state dict, sorted by who can plan it.
 
-    All are names. ``dtensors`` and ``tensors``: what the static plan takes; each plain tensor is written by one rank, whole.
-    ``objects``: everything that is pickled. ``rest``: what only DCP's planning knows how to divide: ShardedTensors, tensor
-    subclasses, placements other than Shard and Replicate, a dimension cut twice.
-    """
+    All are names. ``dtensors`` and ``tensors``: what the static plan takes; each plain tensor is
+    written by one rank, whole. ``objects``: everything that is pickled. ``rest``: what only DCP's
+    planning knows how to divide: ShardedTensors, tensor subclasses, placements other than Shard and
+    Replicate, a dimension cut twice."""
 
     def __init__(self, planner: DefaultSavePlanner, sort: bool = True) -> None:
         self.state: Mapping[str, Any] = planner.state_dict
-        self.paths: Mapping[str, Any] | None = planner.mappings if planner.flatten_state_dict else None
+        self.paths: Mapping[str, Any] | None = (
+            planner.mappings if planner.flatten_state_dict else None
+        )
         self.dtensors: list[str] = []
         self.tensors: list[str] = []
         self.objects: list[str] = []
         self.rest: list[str] = []
         self._mesh_keys: dict[int, tuple[Any, ...]] = {}
-        self.shardings: dict[tuple[int, tuple[Placement, ...]], tuple[DeviceMesh, tuple[int, ...] | None]] = {}
+        self.shardings: dict[
+            tuple[int, tuple[Placement, ...]], tuple[DeviceMesh, tuple[int, ...] | None]
+        ] = {}
         self._sorted = False
         if sort:
             self.sort()
@@ -68,7 +72,11 @@ class LocalState:
         except UnicodeEncodeError:
             raise CheckpointError(f"{name!r}: a name that has no UTF-8 can't be saved") from None
         if isinstance(value, DTensor):
-            if type(value) is DTensor and self.sharding_of(value)[1] is not None and is_plain(value._local_tensor):
+            if (
+                type(value) is DTensor
+                and self.sharding_of(value)[1] is not None
+                and is_plain(value._local_tensor)
+            ):
                 self.dtensors.append(name)
             else:
                 self.rest.append(name)
@@ -85,7 +93,8 @@ class LocalState:
             self.objects.append(name)
 
     def sharding_of(self, tensor: DTensor) -> tuple[DeviceMesh, tuple[int, ...] | None]:
-        """The mesh and, for each of its dimensions, the tensor dimension that it cuts, or -1; None if that is not all."""
+        """The mesh and, for each of its dimensions, the tensor dimension that it cuts, or -1; None
+        if that is not all."""
         spec = tensor._spec
         key = (id(spec.mesh), spec.placements)
         if (known := self.shardings.get(key)) is None:
@@ -100,7 +109,8 @@ class LocalState:
         return known
 
     def digests(self) -> bytes:
-        """Two digests: equal on two ranks if they hold the same DTensors, and if they hold the same other values."""
+        """Two digests: equal on two ranks if they hold the same DTensors, and if they hold the same
+        other values."""
         return _digest(self._dtensor_keys()) + _digest(self._other_keys())
 
     def _dtensor_keys(self) -> Iterator[tuple[Any, ...]]:
@@ -134,7 +144,8 @@ class LocalState:
         self.state, self.paths, self.dtensors, self.tensors, self.shardings = {}, None, [], [], {}
 
     def items_of(self, names: Iterable[str]) -> list[WriteItem]:
-        """What DCP's planner would have this rank write, before ranks that hold the same are told apart."""
+        """What DCP's planner would have this rank write, before ranks that hold the same are told
+        apart."""
         items: list[WriteItem] = []
         for name in names:
             value = self.state[name]
@@ -153,7 +164,8 @@ def _digest(values: Iterable[Any]) -> bytes:
 
 @dataclasses.dataclass
 class StaticPlan:
-    """The part of a save that needs no talk. ``plan`` knows all ranks' records, ``pieces`` are this rank's."""
+    """The part of a save that needs no talk. ``plan`` knows all ranks' records, ``pieces`` are this
+    rank's."""
 
     plan: _C.SavePlan
     pieces: _C.PieceList
@@ -172,19 +184,26 @@ class StaticPlan:
         tensor = self.locals[index].detach()
         if list(tensor.shape) == list(sizes):
             return tensor
-        for dim, (offset, size, start) in enumerate(zip(offsets, sizes, self.shard_start(index), strict=True)):
+        for dim, (offset, size, start) in enumerate(
+            zip(offsets, sizes, self.shard_start(index), strict=True)
+        ):
             tensor = tensor.narrow(dim, offset - start, size)
         return tensor
 
 
 def make_static_plan(
-    state: LocalState, rank: int, group_ranks: Sequence[int], dtensors: bool, others: bool, coordinator: bool
+    state: LocalState,
+    rank: int,
+    group_ranks: Sequence[int],
+    dtensors: bool,
+    others: bool,
+    coordinator: bool,
 ) -> StaticPlan:
     """Plans the DTensors and the other values, each if its digests agree.
 
-    ``group_ranks``: the saving process group's ranks, as global ones. Raises CheckpointError, naming the tensor, for a shard
-    that no rank of the group holds and for a local shard of another shape than mesh and placements give it.
-    """
+    ``group_ranks``: the saving process group's ranks, as global ones. Raises CheckpointError,
+    naming the tensor, for a shard that no rank of the group holds and for a local shard of another
+    shape than mesh and placements give it."""
     rank_in_group = {global_rank: i for i, global_rank in enumerate(group_ranks)}
     shardings: list[tuple[Sequence[int], Sequence[int], Sequence[int], bool]] = []
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -196,7 +215,8 @@ def make_static_plan(
             ranks = [rank_in_group.get(r, -1) for r in mesh.mesh.flatten().tolist()]
             shardings.append((list(mesh.mesh.shape), ranks, dims, False))
     if others and state.tensors:
-        # Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is one rank's, as in DCP.
+        # Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is
+        # one rank's, as in DCP.
         shardings.append(([len(group_ranks)], range(len(group_ranks)), (-1,), True))
     names: list[str] = []
     local: list[Tensor] = []
@@ -214,14 +234,19 @@ def make_static_plan(
             names.append(name)
             local.append(tensor)
             # What DCP's metadata says of a tensor, by the coordinator's.
-            strides, pinned = (tensor.stride() if _HAS_STRIDES else None, tensor.is_pinned()) if coordinator else (None, False)
+            strides, pinned = (
+                (tensor.stride() if _HAS_STRIDES else None, tensor.is_pinned())
+                if coordinator
+                else (None, False)
+            )
             yield name, RECORD_DTYPES[tensor.dtype], value.shape, number, strides, pinned
 
     plan = _C.SavePlan(shardings, planned())
     for index, _, sizes in plan.local_shards(rank):
         if sizes != list(local[index].shape):
             raise CheckpointError(
-                f"{names[index]}: rank {rank} holds a shard of shape {list(local[index].shape)}; its mesh and placements "
+                f"{names[index]}: rank {rank} holds a shard of shape {list(local[index].shape)}; "
+                "its mesh and placements "
                 f"make it {sizes} of {list(state.state[names[index]].shape)}"
             )
     objects = list(state.objects) if others else []
@@ -229,7 +254,8 @@ def make_static_plan(
 
 
 def plan_rest(plans: Sequence[SavePlan], flatten: bool) -> tuple[list[SavePlan], Metadata]:
-    """DCP's own planning, for what the static plan leaves: every rank's final plan, and its entries of the metadata."""
+    """DCP's own planning, for what the static plan leaves: every rank's final plan, and its entries
+    of the metadata."""
     planner = DefaultSavePlanner(flatten_state_dict=flatten)
     planner.set_up_planner({}, is_coordinator=True)
     final, metadata = planner.create_global_plan(list(plans))

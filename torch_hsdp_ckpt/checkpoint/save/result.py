@@ -13,12 +13,10 @@ GIB = 2**30
 class SaveResult:
     """Bytes and times of one save.
 
-    Attributes:
-        path: the checkpoint's directory.
-        rank: this rank in the saving process group.
-        bytes_written: of every rank's data files, by rank.
-        write_seconds: what staging, checksums, writing and syncing took, by rank.
-        seconds: this rank's time per phase: ``plan`` (all before the first byte), ``write``, ``commit`` (from this rank's
+    Attributes: path: the checkpoint's directory. rank: this rank in the saving process group.
+        bytes_written: of every rank's data files, by rank. write_seconds: what staging, checksums,
+        writing and syncing took, by rank. seconds: this rank's time per phase: ``plan`` (all before
+        the first byte), ``write``, ``commit`` (from this rank's
             vote to the verdict, so waiting for slower ranks is in it) and ``total``.
     """
 
@@ -40,25 +38,33 @@ class SaveResult:
     @property
     def rank_gib_per_second(self) -> tuple[float, ...]:
         """Each rank's bytes over its own time of writing."""
-        return tuple(b / GIB / max(s, 1e-9) for b, s in zip(self.bytes_written, self.write_seconds, strict=True))
+        return tuple(
+            b / GIB / max(s, 1e-9)
+            for b, s in zip(self.bytes_written, self.write_seconds, strict=True)
+        )
 
     def __str__(self) -> str:
-        phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.seconds.items() if name != "total")
+        phases = ", ".join(
+            f"{name} {seconds:.3f} s" for name, seconds in self.seconds.items() if name != "total"
+        )
         low, high = min(self.bytes_written), max(self.bytes_written)
         slow, fast = min(self.rank_gib_per_second), max(self.rank_gib_per_second)
         return (
-            f"{self.total_bytes / GIB:.3f} GiB in {self.seconds['total']:.3f} s, {self.gib_per_second:.2f} GiB/s ({phases}; "
-            f"{len(self.bytes_written)} ranks with {low / GIB:.3f} to {high / GIB:.3f} GiB at {slow:.2f} to {fast:.2f} GiB/s)"
+            f"{self.total_bytes / GIB:.3f} GiB in {self.seconds['total']:.3f} s, "
+            f"{self.gib_per_second:.2f} GiB/s ({phases}; "
+            f"{len(self.bytes_written)} ranks with {low / GIB:.3f} to {high / GIB:.3f} GiB at "
+            f"{slow:.2f} to {fast:.2f} GiB/s)"
         )
 
 
 class SavedMetadata(Metadata):
-    """The ``Metadata`` of a checkpoint that was just saved, decoded when it is first looked at, and ``result``.
+    """The ``Metadata`` of a checkpoint that was just saved, decoded when it is first looked at, and
+    ``result``.
 
-    At 1,024 ranks it has 128,000 chunks, which hardly any caller wants as Python objects on every rank. Compares equal to
-    the same ``Metadata``; a pickle or a copy of it is a plain one. Where it has to be read from the checkpoint's directory
-    first, attributes raise OSError or, when a later save has replaced it, CheckpointError.
-    """
+    At 1,024 ranks it has 128,000 chunks, which hardly any caller wants as Python objects on every
+    rank. Compares equal to the same ``Metadata``; a pickle or a copy of it is a plain one. Where it
+    has to be read from the checkpoint's directory first, attributes raise OSError or, when a later
+    save has replaced it, CheckpointError."""
 
     result: SaveResult | None
 
@@ -92,7 +98,10 @@ class SavedMetadata(Metadata):
 
 
 def _field(name: str) -> property:
-    return property(lambda self: getattr(self.plain(), name), lambda self, value: setattr(self.plain(), name, value))
+    return property(
+        lambda self: getattr(self.plain(), name),
+        lambda self, value: setattr(self.plain(), name, value),
+    )
 
 
 for _name in (field.name for field in dataclasses.fields(Metadata)):

@@ -1,4 +1,5 @@
-"""``save``: a checkpoint planned without talking, written by all replicas, committed by one rename."""
+"""``save``: a checkpoint planned without talking, written by all replicas, committed by one
+rename."""
 
 import copy
 import dataclasses
@@ -38,8 +39,8 @@ from .result import SavedMetadata, SaveResult
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
-# What the ranks compare before the first byte: digests, whether DCP has to plan something, the save's id (the coordinator's
-# counts), and which process writes, for the names of its files.
+# What the ranks compare before the first byte: digests, whether DCP has to plan something, the
+# save's id (the coordinator's counts), and which process writes, for the names of its files.
 _OPENING = struct.Struct(f"<{2 * DIGEST_BYTES}s?QIIqQ")
 # What they tell each other at the end: bytes written, seconds before the first byte and of writing.
 _VOTE = struct.Struct("<Qdd")
@@ -58,32 +59,34 @@ def save(
 ) -> Metadata:
     """Saves a distributed state dict, as ``torch.distributed.checkpoint.save`` does, in its format.
 
-    Called by all ranks of ``process_group``. Returns when the checkpoint is complete and durable, or raises on every rank
-    and leaves an older checkpoint as it was. The R replicas of a shard that are in the group write 1/R of it each.
+    Called by all ranks of ``process_group``. Returns when the checkpoint is complete and durable,
+    or raises on every rank and leaves an older checkpoint as it was. The R replicas of a shard that
+    are in the group write 1/R of it each.
 
-    Every rank plans its own part from meshes, placements and shapes. The ranks compare two digests and vote once; nothing is
-    gathered or scattered, except the plans of values that differ from rank to rank, and of tensor types that only DCP knows.
-    DCP plans everything where the planner is not exactly ``DefaultSavePlanner`` or has ``dedup_save_to_lowest_rank``, where
-    the writer is not exactly :class:`FileSystemWriter` or writes through torch (extensions, other serialization formats),
-    and without ``use_collectives``. A directory is written by :class:`FileSystemWriter` all the same.
+    Every rank plans its own part from meshes, placements and shapes. The ranks compare two digests
+    and vote once; nothing is gathered or scattered, except the plans of values that differ from
+    rank to rank, and of tensor types that only DCP knows. DCP plans everything where the planner is
+    not exactly ``DefaultSavePlanner`` or has ``dedup_save_to_lowest_rank``, where the writer is not
+    exactly :class:`FileSystemWriter` or writes through torch (extensions, other serialization
+    formats), and without ``use_collectives``. A directory is written by :class:`FileSystemWriter`
+    all the same.
 
-    Args:
-        state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain values. Tensors are on the CPU
-            or on CUDA devices. A plain tensor or value under the same name on all ranks is saved once.
-        checkpoint_id: the directory.
-        storage_writer: a :class:`FileSystemWriter` with other options than the default ones, or another storage.
-        planner: None for the default one.
+    Args: state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain
+        values. Tensors are on the CPU
+            or on CUDA devices. A plain tensor or value under the same name on all ranks is saved
+        once. checkpoint_id: the directory. storage_writer: a :class:`FileSystemWriter` with other
+        options than the default ones, or another storage. planner: None for the default one.
         process_group: None for the default one. It must hold every shard; one shard group does.
-        no_dist: save this process's state alone.
-        use_collectives: False saves without coordination, as in DCP: every rank has a metadata of its own.
+        no_dist: save this process's state alone. use_collectives: False saves without coordination,
+        as in DCP: every rank has a metadata of its own.
 
     Returns the ``Metadata``, decoded when it is looked at; its ``result`` is a :class:`SaveResult`.
 
-    Raises (on all ranks, naming the rank):
-        OSError: a system call failed; ``errno`` and ``filename`` are set.
-        CheckpointError: anything else: ``overwrite=False`` and there is a checkpoint, another save has taken the directory
-            over, a shard that no rank of the group holds, a rank that died or did not answer within the group's timeout, an
-            exception of any other class on one of the ranks.
+    Raises (on all ranks, naming the rank): OSError: a system call failed; ``errno`` and
+        ``filename`` are set. CheckpointError: anything else: ``overwrite=False`` and there is a
+        checkpoint, another save has taken the directory
+            over, a shard that no rank of the group holds, a rank that died or did not answer within
+            the group's timeout, an exception of any other class on one of the ranks.
     """
     reason, writer = _who_plans(storage_writer, checkpoint_id, planner, use_collectives)
     if reason:
@@ -116,17 +119,22 @@ def _who_plans(
     planner: SavePlanner | None,
     use_collectives: bool,
 ) -> tuple[str, StorageWriter | None]:
-    """Why DCP has to plan, or "" if it need not; and who writes: for a directory a :class:`FileSystemWriter`, whoever plans.
-    None where DCP has to find a writer."""
+    """Why DCP has to plan, or "" if it need not; and who writes: for a directory a
+    :class:`FileSystemWriter`, whoever plans. None where DCP has to find a writer."""
     if storage_writer is None:
-        # Not by validate_checkpoint_id, which also refuses what this process may not write to, without an errno or a path.
+        # Not by validate_checkpoint_id, which also refuses what this process may not write to,
+        # without an errno or a path.
         if checkpoint_id is None or "://" in str(checkpoint_id):
             return "the checkpoint is in no local file system", None
         storage_writer = FileSystemWriter(checkpoint_id)
     if type(storage_writer) is not FileSystemWriter or storage_writer._uses_torch():
         reason = f"the storage writer is a {type(storage_writer).__qualname__} or writes through torch's own code"
-    elif planner is not None and (type(planner) is not DefaultSavePlanner or planner.dedup_save_to_lowest_rank):
-        reason = f"the planner is a {type(planner).__qualname__} or keeps replicas on the lowest rank"
+    elif planner is not None and (
+        type(planner) is not DefaultSavePlanner or planner.dedup_save_to_lowest_rank
+    ):
+        reason = (
+            f"the planner is a {type(planner).__qualname__} or keeps replicas on the lowest rank"
+        )
     else:
         reason = "" if use_collectives else "use_collectives is False"
     return reason, storage_writer
@@ -137,7 +145,9 @@ def _global_ranks(process_group: dist.ProcessGroup | None, no_dist: bool) -> Seq
         return [0]
     if no_dist:
         return [dist.get_rank()]
-    return dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
+    return dist.get_process_group_ranks(
+        process_group if process_group is not None else dist.group.WORLD
+    )
 
 
 def _say_once(message: str) -> None:
@@ -158,11 +168,12 @@ class _Opening:
 
 
 class Save:
-    """One save of one rank: :meth:`open`, :meth:`plan`, :meth:`write`, :meth:`commit`, in this order; :meth:`run` does all.
+    """One save of one rank: :meth:`open`, :meth:`plan`, :meth:`write`, :meth:`commit`, in this
+    order; :meth:`run` does all.
 
-    ``open``, ``plan`` and ``commit`` talk to the other ranks and are called by all of them; ``write`` does not and may run on
-    another thread. After an exception of any of them :meth:`abandon` removes what can be removed.
-    """
+    ``open``, ``plan`` and ``commit`` talk to the other ranks and are called by all of them;
+    ``write`` does not and may run on another thread. After an exception of any of them
+    :meth:`abandon` removes what can be removed."""
 
     def __init__(
         self,
@@ -174,7 +185,9 @@ class Save:
         captured: Captured | None = None,
     ) -> None:
         self._captured = captured
-        self.failed_before: BaseException | None = None  # makes the save fail in its first step, on all ranks
+        self.failed_before: BaseException | None = (
+            None  # makes the save fail in its first step, on all ranks
+        )
         self._state_dict, self._writer, self._planner = state_dict, writer, planner
         self._agreement, self._global_ranks = agreement, global_ranks
         self._claim: str | None = None
@@ -203,12 +216,15 @@ class Save:
             raise
 
     def open(self) -> None:
-        """Sorts the state dict, claims the directory (the coordinator), and compares digests: one small all-gather."""
+        """Sorts the state dict, claims the directory (the coordinator), and compares digests: one
+        small all-gather."""
 
         def work() -> bytes:
             if self.failed_before is not None:
                 raise self.failed_before
-            self._writer.set_up_storage_writer(self._agreement.is_coordinator, rank=self._agreement.rank, use_collectives=True)
+            self._writer.set_up_storage_writer(
+                self._agreement.is_coordinator, rank=self._agreement.rank, use_collectives=True
+            )
             if self._captured is not None and self._captured.structure is not None:
                 self._captured.hand_to_planner()
                 self._planner = self._captured.planner
@@ -216,7 +232,9 @@ class Save:
                 digests = self._captured.structure.digests
             else:
                 self._planner.set_up_planner(
-                    self._state_dict, storage_meta=self._writer.storage_meta(), is_coordinator=self._agreement.is_coordinator
+                    self._state_dict,
+                    storage_meta=self._writer.storage_meta(),
+                    is_coordinator=self._agreement.is_coordinator,
                 )
                 self._state_dict = {}  # it is flat now
                 self._local = LocalState(self._planner)
@@ -240,12 +258,14 @@ class Save:
 
     @property
     def agreed(self) -> bool:
-        """After :meth:`open`: whether every rank has planned the same, and nothing has to be gathered."""
+        """After :meth:`open`: whether every rank has planned the same, and nothing has to be
+        gathered."""
         opening = self._opening
         return opening.dtensors_agree and opening.others_agree and not opening.rest_anywhere
 
     def plan(self) -> None:
-        """Plans this rank's part; what the digests don't cover is gathered, planned by DCP on the coordinator, scattered."""
+        """Plans this rank's part; what the digests don't cover is gathered, planned by DCP on the
+        coordinator, scattered."""
         opening, local = self._opening, self._local
         if not self.agreed:
             local.sort()
@@ -258,9 +278,21 @@ class Save:
             _say_once(
                 "planned through DCP, by the coordinator: "
                 + ", ".join(
-                    ([] if opening.dtensors_agree else ["all DTensors, since meshes or shapes differ from rank to rank"])
-                    + ([] if opening.others_agree else ["all other values, since some differ from rank to rank"])
-                    + (["tensors of types or placements that only DCP knows"] if opening.rest_anywhere else [])
+                    (
+                        []
+                        if opening.dtensors_agree
+                        else ["all DTensors, since meshes or shapes differ from rank to rank"]
+                    )
+                    + (
+                        []
+                        if opening.others_agree
+                        else ["all other values, since some differ from rank to rank"]
+                    )
+                    + (
+                        ["tensors of types or placements that only DCP knows"]
+                        if opening.rest_anywhere
+                        else []
+                    )
                 )
             )
             self._plan_rest(names)
@@ -270,7 +302,9 @@ class Save:
         agreement, step = self._agreement, "plan"
 
         def pickled_items() -> bytes:
-            self._items = pickle.dumps(SavePlan(self._local.items_of(names), planner_data=self._local.paths_of(names)))
+            self._items = pickle.dumps(
+                SavePlan(self._local.items_of(names), planner_data=self._local.paths_of(names))
+            )
             return b""
 
         agreement.run(step, pickled_items)
@@ -278,7 +312,9 @@ class Save:
         final: list[bytes] = []
 
         def plan_all() -> bytes:
-            plans, self._rest_metadata = plan_rest([pickle.loads(each) for each in gathered], self._local.paths is not None)
+            plans, self._rest_metadata = plan_rest(
+                [pickle.loads(each) for each in gathered], self._local.paths is not None
+            )
             final.extend(pickle.dumps(plan) for plan in plans)
             return b""
 
@@ -293,25 +329,35 @@ class Save:
         else:
             self._local.sort()
             static = make_static_plan(
-                self._local, rank, self._global_ranks, opening.dtensors_agree, opening.others_agree, coordinator
+                self._local,
+                rank,
+                self._global_ranks,
+                opening.dtensors_agree,
+                opening.others_agree,
+                coordinator,
             )
         if objects is None:
             objects = pickled(static.objects, self._local.state) if coordinator else []
         if coordinator:
             self._start_metadata(static, [(name, len(data)) for name, data in objects])
-        # Its tensors and names are in the plan. The live state goes when the caller lets it go, not when the save is done.
+        # Its tensors and names are in the plan. The live state goes when the caller lets it go, not
+        # when the save is done.
         rest = {item.index.fqn for item in self._rest.items}
         state = self._planner.state_dict
-        self._planner.state_dict, self._planner.mappings = {name: state[name] for name in rest if name in state}, {}
+        self._planner.state_dict, self._planner.mappings = (
+            {name: state[name] for name in rest if name in state},
+            {},
+        )
         self._state_dict = {}
         self._local.drop()
         return static, objects
 
     def stage(self, pool: StagingPool, limit: int | None = None, verify: bool = False) -> Staged:
-        """After :meth:`plan`: copies what this rank will write, so that the state dict may change before :meth:`write`.
+        """After :meth:`plan`: copies what this rank will write, so that the state dict may change
+        before :meth:`write`.
 
-        With ``limit`` what takes no more bytes than that; the others :meth:`write` reads. ``verify``: see ``Staged.watch``.
-        """
+        With ``limit`` what takes no more bytes than that; the others :meth:`write` reads.
+        ``verify``: see ``Staged.watch``."""
         static, objects = self._prepare()
         rest = self._planner.state_dict
         held = 0.0 if limit is None else sum(held_by(value) for value in rest.values())
@@ -319,20 +365,28 @@ class Save:
         if limit is not None:
             limit = 0 if rest_in_place else limit - int(held)
         tensors = [static.tensor_of(piece) for piece in static.pieces]
-        self._staged = stage_tensors(tensors, self._files(static, objects), len(objects), pool, limit)
+        self._staged = stage_tensors(
+            tensors, self._files(static, objects), len(objects), pool, limit
+        )
         self._staged.rest_in_place = rest_in_place
         if verify:
             self._staged.watch((static.names[piece[0]] for piece in static.pieces), tensors)
-        self._planner.state_dict = rest if rest_in_place else {name: _copied(value) for name, value in rest.items()}
+        self._planner.state_dict = (
+            rest if rest_in_place else {name: _copied(value) for name, value in rest.items()}
+        )
         self._prepared = dataclasses.replace(static, locals=[]), objects
         return self._staged
 
     def stage_captured(self, staged: Staged, objects: Objects, verify: bool) -> None:
-        """After :meth:`plan`, with ``agreed``: what this rank will write; what is copied may still be on its way."""
+        """After :meth:`plan`, with ``agreed``: what this rank will write; what is copied may still
+        be on its way."""
         static, _ = self._prepared = self._prepare(objects)
         self._staged = staged
         if verify:
-            self._staged.watch((static.names[piece[0]] for piece in static.pieces), staged.records[: staged.in_place])
+            self._staged.watch(
+                (static.names[piece[0]] for piece in static.pieces),
+                staged.records[: staged.in_place],
+            )
 
     def check_sources(self) -> None:
         """See ``Staged.check_sources``."""
@@ -353,7 +407,11 @@ class Save:
         tensors: Iterable[tuple[str, Any]] = (
             ((static.names[piece[0]], static.tensor_of(piece)) for piece in static.pieces)
             if self._staged is None
-            else zip((static.names[piece[0]] for piece in static.pieces), self._staged.records, strict=True)
+            else zip(
+                (static.names[piece[0]] for piece in static.pieces),
+                self._staged.records,
+                strict=True,
+            )
         )
         results, size = write_files(
             self._writer,
@@ -374,18 +432,32 @@ class Save:
         return vote + (pickle.dumps(results) if results else b"")
 
     def _files(self, static: StaticPlan, objects: Objects) -> list[_C.PlannedFile]:
-        return static.plan.layout(static.pieces, [len(data) for _, data in objects], self._writer.single_file_per_rank)
+        return static.plan.layout(
+            static.pieces, [len(data) for _, data in objects], self._writer.single_file_per_rank
+        )
 
     def _start_metadata(self, static: StaticPlan, objects: list[tuple[str, int]]) -> None:
         """Begins to build the whole metadata on a thread, off the path of the bytes."""
-        opening, paths, plan = self._opening, self._local.paths, static.plan  # and not the tensors that are in `static`
-        skeleton = Metadata({}, version=_stock.CURRENT_DCP_VERSION, storage_meta=self._writer.storage_meta())
-        writers = [(owner, objects if rank == 0 else []) for rank, owner in enumerate(opening.owners)]
+        opening, paths, plan = (
+            self._opening,
+            self._local.paths,
+            static.plan,
+        )  # and not the tensors that are in `static`
+        skeleton = Metadata(
+            {}, version=_stock.CURRENT_DCP_VERSION, storage_meta=self._writer.storage_meta()
+        )
+        writers = [
+            (owner, objects if rank == 0 else []) for rank, owner in enumerate(opening.owners)
+        ]
         save_id, single = opening.save_id, self._writer.single_file_per_rank
         planned = None
         if self.agreed and paths is not None:
-            planned = plan.paths(static.objects, map(paths.__getitem__, itertools.chain(static.names, static.objects)))
-        # What DCP has planned a part of has to be put together, and other paths than DCP makes are pickle's to write.
+            planned = plan.paths(
+                static.objects,
+                map(paths.__getitem__, itertools.chain(static.names, static.objects)),
+            )
+        # What DCP has planned a part of has to be put together, and other paths than DCP makes are
+        # pickle's to write.
         apart = not self.agreed or (planned is None and paths is not None)
         planner_data = self._local.paths_of([*static.names, *static.objects]) if apart else None
 
@@ -407,7 +479,8 @@ class Save:
             except BaseException as error:
                 metadata.set_exception(error)
 
-        # Not an executor: these take nothing on once the interpreter has begun to end, which waits for asynchronous saves.
+        # Not an executor: these take nothing on once the interpreter has begun to end, which waits
+        # for asynchronous saves.
         thread = threading.Thread(target=run, name="torch_hsdp_ckpt_metadata")
         thread.start()
         self._thread = thread
@@ -425,10 +498,16 @@ class Save:
             assert self._claim is not None
             metadata, planned = self._metadata.result()
             files = {name: (name, size, True) for name, size in planned}
-            results = [result for each in votes for result in (pickle.loads(each[_VOTE.size :]) if each[_VOTE.size :] else [])]
+            results = [
+                result
+                for each in votes
+                for result in (pickle.loads(each[_VOTE.size :]) if each[_VOTE.size :] else [])
+            ]
             if isinstance(metadata, Metadata):
                 metadata.state_dict_metadata.update(self._rest_metadata.state_dict_metadata)
-                metadata.storage_data.update((result.index, result.storage_data) for result in results)
+                metadata.storage_data.update(
+                    (result.index, result.storage_data) for result in results
+                )
                 for result in results:
                     name = result.storage_data.relative_path
                     files[name] = (name, result.file_size, True)
@@ -450,11 +529,17 @@ class Save:
             tuple(head[2] for head in heads),
             self._seconds,
         )
-        _logger.log(logging.INFO if self._agreement.is_coordinator else logging.DEBUG, "saved %s: %s", path, result)
+        _logger.log(
+            logging.INFO if self._agreement.is_coordinator else logging.DEBUG,
+            "saved %s: %s",
+            path,
+            result,
+        )
         return SavedMetadata.lazy(lambda: _read_back(path, trailer, encoded), result)
 
     def abandon(self) -> None:
-        """After an exception: gives up the claim and removes this rank's files, unless they may still be committed."""
+        """After an exception: gives up the claim and removes this rank's files, unless they may
+        still be committed."""
         self._end_thread()
         if self._claim is not None:
             _C.release_claim(str(self._writer.path), self._claim)
@@ -463,7 +548,12 @@ class Save:
             remove_quietly(self._writer.path, self._names)
         self._claim, self._names = None, []
         # The caller may keep what this save belongs to, and has dropped the model.
-        self._state_dict, self._staged, self._prepared, self._planner.state_dict = {}, None, None, {}
+        self._state_dict, self._staged, self._prepared, self._planner.state_dict = (
+            {},
+            None,
+            None,
+            {},
+        )
         if hasattr(self, "_local"):
             self._local.drop()
 
@@ -494,5 +584,7 @@ def _read_back(path: str, trailer: bytes, encoded: list[bytes | memoryview]) -> 
         return decode_metadata(encoded[0], path)
     data = read_metadata_bytes(os.path.join(path, ".metadata"))
     if data[-_TRAILER_BYTES:] != trailer:
-        raise CheckpointError(f"{path}/.metadata: a later save has replaced the checkpoint whose metadata this was")
+        raise CheckpointError(
+            f"{path}/.metadata: a later save has replaced the checkpoint whose metadata this was"
+        )
     return decode_metadata(data, path)

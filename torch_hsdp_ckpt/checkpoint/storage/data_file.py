@@ -1,4 +1,5 @@
-"""One data file on its way to disk: tensors from any device and of any layout, in bounded memory."""
+"""One data file on its way to disk: tensors from any device and of any layout, in bounded
+memory."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,9 @@ from ...common.tensors import RECORD_DTYPES, is_staged, scratch, staged
 from ...errors import CheckpointError
 from .staging import FileImage
 
-# Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors take two such blocks, the
-# writer (threads + 1) of a huge page, 2 MiB: together they stay below 64 MiB.
+# Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors
+# take two such blocks, the writer (threads + 1) of a huge page, 2 MiB: together they stay below 64
+# MiB.
 COPY_BLOCK = 16 << 20
 # Records that are given to the writer at a time: each has some 2 KiB of framing and names there.
 _RECORDS = 1024
@@ -22,7 +24,8 @@ _ALIGNMENT = 64  # of the parts in a pinned block: every dtype's, and a cache li
 
 @dataclasses.dataclass(slots=True)
 class StagedRecord:
-    """A record's payload in a staging image: its dtype as records call it, its shape, where it is, its bytes."""
+    """A record's payload in a staging image: its dtype as records call it, its shape, where it is,
+    its bytes."""
 
     kind: str
     shape: Sequence[int]
@@ -34,33 +37,39 @@ class StagedRecord:
 class _Batch:
     """Records, or parts of some, whose bytes are in CPU memory or on their way there."""
 
-    parts: list[tuple[str, str, Sequence[int], int, int, int]] = dataclasses.field(default_factory=list)
-    kept: list[Tensor] = dataclasses.field(default_factory=list)  # what the parts' addresses point to
+    parts: list[tuple[str, str, Sequence[int], int, int, int]] = dataclasses.field(
+        default_factory=list
+    )
+    kept: list[Tensor] = dataclasses.field(
+        default_factory=list
+    )  # what the parts' addresses point to
     copied: int = 0  # bytes of block memory in use
-    copies_done: list[torch.cuda.Event] = dataclasses.field(default_factory=list)  # of each device, once all are started
+    copies_done: list[torch.cuda.Event] = dataclasses.field(
+        default_factory=list
+    )  # of each device, once all are started
 
 
 class DataFile:
-    """Writes records in the order they are added; end it with :meth:`finish`, or with :meth:`discard` after an error.
+    """Writes records in the order they are added; end it with :meth:`finish`, or with
+    :meth:`discard` after an error.
 
-    What lies contiguous in CPU memory is written from where it is. Everything else is copied a block at a time: strided CPU
-    tensors to one block of pageable memory; CUDA tensors to two pinned blocks in turn, one of which is filled on a side stream
-    while the other is written. No tensor may change before :meth:`finish` returns.
+    What lies contiguous in CPU memory is written from where it is. Everything else is copied a
+    block at a time: strided CPU tensors to one block of pageable memory; CUDA tensors to two pinned
+    blocks in turn, one of which is filled on a side stream while the other is written. No tensor
+    may change before :meth:`finish` returns.
 
-    Args:
-        directory, name: where; ``name`` as ``_C.data_file_name`` gives it. There is no such file yet.
-        threads: that checksum and write; at least two are used, one copying while the other writes.
-        sync: the bytes are durable when :meth:`finish` returns.
-        reserve: bytes to reserve at the start; 0 for none.
-        block: bytes that are copied at a time; 0 for ``COPY_BLOCK``.
-        image: memory laid out as the file. What is added from its place there is written from there, with the rest of the file
-            put around it.
-        copies: what brought payloads there, which know their checksums. They are over when such a payload is added.
-        planned: where the first records have to come to lie. They are not among ``places``.
+    Args: directory, name: where; ``name`` as ``_C.data_file_name`` gives it. There is no such file
+        yet. threads: that checksum and write; at least two are used, one copying while the other
+        writes. sync: the bytes are durable when :meth:`finish` returns. reserve: bytes to reserve
+        at the start; 0 for none. block: bytes that are copied at a time; 0 for ``COPY_BLOCK``.
+        image: memory laid out as the file. What is added from its place there is written from
+        there, with the rest of the file
+            put around it. copies: what brought payloads there, which know their checksums. They are
+        over when such a payload is added. planned: where the first records have to come to lie.
+        They are not among ``places``.
 
-    Raises CheckpointError for a record in another place than planned, and OSError (errno, filename) from any method; after that
-    only :meth:`discard` is left.
-    """
+    Raises CheckpointError for a record in another place than planned, and OSError (errno, filename)
+    from any method; after that only :meth:`discard` is left."""
 
     def __init__(
         self,
@@ -74,10 +83,14 @@ class DataFile:
         copies: Sequence[_C.StagingCopy] = (),
         planned: _C.PlannedFile | None = None,
     ) -> None:
-        self._writer = _C.ShardFileWriter(directory, name, max(2, threads), sync, reserve, image, copies)
+        self._writer = _C.ShardFileWriter(
+            directory, name, max(2, threads), sync, reserve, image, copies
+        )
         self._block = -(-(block or COPY_BLOCK) // _ALIGNMENT) * _ALIGNMENT
         self._batch = _Batch()
-        self._started: _Batch | None = None  # the CUDA batch before: its copies run, nothing of it is written yet
+        self._started: _Batch | None = (
+            None  # the CUDA batch before: its copies run, nothing of it is written yet
+        )
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pinned: list[Tensor] = []
         self._pageable: Tensor | None = None
@@ -91,7 +104,8 @@ class DataFile:
         self._take(self._writer.write_objects(objects))
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """A plain tensor of a dtype that records have (see ``_tensors.is_plain``), on any device."""
+        """A plain tensor of a dtype that records have (see ``_tensors.is_plain``), on any
+        device."""
         self._make_room()
         kind, shape, first = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape), 0
         if is_staged(tensor):
@@ -118,13 +132,15 @@ class DataFile:
         self._write_all()
 
     def finish(self) -> int:
-        """Writes what is left and the index, makes the file durable, closes it. Its length in bytes."""
+        """Writes what is left and the index, makes the file durable, closes it. Its length in
+        bytes."""
         self._write_all()
         size, _ = self._writer.finish()
         return size
 
     def discard(self) -> None:
-        """Closes and removes the file: an error's frames would keep it, and the space it takes, as long as the error lives."""
+        """Closes and removes the file: an error's frames would keep it, and the space it takes, as
+        long as the error lives."""
         del self._writer
 
     def _make_room(self) -> None:
@@ -135,8 +151,12 @@ class DataFile:
         batch, self._batch = self._batch, _Batch()
         if self._streams:
             batch.copies_done = [stream.record_event() for stream in self._streams.values()]  # type: ignore[no-untyped-call]
-            batch, self._started = self._started or _Batch(), batch  # the new one's copies run while the older is written
-            self._pinned.reverse()  # the next batch's go to the older one's block, which the write below is done with
+            batch, self._started = (
+                self._started or _Batch(),
+                batch,
+            )  # the new one's copies run while the older is written
+            # the next batch's go to the older one's block, which the write below is done with
+            self._pinned.reverse()
         self._write(batch)
 
     def _write_all(self) -> None:
@@ -159,7 +179,8 @@ class DataFile:
         self.places += places[len(expected) :]
 
     def _copy(self, part: Tensor) -> Tensor:
-        """A CPU tensor's elements in this batch's part of the block; what was there before has been written."""
+        """A CPU tensor's elements in this batch's part of the block; what was there before has been
+        written."""
         if self._pageable is None:
             self._pageable = scratch(self._block + _ALIGNMENT)
         raw = self._pageable[self._batch.copied : self._batch.copied + part.nbytes]
@@ -169,7 +190,10 @@ class DataFile:
         """Starts the copy of a CUDA tensor to this batch's pinned block."""
         if not self._pinned:
             size = self._block + _ALIGNMENT
-            self._pinned = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
+            self._pinned = [
+                torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+                for _ in range(2)
+            ]
         if part.device not in self._streams:  # a stream orders its own device's work only
             self._streams[part.device] = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
         stream = self._streams[part.device]
@@ -194,7 +218,8 @@ def checksum(source: Tensor | StagedRecord) -> int:
 
 
 def _parts(tensor: Tensor, limit: int) -> Iterator[Tensor]:
-    """Pieces of at most ``limit`` bytes that, one after the other, are the elements in row-major order."""
+    """Pieces of at most ``limit`` bytes that, one after the other, are the elements in row-major
+    order."""
     if tensor.nbytes <= limit or tensor.dim() == 0:
         yield tensor
     elif tensor.is_contiguous():

@@ -12,14 +12,16 @@ from .pickle_check import NAMES_A_GLOBAL, PickleCheck
 
 
 def load_object(data: bytes, what: str, trust: bool) -> Any:
-    """The object in bytes that ``torch.save`` wrote. Unless ``trust``, nothing but tensors and plain data is made of them, nor
-    anything run (``torch.load(weights_only=True)``; ``torch.serialization.add_safe_globals`` allows more classes).
+    """The object in bytes that ``torch.save`` wrote. Unless ``trust``, nothing but tensors and
+    plain data is made of them, nor anything run (``torch.load(weights_only=True)``;
+    ``torch.serialization.add_safe_globals`` allows more classes).
 
     Raises:
         CheckpointError: the object needs more than that.
         CorruptCheckpointError: ``torch.load`` can't read the bytes.
     """
-    # As in DCP, tensors go back to the device they were on; to the CPU where there is no such device.
+    # As in DCP, tensors go back to the device they were on; to the CPU where there is no such
+    # device.
     location = None if torch.cuda.is_available() else "cpu"
     try:
         if not trust:
@@ -29,18 +31,25 @@ def load_object(data: bytes, what: str, trust: bool) -> Any:
         raise
     except pickle.UnpicklingError as error:
         if trust:
-            raise CorruptCheckpointError(f"{what}: torch.load refuses the object: {error}") from error
+            raise CorruptCheckpointError(
+                f"{what}: torch.load refuses the object: {error}"
+            ) from error
         raise CheckpointError(
-            f"{what}: the object is not loaded, for it needs more than plain data: {error}\nIf you trust the checkpoint's "
-            "source, pass trust_objects=True, or allow the classes with torch.serialization.add_safe_globals"
+            f"{what}: the object is not loaded, for it needs more than plain data: {error}\nIf you "
+            "trust the checkpoint's "
+            "source, pass trust_objects=True, or allow the classes with "
+            "torch.serialization.add_safe_globals"
         ) from error
     except Exception as error:
-        raise CorruptCheckpointError(f"{what}: torch.load refuses the object: {type(error).__name__}: {error}") from error
+        raise CorruptCheckpointError(
+            f"{what}: torch.load refuses the object: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_explained(data: bytes, what: str) -> None:
-    """CorruptCheckpointError if ``torch.load(weights_only=True)`` would make more of ``data``, which ``torch.save`` wrote, than
-    its own size explains. Raises UnpicklingError for a pickle that it would refuse anyway."""
+    """CorruptCheckpointError if ``torch.load(weights_only=True)`` would make more of ``data``,
+    which ``torch.save`` wrote, than its own size explains. Raises UnpicklingError for a pickle that
+    it would refuse anyway."""
     calls = NAMES_A_GLOBAL.search(data) is not None  # else the walk is not worth its time
     try:
         if data.startswith(b"PK\3\4"):
@@ -51,7 +60,9 @@ def check_explained(data: bytes, what: str) -> None:
                 raise ValueError("two of its entries have one name")
             for name, offset, size in entries if calls else ():
                 if name.lower().endswith(b"data.pkl"):
-                    PickleCheck(_TIMES * len(data), sizes).run(io.BytesIO(data[offset : offset + size]))
+                    PickleCheck(_TIMES * len(data), sizes).run(
+                        io.BytesIO(data[offset : offset + size])
+                    )
         elif calls:  # one pickle after the other; what follows them are the tensors' bytes
             stream, check = io.BytesIO(data), PickleCheck(_TIMES * len(data))
             for _ in range(_LEGACY_PICKLES):
@@ -59,7 +70,9 @@ def check_explained(data: bytes, what: str) -> None:
     except (CorruptCheckpointError, pickle.UnpicklingError):
         raise
     except Exception as error:
-        raise CorruptCheckpointError(f"{what}: the object is not loaded: {type(error).__name__}: {error}") from error
+        raise CorruptCheckpointError(
+            f"{what}: the object is not loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 _TIMES = 4  # an array passes through text and bytes on its way
@@ -67,8 +80,9 @@ _LEGACY_PICKLES = 5  # magic, version, system, object, storage keys
 
 
 def checked_stream(data: bytes, what: str, trust: bool) -> io.BytesIO:
-    """For planners, which run an object's pickle: the bytes as they are if ``trust``, else bytes that this process made of what
-    :func:`load_object` gave, so that nothing of the checkpoint's own reaches a pickle machine that runs code."""
+    """For planners, which run an object's pickle: the bytes as they are if ``trust``, else bytes
+    that this process made of what :func:`load_object` gave, so that nothing of the checkpoint's own
+    reaches a pickle machine that runs code."""
     if trust:
         return io.BytesIO(data)
     stream = io.BytesIO()

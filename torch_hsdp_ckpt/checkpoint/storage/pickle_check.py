@@ -1,9 +1,9 @@
-"""What ``torch.load(weights_only=True)`` would make of a pickle, found out without making any of it.
+"""What ``torch.load(weights_only=True)`` would make of a pickle, found out without making any of
+it.
 
-That unpickler runs no code, but what it may call takes memory by a number (``bytearray``, ``torch.Tensor``), copies what a few
-bytes recall from the memo (``set``, ``BUILD``), or hands any of these to ``_rebuild_from_type_v2``. Here its stack machine runs
-on sizes alone.
-"""
+That unpickler runs no code, but what it may call takes memory by a number (``bytearray``,
+``torch.Tensor``), copies what a few bytes recall from the memo (``set``, ``BUILD``), or hands any
+of these to ``_rebuild_from_type_v2``. Here its stack machine runs on sizes alone."""
 
 import dataclasses
 import io
@@ -20,13 +20,20 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 # Without one of these a pickle can call nothing.
 NAMES_A_GLOBAL = re.compile(rb"c[\w.]+\n[\w.]+\n")
 
-_CONSTANTS = frozenset(("NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"))
+_CONSTANTS = frozenset(
+    ("NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET")
+)
 _INTEGERS = frozenset(("BININT", "BININT1", "BININT2", "LONG1"))
 _BYTES = frozenset(("_codecs.encode", "builtins.bytearray"))
 _LATIN1 = frozenset(("latin1", "latin-1"))  # how pickle writes bytes: a byte a character
 # These go through a tensor's elements, or copy them, if they are given one.
-_ITERATORS = frozenset(("builtins.set", "collections.Counter", "collections.OrderedDict", "torch.Size"))
-_CLASSES = frozenset(f"{c.__module__}.{c.__name__}" for c in (*torch._tensor_classes, *torch._storage_classes, torch.Tensor))
+_ITERATORS = frozenset(
+    ("builtins.set", "collections.Counter", "collections.OrderedDict", "torch.Size")
+)
+_CLASSES = frozenset(
+    f"{c.__module__}.{c.__name__}"
+    for c in (*torch._tensor_classes, *torch._storage_classes, torch.Tensor)
+)
 _REBUILD = "torch._utils._rebuild_"
 _STRIDED = frozenset(_REBUILD + name for name in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
 _COPIERS = tuple(_REBUILD + name for name in ("device", "sparse", "nested", "qtensor"))
@@ -45,16 +52,17 @@ class _Value:
 
 
 class PickleCheck:
-    """Checks pickles that share storages. ``limit``: bytes and items that they may make in all, besides those that they hold.
-    ``entries``: the archive's, as bytes by name; without them the storages' sizes that the pickles give count as well."""
+    """Checks pickles that share storages. ``limit``: bytes and items that they may make in all,
+    besides those that they hold. ``entries``: the archive's, as bytes by name; without them the
+    storages' sizes that the pickles give count as well."""
 
     def __init__(self, limit: int, entries: Mapping[str, int] | None = None) -> None:
         self._limit, self._entries = limit, entries
         self._storages: dict[str, int] = {}
 
     def run(self, stream: io.BytesIO) -> None:
-        """Reads one pickle. Raises UnpicklingError for an opcode that plain data does not need, other exceptions for a pickle
-        that is malformed or makes more than it should."""
+        """Reads one pickle. Raises UnpicklingError for an opcode that plain data does not need,
+        other exceptions for a pickle that is malformed or makes more than it should."""
         stack: list[_Value] = []
         below: list[list[_Value]] = []
         memo: dict[int, _Value] = {}
@@ -100,7 +108,9 @@ class PickleCheck:
                 stack[-1].length += added
             elif name == "GLOBAL":
                 module, _, attribute = argument.partition(" ")
-                module, attribute = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
+                module, attribute = NAME_MAPPING.get(
+                    (module, attribute), (IMPORT_MAPPING.get(module, module), attribute)
+                )
                 stack.append(_Value(name=f"{module}.{attribute}"))
             elif name in ("REDUCE", "NEWOBJ"):
                 arguments, function = stack.pop(), stack.pop()
@@ -130,7 +140,11 @@ class PickleCheck:
         if number.number is None or not 0 <= number.number < _HUGE:
             raise ValueError(f"its pickle makes storage {key.text} of a size that none has")
         name = kind.name.rpartition(".")[2]
-        unit = 1 if name == "UntypedStorage" else torch.storage._get_dtype_from_pickle_storage_type(name).itemsize
+        unit = (
+            1
+            if name == "UntypedStorage"
+            else torch.storage._get_dtype_from_pickle_storage_type(name).itemsize
+        )
         size = number.number * unit
         first = key.text not in self._storages
         if self._storages.setdefault(key.text, size) != size:
@@ -138,7 +152,9 @@ class PickleCheck:
         if self._entries is None:
             self._make(size if first else 0)
         elif size > (held := self._entries.get(f"data/{key.text}", 0)):
-            raise ValueError(f"its pickle makes storage {key.text} of {size} bytes, which has {held}")
+            raise ValueError(
+                f"its pickle makes storage {key.text} of {size} bytes, which has {held}"
+            )
         return _Value(elements=number.number)
 
     def _call(self, function: _Value, arguments: _Value) -> _Value:
@@ -147,7 +163,10 @@ class PickleCheck:
             raise ValueError(f"its pickle calls {name} without arguments in a tuple")
         if name in _BYTES:
             text = len(items) == 2 and items[0].text is not None and items[1].text in _LATIN1
-            if not text and not (name == "builtins.bytearray" and (not items or (len(items) == 1 and items[0].is_bytes))):
+            if not text and not (
+                name == "builtins.bytearray"
+                and (not items or (len(items) == 1 and items[0].is_bytes))
+            ):
                 raise ValueError(f"its pickle makes bytes by {name}, not from bytes that it holds")
             size = items[0].length if items else 0
             self._make(size)
@@ -163,11 +182,15 @@ class PickleCheck:
         weight = _weight(items)
         elements: float | None = None
         if name in _ITERATORS or name.startswith(_COPIERS):
-            weight += sum(item.elements or 0 for each in items for item in (each, *(each.items or ())))
+            weight += sum(
+                item.elements or 0 for each in items for item in (each, *(each.items or ()))
+            )
         if name in _STRIDED:
             storage, offset, sizes, strides = items[:4]
             elements, last = _extent(sizes, strides)
-            if elements > 0 and (storage.elements is None or (offset.number or 0) + last >= storage.elements):
+            if elements > 0 and (
+                storage.elements is None or (offset.number or 0) + last >= storage.elements
+            ):
                 raise ValueError("its pickle makes a tensor larger than its storage")
             weight += elements if name.startswith(_COPIERS) else 0
         elif name in _PARAMETERS:
@@ -180,11 +203,14 @@ class PickleCheck:
 
 def _weight(values: Sequence[_Value]) -> float:
     """How many items a call may copy out of its arguments."""
-    return sum(1 + value.length + sum(item.length for item in value.items or ()) for value in values)
+    return sum(
+        1 + value.length + sum(item.length for item in value.items or ()) for value in values
+    )
 
 
 def _extent(sizes: _Value, strides: _Value) -> tuple[float, int]:
-    """A tensor's number of elements, and where in its storage the last one is, from its first one."""
+    """A tensor's number of elements, and where in its storage the last one is, from its first
+    one."""
     elements, last = 1, 0
     for size, stride in zip(sizes.items or (), strides.items or (), strict=True):
         for each in (size.number, stride.number):

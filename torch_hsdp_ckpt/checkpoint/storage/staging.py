@@ -1,4 +1,5 @@
-"""Host memory that a snapshot is copied to: laid out as the files that will be written from it, kept from save to save."""
+"""Host memory that a snapshot is copied to: laid out as the files that will be written from it,
+kept from save to save."""
 
 import mmap
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ _FEW = 1 << 20
 
 
 class FileImage(NamedTuple):
-    """Memory of ``size`` bytes at ``address`` that is laid out as a data file is from ``offset`` on; multiples of a page."""
+    """Memory of ``size`` bytes at ``address`` that is laid out as a data file is from ``offset``
+    on; multiples of a page."""
 
     offset: int = 0
     address: int = 0
@@ -24,18 +26,20 @@ class FileImage(NamedTuple):
 
 
 class Layout:
-    """Where the records of a rank's files lie in memory that is laid out as the files are, each from a page on.
+    """Where the records of a rank's files lie in memory that is laid out as the files are, each
+    from a page on.
 
-    Args:
-        files: as planned.
-        objects: how many of the first records are objects.
-        limit: bytes that the memory may take. If it is too small, the first tensors have no place in it. None: no limit.
+    Args: files: as planned. objects: how many of the first records are objects. limit: bytes that
+        the memory may take. If it is too small, the first tensors have no place in it. None: no
+        limit.
 
-    ``images``: for each file the memory, by addresses from 0 on. ``payloads``: of each record, objects among them.
-    ``first``: the first record of a tensor that has a place. ``size``: of the memory, bytes.
-    """
+    ``images``: for each file the memory, by addresses from 0 on. ``payloads``: of each record,
+    objects among them. ``first``: the first record of a tensor that has a place. ``size``: of the
+    memory, bytes."""
 
-    def __init__(self, files: Sequence[_C.PlannedFile], objects: int, limit: int | None = None) -> None:
+    def __init__(
+        self, files: Sequence[_C.PlannedFile], objects: int, limit: int | None = None
+    ) -> None:
         self.files = files
         # From the end: what comes last in the files is written last.
         self.first = records = sum(map(len, files))
@@ -72,7 +76,10 @@ class Image:
         self.layout, self._block = layout, block
         self._start = -block.data_ptr() % PAGE
         self.base = block.data_ptr() + self._start
-        self.files = [FileImage(image.offset, self.base + image.address, image.size) for image in layout.images]
+        self.files = [
+            FileImage(image.offset, self.base + image.address, image.size)
+            for image in layout.images
+        ]
 
     def view(self, record: int, like: Tensor) -> Tensor:
         """A record's place, as a contiguous tensor of the dtype and the shape of ``like``."""
@@ -81,7 +88,8 @@ class Image:
 
 
 class StagingPool:
-    """One block of host memory, as large as the largest image so far; pinned if one was for a CUDA device's tensors.
+    """One block of host memory, as large as the largest image so far; pinned if one was for a CUDA
+    device's tensors.
 
     One image at a time: :meth:`image` hands out the memory of the one before again.
     """
@@ -91,7 +99,8 @@ class StagingPool:
         self._pinned = False
 
     def image(self, layout: Layout, pinned: bool, limit: int | None = None) -> Image:
-        """Memory for a layout, contents undefined. Raises OSError (RuntimeError if pinned) without memory.
+        """Memory for a layout, contents undefined. Raises OSError (RuntimeError if pinned) without
+        memory.
 
         ``limit``: bytes; an older block that is larger is given back.
         """
@@ -100,11 +109,14 @@ class StagingPool:
         if small or (limit is not None and self._block.numel() > limit):
             self._free()  # the old one goes first: never two at a time
             if pinned and size:
-                # Not torch's: that comes in powers of two, up to twice of what is asked for, and never goes back. Shared: after
-                # a fork, a write to private memory would leave the device with pages that this process no longer has.
+                # Not torch's: that comes in powers of two, up to twice of what is asked for, and
+                # never goes back. Shared: after a fork, a write to private memory would leave the
+                # device with pages that this process no longer has.
                 self._block = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
                 cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-                torch.cuda.check_error(cudart.cudaHostRegister(self._block.data_ptr(), size, 1))  # 1: for all devices
+                torch.cuda.check_error(
+                    cudart.cudaHostRegister(self._block.data_ptr(), size, 1)
+                )  # 1: for all devices
                 self._pinned = True
             elif size:
                 self._block = scratch(size, huge=True)

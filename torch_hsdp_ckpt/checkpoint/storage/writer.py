@@ -25,7 +25,8 @@ from .metadata import encode_metadata, read_metadata_bytes
 from .staging import FileImage
 
 _logger = logging.getLogger(__name__)
-# One commit at a time in a process: the second sees what the first left, and its files are checked after that.
+# One commit at a time in a process: the second sees what the first left, and its files are checked
+# after that.
 _commit_lock = threading.Lock()
 _used_save_ids: set[int] = set()
 
@@ -41,7 +42,8 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 @dataclasses.dataclass
 class _SaveStorage:
-    """What the coordinator hands each rank through the plan: which rank's files these are, and in which save."""
+    """What the coordinator hands each rank through the plan: which rank's files these are, and in
+    which save."""
 
     rank: int
     save_id: int
@@ -49,14 +51,16 @@ class _SaveStorage:
 
 @dataclasses.dataclass(frozen=True)
 class _FileWriteResult(WriteResult):
-    """A ``WriteResult`` that also carries the data file's size to the coordinator, which checks it before the commit."""
+    """A ``WriteResult`` that also carries the data file's size to the coordinator, which checks it
+    before the commit."""
 
     file_size: int = 0
     exact: bool = True
 
 
 def _torch_saved(tensor: Tensor) -> memoryview:
-    """What stock DCP writes for a tensor that is not plain (quantized, a subclass, sparse): torch.save's bytes."""
+    """What stock DCP writes for a tensor that is not plain (quantized, a subclass, sparse):
+    torch.save's bytes."""
     tensor = tensor.cpu()
     if tensor.layout == torch.strided and tensor.untyped_storage().size() != tensor.nbytes:
         tensor = tensor.clone()
@@ -66,45 +70,57 @@ def _torch_saved(tensor: Tensor) -> memoryview:
 
 
 class FileSystemWriter(_stock.FileSystemWriter):
-    """Writes DCP checkpoints to a directory, for ``dcp.save`` and ``dcp.async_save``, in torch's own format.
+    """Writes DCP checkpoints to a directory, for ``dcp.save`` and ``dcp.async_save``, in torch's
+    own format.
 
-    A drop-in for :class:`torch.distributed.checkpoint.FileSystemWriter` (torch 2.11 to 2.15), of which it is a subclass. Data
-    files are written past the page cache where the file system allows it, carry checksums of every byte, and are never
-    overwritten: a checkpoint saved over an older one uses new names, and the older files are removed only when the new
-    ``.metadata`` is durable. If a save fails or the machine loses power, the older checkpoint loads as before.
+    A drop-in for :class:`torch.distributed.checkpoint.FileSystemWriter` (torch 2.11 to 2.15), of
+    which it is a subclass. Data files are written past the page cache where the file system allows
+    it, carry checksums of every byte, and are never overwritten: a checkpoint saved over an older
+    one uses new names, and the older files are removed only when the new ``.metadata`` is durable.
+    If a save fails or the machine loses power, the older checkpoint loads as before.
 
-    Args:
-        path: directory of the checkpoint, made if it is missing. All ranks see the same one.
+    Args: path: directory of the checkpoint, made if it is missing. All ranks see the same one.
         single_file_per_rank: one data file per rank (default), else one per tensor or object.
-        sync_files: fsync files and directories (default). Without it a power loss can lose the checkpoint.
-        thread_count: threads per rank that write; at least two are used, one copying while the other writes. The number of
-            files does not depend on it.
-        per_thread_copy_ahead: bytes that are copied at a time from a device, or from a strided tensor, ahead of writing them;
-            16 MiB at most, and if it is 0.
-        cache_staged_state_dict: keep the CPU copy that ``dcp.async_save`` makes for the next one; the staging is torch's own
-            code. ``torch_hsdp_ckpt.async_save`` always keeps its memory.
-        overwrite: False refuses to save where there is a checkpoint, before a byte is written.
-        _extensions, serialization_format: anything but the default is written by torch's own code (``thread_count`` and
-            ``per_thread_copy_ahead`` are torch's then), under names of ours and with our commit, but without our checksums.
-            Other formats than ``torch.save``'s are read by their own readers.
+        sync_files: fsync files and directories (default). Without it a power loss can lose the
+        checkpoint. thread_count: threads per rank that write; at least two are used, one copying
+        while the other writes. The number of
+            files does not depend on it. per_thread_copy_ahead: bytes that are copied at a time from
+        a device, or from a strided tensor, ahead of writing them;
+            16 MiB at most, and if it is 0. cache_staged_state_dict: keep the CPU copy that
+        ``dcp.async_save`` makes for the next one; the staging is torch's own
+            code. ``torch_hsdp_ckpt.async_save`` always keeps its memory. overwrite: False refuses
+        to save where there is a checkpoint, before a byte is written. _extensions,
+        serialization_format: anything but the default is written by torch's own code
+        (``thread_count`` and
+            ``per_thread_copy_ahead`` are torch's then), under names of ours and with our commit,
+            but without our checksums. Other formats than ``torch.save``'s are read by their own
+            readers.
 
-    Raises (through DCP as ``CheckpointException`` with these as each rank's cause):
-        OSError: the operating system refused, with ``errno`` and ``filename``.
-        CheckpointError: there is a checkpoint already and ``overwrite`` is False; ranks do not share the directory.
+    Raises (through DCP as ``CheckpointException`` with these as each rank's cause): OSError: the
+        operating system refused, with ``errno`` and ``filename``. CheckpointError: there is a
+        checkpoint already and ``overwrite`` is False; ranks do not share the directory.
     """
 
     _claim: str | None = None  # on the coordinator, from the plan to the commit
 
     def _uses_torch(self) -> bool:
-        return bool(self.transforms.extensions) or self.serialization_format != _stock.SerializationFormat.TORCH_SAVE
+        return (
+            bool(self.transforms.extensions)
+            or self.serialization_format != _stock.SerializationFormat.TORCH_SAVE
+        )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         _C.make_directories(str(self.path), self.sync_files)
         metadata = self._own_metadata_path()
         if not self.overwrite and os.path.lexists(metadata):
-            raise CheckpointError(f"{metadata}: there is a checkpoint already and overwrite=False; nothing was written")
+            raise CheckpointError(
+                f"{metadata}: there is a checkpoint already and overwrite=False; nothing was "
+                "written"
+            )
         if not self.use_collectives and self.rank is not None:
-            plan = dataclasses.replace(plan, storage_data=_SaveStorage(self.rank, self._claim_directory()))
+            plan = dataclasses.replace(
+                plan, storage_data=_SaveStorage(self.rank, self._claim_directory())
+            )
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -112,20 +128,25 @@ class FileSystemWriter(_stock.FileSystemWriter):
             return plans  # without coordination: claimed above, rank by rank
         save_id = self._claim_directory()
         return [
-            plan if plan.storage_data is not None else dataclasses.replace(plan, storage_data=_SaveStorage(rank, save_id))
+            plan
+            if plan.storage_data is not None
+            else dataclasses.replace(plan, storage_data=_SaveStorage(rank, save_id))
             for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
         storage: _SaveStorage = plan.storage_data
         save_id = storage.save_id
-        # A planner that caches plans brings back the first save's: file names must be new all the same.
+        # A planner that caches plans brings back the first save's: file names must be new all the
+        # same.
         if save_id in _used_save_ids:
             save_id = _C.new_save_id()
         _used_save_ids.add(save_id)
         try:
             if self._uses_torch():
-                results = self._write_with_torch(plan, planner, _C.torch_file_prefix(storage.rank, save_id))
+                results = self._write_with_torch(
+                    plan, planner, _C.torch_file_prefix(storage.rank, save_id)
+                )
             else:
                 results = self._write_files(plan.items, planner, storage.rank, save_id)
         except BaseException:
@@ -138,8 +159,12 @@ class FileSystemWriter(_stock.FileSystemWriter):
         future.set_result(results)
         return future
 
-    def _write_files(self, items: list[WriteItem], planner: SavePlanner, rank: int, save_id: int) -> list[WriteResult]:
-        groups = ([items] if items else []) if self.single_file_per_rank else [[item] for item in items]
+    def _write_files(
+        self, items: list[WriteItem], planner: SavePlanner, rank: int, save_id: int
+    ) -> list[WriteResult]:
+        groups = (
+            ([items] if items else []) if self.single_file_per_rank else [[item] for item in items]
+        )
         results: list[WriteResult] = []
         written: list[str] = []
         try:
@@ -161,9 +186,21 @@ class FileSystemWriter(_stock.FileSystemWriter):
         planned: _C.PlannedFile | None = None,
     ) -> DataFile:
         block = min(self.per_thread_copy_ahead, COPY_BLOCK)
-        return DataFile(str(self.path), name, self.thread_count, self.sync_files, reserve, block, image, copies, planned)
+        return DataFile(
+            str(self.path),
+            name,
+            self.thread_count,
+            self.sync_files,
+            reserve,
+            block,
+            image,
+            copies,
+            planned,
+        )
 
-    def _write_file(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    def _write_file(
+        self, name: str, items: list[WriteItem], planner: SavePlanner
+    ) -> list[WriteResult]:
         tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
         file = self._data_file(name, _reserve(tensors))
         try:
@@ -175,20 +212,26 @@ class FileSystemWriter(_stock.FileSystemWriter):
         places = zip(written, file.places, strict=True)
         return [write_result(item, name, place, size) for item, place in places]
 
-    def _write_with_torch(self, plan: SavePlan, planner: SavePlanner, prefix: str) -> list[WriteResult]:
+    def _write_with_torch(
+        self, plan: SavePlan, planner: SavePlanner, prefix: str
+    ) -> list[WriteResult]:
         stock_plan = dataclasses.replace(plan, storage_data=_stock._StoragePrefix(prefix))
         try:
             results = super().write_data(stock_plan, planner).wait()
-            # What one of torch's threads raises ends that thread, and nobody is told (torch 2.11 to 2.15).
+            # What one of torch's threads raises ends that thread, and nobody is told (torch 2.11 to
+            # 2.15).
             if lost := {item.index for item in plan.items} - {result.index for result in results}:
                 names = sorted({index.fqn for index in lost})
                 raise CheckpointError(
-                    f"{self.path}: torch's own code has not written {names[0]}, and {len(lost) - 1} more of {len(plan.items)}; "
+                    f"{self.path}: torch's own code has not written {names[0]}, and "
+                    f"{len(lost) - 1} more of {len(plan.items)}; "
                     "what its thread raised stands in this process's error output"
                 )
         except BaseException:
             with contextlib.suppress(OSError):  # the error to be seen is the one before
-                remove_quietly(self.path, [name for name in os.listdir(self.path) if name.startswith(prefix)])
+                remove_quietly(
+                    self.path, [name for name in os.listdir(self.path) if name.startswith(prefix)]
+                )
             raise
         out: list[WriteResult] = []
         for result in results:
@@ -212,7 +255,10 @@ class FileSystemWriter(_stock.FileSystemWriter):
             storage_data[result.index] = info
             size, exact = getattr(result, "file_size", None), True
             if size is None:  # a subclass that writes in its own way
-                size, exact = max(info.offset + info.length, files.get(info.relative_path, ("", 0))[1]), False
+                size, exact = (
+                    max(info.offset + info.length, files.get(info.relative_path, ("", 0))[1]),
+                    False,
+                )
             files[info.relative_path] = (info.relative_path, size, exact)
         metadata.version = _stock.CURRENT_DCP_VERSION
         metadata.storage_data = storage_data
@@ -224,22 +270,38 @@ class FileSystemWriter(_stock.FileSystemWriter):
         self._commit(claim, encode_metadata(metadata), list(files.values()))
 
     def storage_meta(self) -> StorageMeta | None:
-        """As DCP's; a checkpoint's directory as a string if it is of a class that readers may not have."""
+        """As DCP's; a checkpoint's directory as a string if it is of a class that readers may not
+        have."""
         meta = super().storage_meta()
-        if meta is not None and meta.checkpoint_id is not None and type(meta.checkpoint_id) not in (str, PosixPath):
+        if (
+            meta is not None
+            and meta.checkpoint_id is not None
+            and type(meta.checkpoint_id) not in (str, PosixPath)
+        ):
             meta.checkpoint_id = str(os.fspath(meta.checkpoint_id))
         return meta
 
-    def _commit(self, claim: str, metadata: bytes | memoryview, files: list[tuple[str, int, bool]]) -> None:
-        """Makes a checkpoint of data files that are durable: names, sizes in bytes, and whether these are exact."""
+    def _commit(
+        self, claim: str, metadata: bytes | memoryview, files: list[tuple[str, int, bool]]
+    ) -> None:
+        """Makes a checkpoint of data files that are durable: names, sizes in bytes, and whether
+        these are exact."""
         path = self._own_metadata_path()
         with _commit_lock:
             removed, left = _C.commit_checkpoint(
-                str(self.path), path.name, claim, metadata, files, _named_files(path), self.sync_files
+                str(self.path),
+                path.name,
+                claim,
+                metadata,
+                files,
+                _named_files(path),
+                self.sync_files,
             )
         _logger.debug("%s: committed, %d older files removed", self.path, len(removed))
         for reason in left:
-            _logger.warning("the checkpoint is saved; a file of an older one could not be removed: %s", reason)
+            _logger.warning(
+                "the checkpoint is saved; a file of an older one could not be removed: %s", reason
+            )
 
     def _own_metadata_path(self) -> Path:
         return Path(self._get_metadata_path(None if self.use_collectives else self.rank))
@@ -253,7 +315,10 @@ def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) 
         if item.type == WriteItemType.BYTE_IO:
             stream = planner.resolve_data(item)
             if not isinstance(stream, io.BytesIO):
-                raise CheckpointError(f"{item.index.fqn}: the planner gave {type(stream).__name__} for an object, not BytesIO")
+                raise CheckpointError(
+                    f"{item.index.fqn}: the planner gave {type(stream).__name__} for an object, "
+                    "not BytesIO"
+                )
             objects.append((item.index.fqn, stream.getbuffer()))
             written.append(item)
     if objects:
@@ -263,7 +328,9 @@ def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) 
             continue
         data = planner.resolve_data(item)
         if not isinstance(data, Tensor):
-            raise CheckpointError(f"{item.index.fqn}: the planner gave {type(data).__name__} for a tensor")
+            raise CheckpointError(
+                f"{item.index.fqn}: the planner gave {type(data).__name__} for a tensor"
+            )
         data = data.detach()
         if isinstance(data, torch.nn.Parameter):
             data = data.data
@@ -278,11 +345,14 @@ def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) 
 
 def write_result(item: WriteItem, name: str, place: tuple[int, int], file_size: int) -> WriteResult:
     offset, length = place
-    return _FileWriteResult(item.index, length, _stock._StorageInfo(name, offset, length), file_size)
+    return _FileWriteResult(
+        item.index, length, _stock._StorageInfo(name, offset, length), file_size
+    )
 
 
 def _reserve(tensors: Iterable[WriteItem]) -> int:
-    """Bytes to reserve for a file: what its plain tensors will take at the least. A hint; the file's own length is exact."""
+    """Bytes to reserve for a file: what its plain tensors will take at the least. A hint; the
+    file's own length is exact."""
     total = 0
     for item in tensors:
         if item.tensor_data is not None and item.tensor_data.chunk is not None:
@@ -293,13 +363,16 @@ def _reserve(tensors: Iterable[WriteItem]) -> int:
 
 
 def _named_files(metadata_path: Path) -> list[bytes]:
-    """The data files that the checkpoint in place names; none if there is none, or if it can't be read any more."""
+    """The data files that the checkpoint in place names; none if there is none, or if it can't be
+    read any more."""
     try:
         return _C.metadata_files(read_metadata_bytes(metadata_path), os.fspath(metadata_path))
     except FileNotFoundError:
         return []
     except (CheckpointError, OSError) as error:
-        _logger.warning("the checkpoint that is replaced can't be read, its files are left: %s", error)
+        _logger.warning(
+            "the checkpoint that is replaced can't be read, its files are left: %s", error
+        )
         return []
 
 
@@ -311,4 +384,6 @@ def remove_quietly(directory: str | os.PathLike[str], names: Iterable[str]) -> N
         except FileNotFoundError:
             continue
         except OSError as error:
-            _logger.warning("%s/%s could not be removed after a failed save: %s", directory, name, error)
+            _logger.warning(
+                "%s/%s could not be removed after a failed save: %s", directory, name, error
+            )

@@ -1,9 +1,8 @@
 """Whole tensors from shards, and shards from whole tensors.
 
-A shard is ``ceil(d0 / S)`` rows of dimension 0, the last ones fewer or none, as DTensor cuts it. The shard dimension is the
-mesh's last one; all others hold replicas. DTensors that are placed in another way (some optimizers make such states) go
-through DTensor's own, slower functions.
-"""
+A shard is ``ceil(d0 / S)`` rows of dimension 0, the last ones fewer or none, as DTensor cuts it.
+The shard dimension is the mesh's last one; all others hold replicas. DTensors that are placed in
+another way (some optimizers make such states) go through DTensor's own, slower functions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +25,8 @@ def rows_alone(spec: DTensorSpec) -> bool:
 
 
 def is_first(mesh: DeviceMesh) -> bool:
-    """Whether this is the rank that ``rank0_only`` means: the mesh's first, rank 0 if the mesh holds all ranks."""
+    """Whether this is the rank that ``rank0_only`` means: the mesh's first, rank 0 if the mesh
+    holds all ranks."""
     return not any(mesh.get_coordinate() or [0])
 
 
@@ -38,11 +38,14 @@ def spec_like(tensor: DTensor, dtype: torch.dtype) -> DTensorSpec:
     """``tensor``'s spec, of another dtype."""
     spec = tensor._spec
     meta = TensorMeta(tensor.shape, tensor.stride(), dtype)
-    return spec if tensor.dtype == dtype else DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    return (
+        spec if tensor.dtype == dtype else DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    )
 
 
 def own_rows(full: torch.Tensor, spec: DTensorSpec) -> DTensor:
-    """This rank's part of ``full`` as a DTensor with ``spec``'s mesh and placements: a view, nothing is sent or copied."""
+    """This rank's part of ``full`` as a DTensor with ``spec``'s mesh and placements: a view,
+    nothing is sent or copied."""
     if not rows_alone(spec):
         return distribute_tensor(full, spec.mesh, spec.placements, src_data_rank=None)
     rows = chunk_rows(full.shape, spec.mesh)
@@ -53,11 +56,12 @@ def own_rows(full: torch.Tensor, spec: DTensorSpec) -> DTensor:
 def gather(
     values: Sequence[DTensor], first_only: bool, finish: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[torch.Tensor | None]:
-    """The whole tensors, each passed through ``finish`` as soon as it is there (to go to the CPU, say). Collective.
+    """The whole tensors, each passed through ``finish`` as soon as it is there (to go to the CPU,
+    say). Collective.
 
-    ``first_only``: None everywhere but on the mesh's first rank, and only the ranks of its shard group send anything. Beside
-    the results at most one tensor, or one bucket of small ones, is held at a time.
-    """
+    ``first_only``: None everywhere but on the mesh's first rank, and only the ranks of its shard
+    group send anything. Beside the results at most one tensor, or one bucket of small ones, is held
+    at a time."""
     out: list[torch.Tensor | None] = [None] * len(values)
     buckets: dict[tuple[DeviceMesh, torch.device], list[int]] = {}
     for i, value in enumerate(values):
@@ -65,13 +69,17 @@ def gather(
         if not rows_alone(value._spec):
             full = value.full_tensor()
             if not first_only or is_first(mesh):
-                out[i] = finish(full.clone() if full.data_ptr() == local_of(value).data_ptr() else full)
+                out[i] = finish(
+                    full.clone() if full.data_ptr() == local_of(value).data_ptr() else full
+                )
             continue
         if first_only and any((mesh.get_coordinate() or [0])[:-1]):
             continue
         shards = mesh.size(mesh.ndim - 1)
         local = local_of(value).detach()
-        if local.device.type != mesh.device_type:  # else where it is: the current device may be another one's, in a new thread
+        if (
+            local.device.type != mesh.device_type
+        ):  # else where it is: the current device may be another one's, in a new thread
             local = local.to(mesh.device_type)
         if shards == 1:
             out[i] = finish(local.clone())
@@ -82,22 +90,27 @@ def gather(
             bucket = buckets.setdefault((mesh, local.device), [])
             bucket.append(i)
             if sum(_chunk_bytes(values[j]) for j in bucket) >= _BUCKET:
-                _gather_bucket(values, buckets.pop((mesh, local.device)), local.device, first_only, finish, out)
+                _gather_bucket(
+                    values, buckets.pop((mesh, local.device)), local.device, first_only, finish, out
+                )
     for (_, device), bucket in buckets.items():
         _gather_bucket(values, bucket, device, first_only, finish, out)
     return out
 
 
 def _gather_large(value: DTensor, local: torch.Tensor, first_only: bool) -> torch.Tensor | None:
-    """One tensor whose rows divide evenly. With ``first_only`` the others send their shards and receive nothing: an all-gather
-    would need memory for the whole tensor on each of them, twice with Gloo, whose threads let go of it in their own time."""
+    """One tensor whose rows divide evenly. With ``first_only`` the others send their shards and
+    receive nothing: an all-gather would need memory for the whole tensor on each of them, twice
+    with Gloo, whose threads let go of it in their own time."""
     mesh, group = value.device_mesh, value.device_mesh.get_group(value.device_mesh.ndim - 1)
     sends = first_only
     if first_only and local.is_cuda:
         backend: Any = group._get_backend(local.device)
         sends = backend.name() != "gloo"  # it gathers from devices, but sends from host memory only
     if sends and not is_first(mesh):
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, local, group=group, group_peer=0)]):
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, local, group=group, group_peer=0)]
+        ):
             work.wait()
         return None
     full = torch.empty(value.shape, dtype=value.dtype, device=local.device)
@@ -105,7 +118,10 @@ def _gather_large(value: DTensor, local: torch.Tensor, first_only: bool) -> torc
         dist.all_gather_into_tensor(full, local, group=group)
         return None if first_only and not is_first(mesh) else full
     own, *others = full.chunk(dist.get_world_size(group))
-    receives = [dist.P2POp(dist.irecv, part, group=group, group_peer=peer) for peer, part in enumerate(others, 1)]
+    receives = [
+        dist.P2POp(dist.irecv, part, group=group, group_peer=peer)
+        for peer, part in enumerate(others, 1)
+    ]
     works = dist.batch_isend_irecv(receives)
     own.copy_(local)
     for work in works:
@@ -131,13 +147,22 @@ def _gather_bucket(
     sizes = [_chunk_bytes(values[i]) for i in bucket]
     packed = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
     for i, piece in zip(bucket, torch.split(packed, sizes), strict=True):
-        local = local_of(values[i]).detach().to(packed.device).contiguous().reshape(-1).view(torch.uint8)
+        local = (
+            local_of(values[i])
+            .detach()
+            .to(packed.device)
+            .contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+        )
         piece[: local.numel()].copy_(local)
     everyone = packed.new_empty(mesh.size(mesh.ndim - 1) * packed.numel())
     dist.all_gather_into_tensor(everyone, packed, group=mesh.get_group(mesh.ndim - 1))
     if first_only and not is_first(mesh):
         return
-    for i, piece in zip(bucket, torch.split(everyone.view(-1, packed.numel()), sizes, dim=1), strict=True):
+    for i, piece in zip(
+        bucket, torch.split(everyone.view(-1, packed.numel()), sizes, dim=1), strict=True
+    ):
         full = torch.empty(values[i].shape, dtype=values[i].dtype, device=packed.device)
         target = full.reshape(-1).view(torch.uint8)
         target.copy_(piece.reshape(-1)[: target.numel()])
@@ -145,10 +170,11 @@ def _gather_bucket(
 
 
 def scatter(full: torch.Tensor | None, spec: DTensorSpec) -> DTensor:
-    """The DTensor with ``spec`` whose whole tensor the mesh's first rank has in ``full``; other ranks pass None. Collective.
+    """The DTensor with ``spec`` whose whole tensor the mesh's first rank has in ``full``; other
+    ranks pass None. Collective.
 
-    The first rank sends each rank of its shard group that rank's rows, and these go on to their replicas. ``rows_alone(spec)``.
-    """
+    The first rank sends each rank of its shard group that rank's rows, and these go on to their
+    replicas. ``rows_alone(spec)``."""
     mesh, meta = spec.mesh, spec.tensor_meta
     assert meta is not None and rows_alone(spec)
     rows, dim = chunk_rows(meta.shape, mesh), mesh.ndim - 1
@@ -157,23 +183,35 @@ def scatter(full: torch.Tensor | None, spec: DTensorSpec) -> DTensor:
     if not any(coordinate[:-1]):
         chunks = None
         if full is not None and is_first(mesh):
-            chunks = [full.detach()[i * rows : (i + 1) * rows].to(chunk).contiguous() for i in range(mesh.size(dim))]
-            chunks = [c if len(c) == rows else torch.cat([c, chunk.new_zeros(rows - len(c), *c.shape[1:])]) for c in chunks]
+            chunks = [
+                full.detach()[i * rows : (i + 1) * rows].to(chunk).contiguous()
+                for i in range(mesh.size(dim))
+            ]
+            chunks = [
+                c
+                if len(c) == rows
+                else torch.cat([c, chunk.new_zeros(rows - len(c), *c.shape[1:])])
+                for c in chunks
+            ]
         dist.scatter(chunk, chunks, group=mesh.get_group(dim), group_src=0)
     for replicas in range(dim):
         dist.broadcast(chunk, group=mesh.get_group(replicas), group_src=0)
     held = max(0, min(rows, meta.shape[0] - rows * coordinate[dim]))
-    # Whole chunks are kept as they are; of the others only the rows that count, so that files do not get the padding.
+    # Whole chunks are kept as they are; of the others only the rows that count, so that files do
+    # not get the padding.
     return DTensor(chunk if held == rows else chunk[:held].clone(), spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _from_first(mesh: DeviceMesh) -> list[int]:
-    """The mesh dimensions along which this rank takes part, in order, when the first rank's data goes to all."""
+    """The mesh dimensions along which this rank takes part, in order, when the first rank's data
+    goes to all."""
     coordinate = mesh.get_coordinate() or [0]
     return [dim for dim in reversed(range(mesh.ndim)) if not any(coordinate[:dim])]
 
 
-def broadcast(tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, mesh: DeviceMesh) -> torch.Tensor:
+def broadcast(
+    tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, mesh: DeviceMesh
+) -> torch.Tensor:
     """The first rank's ``tensor`` on every rank of ``mesh``. Collective."""
     if tensor is None or not is_first(mesh):
         tensor = torch.empty(tuple(shape), dtype=dtype, device=mesh.device_type)
@@ -187,5 +225,7 @@ def broadcast_object(value: Any, mesh: DeviceMesh) -> Any:
     """The first rank's ``value``, pickled, on every rank of ``mesh``. Collective."""
     box = [value]
     for dim in _from_first(mesh):
-        dist.broadcast_object_list(box, group=mesh.get_group(dim), group_src=0, device=torch.device(mesh.device_type))
+        dist.broadcast_object_list(
+            box, group=mesh.get_group(dim), group_src=0, device=torch.device(mesh.device_type)
+        )
     return box[0]

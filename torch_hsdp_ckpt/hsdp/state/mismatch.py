@@ -1,4 +1,5 @@
-"""One answer on every rank: what one rank finds wrong is raised by all, before anything has changed on any of them."""
+"""One answer on every rank: what one rank finds wrong is raised by all, before anything has changed
+on any of them."""
 
 from collections.abc import Sequence
 
@@ -10,7 +11,8 @@ _SHOWN = 50  # names in one error message
 
 
 def kind_of(tensor: torch.Tensor) -> tuple[torch.layout, bool, bool]:
-    """What tensors have to have in common to be copied into each other: (layout, quantized, nested)."""
+    """What tensors have to have in common to be copied into each other: (layout, quantized,
+    nested)."""
     return tensor.layout, tensor.is_quantized, tensor.is_nested
 
 
@@ -21,7 +23,8 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def groups_of(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
-    """Groups whose reductions one after the other reach all ranks of ``mesh``; one, if these are all ranks that there are."""
+    """Groups whose reductions one after the other reach all ranks of ``mesh``; one, if these are
+    all ranks that there are."""
     if mesh.size() == dist.get_world_size():
         return [dist.distributed_c10d._get_default_group()]
     return [mesh.get_group(dim) for dim in range(mesh.ndim)]
@@ -30,9 +33,8 @@ def groups_of(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
 def agree(mesh: DeviceMesh, problems: Sequence[str]) -> list[str]:
     """The problems of all ranks of ``mesh``; empty if no rank has one. Collective.
 
-    A reduction of one number in each dimension; texts travel only if there are any. This rank's come first, as they are; those
-    that only others have follow, with a rank that has them.
-    """
+    A reduction of one number in each dimension; texts travel only if there are any. This rank's
+    come first, as they are; those that only others have follow, with a rank that has them."""
     flag = torch.tensor([1 if problems else 0], dtype=torch.int32, device=mesh.device_type)
     groups = groups_of(mesh)
     for group in groups:

@@ -1,4 +1,5 @@
-"""From a state by names to what ``Optimizer.load_state_dict`` takes: checked against the model, and cut where it is whole."""
+"""From a state by names to what ``Optimizer.load_state_dict`` takes: checked against the model, and
+cut where it is whole."""
 
 import pickle
 from collections.abc import Callable, Sequence
@@ -10,7 +11,15 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from ...common.tensors import local_of
-from .full_state import broadcast, broadcast_object, is_first, own_rows, rows_alone, scatter, spec_like
+from .full_state import (
+    broadcast,
+    broadcast_object,
+    is_first,
+    own_rows,
+    rows_alone,
+    scatter,
+    spec_like,
+)
 from .mismatch import agree, kind_of, listed
 from .optim_names import Names, in_order, match_groups
 
@@ -18,7 +27,8 @@ _DENSE = (torch.strided, False, False)
 
 
 class Remote(NamedTuple):
-    """A tensor that only the first rank has, the ``number``-th there; -1 for a DTensor, which is not sent."""
+    """A tensor that only the first rank has, the ``number``-th there; -1 for a DTensor, which is
+    not sent."""
 
     number: int
     shape: tuple[int, ...]
@@ -28,10 +38,10 @@ class Remote(NamedTuple):
 class Home(NamedTuple):
     """The parameter that a state belongs to, and what is known of such states.
 
-    ``current``: the state that the optimizer has now. ``elements``: of all the optimizer's parameters together.
-    ``like_parameters``: the keys whose values have dimensions where parameters have. Under these (Adam's ``exp_avg``, not its
-    ``step``) a parameter without dimensions has a DTensor too.
-    """
+    ``current``: the state that the optimizer has now. ``elements``: of all the optimizer's
+    parameters together. ``like_parameters``: the keys whose values have dimensions where parameters
+    have. Under these (Adam's ``exp_avg``, not its ``step``) a parameter without dimensions has a
+    DTensor too."""
 
     parameter: torch.Tensor
     current: dict[str, Any]
@@ -40,7 +50,8 @@ class Home(NamedTuple):
 
 
 class Source:
-    """A state to be loaded. ``mesh``: only its first rank's counts, and is to be sent to all; None: every rank has its own."""
+    """A state to be loaded. ``mesh``: only its first rank's counts, and is to be sent to all; None:
+    every rank has its own."""
 
     def __init__(self, state: dict[str, Any] | None, mesh: DeviceMesh | None) -> None:
         self.state: Any = state
@@ -53,7 +64,13 @@ class Source:
                 try:
                     packed = pickle.dumps((self._without_tensors(state), ""))
                 except Exception as error:  # the others wait for something
-                    packed = pickle.dumps((None, f"the first rank's state can't be sent: {type(error).__name__}: {error}"))
+                    packed = pickle.dumps(
+                        (
+                            None,
+                            f"the first rank's state can't be sent: {type(error).__name__}: "
+                            f"{error}",
+                        )
+                    )
             self.state, self.unsent = pickle.loads(broadcast_object(packed, mesh))
 
     def _without_tensors(self, value: Any) -> Any:
@@ -79,7 +96,8 @@ def import_state(
     optim: torch.optim.Optimizer | None,
     by_name: bool = False,
 ) -> dict[str, Any]:
-    """Keys are the optimizer's numbers, or names. Collective over ``mesh``: ValueError on all ranks or on none."""
+    """Keys are the optimizer's numbers, or names. Collective over ``mesh``: ValueError on all ranks
+    or on none."""
     try:
         names = find_names()
     except ValueError as error:
@@ -92,7 +110,9 @@ def import_state(
         problems.append(source.unsent)
         saved = {"state": {}}
     elif not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
-        problems.append(f'an optimizer state is a dict with "state" and "param_groups", not {_shown(saved)}')
+        problems.append(
+            f'an optimizer state is a dict with "state" and "param_groups", not {_shown(saved)}'
+        )
         saved = {"state": {}}
     elif "param_groups" in saved:
         if _are_groups(saved["param_groups"]):
@@ -110,7 +130,9 @@ def import_state(
     listed_names = {name for group in saved.get("param_groups", ()) for name in group["params"]}
     elements = sum(p.numel() for p in names.parameters)
     states = [value for value in saved["state"].values() if isinstance(value, dict)]
-    like_parameters = frozenset(str(key) for state in states for key, item in state.items() if _has_elements(item))
+    like_parameters = frozenset(
+        str(key) for state in states for key, item in state.items() if _has_elements(item)
+    )
     values: dict[Any, tuple[Any, Home | None]] = {}
     for name, value in saved["state"].items():
         index = names.index.get(name)
@@ -123,7 +145,12 @@ def import_state(
             values[name] = value, None
             continue
         parameter = names.parameters[index]
-        home = Home(parameter, {} if optim is None else optim.state.get(parameter, {}), elements, like_parameters)
+        home = Home(
+            parameter,
+            {} if optim is None else optim.state.get(parameter, {}),
+            elements,
+            like_parameters,
+        )
         current = home.current
         expected = _dtype_of(parameter, optim)
         if not isinstance(value, dict):
@@ -131,10 +158,16 @@ def import_state(
             continue
         # None at all is what a parameter without gradients has.
         for key in current if value else ():
-            if key not in value and _has_elements(current[key]) and current[key].shape == parameter.shape:
+            if (
+                key not in value
+                and _has_elements(current[key])
+                and current[key].shape == parameter.shape
+            ):
                 problems.append(f'the state of {name} has no "{key}", the optimizer has')
         for key, item in value.items():
-            problem = _misfit(f"{name}: {key}", item, home, current.get(key), expected if key != "step" else None)
+            problem = _misfit(
+                f"{name}: {key}", item, home, current.get(key), expected if key != "step" else None
+            )
             if problem is not None:
                 problems.append(problem)
         values[name if by_name else index] = value, home
@@ -152,7 +185,9 @@ def import_state(
 def _refuse(mesh: DeviceMesh, problems: list[str]) -> None:
     everybody = agree(mesh, problems)
     if everybody:
-        raise ValueError(f"the optimizer state does not fit; nothing was loaded:\n\t{listed(everybody)}")
+        raise ValueError(
+            f"the optimizer state does not fit; nothing was loaded:\n\t{listed(everybody)}"
+        )
 
 
 def _are_groups(groups: Any) -> bool:
@@ -167,11 +202,16 @@ def _are_groups(groups: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return f"a dict with {sorted(map(str, value))}" if isinstance(value, dict) else f"a {type(value).__name__}"
+    return (
+        f"a dict with {sorted(map(str, value))}"
+        if isinstance(value, dict)
+        else f"a {type(value).__name__}"
+    )
 
 
 def _dtype_of(parameter: torch.Tensor, optim: torch.optim.Optimizer | None) -> torch.dtype | None:
-    """What ``load_state_dict`` would silently convert floating state to; others than torch's may do otherwise."""
+    """What ``load_state_dict`` would silently convert floating state to; others than torch's may do
+    otherwise."""
     return parameter.dtype if _is_torchs(optim) and parameter.is_floating_point() else None
 
 
@@ -180,13 +220,15 @@ def _is_torchs(optim: torch.optim.Optimizer | None) -> bool:
 
 
 def _lacking_options(optim: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> list[str]:
-    """What a step of the optimizer would look for in its groups and not find, after ``load_state_dict`` has filled in what
-    states of older torch versions lack."""
+    """What a step of the optimizer would look for in its groups and not find, after
+    ``load_state_dict`` has filled in what states of older torch versions lack."""
     if not _is_torchs(optim):
         return []
     shadow = object.__new__(type(optim))
     shadow.__dict__.update(optim.__dict__)
-    shadow.__setstate__({"state": {}, "param_groups": [{**group, "params": []} for group in groups]})
+    shadow.__setstate__(
+        {"state": {}, "param_groups": [{**group, "params": []} for group in groups]}
+    )
     asked = [key for key in optim.defaults if all(key in group for group in optim.param_groups)]
     lacking = sorted({key for group in shadow.param_groups for key in asked if key not in group})
     return [f'a parameter group of the state has no "{key}", the optimizer has' for key in lacking]
@@ -196,13 +238,19 @@ def _has_elements(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, Remote)) and len(value.shape) > 0
 
 
-def _misfit(where: str, value: Any, home: Home, current: Any, dtype: torch.dtype | None) -> str | None:
+def _misfit(
+    where: str, value: Any, home: Home, current: Any, dtype: torch.dtype | None
+) -> str | None:
     parameter = home.parameter
     if isinstance(value, Remote) and value.number < 0:
         return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
     if not _has_elements(value):
         if _has_elements(current):
-            what = f"a {type(value).__name__}" if not isinstance(value, torch.Tensor) else "a single value"
+            what = (
+                f"a {type(value).__name__}"
+                if not isinstance(value, torch.Tensor)
+                else "a single value"
+            )
             return f"{where} is {what}, the optimizer has a tensor of shape {tuple(current.shape)}"
         return None
     if isinstance(value, torch.Tensor) and kind_of(value) != _DENSE:
@@ -213,25 +261,34 @@ def _misfit(where: str, value: Any, home: Home, current: Any, dtype: torch.dtype
         own, dtype = tuple(current.shape), current.dtype
         if isinstance(value, DTensor) and not isinstance(current, DTensor):
             return f"{where} is a DTensor, the optimizer has a plain tensor there: pass value.full_tensor()"
-    # Without a state to compare with: as the parameter, or (Adafactor's) reduced over some dimensions, or (LBFGS's) of all
-    # parameters end to end.
+    # Without a state to compare with: as the parameter, or (Adafactor's) reduced over some
+    # dimensions, or (LBFGS's) of all parameters end to end.
     reduced = len(shape) == len(own) and all(a in (b, 1) for a, b in zip(shape, own, strict=True))
     end_to_end = shape == (home.elements,)
     fits = shape == own if known else reduced or end_to_end
     if not fits:
         # Other optimizers than torch's may keep anything. What, can be seen after a step.
-        hint = "" if known or dtype is not None else "; if it keeps states of such shapes, take a step first, to make them"
+        hint = (
+            ""
+            if known or dtype is not None
+            else "; if it keeps states of such shapes, take a step first, to make them"
+        )
         return f"size mismatch for {where}: {shape} given, the optimizer has {own}{hint}"
     if dtype is not None and value.dtype != dtype and value.dtype.is_floating_point:
         return f"{where} is {value.dtype}, the optimizer has {dtype}: convert it"
     if not isinstance(parameter, DTensor):
-        return f"{where} is a DTensor, the parameter is a plain tensor" if isinstance(value, DTensor) else None
+        return (
+            f"{where} is a DTensor, the parameter is a plain tensor"
+            if isinstance(value, DTensor)
+            else None
+        )
     like = current if isinstance(current, DTensor) else parameter
     if isinstance(value, DTensor):
         placed = value.placements == like.placements or shape != tuple(like.shape)
         if value.device_mesh != parameter.device_mesh or not placed:
             return (
-                f"{where} is placed {value.placements} on {value.device_mesh}, the parameter {like.placements} on "
+                f"{where} is placed {value.placements} on {value.device_mesh}, the parameter "
+                f"{like.placements} on "
                 f"{like.device_mesh}: load it through torch.distributed.checkpoint, which reshards"
             )
         mine, its = tuple(local_of(like).shape), tuple(local_of(value).shape)
@@ -267,11 +324,15 @@ def _place(value: Any, home: Home | None, current: Any, source: Source, key: Any
     mine = own_rows(value, spec)
     # A copy: the whole tensor may go, and the caller's stays as it is.
     local = local_of(mine).to(spec.mesh.device_type).contiguous()
-    local = local.clone() if local.untyped_storage()._cdata == value.untyped_storage()._cdata else local
+    local = (
+        local.clone() if local.untyped_storage()._cdata == value.untyped_storage()._cdata else local
+    )
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
-def _spec_of(value: torch.Tensor | Remote, home: Home | None, current: Any, key: Any) -> DTensorSpec | None:
+def _spec_of(
+    value: torch.Tensor | Remote, home: Home | None, current: Any, key: Any
+) -> DTensorSpec | None:
     """How a whole ``value`` is placed in the optimizer; None: as a plain tensor."""
     if home is None or not isinstance(home.parameter, DTensor):
         return None
@@ -284,5 +345,7 @@ def _spec_of(value: torch.Tensor | Remote, home: Home | None, current: Any, key:
         return None if plain else spec_like(like, value.dtype)
     if shape == (home.elements,):
         meta = TensorMeta(torch.Size(shape), (1,), value.dtype)
-        return DTensorSpec(parameter.device_mesh, (Replicate(),) * parameter.device_mesh.ndim, tensor_meta=meta)
+        return DTensorSpec(
+            parameter.device_mesh, (Replicate(),) * parameter.device_mesh.ndim, tensor_meta=meta
+        )
     return None

@@ -1,9 +1,10 @@
-"""Optimizer state by parameter names: as it lies in the optimizer, or whole; and back, checked. FSDP1's static methods.
+"""Optimizer state by parameter names: as it lies in the optimizer, or whole; and back, checked.
+FSDP1's static methods.
 
-A state is ``{"state": {name: {key: value}}, "param_groups": [{"params": [name, ...], ...}]}``. What is not a tensor, or has no
-dimension (``step``), is the same on all ranks and stays as it is. State that belongs to no parameter (anything but a dict, or
-under a key that ``optim.state`` has too) is passed on.
-"""
+A state is ``{"state": {name: {key: value}}, "param_groups": [{"params": [name, ...], ...}]}``. What
+is not a tensor, or has no dimension (``step``), is the same on all ranks and stays as it is. State
+that belongs to no parameter (anything but a dict, or under a key that ``optim.state`` has too) is
+passed on."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -44,7 +45,9 @@ def offload(value: Any) -> Any:
 
 def _settings(model: nn.Module) -> StateDictSettings:
     default = StateDictSettings(
-        StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig(offload_to_cpu=False)
+        StateDictType.SHARDED_STATE_DICT,
+        ShardedStateDictConfig(),
+        ShardedOptimStateDictConfig(offload_to_cpu=False),
     )
     return next((m._settings for m in unit_holders(model) if hasattr(m, "_settings")), default)
 
@@ -66,9 +69,13 @@ def _mesh(model: nn.Module) -> DeviceMesh:
 
 @contextmanager
 def _names(
-    model: nn.Module, optim: torch.optim.Optimizer, optim_input: OptimInput = None, whole: bool = False
+    model: nn.Module,
+    optim: torch.optim.Optimizer,
+    optim_input: OptimInput = None,
+    whole: bool = False,
 ) -> Iterator[tuple[Names, DeviceMesh]]:
-    """The names and the model's mesh, from any thread. ``whole``: states are going to be gathered within the block."""
+    """The names and the model's mesh, from any thread. ``whole``: states are going to be gathered
+    within the block."""
     runners = _runners(model)
     with ExitStack() as stack:
         for runner in runners:
@@ -77,18 +84,23 @@ def _names(
 
 
 class OptimStateMixin:
-    """The optimizer's side of FSDP1's interface. ``group`` is not needed: a parameter's mesh says who has it."""
+    """The optimizer's side of FSDP1's interface. ``group`` is not needed: a parameter's mesh says
+    who has it."""
 
     @staticmethod
     def optim_state_dict(
-        model: nn.Module, optim: torch.optim.Optimizer, optim_state_dict: dict[str, Any] | None = None, group: Any = None
+        model: nn.Module,
+        optim: torch.optim.Optimizer,
+        optim_state_dict: dict[str, Any] | None = None,
+        group: Any = None,
     ) -> dict[str, Any]:
-        """The optimizer's state by parameter names, in the form that ``set_state_dict_type`` has set.
+        """The optimizer's state by parameter names, in the form that ``set_state_dict_type`` has
+        set.
 
-        SHARDED_STATE_DICT: DTensors as the parameters are, sharing the optimizer's memory; nothing is sent. FULL_STATE_DICT:
-        whole tensors, copies; collective; with ``rank0_only`` other ranks than the mesh's first get ``{}``.
-        ``optim_state_dict``: what ``optim.state_dict()`` has returned, if it was called already.
-        """
+        SHARDED_STATE_DICT: DTensors as the parameters are, sharing the optimizer's memory; nothing
+        is sent. FULL_STATE_DICT: whole tensors, copies; collective; with ``rank0_only`` other ranks
+        than the mesh's first get ``{}``. ``optim_state_dict``: what ``optim.state_dict()`` has
+        returned, if it was called already."""
         source = optim.state_dict() if optim_state_dict is None else optim_state_dict
         settings = _settings(model)
         config: Any = settings.optim_state_dict_config
@@ -111,19 +123,23 @@ class OptimStateMixin:
         load_directly: bool = False,
         group: Any = None,
     ) -> dict[str, Any]:
-        """What ``optim.load_state_dict`` takes, from what ``optim_state_dict`` returns. Loads it if ``load_directly``.
+        """What ``optim.load_state_dict`` takes, from what ``optim_state_dict`` returns. Loads it if
+        ``load_directly``.
 
-        DTensors are passed on as they are, whole tensors are cut: each rank keeps a copy of its rows. Under FULL_STATE_DICT
-        with ``rank0_only`` the first rank's state is sent to all, and what others pass is ignored. ``is_named_optimizer``:
-        ``optim`` keys its state by names itself.
+        DTensors are passed on as they are, whole tensors are cut: each rank keeps a copy of its
+        rows. Under FULL_STATE_DICT with ``rank0_only`` the first rank's state is sent to all, and
+        what others pass is ignored. ``is_named_optimizer``: ``optim`` keys its state by names
+        itself.
 
-        Collective: what does not fit on one rank is a ValueError on all of them that lists it, and nothing was loaded.
-        """
+        Collective: what does not fit on one rank is a ValueError on all of them that lists it, and
+        nothing was loaded."""
         mesh = _mesh(model)
         settings = _settings(model)
         first_only = bool(getattr(settings.optim_state_dict_config, "rank0_only", False))
         source = Source(optim_state_dict, mesh if first_only else None)
-        loadable = import_state(source, lambda: names_of(model, optim), mesh, optim, by_name=is_named_optimizer)
+        loadable = import_state(
+            source, lambda: names_of(model, optim), mesh, optim, by_name=is_named_optimizer
+        )
         if load_directly:
             optim.load_state_dict(loadable)
         return loadable
@@ -136,13 +152,16 @@ class OptimStateMixin:
         rank0_only: bool = True,
         group: Any = None,
     ) -> dict[str, Any]:
-        """``optim_state_dict`` with whole tensors on the CPU, whatever type is set; ``{}`` on other ranks if ``rank0_only``."""
+        """``optim_state_dict`` with whole tensors on the CPU, whatever type is set; ``{}`` on other
+        ranks if ``rank0_only``."""
         source = optim.state_dict()
         with _names(model, optim, optim_input, whole=True) as (names, mesh):
             return _whole(source, names, mesh, rank0_only, offload)
 
     @staticmethod
-    def sharded_optim_state_dict(model: nn.Module, optim: torch.optim.Optimizer, group: Any = None) -> dict[str, Any]:
+    def sharded_optim_state_dict(
+        model: nn.Module, optim: torch.optim.Optimizer, group: Any = None
+    ) -> dict[str, Any]:
         """``optim_state_dict`` with DTensors, whatever type is set: no communication, no copy."""
         source = optim.state_dict()
         with _names(model, optim) as (names, _):
@@ -155,16 +174,28 @@ class OptimStateMixin:
         optim_input: OptimInput = None,
         optim: torch.optim.Optimizer | None = None,
     ) -> dict[str, Any]:
-        """What ``optim.load_state_dict`` takes, from a whole state that every rank has. See ``optim_state_dict_to_load``."""
+        """What ``optim.load_state_dict`` takes, from a whole state that every rank has. See
+        ``optim_state_dict_to_load``."""
         mesh = _mesh(model)
-        return import_state(Source(full_optim_state_dict, None), lambda: names_of(model, optim, optim_input), mesh, optim)
+        return import_state(
+            Source(full_optim_state_dict, None),
+            lambda: names_of(model, optim, optim_input),
+            mesh,
+            optim,
+        )
 
     @staticmethod
     def flatten_sharded_optim_state_dict(
         sharded_optim_state_dict: dict[str, Any], model: nn.Module, optim: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        """What ``optim.load_state_dict`` takes, from ``sharded_optim_state_dict``. (Nothing is flat here but the name.)"""
-        return import_state(Source(sharded_optim_state_dict, None), lambda: names_of(model, optim), _mesh(model), optim)
+        """What ``optim.load_state_dict`` takes, from ``sharded_optim_state_dict``. (Nothing is flat
+        here but the name.)"""
+        return import_state(
+            Source(sharded_optim_state_dict, None),
+            lambda: names_of(model, optim),
+            _mesh(model),
+            optim,
+        )
 
     @staticmethod
     def scatter_full_optim_state_dict(
@@ -174,12 +205,18 @@ class OptimStateMixin:
         optim: torch.optim.Optimizer | None = None,
         group: Any = None,
     ) -> dict[str, Any]:
-        """What ``optim.load_state_dict`` takes, from a whole state that only the mesh's first rank has; others pass None.
+        """What ``optim.load_state_dict`` takes, from a whole state that only the mesh's first rank
+        has; others pass None.
 
-        Each rank of the first rank's shard group is sent its rows, a tensor at a time, and passes them on to its replicas.
-        """
+        Each rank of the first rank's shard group is sent its rows, a tensor at a time, and passes
+        them on to its replicas."""
         mesh = _mesh(model)
-        return import_state(Source(full_optim_state_dict, mesh), lambda: names_of(model, optim, optim_input), mesh, optim)
+        return import_state(
+            Source(full_optim_state_dict, mesh),
+            lambda: names_of(model, optim, optim_input),
+            mesh,
+            optim,
+        )
 
     @staticmethod
     def rekey_optim_state_dict(
@@ -189,37 +226,56 @@ class OptimStateMixin:
         optim_input: OptimInput = None,
         optim: torch.optim.Optimizer | None = None,
     ) -> dict[str, Any]:
-        """The same state by parameter names (PARAM_NAME) or the optimizer's numbers (PARAM_ID). ``model`` need not be wrapped.
+        """The same state by parameter names (PARAM_NAME) or the optimizer's numbers (PARAM_ID).
+        ``model`` need not be wrapped.
 
-        A state that has such keys already is returned as it is. ValueError for a mixture, and for parameters that the
-        optimizer does not have.
-        """
+        A state that has such keys already is returned as it is. ValueError for a mixture, and for
+        parameters that the optimizer does not have."""
         kinds = {type(key) for key in optim_state_dict["state"]}
         target = str if optim_state_key_type is OptimStateKeyType.PARAM_NAME else int
-        if not isinstance(optim_state_key_type, OptimStateKeyType) or len(kinds) > 1 or not kinds <= {str, int}:
-            raise ValueError(f"rekeying to {optim_state_key_type}: keys of types {sorted(k.__name__ for k in kinds)}")
+        if (
+            not isinstance(optim_state_key_type, OptimStateKeyType)
+            or len(kinds) > 1
+            or not kinds <= {str, int}
+        ):
+            raise ValueError(
+                f"rekeying to {optim_state_key_type}: keys of types "
+                f"{sorted(k.__name__ for k in kinds)}"
+            )
         if kinds <= {target}:
             return optim_state_dict
         names = names_of(model, optim, optim_input)
         table: dict[Any, Any] = dict(enumerate(names.flat)) if target is str else dict(names.index)
-        keys = [*optim_state_dict["state"], *(key for g in optim_state_dict["param_groups"] for key in g["params"])]
+        keys = [
+            *optim_state_dict["state"],
+            *(key for g in optim_state_dict["param_groups"] for key in g["params"]),
+        ]
         unknown = sorted({str(key) for key in keys if key not in table})
         if unknown:
             raise ValueError(f"the optimizer has no such parameters: {', '.join(unknown)}")
-        groups = [in_order(g, table, sorted(g["params"], key=table.__getitem__)) for g in optim_state_dict["param_groups"]]
-        return {"state": {table[key]: value for key, value in optim_state_dict["state"].items()}, "param_groups": groups}
+        groups = [
+            in_order(g, table, sorted(g["params"], key=table.__getitem__))
+            for g in optim_state_dict["param_groups"]
+        ]
+        return {
+            "state": {table[key]: value for key, value in optim_state_dict["state"].items()},
+            "param_groups": groups,
+        }
 
 
 def _by_names(source: dict[str, Any], names: Names) -> dict[str, Any]:
     flat = names.flat
     state = {
-        flat[key] if isinstance(key, int) else key.replace(PREFIX, ""): dict(values) if isinstance(values, dict) else values
+        flat[key] if isinstance(key, int) else key.replace(PREFIX, ""): dict(values)
+        if isinstance(values, dict)
+        else values
         for key, values in source["state"].items()
     }
     named: dict[str, Any] = {"state": state}
     if "param_groups" in source:
         named["param_groups"] = [
-            {**saved, "params": list(group)} for saved, group in zip(source["param_groups"], names.groups, strict=True)
+            {**saved, "params": list(group)}
+            for saved, group in zip(source["param_groups"], names.groups, strict=True)
         ]
     return named
 
@@ -245,7 +301,11 @@ def _sharded_leaves(value: Any, path: str) -> Iterator[tuple[str, DTensor]]:
 
 
 def _whole(
-    source: dict[str, Any], names: Names, mesh: DeviceMesh, first_only: bool, finish: Callable[[torch.Tensor], torch.Tensor]
+    source: dict[str, Any],
+    names: Names,
+    mesh: DeviceMesh,
+    first_only: bool,
+    finish: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, Any]:
     named = _by_names(source, names)
     leaves = list(_sharded_leaves(named["state"], ""))
@@ -265,7 +325,8 @@ def _whole(
 
 
 def _check_equal(lines: list[str], mesh: DeviceMesh) -> None:
-    """RuntimeError on all ranks if they hold states of different parameters: their gathers would wait for each other."""
+    """RuntimeError on all ranks if they hold states of different parameters: their gathers would
+    wait for each other."""
     digest = zlib.crc32("\n".join(lines).encode())
     extremes = torch.tensor([digest, -digest], dtype=torch.int64, device=mesh.device_type)
     for group in groups_of(mesh):
@@ -273,6 +334,7 @@ def _check_equal(lines: list[str], mesh: DeviceMesh) -> None:
     largest, smallest = extremes.tolist()
     if largest != -smallest:
         raise RuntimeError(
-            f"the ranks hold optimizer states of different tensors (rank {dist.get_rank()} has {len(lines)}): a whole state "
+            f"the ranks hold optimizer states of different tensors (rank {dist.get_rank()} has "
+            f"{len(lines)}): a whole state "
             "needs the same on all of them; did every rank take part in every step?"
         )

@@ -1,8 +1,7 @@
 """State dicts of wrapped modules: sharded without a collective and without a copy, or whole.
 
-A mix-in of ``FullyShardedDataParallel``; the static methods are torch FSDP1's. ``_module_load.py`` loads, ``_full_state.py``
-gathers, ``_optim_state.py`` does the optimizer's side.
-"""
+A mix-in of ``FullyShardedDataParallel``; the static methods are torch FSDP1's. ``_module_load.py``
+loads, ``_full_state.py`` gathers, ``_optim_state.py`` does the optimizer's side."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from ...common.gate import hold
+from ...common.gate import wait_at_gate
 from ...common.tensors import local_of
 from ..precision import restore_buffers
 from .full_state import gather, is_first
@@ -39,7 +38,8 @@ _CONFIGS: dict[StateDictType, tuple[type[StateDictConfig], type[OptimStateDictCo
 
 
 class StateDictMixin(OptimStateMixin, nn.Module):
-    """``state_dict`` and ``load_state_dict`` without the wrapper's own name in the keys, and FSDP1's state dict types."""
+    """``state_dict`` and ``load_state_dict`` without the wrapper's own name in the keys, and
+    FSDP1's state dict types."""
 
     _settings: StateDictSettings
     _checkpoint_wrapped_module: nn.Module
@@ -53,7 +53,9 @@ class StateDictMixin(OptimStateMixin, nn.Module):
 
     def _init_state_dict(self) -> None:
         self._settings = StateDictSettings(
-            StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig(offload_to_cpu=False)
+            StateDictType.SHARDED_STATE_DICT,
+            ShardedStateDictConfig(),
+            ShardedOptimStateDictConfig(offload_to_cpu=False),
         )
         self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -62,27 +64,34 @@ class StateDictMixin(OptimStateMixin, nn.Module):
     def _full(self) -> bool:
         return self._settings.state_dict_type is StateDictType.FULL_STATE_DICT
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The module's state under the names it has without wrappers; non-persistent buffers are left out.
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """The module's state under the names it has without wrappers; non-persistent buffers are
+        left out.
 
-        SHARDED_STATE_DICT (the default): DTensors that share the live shards' memory, buffers and ignored parameters as they
-        are. No communication, no copy. A value changes with the next ``optimizer.step()``; clone what has to stay.
+        SHARDED_STATE_DICT (the default): DTensors that share the live shards' memory, buffers and
+        ignored parameters as they are. No communication, no copy. A value changes with the next
+        ``optimizer.step()``; clone what has to stay.
 
-        FULL_STATE_DICT: whole tensors, copies. Collective. With ``rank0_only`` other ranks get what their ranks alone have:
-        ignored parameters, else nothing. With ``offload_to_cpu`` the device holds one tensor, or one bucket of small ones, at a
-        time.
+        FULL_STATE_DICT: whole tensors, copies. Collective. With ``rank0_only`` other ranks get what
+        their ranks alone have: ignored parameters, else nothing. With ``offload_to_cpu`` the device
+        holds one tensor, or one bucket of small ones, at a time.
 
-        Buffers that ``MixedPrecision(buffer_dtype)`` has converted come as copies in the dtype that they had before (with
-        ``keep_vars`` as they are).
+        Buffers that ``MixedPrecision(buffer_dtype)`` has converted come as copies in the dtype that
+        they had before (with ``keep_vars`` as they are).
 
-        Hooks that were registered on the wrapper or inside are called; they see the shards, as values become whole after them.
+        Hooks that were registered on the wrapper or inside are called; they see the shards, as
+        values become whole after them.
 
-        From any thread: it waits for the others' forward or backward to end, and theirs for it. A FULL_STATE_DICT does not
-        wait, as ranks would gather in different orders: RuntimeError on every rank where a forward or backward is under way. A
-        rank where none is does not know of that, and waits in the gather for as long as the group's timeout.
-        """
+        From any thread: it waits for the others' forward or backward to end, and theirs for it. A
+        FULL_STATE_DICT does not wait, as ranks would gather in different orders: RuntimeError on
+        every rank where a forward or backward is under way. A rank where none is does not know of
+        that, and waits in the gather for as long as the group's timeout."""
         if args:
-            raise TypeError("state_dict takes keyword arguments only: destination, prefix, keep_vars")
+            raise TypeError(
+                "state_dict takes keyword arguments only: destination, prefix, keep_vars"
+            )
         with self._runner.reading("whole state dict" if self._full else ""):
             return self._read_state(destination, prefix, keep_vars)
 
@@ -110,17 +119,23 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         return destination
 
     def _make_full(self, destination: dict[str, Any], prefix: str) -> None:
-        """Whole tensors for the DTensors below ``prefix``. Wrappers inside have done theirs: a unit at a time."""
+        """Whole tensors for the DTensors below ``prefix``. Wrappers inside have done theirs: a unit
+        at a time."""
         config = self._settings.state_dict_config
         first_only = bool(getattr(config, "rank0_only", False))
-        keys = [k for k, v in destination.items() if k.startswith(prefix) and isinstance(v, DTensor)]
-        # A shared parameter's keys share the whole tensor too. By the module, as empty shards have no address to tell.
+        keys = [
+            k for k, v in destination.items() if k.startswith(prefix) and isinstance(v, DTensor)
+        ]
+        # A shared parameter's keys share the whole tensor too. By the module, as empty shards have
+        # no address to tell.
         owner = {prefix + name: id(p) for name, p in self.named_parameters(remove_duplicate=False)}
         same: dict[int, list[str]] = {}
         for key in keys:
             same.setdefault(owner.get(key, id(destination[key])), []).append(key)
         distinct = [destination[aliases[0]] for aliases in same.values()]
-        whole = gather(distinct, first_only, offload if config.offload_to_cpu else lambda tensor: tensor)
+        whole = gather(
+            distinct, first_only, offload if config.offload_to_cpu else lambda tensor: tensor
+        )
         here = not first_only or is_first(self._unit.mesh)
         for aliases, tensor in zip(same.values(), whole, strict=True):
             for key in aliases:
@@ -128,25 +143,32 @@ class StateDictMixin(OptimStateMixin, nn.Module):
                     destination[key] = tensor
                 else:
                     del destination[key]
-        for key in [k for k in destination if k.startswith(prefix)] if config.offload_to_cpu else ():
+        for key in (
+            [k for k in destination if k.startswith(prefix)] if config.offload_to_cpu else ()
+        ):
             destination[key] = offload(destination[key])
         for name, _ in self.named_buffers(remove_duplicate=False) if not here else ():
             destination.pop(prefix + name, None)
 
     @own
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copies ``state_dict`` into the shards (``assign``: into a new flat buffer that takes their place).
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copies ``state_dict`` into the shards (``assign``: into a new flat buffer that takes
+        their place).
 
-        Values are as ``state_dict()`` returns them: DTensors placed as the parameters are; under FULL_STATE_DICT also whole
-        tensors, which every rank has to have, whatever ``rank0_only`` says, as in torch. (``set_model_state_dict`` with
-        ``broadcast_from_rank0=True`` takes them from rank 0.) Each byte is copied once.
+        Values are as ``state_dict()`` returns them: DTensors placed as the parameters are; under
+        FULL_STATE_DICT also whole tensors, which every rank has to have, whatever ``rank0_only``
+        says, as in torch. (``set_model_state_dict`` with ``broadcast_from_rank0=True`` takes them
+        from rank 0.) Each byte is copied once.
 
-        Collective: what does not fit on one rank is a RuntimeError on all of them that lists it, and the module is as it was.
-        Missing and unexpected keys are errors if ``strict``, and returned otherwise; so are other dtypes, which without
-        ``strict`` are converted; other shapes, meshes and placements always are. If somebody has registered load hooks, or
-        modules load in a way of their own, the shards are copied first, to be put back if loading fails.
+        Collective: what does not fit on one rank is a RuntimeError on all of them that lists it,
+        and the module is as it was. Missing and unexpected keys are errors if ``strict``, and
+        returned otherwise; so are other dtypes, which without ``strict`` are converted; other
+        shapes, meshes and placements always are. If somebody has registered load hooks, or modules
+        load in a way of their own, the shards are copied first, to be put back if loading fails.
         """
-        hold()
+        wait_at_gate()
         self._reset()
 
         def as_nn_module_does(given: Mapping[str, Any]) -> Any:
@@ -155,10 +177,13 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         hint = ""
         if getattr(self._settings.state_dict_config, "rank0_only", False) and not state_dict:
             hint = (
-                "rank0_only is for saving: to load, every rank needs the values (set_model_state_dict with "
+                "rank0_only is for saving: to load, every rank needs the values "
+                "(set_model_state_dict with "
                 "broadcast_from_rank0=True and full_state_dict=True takes them from rank 0)"
             )
-        return load(self, self._unit.mesh, state_dict, strict, assign, self._full, hint, as_nn_module_does)
+        return load(
+            self, self._unit.mesh, state_dict, strict, assign, self._full, hint, as_nn_module_does
+        )
 
     # -- FSDP1's static methods
 
@@ -169,17 +194,19 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         state_dict_config: StateDictConfig | None = None,
         optim_state_dict_config: OptimStateDictConfig | None = None,
     ) -> StateDictSettings:
-        """Sets what ``state_dict`` and ``optim_state_dict`` of all wrappers in ``module`` return; returns what it was.
+        """Sets what ``state_dict`` and ``optim_state_dict`` of all wrappers in ``module`` return;
+        returns what it was.
 
-        torch's ``get_model_state_dict`` and its kin ask ``state_dict``: leave SHARDED_STATE_DICT set for them, and say
-        ``full_state_dict`` in their options instead. (torch's FSDP1 has its type set by them.)
+        torch's ``get_model_state_dict`` and its kin ask ``state_dict``: leave SHARDED_STATE_DICT
+        set for them, and say ``full_state_dict`` in their options instead. (torch's FSDP1 has its
+        type set by them.)
 
-        RuntimeError for LOCAL_STATE_DICT, which is FSDP1's flat parameter and exists nowhere else, and for configs of another
-        type than ``state_dict_type``'s.
-        """
+        RuntimeError for LOCAL_STATE_DICT, which is FSDP1's flat parameter and exists nowhere else,
+        and for configs of another type than ``state_dict_type``'s."""
         if state_dict_type not in _CONFIGS:
             raise RuntimeError(
-                f"{state_dict_type.name} is the flat parameter of torch's FSDP1, which this wrapper does not have: use "
+                f"{state_dict_type.name} is the flat parameter of torch's FSDP1, which this "
+                "wrapper does not have: use "
                 "SHARDED_STATE_DICT, whose values are this rank's shards, without a copy"
             )
         model_type, optim_type = _CONFIGS[state_dict_type]
@@ -187,7 +214,10 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         optim_config = optim_type() if optim_state_dict_config is None else optim_state_dict_config
         for config, expected in ((model_config, model_type), (optim_config, optim_type)):
             if type(config) is not expected:
-                raise RuntimeError(f"{state_dict_type.name} takes a {expected.__name__}, not a {type(config).__name__}")
+                raise RuntimeError(
+                    f"{state_dict_type.name} takes a {expected.__name__}, not a "
+                    f"{type(config).__name__}"
+                )
         before = StateDictMixin.get_state_dict_type(module)
         for wrapper in _wrappers(module):
             wrapper._settings = StateDictSettings(state_dict_type, model_config, optim_config)
@@ -211,7 +241,9 @@ class StateDictMixin(OptimStateMixin, nn.Module):
     ) -> Iterator[None]:
         """``set_state_dict_type`` for a ``with`` block."""
         before = [(wrapper, wrapper._settings) for wrapper in _wrappers(module)]
-        StateDictMixin.set_state_dict_type(module, state_dict_type, state_dict_config, optim_state_dict_config)
+        StateDictMixin.set_state_dict_type(
+            module, state_dict_type, state_dict_config, optim_state_dict_config
+        )
         try:
             yield
         finally:
@@ -224,8 +256,8 @@ def _wrappers(module: nn.Module) -> list[StateDictMixin]:
 
 
 def _collect(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
-    """``module.state_dict(destination=...)``, where nobody has a say in it by an operator less a parameter: ``detach`` of a
-    DTensor costs three times what making one does."""
+    """``module.state_dict(destination=...)``, where nobody has a say in it by an operator less a
+    parameter: ``detach`` of a DTensor costs three times what making one does."""
     kind = type(module)
     hooks = list(module._state_dict_hooks.values())
     if (
@@ -233,7 +265,13 @@ def _collect(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) 
         or "state_dict" in module.__dict__
         or kind._save_to_state_dict is not nn.Module._save_to_state_dict
         or module._state_dict_pre_hooks
-        or (hooks and not (isinstance(module, ActivationWrapper) and hooks == [ActivationWrapper._post_state_dict_hook]))
+        or (
+            hooks
+            and not (
+                isinstance(module, ActivationWrapper)
+                and hooks == [ActivationWrapper._post_state_dict_hook]
+            )
+        )
     ):
         module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         return
@@ -262,8 +300,9 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """The keys below this wrapper as nn.Module's loading looks for them."""
     assert isinstance(module, StateDictMixin)
-    # Also where load_state_dict above has done so: a module around this one, or a user's hook, may come in between.
-    hold()
+    # Also where load_state_dict above has done so: a module around this one, or a user's hook, may
+    # come in between.
+    wait_at_gate()
     module._reset()
     if module._full:
         for entry in Survey(module, prefix).entries:

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace hsdp_ckpt::format {
+
+/// Which process wrote a file, as far as another process can tell whether it still lives.
+struct ProcessIdentity {
+  uint32_t host = 0;  ///< CRC-32 of host name and machine id
+  uint32_t boot = 0;  ///< CRC-32 of the kernel's boot id and the PID namespace
+  int64_t pid = 0;
+  uint64_t start =
+      0;  ///< clock ticks after boot at which the process began; a reused pid has another
+
+  friend bool operator==(const ProcessIdentity&, const ProcessIdentity&) = default;
+};
+
+/// The calling process. Read from /proc; a part that can't be read is 0, and nothing is ever proven
+/// of it.
+ProcessIdentity ThisProcess();
+
+/// Whether the process that wrote a file is provably gone: of this boot and PID namespace and not
+/// running any more, or of this host before it booted, by a file that nobody has touched since.
+/// Anything else may be alive. `modified`: the file's modification time, seconds since the epoch.
+bool IsProvablyDead(const ProcessIdentity& process, int64_t modified);
+
+/// A data file's name: __{rank}_{save id}_{host}_{boot}_{pid}_{start}[_torch]_{number}.distcp, the
+/// first four of them after the rank as 16, 8 and 8 lower-case hex digits, the others decimal.
+/// Never used twice: the save id is random and of 64 bits.
+struct DataFileName {
+  int64_t rank = 0;
+  uint64_t save_id = 0;
+  ProcessIdentity owner;
+  bool by_torch = false;  ///< written by torch's own writer (extensions, other serialization
+                          ///< formats): has no index
+  int64_t number = 0;
+
+  std::string ToString() const;
+  /// Nullopt for every name that ToString never gives.
+  static std::optional<DataFileName> Parse(const std::string& name);
+};
+
+/// 64 random bits from the operating system.
+uint64_t NewSaveId();
+
+}  // namespace hsdp_ckpt::format
