@@ -43,7 +43,7 @@ void Schedule::Rethrow(const Unit& unit, const char* what) const {
   } catch (const c10::DistBackendError& error) {
     C10_THROW_ERROR(DistBackendError, message(error.what_without_backtrace()));
   } catch (const c10::Error& error) {
-    C10_THROW_ERROR(base::Error, message(error.what_without_backtrace()));
+    C10_THROW_ERROR(Error, message(error.what_without_backtrace()));
   } catch (const std::exception& error) {
     C10_THROW_ERROR(DistBackendError, message(error.what()));  // Gloo's own
   }
