@@ -64,9 +64,9 @@ std::vector<at::Tensor> Block(int64_t d, bool uneven, at::TensorOptions options)
 
 /// The segments between full parameters and `kShards` buffers of all parameters' chunks, zeros
 /// where a chunk runs short.
-std::vector<kernels::CopySegment> Segments(const std::vector<at::Tensor>& params,
-                                           const at::Tensor& packed, bool pack) {
-  std::vector<kernels::CopySegment> segments;
+std::vector<CopySegment> Segments(const std::vector<at::Tensor>& params, const at::Tensor& packed,
+                                  bool pack) {
+  std::vector<CopySegment> segments;
   auto* base = static_cast<char*>(packed.data_ptr());
   const int64_t item = packed.element_size();
   int64_t offset = 0;
@@ -108,7 +108,7 @@ std::vector<Case> Cases(at::Device device, int64_t d) {
     auto theirs = at::empty_like(ours);
     cases.push_back({name,
                      bytes,
-                     [=] { kernels::BatchedCopy(device, segments, from, to); },
+                     [=] { BatchedCopy(device, segments, from, to); },
                      [=]() mutable { at::_chunk_cat_out(theirs, params, 0, kShards); },
                      copy_of(bytes / 2),
                      {ours}});
@@ -128,7 +128,7 @@ std::vector<Case> Cases(at::Device device, int64_t d) {
     const auto segments = Segments(params, packed, /*pack=*/false);
     const int64_t bytes = 2 * static_cast<int64_t>(packed.nbytes());
     cases.push_back({"unpack fp32", bytes,
-                     [=] { kernels::BatchedCopy(device, segments, at::kFloat, at::kFloat); },
+                     [=] { BatchedCopy(device, segments, at::kFloat, at::kFloat); },
                      [=]() mutable { at::split_with_sizes_copy_out(outs, packed, sizes, 1); },
                      copy_of(bytes / 2), params});
   }
@@ -136,15 +136,14 @@ std::vector<Case> Cases(at::Device device, int64_t d) {
     const auto src = at::rand({12 * d * d}, at::TensorOptions().device(device)).to(from);
     const auto ours = at::zeros({12 * d * d}, src.options().dtype(to)),
                theirs = at::zeros_like(ours);
-    const kernels::CopySegment segment{src.data_ptr(), ours.data_ptr(), src.numel()};
+    const CopySegment segment{src.data_ptr(), ours.data_ptr(), src.numel()};
     const int64_t bytes = static_cast<int64_t>(src.nbytes() + ours.nbytes() * (accumulate ? 2 : 1));
-    cases.push_back(
-        {name,
-         bytes,
-         [=] { kernels::BatchedCopy(device, {&segment, 1}, from, to, 1.0, accumulate); },
-         [=] { accumulate ? theirs.add_(src) : theirs.copy_(src); },
-         copy_of(bytes / 2),
-         {ours}});
+    cases.push_back({name,
+                     bytes,
+                     [=] { BatchedCopy(device, {&segment, 1}, from, to, 1.0, accumulate); },
+                     [=] { accumulate ? theirs.add_(src) : theirs.copy_(src); },
+                     copy_of(bytes / 2),
+                     {ours}});
   };
   cast("cast fp32 to bf16", at::kFloat, at::kBFloat16, false);
   cast("cast bf16 to fp32", at::kBFloat16, at::kFloat, false);

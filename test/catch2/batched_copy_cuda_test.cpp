@@ -63,9 +63,8 @@ TEST_CASE("CUDA: more segments than fit into a kernel's arguments", "[kernels][g
 namespace {
 
 /// Adds `from` to `to` piece by piece; enough pieces for a table in device memory.
-std::vector<kernels::CopySegment> Pieces(const at::Tensor& from, const at::Tensor& to,
-                                         int64_t size) {
-  std::vector<kernels::CopySegment> segments;
+std::vector<CopySegment> Pieces(const at::Tensor& from, const at::Tensor& to, int64_t size) {
+  std::vector<CopySegment> segments;
   for (int64_t at = 0; at < from.numel(); at += size) {
     segments.push_back({from.const_data_ptr<float>() + at, to.data_ptr<float>() + at,
                         std::min(size, from.numel() - at)});
@@ -84,7 +83,7 @@ TEST_CASE("CUDA: calls queue up on a side stream without waiting", "[kernels][gp
   // Each call has a table of its own, in memory that the earlier ones have just given back.
   for (int64_t i = 1; i <= 100; ++i) {
     const auto from = at::full({1 << 16}, i, options);
-    kernels::BatchedCopy(at::kCUDA, Pieces(from, to, 64 + i), at::kFloat, at::kFloat, 1.0, true);
+    BatchedCopy(at::kCUDA, Pieces(from, to, 64 + i), at::kFloat, at::kFloat, 1.0, true);
     expected.add_(from);
   }
   CHECK(at::equal(to, expected));
@@ -98,7 +97,7 @@ TEST_CASE("CUDA: a captured call can be replayed", "[kernels][gpu]") {
   const auto to = at::zeros({1 << 15}, options);
   at::cuda::CUDAGraph graph;
   graph.capture_begin();
-  kernels::BatchedCopy(at::kCUDA, Pieces(from, to, 100), at::kFloat, at::kFloat, 1.0, true);
+  BatchedCopy(at::kCUDA, Pieces(from, to, 100), at::kFloat, at::kFloat, 1.0, true);
   graph.capture_end();
   for (int i = 0; i < 3; ++i) graph.replay();
   CHECK(at::equal(to, from * 3));
@@ -117,15 +116,15 @@ TEST_CASE("CUDA: more than 4 GiB and more than 2^31 elements", "[kernels][gpu]")
     const auto options = at::TensorOptions().dtype(at::kByte).device(at::kCUDA);
     const auto from = at::randint(256, {n}, options);
     const auto to = at::zeros({n}, options);
-    const kernels::CopySegment segment{from.const_data_ptr(), to.data_ptr(), n};
-    kernels::BatchedCopy(at::kCUDA, {&segment, 1}, at::kByte, at::kByte);
+    const CopySegment segment{from.const_data_ptr(), to.data_ptr(), n};
+    BatchedCopy(at::kCUDA, {&segment, 1}, at::kByte, at::kByte);
     CHECK(at::equal(from, to));
   }
   const int64_t m = (int64_t{1} << 31) + 777;
   const auto from = at::randn({m}, at::TensorOptions().dtype(at::kBFloat16).device(at::kCUDA));
   const auto to = at::zeros({m}, from.options().dtype(at::kFloat));
-  const kernels::CopySegment segment{from.const_data_ptr(), to.data_ptr(), m};
-  kernels::BatchedCopy(at::kCUDA, {&segment, 1}, at::kBFloat16, at::kFloat);
+  const CopySegment segment{from.const_data_ptr(), to.data_ptr(), m};
+  BatchedCopy(at::kCUDA, {&segment, 1}, at::kBFloat16, at::kFloat);
   for (int64_t at = 0; at < m; at += int64_t{1} << 28) {
     const int64_t end = std::min(m, at + (int64_t{1} << 28));
     CHECK(at::equal(from.slice(0, at, end).to(at::kFloat), to.slice(0, at, end)));

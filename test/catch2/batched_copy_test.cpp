@@ -55,8 +55,8 @@ TEST_CASE("bits are copied from and to odd addresses", "[kernels]") {
   const auto to = GENERATE(0, 1, 2, 7);
   std::vector<uint8_t> src(2048), dst(2048, 0xA5);
   std::iota(src.begin(), src.end(), uint8_t{1});
-  const kernels::CopySegment segment{src.data() + from, dst.data() + to, 401};
-  kernels::BatchedCopy(at::kCPU, {&segment, 1}, at::kFloat, at::kFloat);
+  const CopySegment segment{src.data() + from, dst.data() + to, 401};
+  BatchedCopy(at::kCPU, {&segment, 1}, at::kFloat, at::kFloat);
   CHECK(std::equal(dst.begin() + to, dst.begin() + to + 4 * 401, src.begin() + from));
   CHECK(std::all_of(dst.begin(), dst.begin() + to, [](uint8_t x) { return x == 0xA5; }));
   CHECK(std::all_of(dst.begin() + to + 4 * 401, dst.end(), [](uint8_t x) { return x == 0xA5; }));
@@ -64,24 +64,18 @@ TEST_CASE("bits are copied from and to odd addresses", "[kernels]") {
 
 TEST_CASE("what BatchedCopy cannot do it refuses", "[kernels]") {
   std::array<int64_t, 4> src{1, 2, 3, 4}, dst{};
-  const kernels::CopySegment good{src.data(), dst.data(), 2}, negative{src.data(), dst.data(), -1},
+  const CopySegment good{src.data(), dst.data(), 2}, negative{src.data(), dst.data(), -1},
       nowhere{src.data(), nullptr, 1};
-  const kernels::CopySegment odd{reinterpret_cast<char*>(src.data()) + 1, dst.data(), 1};
-  CHECK_THROWS_AS(kernels::BatchedCopy(at::kCPU, {&good, 1}, at::kLong, at::kInt), c10::TypeError);
-  CHECK_THROWS_AS(kernels::BatchedCopy(at::kCPU, {&good, 1}, at::kLong, at::kLong, 0.5),
+  const CopySegment odd{reinterpret_cast<char*>(src.data()) + 1, dst.data(), 1};
+  CHECK_THROWS_AS(BatchedCopy(at::kCPU, {&good, 1}, at::kLong, at::kInt), c10::TypeError);
+  CHECK_THROWS_AS(BatchedCopy(at::kCPU, {&good, 1}, at::kLong, at::kLong, 0.5), c10::TypeError);
+  CHECK_THROWS_AS(BatchedCopy(at::kCPU, {&good, 1}, at::kLong, at::kLong, 1.0, true),
                   c10::TypeError);
-  CHECK_THROWS_AS(kernels::BatchedCopy(at::kCPU, {&good, 1}, at::kLong, at::kLong, 1.0, true),
-                  c10::TypeError);
-  CHECK_THROWS_AS(kernels::BatchedCopy(at::kCPU, {&good, 1}, at::kFloat8_e5m2, at::kFloat),
-                  c10::TypeError);
-  CHECK_THROWS_AS(kernels::BatchedCopy(at::kCPU, {&negative, 1}, at::kLong, at::kLong),
-                  c10::ValueError);
-  CHECK_THROWS_AS(kernels::BatchedCopy(at::kCPU, {&nowhere, 1}, at::kLong, at::kLong),
-                  c10::ValueError);
-  CHECK_THROWS_AS(kernels::BatchedCopy(at::kCPU, {&odd, 1}, at::kFloat, at::kHalf),
-                  c10::ValueError);
-  CHECK_THROWS_AS(kernels::BatchedCopy(at::kMeta, {&good, 1}, at::kLong, at::kLong),
-                  c10::ValueError);
+  CHECK_THROWS_AS(BatchedCopy(at::kCPU, {&good, 1}, at::kFloat8_e5m2, at::kFloat), c10::TypeError);
+  CHECK_THROWS_AS(BatchedCopy(at::kCPU, {&negative, 1}, at::kLong, at::kLong), c10::ValueError);
+  CHECK_THROWS_AS(BatchedCopy(at::kCPU, {&nowhere, 1}, at::kLong, at::kLong), c10::ValueError);
+  CHECK_THROWS_AS(BatchedCopy(at::kCPU, {&odd, 1}, at::kFloat, at::kHalf), c10::ValueError);
+  CHECK_THROWS_AS(BatchedCopy(at::kMeta, {&good, 1}, at::kLong, at::kLong), c10::ValueError);
   CHECK(dst == std::array<int64_t, 4>{});
-  kernels::BatchedCopy(at::kCPU, {}, at::kLong, at::kLong);
+  BatchedCopy(at::kCPU, {}, at::kLong, at::kLong);
 }

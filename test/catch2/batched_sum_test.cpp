@@ -22,9 +22,9 @@ void CheckSum(at::ScalarType src_type, at::ScalarType dst_type, size_t sources, 
   const auto compute =
       src_type == at::kDouble || dst_type == at::kDouble ? at::kDouble : at::kFloat;
   auto expected = out.clone();
-  std::vector<kernels::SumSegment> segments;
+  std::vector<SumSegment> segments;
   for (size_t i = 0; i < sizes.size(); ++i) {
-    kernels::SumSegment segment{
+    SumSegment segment{
         {}, static_cast<char*>(out.data_ptr()) + offsets[i] * out.element_size(), sizes[i]};
     auto target = expected.slice(0, offsets[i], offsets[i] + sizes[i]);
     if (i % 7 == 5) {  // no sources: zeros
@@ -42,7 +42,7 @@ void CheckSum(at::ScalarType src_type, at::ScalarType dst_type, size_t sources, 
     }
     segments.push_back(std::move(segment));
   }
-  kernels::BatchedSum(segments, src_type, dst_type, scale, accumulate);
+  BatchedSum(segments, src_type, dst_type, scale, accumulate);
   const auto same = out.eq(expected).logical_or(out.isnan().logical_and(expected.isnan()));
   INFO(src_type << " to " << dst_type << ", " << sources << " sources, scale " << scale << ", seed "
                 << seed);
@@ -68,12 +68,12 @@ TEST_CASE("a sum may replace one of its sources", "[kernels]") {
 
 TEST_CASE("what BatchedSum cannot do it refuses", "[kernels]") {
   std::array<int64_t, 4> src{}, dst{};
-  const std::vector<kernels::SumSegment> good{{{src.data()}, dst.data(), 2}},
+  const std::vector<SumSegment> good{{{src.data()}, dst.data(), 2}},
       negative{{{src.data()}, dst.data(), -1}};
-  const std::vector<kernels::SumSegment> nowhere{{{src.data()}, nullptr, 1}},
+  const std::vector<SumSegment> nowhere{{{src.data()}, nullptr, 1}},
       nothing{{{nullptr}, dst.data(), 1}};
-  CHECK_THROWS_AS(kernels::BatchedSum(good, at::kLong, at::kLong), c10::TypeError);
-  CHECK_THROWS_AS(kernels::BatchedSum(negative, at::kFloat, at::kFloat), c10::ValueError);
-  CHECK_THROWS_AS(kernels::BatchedSum(nowhere, at::kFloat, at::kFloat), c10::ValueError);
-  CHECK_THROWS_AS(kernels::BatchedSum(nothing, at::kFloat, at::kFloat), c10::ValueError);
+  CHECK_THROWS_AS(BatchedSum(good, at::kLong, at::kLong), c10::TypeError);
+  CHECK_THROWS_AS(BatchedSum(negative, at::kFloat, at::kFloat), c10::ValueError);
+  CHECK_THROWS_AS(BatchedSum(nowhere, at::kFloat, at::kFloat), c10::ValueError);
+  CHECK_THROWS_AS(BatchedSum(nothing, at::kFloat, at::kFloat), c10::ValueError);
 }
