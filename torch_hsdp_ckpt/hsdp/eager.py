@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+
 @functools.cache
 def keep_dynamo_out() -> None:
     """Once, when a module is wrapped: by then DTensor has imported dynamo, which takes seconds.
