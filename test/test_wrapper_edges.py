@@ -33,7 +33,7 @@ from torch_hsdp_ckpt import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch_hsdp_ckpt.hsdp.fully_shard import _NOT_SERVED
+from torch_hsdp_ckpt.hsdp.fsdp_module import NOT_SUPPORTED
 from torch_hsdp_ckpt.hsdp.runner import named_runners
 
 summon = FullyShardedDataParallel.summon_full_params
@@ -451,7 +451,7 @@ def _dtypes_that_nothing_computes_in(rank: int) -> None:
     net = NETS["even"]()
     for dtypes in ({"param_dtype": torch.int8}, {"reduce_dtype": torch.float8_e5m2}):
         (dtype,) = dtypes.values()
-        message = f"^rank {rank}: module Net: mixed precision in {dtype} is not served: pass torch.float64"
+        message = f"^rank {rank}: module Net: mixed precision in {dtype} is not supported: pass torch.float64"
         with pytest.raises(ValueError, match=message):
             wrap(net, mixed_precision=MixedPrecision(**dtypes))
         with pytest.raises(ValueError, match=message):
@@ -517,7 +517,7 @@ def _changing_the_import(rank: int) -> None:
             if name.startswith("_") or not callable(getattr(theirs, name)):
                 continue
             assert hasattr(ours, name), f"{face}.{name}"
-            if name not in _NOT_SERVED:
+            if name not in NOT_SUPPORTED:
                 asked, taken = (
                     inspect.signature(getattr(of, name)).parameters for of in (theirs, ours)
                 )
@@ -534,10 +534,10 @@ def _changing_the_import(rank: int) -> None:
     ours = copy.deepcopy(net)
     for module in (*ours.blocks, ours):
         fully_shard(module, mesh=mesh_of((2, 2)))
-        for name in _NOT_SERVED:
+        for name in NOT_SUPPORTED:
             with pytest.raises(
                 NotImplementedError,
-                match=f"^rank {rank}: module {type(module).__name__}: {name} is not served: ",
+                match=f"^rank {rank}: module {type(module).__name__}: {name} is not supported: ",
             ):
                 getattr(module, name)(True)
     with pytest.raises(ValueError, match=f"^rank {rank}: module Linear: dp_mesh_dims"):

@@ -322,10 +322,10 @@ def _private_group(parent: Any, purpose: str, generation: int) -> dist.ProcessGr
         ) from error
 
 
-def group_timeout(group: Any) -> timedelta:
-    """The process group's own timeout, whichever backend has it; torch's default where none
-    says."""
-    for device in ("cpu", "cuda"):
+def group_timeout(group: Any, device_types: Sequence[str] = ("cpu", "cuda")) -> timedelta:
+    """The process group's own timeout, that of the first of its backends for ``device_types`` that
+    has one; torch's default where none says."""
+    for device in device_types:
         try:
             timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
         except (RuntimeError, AttributeError):

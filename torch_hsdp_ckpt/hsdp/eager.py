@@ -10,13 +10,21 @@ from typing import Any
 
 # The modules of this package whose functions run in a forward or around it.
 _MODULES = (
+    "callbacks",
     "eager",
+    "flat_tensors",
     "fsdp",
+    "fsdp_module",
     "fully_shard",
+    "gradients",
+    "groups",
     "materialize",
+    "module_tree",
     "precision",
     "root",
     "runner",
+    "shards",
+    "slots",
     "unit",
     "wrap",
 )
