@@ -205,18 +205,14 @@ class Agreement:
         if self.size == 1:
             return payloads[0]
         longest = max(map(len, payloads)) if self.is_coordinator else 0
-        length = max(1, *self._all_gather_lengths(step, longest))
-        received = torch.empty(_LENGTH.size + length, dtype=torch.uint8, device="cpu")
-        rows = [
-            _as_tensor(_LENGTH.pack(len(each)) + each.ljust(length, b"\0")) for each in payloads
-        ]
+        size = max(1, *self._all_gather_lengths(step, longest))
+        received = torch.empty(_LENGTH.size + size, dtype=torch.uint8, device="cpu")
+        rows = [_as_tensor(_with_length(payload, size)) for payload in payloads]
         options = dist.ScatterOptions()
         options.rootRank = 0
         inputs = [rows] if rows else []
         self._wait(step, lambda: self._group.scatter([received], inputs, options))
-        data = received.numpy().tobytes()
-        (own_length,) = _LENGTH.unpack(data[: _LENGTH.size])
-        return data[_LENGTH.size :][:own_length]
+        return _without_length(received.numpy().tobytes())
 
     def _all_gather_lengths(self, step: str, length: int) -> list[int]:
         return [
@@ -257,6 +253,16 @@ class Agreement:
             ) from error
 
 
+def _with_length(payload: bytes, size: int) -> bytes:
+    """``payload`` behind its length, padded to ``size`` bytes."""
+    return _LENGTH.pack(len(payload)) + payload.ljust(size, b"\0")
+
+
+def _without_length(data: bytes) -> bytes:
+    (length,) = _LENGTH.unpack_from(data)
+    return data[_LENGTH.size : _LENGTH.size + length]
+
+
 def _as_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -282,21 +288,29 @@ def agreement_of(process_group: Any, purpose: str, no_dist: bool = False) -> Agr
     used on another one. Two threads that may talk at the same time need two purposes. Raises
     CheckpointError for a rank outside the group, or where a peer does not come."""
     if no_dist or not dist.is_available() or not dist.is_initialized():
-        return Agreement(None, 0, 1, purpose)
-    parent: Any = dist.group.WORLD if process_group is None else process_group
-    rank, size = dist.get_rank(parent), dist.get_world_size(parent)
-    if rank < 0:
+        return _alone(purpose)
+    group: Any = dist.group.WORLD if process_group is None else process_group
+    if dist.get_rank(group) < 0:
         raise CheckpointError(
             f"{purpose}: global rank {dist.get_rank()} is not in the process group it was called "
             "with"
         )
-    if size == 1:
-        return Agreement(None, 0, 1, purpose)
+    if dist.get_world_size(group) == 1:
+        return _alone(purpose)
+    return _kept_or_new(group, purpose)
+
+
+def _alone(purpose: str) -> Agreement:
+    return Agreement(None, 0, 1, purpose)
+
+
+def _kept_or_new(parent: Any, purpose: str) -> Agreement:
     with _made_lock:
         kept = _made.setdefault(parent, {}).get(purpose)
-        if kept is not None and not kept.agreement.broken:
-            return kept.agreement
+    if kept is not None and not kept.agreement.broken:
+        return kept.agreement
     generation = 0 if kept is None else kept.generation + 1
+    rank, size = dist.get_rank(parent), dist.get_world_size(parent)
     agreement = Agreement(_private_group(parent, purpose, generation), rank, size, purpose)
     with _made_lock:
         _made[parent][purpose] = _Made(agreement, generation)

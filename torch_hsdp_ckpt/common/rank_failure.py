@@ -54,13 +54,17 @@ def raise_failures(
         return
     if this_ranks_error is not None and not isinstance(this_ranks_error, Exception):
         raise this_ranks_error
-    first = failures[0]
-    texts = [f"rank {failure.rank}: {failure}" for failure in failures[:_NAMED_RANKS]]
-    if len(failures) > _NAMED_RANKS:
-        texts.append(f"and {len(failures) - _NAMED_RANKS} more ranks")
+    first, texts = failures[0], _texts(failures)
     if first.kind == "os":
         others = "".join(f"; {text}" for text in texts[1:])
         message = f"{first.message} (rank {first.rank}, step {step!r}){others}"
         raise OSError(first.errno, message, first.filename or None) from this_ranks_error
     error_class = CorruptCheckpointError if first.kind == "corrupt" else CheckpointError
     raise error_class(f"step {step!r} failed: " + "; ".join(texts)) from this_ranks_error
+
+
+def _texts(failures: Sequence[RankFailure]) -> list[str]:
+    texts = [f"rank {failure.rank}: {failure}" for failure in failures[:_NAMED_RANKS]]
+    if len(failures) > _NAMED_RANKS:
+        texts.append(f"and {len(failures) - _NAMED_RANKS} more ranks")
+    return texts

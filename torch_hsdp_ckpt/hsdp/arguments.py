@@ -1,5 +1,7 @@
 """The constructors' arguments: what they mean, and clear words for those that are refused."""
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -46,23 +48,38 @@ def offloads(cpu_offload: CPUOffload | bool | None) -> bool:
     )
 
 
-def ignored_parameters(module: nn.Module, items: list[Any]) -> set[nn.Parameter]:
-    """All parameters that ``items``, the ``ignored_modules`` and ``ignored_states`` together,
-    name."""
-    ignored: set[nn.Parameter] = set()
-    for item in items:
-        if isinstance(item, nn.Parameter):
-            ignored.add(item)
-        elif isinstance(item, nn.Module):
-            ignored.update(item.parameters())
-        else:
-            raise TypeError(
-                "ignored_modules and ignored_states hold modules or parameters, not a "
-                f"{type(item).__name__}"
+@dataclasses.dataclass(frozen=True)
+class IgnoredStates:
+    """What ``ignored_modules`` and ``ignored_states`` name: modules themselves, and all parameters
+    of theirs or named alone."""
+
+    modules: frozenset[nn.Module]
+    parameters: frozenset[nn.Parameter]
+
+    @staticmethod
+    def of(module: nn.Module, items: Iterable[Any]) -> "IgnoredStates":
+        """From both arguments of ``module``'s wrapper together. TypeError for what is neither
+        module nor parameter, ValueError where ``module`` itself is named."""
+        modules: set[nn.Module] = set()
+        parameters: set[nn.Parameter] = set()
+        for item in items:
+            if isinstance(item, nn.Parameter):
+                parameters.add(item)
+            elif isinstance(item, nn.Module):
+                modules.add(item)
+                parameters.update(item.parameters())
+            else:
+                raise TypeError(
+                    "ignored_modules and ignored_states hold modules or parameters, not a "
+                    f"{type(item).__name__}"
+                )
+        if module in modules:
+            raise ValueError(
+                "the module to be wrapped is itself named in ignored_modules: there would be "
+                "nothing to shard"
             )
-    if module in items:
-        raise ValueError(
-            "the module to be wrapped is itself named in ignored_modules: there would be nothing "
-            "to shard"
-        )
-    return ignored
+        return IgnoredStates(frozenset(modules), frozenset(parameters))
+
+    def modules_inside(self) -> set[nn.Module]:
+        """The named modules and all modules inside."""
+        return {inner for module in self.modules for inner in module.modules()}

@@ -4,30 +4,10 @@ compiled."""
 import functools
 import importlib
 import inspect
+import pkgutil
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
-
-# The modules of this package whose functions run in a forward or around it.
-_MODULES = (
-    "callbacks",
-    "eager",
-    "flat_tensors",
-    "fsdp",
-    "fsdp_module",
-    "fully_shard",
-    "gradients",
-    "groups",
-    "materialize",
-    "module_tree",
-    "precision",
-    "root",
-    "runner",
-    "shards",
-    "slots",
-    "unit",
-    "wrap",
-)
 
 
 @functools.cache
@@ -39,8 +19,11 @@ def keep_dynamo_out() -> None:
     be compiled."""
     from torch._dynamo.decorators import skip
 
-    for name in _MODULES:
-        for function in _functions(importlib.import_module(f"{__package__}.{name}")):
+    package = importlib.import_module(__package__)
+    for found in pkgutil.iter_modules(package.__path__):
+        if found.ispkg:  # state dicts are not made in forward or backward
+            continue
+        for function in _functions(importlib.import_module(f"{__package__}.{found.name}")):
             skip(function)
 
 

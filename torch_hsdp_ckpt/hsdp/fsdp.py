@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import BackwardPrefetch, CPUOffload, MixedPrecision, ShardingStrategy
 
-from .arguments import check_module, check_offload, ignored_parameters, offloads
+from .arguments import IgnoredStates, check_module, check_offload, offloads
 from .clip import clip_grad_norm
 from .materialize import materialize, move, synchronize
 from .meshes import device_of, mesh_for
@@ -25,7 +25,7 @@ from .slots import parameters_of_unit
 from .state.state_dict import StateDictMixin
 from .summon import SummonOptions, summon
 from .unit import ShardedUnit
-from .wrap import IgnoredStates, auto_wrap
+from .wrap import auto_wrap
 
 WRAPPED = "_checkpoint_wrapped_module"
 _PREFIX = WRAPPED + "."
@@ -84,12 +84,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         device_mesh: DeviceMesh | None = None,
     ) -> None:
         check_module(module, "FullyShardedDataParallel")
-        # Listed once: they may be generators.
-        ignored_items: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]
-        ignored = IgnoredStates(
-            frozenset(item for item in ignored_items if isinstance(item, nn.Module)),
-            ignored_parameters(module, ignored_items),
-        )
+        items: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]
+        ignored = IgnoredStates.of(module, items)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
         check_offload(offloads(cpu_offload), mesh, module)
         precision = Precision.of(mixed_precision, module)
@@ -98,36 +94,24 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         if device_id is not None:
             move(module, device)
         if auto_wrap_policy is not None:
-            inner_arguments: dict[str, Any] = {
+            arguments_inside: dict[str, Any] = {
                 "sharding_strategy": strategy,
                 "backward_prefetch": backward_prefetch,
                 "mixed_precision": mixed_precision,
-                "ignored_modules": ignored.modules,
-                "ignored_states": ignored.parameters,
                 "param_init_fn": param_init_fn,
                 "sync_module_states": sync_module_states,
                 "device_mesh": mesh,
             }
-            auto_wrap(
-                module,
-                auto_wrap_policy,
-                ignored,
-                _classes_in_full_precision(mixed_precision),
-                lambda inner, own: _wrap_inner(inner, inner_arguments, own),
-            )
+            _wrap_inside(module, auto_wrap_policy, ignored, arguments_inside)
         skipped = ignored.modules_inside()
         materialize(module, param_init_fn, device, skipped, ignored.parameters)
         if sync_module_states:
             synchronize(module, mesh, ignored.parameters)
         self.device_mesh = mesh
         self.sharding_strategy = strategy
-        self._unit = ShardedUnit(
-            parameters_of_unit([module], ignored.parameters),
-            mesh,
-            device,
-            _reshard_after_forward(strategy),
-            precision,
-        )
+        registered = parameters_of_unit([module], ignored.parameters)
+        reshard = _reshard_after_forward(strategy)
+        self._unit = ShardedUnit(registered, mesh, device, reshard, precision)
         self._checkpoint_wrapped_module = module
         prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[
             backward_prefetch
@@ -186,10 +170,11 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         NotImplementedError). ``offload_to_cpu``: the whole parameters are on the CPU.
         ``with_grads``: the gradients are whole too, and written back likewise where there was one
         before and is one at the end; else they are None."""
-        runners = [runner for _, runner in named_runners(module)]
-        if not recurse:
-            own = module._runner if isinstance(module, FullyShardedDataParallel) else None
-            runners = [runner for runner in runners if runner is own]
+        runners: list[Runner] = []
+        if recurse:
+            runners = [runner for _, runner in named_runners(module)]
+        elif isinstance(module, FullyShardedDataParallel):
+            runners = [module._runner]
         options = SummonOptions(writeback, rank0_only, offload_to_cpu, with_grads)
         with summon(runners, options):
             yield
@@ -222,8 +207,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 "a wrapped module can't be converted or moved while its full parameters are "
                 "summoned"
             )
-        apply_to_all = super()._apply
-        self._runner.apply_to_shards(lambda: apply_to_all(fn, recurse))  # type: ignore[no-untyped-call]
+        as_module: Any = super()
+        self._runner.apply_to_shards(lambda: as_module._apply(fn, recurse))
         return self
 
     def __getstate__(self) -> Any:
@@ -299,19 +284,23 @@ def _reshard_after_forward(strategy: ShardingStrategy) -> bool | None:
     return None if frees else False
 
 
-def _classes_in_full_precision(
-    mixed_precision: MixedPrecision | None,
-) -> tuple[type[nn.Module], ...]:
-    if mixed_precision is None:
-        return ()
-    return tuple(mixed_precision._module_classes_to_ignore)
+def _wrap_inside(
+    module: nn.Module, policy: Any, ignored: IgnoredStates, arguments: dict[str, Any]
+) -> None:
+    """Makes units of the modules inside that ``policy`` picks. ``arguments``: the outer wrapper's,
+    for all of them; what the policy asks for one module comes before."""
+    mixed_precision = arguments["mixed_precision"]
+    excepted = mixed_precision._module_classes_to_ignore if mixed_precision is not None else ()
+    common = {
+        **arguments,
+        "ignored_modules": ignored.modules,
+        "ignored_states": ignored.parameters,
+    }
 
+    def wrap(inner: nn.Module, own: dict[str, Any]) -> FullyShardedDataParallel:
+        given = {**common, **own}
+        if "process_group" in own and "device_mesh" not in own:
+            del given["device_mesh"]
+        return FullyShardedDataParallel(inner, **given)
 
-def _wrap_inner(
-    module: nn.Module, arguments: dict[str, Any], own: dict[str, Any]
-) -> FullyShardedDataParallel:
-    """Makes a unit that the policy has picked; its ``own`` arguments come before the outer
-    wrapper's."""
-    if "process_group" in own or "device_mesh" in own:
-        arguments = {name: value for name, value in arguments.items() if name != "device_mesh"}
-    return FullyShardedDataParallel(module, **{**arguments, **own})
+    auto_wrap(module, policy, ignored, tuple(excepted), wrap)

@@ -101,15 +101,15 @@ class FSDPModule:
             runner.root.schedule.set_last_backward(is_last_backward)
 
     def set_modules_to_forward_prefetch(self, modules: "list[FSDPModule]") -> None:
-        """Whose gathers this module's forward starts ahead, instead of the one that came next in
-        the last forward."""
+        """This module's forward starts the gathers of ``modules`` ahead, instead of the one that
+        came next in the last forward."""
         fsdp_runner(self).unit.core.set_prefetch(
             [fsdp_runner(m).unit.core for m in modules], forward=True
         )
 
     def set_modules_to_backward_prefetch(self, modules: "list[FSDPModule]") -> None:
-        """Whose gathers this module's backward starts ahead, instead of the one that comes next in
-        reverse forward order."""
+        """This module's backward starts the gathers of ``modules`` ahead, instead of the one that
+        comes next in reverse forward order."""
         fsdp_runner(self).unit.core.set_prefetch(
             [fsdp_runner(m).unit.core for m in modules], forward=False
         )
@@ -176,8 +176,10 @@ class FSDPModule:
         for _, runner in named_runners(cast(nn.Module, self)):
             runner.reset()
 
+        as_module: Any = super()
+
         def as_nn_module_does(given: Mapping[str, Any]) -> Any:
-            return super(FSDPModule, self).load_state_dict(given, strict=strict, assign=assign)  # type: ignore[misc]
+            return as_module.load_state_dict(given, strict=strict, assign=assign)
 
         mesh = fsdp_runner(self).unit.mesh
         return load(
@@ -205,7 +207,8 @@ class FSDPModule:
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        fsdp_runner(self).apply_to_shards(lambda: super(FSDPModule, self)._apply(fn, recurse))  # type: ignore[misc]
+        as_module: Any = super()
+        fsdp_runner(self).apply_to_shards(lambda: as_module._apply(fn, recurse))
         return self
 
     def __getstate__(self) -> Any:

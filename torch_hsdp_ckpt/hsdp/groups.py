@@ -2,6 +2,8 @@
 ask each other."""
 
 import dataclasses
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -47,14 +49,12 @@ def _reduce_group_name(mesh: DeviceMesh, dim: int) -> str:
     if dist.get_world_size(group) == 1:
         return str(group.group_name)
     if group not in _reduce_group_names:
-        new: Any = dist.new_group(
+        _reduce_group_names[group] = _new_group_name(
             dist.get_process_group_ranks(group),
-            timeout=group_timeout(group, (mesh.device_type,)),
-            backend=str(dist.get_backend_config(group)),
-            use_local_synchronization=True,
-            group_desc="hsdp_ckpt_reduce",
+            group_timeout(group, (mesh.device_type,)),
+            str(dist.get_backend_config(group)),
+            "hsdp_ckpt_reduce",
         )
-        _reduce_group_names[group] = new.group_name
     return _reduce_group_names[group]
 
 
@@ -70,7 +70,8 @@ class PeerGroup:
         return _C.Peers(self.name, self.ranks)
 
     def agreement(self, purpose: str) -> Agreement:
-        group: Any = dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
+        by_name: Any = dist.distributed_c10d._resolve_process_group
+        group = by_name(self.name)
         backend = group._get_backend(torch.device("cpu"))
         return Agreement(backend, self.ranks.index(dist.get_rank()), len(self.ranks), purpose)
 
@@ -84,12 +85,19 @@ def peer_group_of(mesh: DeviceMesh) -> PeerGroup | None:
         return None
     names = _peer_group_names.setdefault(group, {})
     if ranks not in names:
-        new: Any = dist.new_group(
-            list(ranks),
-            timeout=group_timeout(group, (mesh.device_type,)),
-            backend="gloo",
-            use_local_synchronization=True,
-            group_desc="hsdp_ckpt_peers",
-        )
-        names[ranks] = new.group_name
+        timeout = group_timeout(group, (mesh.device_type,))
+        names[ranks] = _new_group_name(ranks, timeout, "gloo", "hsdp_ckpt_peers")
     return PeerGroup(names[ranks], ranks)
+
+
+def _new_group_name(
+    ranks: Sequence[int], timeout: timedelta, backend: str, description: str
+) -> str:
+    group: Any = dist.new_group(
+        list(ranks),
+        timeout=timeout,
+        backend=backend,
+        use_local_synchronization=True,
+        group_desc=description,
+    )
+    return str(group.group_name)

@@ -1,7 +1,7 @@
 """What happens before a module is sharded: it goes onto its device, out of the meta device, and
 gets the same values on all ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ def materialize(
     param_init_fn: Callable[[nn.Module], None] | None,
     device: torch.device,
     ignored_modules: set[nn.Module],
-    ignored: set[nn.Parameter],
+    ignored: Set[nn.Parameter],
 ) -> None:
     """Gives memory and values to what no wrapped module inside holds, if any of it is on the meta
     device.
@@ -63,7 +63,7 @@ def _tensors_of(owner: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def _meta_tensors(owner: nn.Module, ignored: set[nn.Parameter]) -> list[str]:
+def _meta_tensors(owner: nn.Module, ignored: Set[nn.Parameter]) -> list[str]:
     return [name for name, tensor in _tensors_of(owner) if tensor.is_meta and tensor not in ignored]
 
 
@@ -88,7 +88,7 @@ def _reset_parameters(owner: nn.Module, device: torch.device) -> None:
     owner.reset_parameters()  # type: ignore[operator]
 
 
-def synchronize(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
+def synchronize(module: nn.Module, mesh: DeviceMesh, ignored: Set[nn.Parameter]) -> None:
     """Sends the values of the mesh's rank (0, 0) to all: down the replicas first, then along every
     shard group.
 
@@ -97,11 +97,15 @@ def synchronize(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter])
     tensors: dict[int, torch.Tensor] = {}
     for owner in modules_of_unit(module):
         for _, tensor in _tensors_of(owner):
-            is_sharded = isinstance(tensor, nn.Parameter) and isinstance(tensor, DTensor)
-            if not is_sharded and tensor not in ignored:
+            if not _is_sharded(tensor) and tensor not in ignored:
                 tensors[id(tensor)] = tensor.detach()
     if not tensors:
         return
+    values = list(tensors.values())
     for dim in range(mesh.ndim):
-        group, values = mesh.get_group(dim), list(tensors.values())
+        group = mesh.get_group(dim)
         dist._broadcast_coalesced(group, values, _BUCKET_BYTES, 0)  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and isinstance(tensor, DTensor)

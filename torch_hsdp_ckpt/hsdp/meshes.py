@@ -36,6 +36,13 @@ def mesh_for(
     check_mesh(mesh, module)
     if strategy is ShardingStrategy.NO_SHARD:
         return _unsharded(module, mesh), strategy
+    return mesh, _strategy_on(mesh, strategy, module)
+
+
+def _strategy_on(
+    mesh: DeviceMesh, strategy: ShardingStrategy | None, module: nn.Module
+) -> ShardingStrategy:
+    """``strategy`` if it fits the mesh; None stands for what the mesh suggests."""
     suggested = ShardingStrategy.HYBRID_SHARD if mesh.ndim == 2 else ShardingStrategy.FULL_SHARD
     strategy = strategy or suggested
     if strategy not in (_TWO_D if mesh.ndim == 2 else _ONE_D):
@@ -43,7 +50,7 @@ def mesh_for(
             f"{at(module)}{strategy.name} does not fit a {mesh.ndim}-D device_mesh: use "
             f"{suggested.name}, or another mesh"
         )
-    return mesh, strategy
+    return strategy
 
 
 def check_mesh(mesh: DeviceMesh, *modules: nn.Module) -> None:
@@ -171,10 +178,12 @@ def _all_gather_ranks(
     shard_ranks: list[int], replica_group: dist.ProcessGroup, device_type: str
 ) -> torch.Tensor:
     """The shard groups of all replicas, of shape (replicas, shards), on the CPU."""
-    index = torch.cuda.current_device() if device_type == "cuda" else None
-    device = torch.device("cpu") if index is None else torch.device(device_type, index)
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     sent = torch.tensor(shard_ranks, device=device)
-    rows = [torch.empty_like(sent) for _ in range(dist.get_world_size(replica_group))]
+    replicas = dist.get_world_size(replica_group)
+    rows = [torch.empty_like(sent) for _ in range(replicas)]
     dist.all_gather(rows, sent, group=replica_group)
     return torch.stack(rows).cpu()
 

@@ -72,7 +72,10 @@ class Precision:
         )
 
     def cast_outputs(self, outputs: Any) -> Any:
+        """Converts the floating point tensors in a forward's result to ``output_dtype``."""
         dtype = self.output_dtype
+        if dtype is None:
+            return outputs
         return _apply_to_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs)
 
     def cast_buffers(self, module: nn.Module, ignored: Collection[nn.Module]) -> None:
@@ -122,10 +125,12 @@ def restore_buffers(module: nn.Module, state: dict[str, Any], prefix: str) -> No
     """Gives ``state``'s values for the buffers of ``module``, those below wrapped modules excepted,
     their ``saved_dtype``."""
     for name in module.__dict__.get(_BUFFERS_CAST, ()):
-        value = state.get(prefix + name)
+        key = prefix + name
+        value = state.get(key)
         if isinstance(value, torch.Tensor):
-            state[prefix + name] = value.to(saved_dtype(module, name, value))
+            state[key] = value.to(saved_dtype(module, name, value))
     for name, child in module._modules.items():
-        if child is not None and not is_wrapped(child):
-            inside = prefix if name == "_checkpoint_wrapped_module" else f"{prefix}{name}."
-            restore_buffers(child, state, inside)
+        if child is None or is_wrapped(child):
+            continue
+        is_transparent = name == "_checkpoint_wrapped_module"
+        restore_buffers(child, state, prefix if is_transparent else f"{prefix}{name}.")

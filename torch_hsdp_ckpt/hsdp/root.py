@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch._compile import _disable_dynamo
 
 from .. import _C
 from .callbacks import weak_callback
-from .groups import PeerGroup, ReduceGroups, peer_group_of, reduce_groups_of
+from .groups import PeerGroup, peer_group_of, reduce_groups_of
 from .unit import ShardedUnit
 
 # The channel of the next root, above all that any of its ranks has given to one. It is the
@@ -42,13 +42,10 @@ class Root:
             peers.for_schedule() if peers is not None else None,
             weak_callback(self._show_sharded),
         )
-        groups: dict[DeviceMesh, ReduceGroups | None] = {}
         for unit in units:
-            if unit.mesh not in groups:
-                groups[unit.mesh] = reduce_groups_of(unit.mesh)
-            names = groups[unit.mesh]
-            if names is not None:
-                unit.collectives.set_reduce_groups(names.shard, names.replica)
+            groups = reduce_groups_of(unit.mesh)
+            if groups is not None:
+                unit.collectives.set_reduce_groups(groups.shard, groups.replica)
             unit.collectives.set_channel(channel)
             unit.bind(self.schedule)
 
@@ -120,6 +117,7 @@ class Root:
             pass
 
 
+@_disable_dynamo  # the agreement's frames too, in which a compiled wrapper would be traced
 def _meet_peers(units: list[ShardedUnit]) -> tuple[PeerGroup | None, int]:
     """Waits for the other ranks of the mesh at its first forward; returns their group and a channel
     that none of them has used. RuntimeError on every rank if they have other units."""
@@ -145,22 +143,17 @@ def _check_same_units(peers: PeerGroup, units: list[ShardedUnit], channel: int) 
     """All ranks have the same units, in the same order; RuntimeError on every rank with the first
     one that differs. Returns the largest of the ranks' ``channel``."""
     agreement = peers.agreement("wrapped modules")
-    descriptions = [unit.describe() for unit in units]
-    digest = hashlib.sha256(json.dumps(descriptions).encode()).digest()
-    answers = [
-        _CHANNEL_AND_DIGEST.unpack(answer)
-        for answer in agreement.exchange("compare", _CHANNEL_AND_DIGEST.pack(channel, digest))
-    ]
-    if len({digest for _, digest in answers}) == 1:
-        return int(max(channel for channel, _ in answers))
-    everyones = [
-        json.loads(answer)
-        for answer in agreement.exchange("describe", json.dumps(descriptions).encode())
-    ]
+    described = json.dumps([unit.describe() for unit in units]).encode()
+    digest = hashlib.sha256(described).digest()
+    answers = agreement.exchange("compare", _CHANNEL_AND_DIGEST.pack(channel, digest))
+    channels, digests = zip(*map(_CHANNEL_AND_DIGEST.unpack, answers), strict=True)
+    if set(digests) == {digest}:
+        return int(max(channels))
+    everyones = [json.loads(answer) for answer in agreement.exchange("describe", described)]
+    differing = "\n\t".join(_first_difference(peers.ranks, everyones))
     raise _DifferentModules(
         f"ranks have wrapped different modules (this is rank {dist.get_rank()}). Wrap the same "
-        "ones, with the same arguments, on all ranks. The first that differs:\n\t"
-        + "\n\t".join(_first_difference(peers.ranks, everyones))
+        f"ones, with the same arguments, on all ranks. The first that differs:\n\t{differing}"
     )
 
 

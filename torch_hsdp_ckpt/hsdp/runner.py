@@ -95,23 +95,27 @@ class Runner:
         root, unit = self.root_of_all(), self.unit
         unit.before_use()
         try:
-            if self._input_dtype is not None:
-                args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
-            watched = flat_tensors((args, kwargs)) if unit.core.frozen else ()
-            root.schedule.enter_forward(unit.core, torch.is_grad_enabled(), watched)
-            unit.show_full()
-            outputs = call(*args, **kwargs)
-            if self.precision.output_dtype is not None:
-                outputs = self.precision.cast_outputs(outputs)
-            if not root.in_backward():
-                # first: when the outermost forward is left, another thread may read
-                unit.show_sharded()
-            root.schedule.leave_forward(unit.core, flat_tensors(outputs))
+            return self._run_forward(root, call, args, kwargs)
         except BaseException:
             if root.schedule.running_here():  # if not, it has not begun
                 unit.show_sharded()
                 root.schedule.abort_forward(unit.core)
             raise
+
+    def _run_forward(
+        self, root: Root, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._input_dtype is not None:
+            args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
+        core = self.unit.core
+        inputs = flat_tensors((args, kwargs)) if core.frozen else ()
+        root.schedule.enter_forward(core, torch.is_grad_enabled(), inputs)
+        self.unit.show_full()
+        outputs = self.precision.cast_outputs(call(*args, **kwargs))
+        if not root.in_backward():
+            # Before the forward is left: after the outermost one, another thread may read.
+            self.unit.show_sharded()
+        root.schedule.leave_forward(core, flat_tensors(outputs))
         return outputs
 
     def reading(self, whole: str = "") -> AbstractContextManager[None]:
@@ -131,10 +135,9 @@ class Runner:
     def _while_rootless(self) -> Iterator[None]:
         """Nobody else makes a root for this module, or for one inside. Other models' may be made,
         with other ranks."""
+        in_one_order = sorted(set(self.runners_inside()), key=id)  # whichever module is asked
         with ExitStack() as locks:
-            for runner in sorted(
-                set(self.runners_inside()), key=id
-            ):  # one order, whichever of the modules is asked
+            for runner in in_one_order:
                 locks.enter_context(runner._rootless)
             yield
 
@@ -147,21 +150,26 @@ class Runner:
             return self.root or self._make_root()
 
     def _make_root(self) -> Root:
-        inside = list(named_runners(self.modules()[0]))
-        if any(runner.root is not None for _, runner in inside):
+        named = list(named_runners(self.modules()[0]))
+        inside = [runner for _, runner in named]
+        if any(runner.root is not None for runner in inside):
             raise RuntimeError(
                 "a wrapped module has been run on its own before the wrapper around it: call the "
                 "outermost module first"
             )
-        for name, runner in inside:
-            runner.unit.core.name = f"{name or '(outermost)'} ({runner.label})"
-            runner._input_dtype = runner.precision.input_dtype(outermost=runner is self)
-            runner.cast_buffers()
-        root = Root([runner.unit for _, runner in inside], self.prefetch)
+        for name, runner in named:
+            runner._prepare(name or "(outermost)", is_outermost=runner is self)
+        root = Root([runner.unit for runner in inside], self.prefetch)
         root.schedule.set_last_backward(self.last_backward)
-        for _, runner in inside:
+        for runner in inside:
             runner.root = root
         return root
+
+    def _prepare(self, name: str, is_outermost: bool) -> None:
+        """What a unit learns when its outermost module is known."""
+        self.unit.core.name = f"{name} ({self.label})"
+        self._input_dtype = self.precision.input_dtype(is_outermost)
+        self.cast_buffers()
 
     def cast_buffers(self) -> None:
         """Gives the buffers of the unit's modules the dtype that mixed precision asks for."""

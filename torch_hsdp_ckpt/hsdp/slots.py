@@ -1,7 +1,7 @@
 """Where parameters are registered in modules, and how a unit exchanges them there."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple, cast
 
 from torch import nn
@@ -46,28 +46,33 @@ class RegisteredParameter(NamedTuple):
 
 
 def parameters_of_unit(
-    modules: list[nn.Module], ignored: set[nn.Parameter]
+    modules: Iterable[nn.Module], ignored: Set[nn.Parameter]
 ) -> list[RegisteredParameter]:
     """The parameters that no wrapped module inside holds, in the order of ``modules``, each once
     with all its slots."""
     found: dict[int, RegisteredParameter] = {}
     seen: set[nn.Module] = set()
-
-    def visit(owner: nn.Module, prefix: str) -> None:
-        if owner in seen or is_wrapped(owner):
-            return
-        seen.add(owner)
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter not in ignored:
-                registered = RegisteredParameter(prefix + name, [])
-                found.setdefault(id(parameter), registered).slots.append(Slot(owner, name))
-        for name, child in owner._modules.items():
-            if child is not None:
-                visit(child, f"{prefix}{name}.")
-
     for module in modules:
-        visit(module, "")
+        for name, slot in _named_slots(module, "", seen):
+            if slot.parameter not in ignored:
+                key = id(slot.parameter)
+                found.setdefault(key, RegisteredParameter(name, [])).slots.append(slot)
     return list(found.values())
+
+
+def _named_slots(
+    module: nn.Module, prefix: str, seen: set[nn.Module]
+) -> Iterator[tuple[str, Slot]]:
+    """The slots of ``module`` and of all inside, down to wrapped modules and those ``seen``."""
+    if module in seen or is_wrapped(module):
+        return
+    seen.add(module)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, Slot(module, name)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _named_slots(child, f"{prefix}{name}.", seen)
 
 
 class SlotTable:
@@ -78,13 +83,16 @@ class SlotTable:
     def __init__(self, slots: Sequence[list[Slot]], parameters: Sequence[nn.Parameter]) -> None:
         self._plain: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
         self._observed: list[tuple[Slot, nn.Parameter]] = []
-        for places, parameter in zip(slots, parameters, strict=True):
-            for slot in places:
-                if slot.is_plain:
-                    self._plain.append((slot.module._parameters, slot.name, parameter))
-                else:
-                    self._observed.append((slot, parameter))
+        for slots_of_parameter, parameter in zip(slots, parameters, strict=True):
+            for slot in slots_of_parameter:
+                self._add(slot, parameter)
         self._plain_parameters = [parameter for _, _, parameter in self._plain]
+
+    def _add(self, slot: Slot, parameter: nn.Parameter) -> None:
+        if slot.is_plain:
+            self._plain.append((slot.module._parameters, slot.name, parameter))
+        else:
+            self._observed.append((slot, parameter))
 
     def fill_slots(self) -> None:
         """Puts every parameter into its slots."""

@@ -1,6 +1,5 @@
 """``auto_wrap_policy``: which modules inside become units of their own. Policies are torch's."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,21 +8,11 @@ from torch import nn
 from torch.distributed.fsdp.wrap import _Policy
 from torch.distributed.utils import _apply_to_tensors
 
+from .arguments import IgnoredStates
+
 # On a module: its forward has been given hooks that make it compute in float32.
 _IN_FLOAT32 = "_hsdp_ckpt_in_float32"
 _Targets = dict[nn.Module, dict[str, Any]]  # arguments that are a module's own, by module
-
-
-@dataclasses.dataclass(frozen=True)
-class IgnoredStates:
-    """What ``ignored_modules`` and ``ignored_states`` name. ``modules``: those named themselves."""
-
-    modules: frozenset[nn.Module]
-    parameters: set[nn.Parameter]
-
-    def modules_inside(self) -> set[nn.Module]:
-        """The named modules and all modules inside."""
-        return {inner for module in self.modules for inner in module.modules()}
 
 
 def auto_wrap(
@@ -42,11 +31,11 @@ def auto_wrap(
     targets = _targets_of(module, policy, ignored)
     skipped = ignored.modules_inside()
     for inner in module.modules():
-        if full_precision and isinstance(inner, full_precision) and inner not in skipped:
-            targets[inner] = {**targets.get(inner, {}), "mixed_precision": None}
+        if isinstance(inner, full_precision) and inner not in skipped:
+            targets.setdefault(inner, {}).update(mixed_precision=None)
             _compute_in_float32(inner)
-    for outside in {module} | skipped:
-        targets.pop(outside, None)
+    for not_replaced in (module, *skipped):
+        targets.pop(not_replaced, None)
     _Replacement(targets, wrap).run(module)
 
 
@@ -54,8 +43,8 @@ def _targets_of(
     module: nn.Module, policy: Callable[..., bool] | _Policy, ignored: IgnoredStates
 ) -> _Targets:
     if isinstance(policy, _Policy):
-        targets: _Targets = policy._run_policy(module, ignored.modules_inside(), {})
-        return targets
+        chosen = policy._run_policy(module, ignored.modules_inside(), {})
+        return {inner: dict(options) for inner, options in chosen.items()}
     if callable(policy):
         choice = _Choice(policy, ignored)
         choice.visit(module)

@@ -35,8 +35,15 @@ def steps_in(root: Path) -> tuple[list[int], list[int]]:
     incomplete: list[int] = []
     for entry in root.iterdir() if root.is_dir() else ():
         match = _NAME.fullmatch(entry.name)
-        if match and path_of(root, int(match[1])) == entry and entry.is_dir():
-            (committed if is_committed(entry) else incomplete).append(int(match[1]))
+        if not match or not entry.is_dir():
+            continue
+        step = int(match[1])
+        if path_of(root, step) != entry:
+            continue
+        if is_committed(entry):
+            committed.append(step)
+        else:
+            incomplete.append(step)
     return sorted(committed), sorted(incomplete)
 
 
@@ -116,8 +123,8 @@ def remove(checkpoint: Path) -> None:
 
     ``.metadata`` goes first, and that is on disk before a data file is touched: else a power loss
     could bring it back without the files it names. From then on the directory is plainly
-    incomplete, which is what an interrupted delete leaves; the next prune ends it. Of a link to a
-    checkpoint only the link goes: what it leads to is not this run's."""
+    incomplete, which is what an interrupted delete leaves; the next prune ends it. A link to a
+    checkpoint goes alone: what it leads to is not this run's."""
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
