@@ -293,7 +293,8 @@ def _override(rank: int) -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"^rank \d: module \w+: .*param_dtype_override_fn is not served.* mp_policy of their own",
+        match=r"^rank \d: module \w+: .*param_dtype_override_fn is not supported.* "
+        "mp_policy of their own",
     ):
         torch_hsdp_ckpt.fully_shard(net, mp_policy=policy)
     assert type(net) is Net and not any(isinstance(p, DTensor) for p in net.parameters())

@@ -1,6 +1,11 @@
 """Hybrid-sharded data parallelism: torch FSDP's two faces over the C++ core (``csrc/hsdp``).
 
 May import: ``common``. In come modules, meshes and policies of the user; out come the same modules
-with DTensor parameters, whose forward and backward gather and reduce. ``fsdp.py`` and
-``fully_shard.py`` are the faces, ``unit.py`` is one wrapped module's parameters, ``root.py`` what
-all units of a model share, ``runner.py`` the hooks around forward."""
+with DTensor parameters, whose forward and backward gather and reduce.
+
+``fsdp.py`` and ``fully_shard.py`` (with ``fsdp_module.py``) are the faces; ``arguments.py``,
+``meshes.py``, ``precision.py``, ``wrap.py`` and ``materialize.py`` turn what they are given into
+what a unit takes. ``unit.py`` is one wrapped module's parameters: ``slots.py`` says where they are
+registered, ``shards.py`` makes the DTensors, ``gradients.py`` takes what a reduction has left.
+``runner.py`` gathers around a forward; ``root.py`` is what all units of a model share, and
+``groups.py`` the process groups that it makes. ``state/`` is state dicts, out and in."""

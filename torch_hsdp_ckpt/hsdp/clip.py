@@ -12,22 +12,31 @@ from torch.distributed.tensor import DTensor
 def clip_grad_norm(
     parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float, device: torch.device
 ) -> torch.Tensor:
-    """See ``FullyShardedDataParallel.clip_grad_norm_``. The zero that stands for no gradients is on
-    ``device``."""
-    # DTensors of one mesh and plain tensors do not mix in one operator.
+    """Scales gradients as ``FullyShardedDataParallel.clip_grad_norm_`` says and returns their norm
+    before. The zero that stands for no gradients is on ``device``."""
+    by_mesh = _with_grads_by_mesh(parameters)
+    if not by_mesh:
+        return torch.zeros((), device=device)
+    norms = [_norm_of_grads(group, norm_type) for group in by_mesh.values()]
+    norm = norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms, norm_type)
+    for group in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def _with_grads_by_mesh(
+    parameters: Iterable[nn.Parameter],
+) -> dict[DeviceMesh | None, list[nn.Parameter]]:
+    """DTensors of one mesh and plain tensors do not mix in one operator. None: plain ones."""
     by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             by_mesh.setdefault(mesh, []).append(parameter)
-    if not by_mesh:
-        return torch.zeros((), device=device)
-    norms = [
-        nn.utils.get_total_norm([cast(torch.Tensor, p.grad) for p in ps], norm_type)
-        for ps in by_mesh.values()
-    ]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms, norm_type)
-    for ps in by_mesh.values():
-        nn.utils.clip_grads_with_norm_(ps, max_norm, norm)
-    return norm
+    return by_mesh
+
+
+def _norm_of_grads(parameters: list[nn.Parameter], norm_type: float) -> torch.Tensor:
+    grads = [cast(torch.Tensor, parameter.grad) for parameter in parameters]
+    norm = nn.utils.get_total_norm(grads, norm_type)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -14,15 +14,17 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import BackwardPrefetch, CPUOffload, MixedPrecision, ShardingStrategy
 
-from .arguments import check_module, check_offload, ignored_parameters, mesh_for, offloads
+from .arguments import IgnoredStates, check_module, check_offload, offloads
 from .clip import clip_grad_norm
 from .materialize import materialize, move, synchronize
+from .meshes import device_of, mesh_for
 from .precision import Precision
 from .root import Root
 from .runner import Runner, named_runners
+from .slots import parameters_of_unit
 from .state.state_dict import StateDictMixin
-from .summon import summon
-from .unit import ShardedUnit, device_of, own_slots
+from .summon import SummonOptions, summon
+from .unit import ShardedUnit
 from .wrap import auto_wrap
 
 WRAPPED = "_checkpoint_wrapped_module"
@@ -58,7 +60,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
 
     All ranks must construct, run forward and run backward in the same order, as with torch's
     wrappers; ranks that don't get a RuntimeError that names rank and module. Raises ValueError for
-    arguments that contradict each other or are not served, naming what to use instead."""
+    arguments that contradict each other or are not supported, naming what to use instead."""
 
     def __init__(
         self,
@@ -82,11 +84,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         device_mesh: DeviceMesh | None = None,
     ) -> None:
         check_module(module, "FullyShardedDataParallel")
-        not_ours: list[Any] = [
-            *(ignored_modules or ()),
-            *(ignored_states or ()),
-        ]  # once: they may be generators
-        ignored = ignored_parameters(module, not_ours)
+        items: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]
+        ignored = IgnoredStates.of(module, items)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
         check_offload(offloads(cpu_offload), mesh, module)
         precision = Precision.of(mixed_precision, module)
@@ -94,45 +93,25 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         device = device_of(mesh, device_id)
         if device_id is not None:
             move(module, device)
-        skip = {item for item in not_ours if isinstance(item, nn.Module)}
-        skipped = {inner for m in skip for inner in m.modules()}
         if auto_wrap_policy is not None:
-            options: dict[str, Any] = {
+            arguments_inside: dict[str, Any] = {
                 "sharding_strategy": strategy,
                 "backward_prefetch": backward_prefetch,
                 "mixed_precision": mixed_precision,
-                "ignored_modules": skip,
-                "ignored_states": ignored,
                 "param_init_fn": param_init_fn,
                 "sync_module_states": sync_module_states,
                 "device_mesh": mesh,
             }
-            excepted = (
-                tuple(mixed_precision._module_classes_to_ignore)
-                if mixed_precision is not None
-                else ()
-            )
-            auto_wrap(
-                module,
-                auto_wrap_policy,
-                skip,
-                ignored,
-                excepted,
-                lambda inner, own: _inner(inner, options, own),
-            )
-        materialize(module, param_init_fn, device, skipped, ignored)
+            _wrap_inside(module, auto_wrap_policy, ignored, arguments_inside)
+        skipped = ignored.modules_inside()
+        materialize(module, param_init_fn, device, skipped, ignored.parameters)
         if sync_module_states:
-            synchronize(module, mesh, ignored)
+            synchronize(module, mesh, ignored.parameters)
         self.device_mesh = mesh
         self.sharding_strategy = strategy
-        reshard = (
-            None
-            if strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
-            else False
-        )
-        self._unit = ShardedUnit(
-            own_slots([module], ignored), mesh, device, reshard, *precision.of_unit()
-        )
+        registered = parameters_of_unit([module], ignored.parameters)
+        reshard = _reshard_after_forward(strategy)
+        self._unit = ShardedUnit(registered, mesh, device, reshard, precision)
         self._checkpoint_wrapped_module = module
         prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[
             backward_prefetch
@@ -153,14 +132,11 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def _root(self) -> Root | None:  # type: ignore[override]
         return self._runner.root
 
-    def _root_of_all(self) -> Root:
-        return self._runner.root or self._runner.make_root()
-
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backwards inside keep their gradients, full size, on this rank; the first one outside
         reduces the sum."""
-        cores = [unit.core for unit in self._root_of_all().units]
+        cores = [unit.core for unit in self._runner.root_of_all().units]
         before = [core.sync for core in cores]
         for core in cores:
             core.sync = False
@@ -173,7 +149,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def check_is_root(self) -> bool:
         """Whether this is the outermost wrapper. Before any forward the one that is asked becomes
         it, as in torch."""
-        return self._root_of_all().units[0] is self._unit
+        return self._runner.root_of_all().units[0] is self._unit
 
     @staticmethod
     @contextmanager
@@ -194,11 +170,13 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         NotImplementedError). ``offload_to_cpu``: the whole parameters are on the CPU.
         ``with_grads``: the gradients are whole too, and written back likewise where there was one
         before and is one at the end; else they are None."""
-        runners = [runner for _, runner in named_runners(module)]
-        if not recurse:
-            own = module._runner if isinstance(module, FullyShardedDataParallel) else None
-            runners = [runner for runner in runners if runner is own]
-        with summon(runners, writeback, rank0_only, offload_to_cpu, with_grads):
+        runners: list[Runner] = []
+        if recurse:
+            runners = [runner for _, runner in named_runners(module)]
+        elif isinstance(module, FullyShardedDataParallel):
+            runners = [module._runner]
+        options = SummonOptions(writeback, rank0_only, offload_to_cpu, with_grads)
+        with summon(runners, options):
             yield
 
     def apply(self, fn: Callable[[nn.Module], None]) -> "FullyShardedDataParallel":
@@ -208,12 +186,12 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             return super().apply(fn)
 
     def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> NoReturn:
-        """Not served: gradients are packed, reduced and taken in C++. Raises NotImplementedError
+        """Not supported: gradients are packed, reduced and taken in C++. Raises NotImplementedError
         that says what to use."""
         raise NotImplementedError(
-            "register_comm_hook is not served: for reductions in low precision pass "
-            "MixedPrecision(reduce_dtype=...); for "
-            "other schemes use fully_shard and its set_all_reduce_hook"
+            "register_comm_hook is not supported: for reductions in low precision pass "
+            "MixedPrecision(reduce_dtype=...); for other schemes use fully_shard and its "
+            "set_all_reduce_hook"
         )
 
     def _reset(self) -> None:
@@ -229,9 +207,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 "a wrapped module can't be converted or moved while its full parameters are "
                 "summoned"
             )
-        self._runner.apply_to_shards(
-            lambda: super(FullyShardedDataParallel, self)._apply(fn, recurse)
-        )  # type: ignore[no-untyped-call]
+        as_module: Any = super()
+        self._runner.apply_to_shards(lambda: as_module._apply(fn, recurse))
         return self
 
     def __getstate__(self) -> Any:
@@ -239,8 +216,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         do."""
         raise TypeError(
             "a wrapped module can't be copied or pickled: copy the module before it is wrapped, or "
-            "load this one's "
-            "state_dict() into another wrapped module"
+            "load this one's state_dict() into another wrapped module"
         )
 
     # -- looking inside
@@ -302,10 +278,29 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         return clip_grad_norm(self.parameters(), max_norm, norm_type, self._unit.device)
 
 
-def _inner(
-    module: nn.Module, options: dict[str, Any], own: dict[str, Any]
-) -> FullyShardedDataParallel:
-    """A unit that the policy has picked; its ``own`` arguments come before the outer wrapper's."""
-    if "process_group" in own or "device_mesh" in own:
-        options = {name: value for name, value in options.items() if name != "device_mesh"}
-    return FullyShardedDataParallel(module, **{**options, **own})
+def _reshard_after_forward(strategy: ShardingStrategy) -> bool | None:
+    """None frees after forward, except for what backward needs first."""
+    frees = strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
+    return None if frees else False
+
+
+def _wrap_inside(
+    module: nn.Module, policy: Any, ignored: IgnoredStates, arguments: dict[str, Any]
+) -> None:
+    """Makes units of the modules inside that ``policy`` picks. ``arguments``: the outer wrapper's,
+    for all of them; what the policy asks for one module comes before."""
+    mixed_precision = arguments["mixed_precision"]
+    excepted = mixed_precision._module_classes_to_ignore if mixed_precision is not None else ()
+    common = {
+        **arguments,
+        "ignored_modules": ignored.modules,
+        "ignored_states": ignored.parameters,
+    }
+
+    def wrap(inner: nn.Module, own: dict[str, Any]) -> FullyShardedDataParallel:
+        given = {**common, **own}
+        if "process_group" in own and "device_mesh" not in own:
+            del given["device_mesh"]
+        return FullyShardedDataParallel(inner, **given)
+
+    auto_wrap(module, policy, ignored, tuple(excepted), wrap)

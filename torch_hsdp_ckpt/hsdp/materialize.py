@@ -1,7 +1,7 @@
-"""Before a module is sharded: onto its device, out of the meta device, and the same values on all
-ranks."""
+"""What happens before a module is sharded: it goes onto its device, out of the meta device, and
+gets the same values on all ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 
 import torch
 import torch.distributed as dist
@@ -9,13 +9,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .precision import own_modules
+from .module_tree import modules_of_unit
+from .slots import Slot
 
 _BUCKET_BYTES = 250 * 1024 * 1024  # of one broadcast, as in torch's wrappers
 
 
 def move(module: nn.Module, device: torch.device) -> None:
-    """To ``device``, what is not on the meta device."""
+    """Moves what is not on the meta device to ``device``."""
     module._apply(lambda t: t if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
 
 
@@ -24,7 +25,7 @@ def materialize(
     param_init_fn: Callable[[nn.Module], None] | None,
     device: torch.device,
     ignored_modules: set[nn.Module],
-    ignored: set[nn.Parameter],
+    ignored: Set[nn.Parameter],
 ) -> None:
     """Gives memory and values to what no wrapped module inside holds, if any of it is on the meta
     device.
@@ -33,66 +34,78 @@ def materialize(
     ``reset_parameters`` of those that have parameters or buffers of their own. Parameters that were
     shared still are. Raises ValueError for a module that can't be initialised, or still is on the
     meta device."""
-    owners = [owner for owner in own_modules(module) if owner not in ignored_modules]
-    states = [
-        t
-        for o in owners
-        for t in (*o._parameters.values(), *o._buffers.values())
-        if t is not None and t not in ignored
-    ]
-    if not any(t.is_meta for t in states):
+    owners = [owner for owner in modules_of_unit(module) if owner not in ignored_modules]
+    if not any(_meta_tensors(owner, ignored) for owner in owners):
         return
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for owner in owners:
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((owner, name))
+    aliases = _slots_of_parameters(owners)
     with torch.no_grad():
         for owner in owners:
             if param_init_fn is not None:
                 param_init_fn(owner)
-            elif any(
-                t is not None for t in (*owner._parameters.values(), *owner._buffers.values())
-            ):
-                owner.to_empty(device=device, recurse=False)
-                if not hasattr(owner, "reset_parameters"):
-                    raise ValueError(
-                        f"a {type(owner).__name__} on the meta device has no reset_parameters to "
-                        "give it values: write one, "
-                        "or pass param_init_fn"
-                    )
-                owner.reset_parameters()  # type: ignore[operator]
-    for aliases in places.values():
-        (first, first_name), *others = aliases
-        for owner, name in others:
-            setattr(owner, name, first._parameters[first_name])
+            elif any(True for _ in _tensors_of(owner)):
+                _reset_parameters(owner, device)
+    for first, *others in aliases:
+        for slot in others:
+            setattr(slot.module, slot.name, first.parameter)
     for owner in owners:
-        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-            if tensor is not None and tensor.is_meta and tensor not in ignored:
-                raise ValueError(
-                    f"{name} of a {type(owner).__name__} still is on the meta device after its "
-                    "initialisation"
-                )
+        still_meta = _meta_tensors(owner, ignored)
+        if still_meta:
+            raise ValueError(
+                f"{still_meta[0]} of a {type(owner).__name__} still is on the meta device after "
+                "its initialisation"
+            )
 
 
-def synchronize(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter]) -> None:
-    """Rank (0, 0) of the mesh to all: down the replicas first, then along every shard group.
+def _tensors_of(owner: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters and buffers that ``owner`` itself has registered."""
+    for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
 
-    What no wrapped module inside holds; every tensor once. Buffers are included, ignored parameters
-    are not."""
+
+def _meta_tensors(owner: nn.Module, ignored: Set[nn.Parameter]) -> list[str]:
+    return [name for name, tensor in _tensors_of(owner) if tensor.is_meta and tensor not in ignored]
+
+
+def _slots_of_parameters(owners: list[nn.Module]) -> list[list[Slot]]:
+    """Where each parameter is registered; after the initialisation the slots of one parameter may
+    hold several."""
+    slots: dict[int, list[Slot]] = {}
+    for owner in owners:
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                slots.setdefault(id(parameter), []).append(Slot(owner, name))
+    return list(slots.values())
+
+
+def _reset_parameters(owner: nn.Module, device: torch.device) -> None:
+    owner.to_empty(device=device, recurse=False)
+    if not hasattr(owner, "reset_parameters"):
+        raise ValueError(
+            f"a {type(owner).__name__} on the meta device has no reset_parameters to give it "
+            "values: write one, or pass param_init_fn"
+        )
+    owner.reset_parameters()  # type: ignore[operator]
+
+
+def synchronize(module: nn.Module, mesh: DeviceMesh, ignored: Set[nn.Parameter]) -> None:
+    """Sends the values of the mesh's rank (0, 0) to all: down the replicas first, then along every
+    shard group.
+
+    It sends what no wrapped module inside holds, every tensor once. Buffers are included, ignored
+    parameters are not."""
     tensors: dict[int, torch.Tensor] = {}
-    for owner in own_modules(module):
-        for parameter in owner._parameters.values():
-            if (
-                parameter is not None
-                and parameter not in ignored
-                and not isinstance(parameter, DTensor)
-            ):
-                tensors[id(parameter)] = parameter.detach()
-        for buffer in owner._buffers.values():
-            if buffer is not None:
-                tensors[id(buffer)] = buffer.detach()
+    for owner in modules_of_unit(module):
+        for _, tensor in _tensors_of(owner):
+            if not _is_sharded(tensor) and tensor not in ignored:
+                tensors[id(tensor)] = tensor.detach()
     if not tensors:
         return
+    values = list(tensors.values())
     for dim in range(mesh.ndim):
-        dist._broadcast_coalesced(mesh.get_group(dim), list(tensors.values()), _BUCKET_BYTES, 0)  # type: ignore[attr-defined]
+        group = mesh.get_group(dim)
+        dist._broadcast_coalesced(group, values, _BUCKET_BYTES, 0)  # type: ignore[attr-defined]
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and isinstance(tensor, DTensor)

@@ -12,11 +12,11 @@ from torch import nn
 
 from ..common.gate import wait_at_gate
 from .eager import keep_dynamo_out
+from .flat_tensors import flat_tensors
+from .module_tree import RUNNER
 from .precision import Precision
-from .root import Root, flat_tensors
+from .root import Root
 from .unit import ShardedUnit
-
-_ATTRIBUTE = "_hsdp_runner"
 
 
 class Runner:
@@ -43,30 +43,46 @@ class Runner:
         self.ignored = ignored
         self.root: Root | None = None
         self.last_backward = True
-        self.modules: list[
-            weakref.ref[nn.Module]
-        ] = []  # several: one unit for modules that were given together
-        self._cast_inputs: torch.dtype | None = None
-        self._rootless = threading.RLock()  # whoever makes the root, or reads while there is none
+        # Several, where modules that were given together are one unit.
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._input_dtype: torch.dtype | None = None  # what floating point inputs are cast to
+        # Held by whoever makes the root, or reads while there is none.
+        self._rootless = threading.RLock()
         self.add(module)
         unit.core.name = label
         keep_dynamo_out()
 
     def add(self, module: nn.Module) -> None:
-        module.__dict__[_ATTRIBUTE] = self
-        self.modules.append(weakref.ref(module))
+        """Makes ``module`` one of those whose parameters are in this runner's unit."""
+        module.__dict__[RUNNER] = self
+        self._modules.append(weakref.ref(module))
 
-    def hold(self, wait: bool) -> None:
-        """Gathers outside of a forward; with ``wait`` the module shows the full parameters when
-        this returns."""
-        root = self.root or self.make_root()
+    def modules(self) -> list[nn.Module]:
+        """The modules of the unit that are still there."""
+        return [module for reference in self._modules if (module := reference()) is not None]
+
+    def runners_inside(self) -> "list[Runner]":
+        """This one and those of wrapped modules inside, outermost first."""
+        found: list[Runner] = []
+        for module in self.modules():
+            found += [runner for _, runner in named_runners(module)]
+        return found
+
+    def start_unshard(self) -> None:
+        """Starts the gather of the unit outside of a forward."""
+        root = self.root_of_all()
         with root.turn():
-            root.schedule.hold(self.unit.core, wait)
-            if wait:
-                self.unit.show_full()
+            root.schedule.hold(self.unit.core, False)
+
+    def unshard(self) -> None:
+        """Gathers outside of a forward; the module shows the full parameters when this returns."""
+        root = self.root_of_all()
+        with root.turn():
+            root.schedule.hold(self.unit.core, True)
+            self.unit.show_full()
 
     def free(self) -> None:
-        """Ends ``hold``, or what a setting has kept after forward or backward."""
+        """Ends ``unshard``, or what a setting has kept after forward or backward."""
         if self.root is None:
             return
         with self.root.turn():
@@ -76,28 +92,30 @@ class Runner:
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the
         module can be used again."""
-        root, unit = self.root, self.unit
-        if root is None:
-            root = self.make_root()
+        root, unit = self.root_of_all(), self.unit
         unit.before_use()
         try:
-            if self._cast_inputs is not None:
-                args, kwargs = self.precision.cast_inputs(self._cast_inputs, args, kwargs)
-            watched = flat_tensors((args, kwargs)) if unit.core.frozen else ()
-            root.schedule.enter_forward(unit.core, torch.is_grad_enabled(), watched)
-            unit.show_full()
-            outputs = call(*args, **kwargs)
-            if self.precision.output_dtype is not None:
-                outputs = self.precision.cast_outputs(outputs)
-            if not root.in_backward():
-                # first: when the outermost forward is left, another thread may read
-                unit.show_sharded()
-            root.schedule.leave_forward(unit.core, flat_tensors(outputs))
+            return self._run_forward(root, call, args, kwargs)
         except BaseException:
             if root.schedule.running_here():  # if not, it has not begun
                 unit.show_sharded()
                 root.schedule.abort_forward(unit.core)
             raise
+
+    def _run_forward(
+        self, root: Root, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._input_dtype is not None:
+            args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
+        core = self.unit.core
+        inputs = flat_tensors((args, kwargs)) if core.frozen else ()
+        root.schedule.enter_forward(core, torch.is_grad_enabled(), inputs)
+        self.unit.show_full()
+        outputs = self.precision.cast_outputs(call(*args, **kwargs))
+        if not root.in_backward():
+            # Before the forward is left: after the outermost one, another thread may read.
+            self.unit.show_sharded()
+        root.schedule.leave_forward(core, flat_tensors(outputs))
         return outputs
 
     def reading(self, whole: str = "") -> AbstractContextManager[None]:
@@ -117,43 +135,46 @@ class Runner:
     def _while_rootless(self) -> Iterator[None]:
         """Nobody else makes a root for this module, or for one inside. Other models' may be made,
         with other ranks."""
-        modules = [module for reference in self.modules if (module := reference()) is not None]
-        runners = {runner for module in modules for _, runner in named_runners(module)}
+        in_one_order = sorted(set(self.runners_inside()), key=id)  # whichever module is asked
         with ExitStack() as locks:
-            for runner in sorted(runners, key=id):  # one order, whichever of the modules is asked
+            for runner in in_one_order:
                 locks.enter_context(runner._rootless)
             yield
 
-    def make_root(self) -> Root:
-        """At the first use of an outermost module: one schedule for all that are wrapped inside.
-        Collective over the mesh."""
+    def root_of_all(self) -> Root:
+        """The root of the outermost module; made if there is none, which is collective over the
+        mesh: at the first use of an outermost module, for all that are wrapped inside."""
+        if self.root is not None:
+            return self.root
         with self._while_rootless():
             return self.root or self._make_root()
 
     def _make_root(self) -> Root:
-        module = self.modules[0]()
-        assert module is not None
-        inside = list(named_runners(module))
-        if any(runner.root is not None for _, runner in inside):
+        named = list(named_runners(self.modules()[0]))
+        inside = [runner for _, runner in named]
+        if any(runner.root is not None for runner in inside):
             raise RuntimeError(
                 "a wrapped module has been run on its own before the wrapper around it: call the "
                 "outermost module first"
             )
-        for name, runner in inside:
-            runner.unit.core.name = f"{name or '(outermost)'} ({runner.label})"
-        for runner in (r for _, r in inside):
-            runner._cast_inputs = runner.precision.input_dtype(outermost=runner is self)
-            runner.cast_buffers()
-        root = Root([runner.unit for _, runner in inside], self.prefetch)
+        for name, runner in named:
+            runner._prepare(name or "(outermost)", is_outermost=runner is self)
+        root = Root([runner.unit for runner in inside], self.prefetch)
         root.schedule.set_last_backward(self.last_backward)
-        for _, runner in inside:
+        for runner in inside:
             runner.root = root
         return root
 
+    def _prepare(self, name: str, is_outermost: bool) -> None:
+        """What a unit learns when its outermost module is known."""
+        self.unit.core.name = f"{name} ({self.label})"
+        self._input_dtype = self.precision.input_dtype(is_outermost)
+        self.cast_buffers()
+
     def cast_buffers(self) -> None:
-        for reference in self.modules:
-            if (owner := reference()) is not None:
-                self.precision.cast_buffers(owner, self.ignored)
+        """Gives the buffers of the unit's modules the dtype that mixed precision asks for."""
+        for module in self.modules():
+            self.precision.cast_buffers(module, self.ignored)
 
     def reset(self) -> None:
         """The sharded parameters are in their slots and nothing derived from them is in flight."""
@@ -166,34 +187,31 @@ class Runner:
         self.reset()
         if (root := self.root) is None:
             return
-        units = root.units if self.unit is root.units[0] else self._units_inside()
+        is_outermost = self.unit is root.units[0]
+        units = root.units if is_outermost else [inner.unit for inner in self.runners_inside()]
         with root.turn():
             for unit in units:
                 unit.core.drop_kept()
-
-    def _units_inside(self) -> list[ShardedUnit]:
-        modules = [module for reference in self.modules if (module := reference()) is not None]
-        return [runner.unit for module in modules for _, runner in named_runners(module)]
 
     def apply_to_shards(self, apply: Callable[[], Any]) -> None:
         """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again
         afterwards."""
         wait_at_gate()
         self.reset()
-        self.unit.release()
+        self.unit.forget_kept_gradients()
         apply()
         self.unit.rebind()
 
 
 def runner_of(module: nn.Module) -> Runner | None:
-    """The module's own, if it is wrapped."""
-    found: Runner | None = module.__dict__.get(_ATTRIBUTE)
+    """The module's own runner; None if it is not wrapped."""
+    found: Runner | None = module.__dict__.get(RUNNER)
     return found
 
 
 def named_runners(module: nn.Module) -> Iterator[tuple[str, Runner]]:
-    """Of ``module`` and all inside, outermost first, by the names that the modules have without
-    wrappers. Each once."""
+    """The runners of ``module`` and all inside, outermost first, each once, with the names that the
+    modules have without wrappers."""
     seen: set[int] = set()
     for name, inner in module.named_modules():
         runner = runner_of(inner)

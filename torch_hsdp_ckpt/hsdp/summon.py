@@ -1,5 +1,6 @@
 """``summon_full_params``: the whole parameters in the module, outside of forward and backward."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
@@ -15,17 +16,23 @@ from .state.full_state import gather
 from .unit import ShardedUnit
 
 
+@dataclasses.dataclass(frozen=True)
+class SummonOptions:
+    """See ``FullyShardedDataParallel.summon_full_params``."""
+
+    writeback: bool
+    rank0_only: bool
+    offload_to_cpu: bool
+    with_grads: bool
+
+
 @contextmanager
-def summon(
-    runners: list[Runner], writeback: bool, rank0_only: bool, offload_to_cpu: bool, with_grads: bool
-) -> Iterator[None]:
-    """For all ``runners``; see ``FullyShardedDataParallel.summon_full_params``. Collective over
-    their meshes."""
-    if writeback and rank0_only:
+def summon(runners: list[Runner], options: SummonOptions) -> Iterator[None]:
+    """Summons the units of all ``runners``. Collective over their meshes."""
+    if options.writeback and options.rank0_only:
         raise NotImplementedError(
-            "writeback=True with rank0_only=True is not served: what rank 0 writes would have to "
-            "be sent to all. Pass "
-            "writeback=False to look, or rank0_only=False to write"
+            "writeback=True with rank0_only=True is not supported: what rank 0 writes would have "
+            "to be sent to all. Pass writeback=False to look, or rank0_only=False to write"
         )
     wait_at_gate()
     for runner in runners:
@@ -36,50 +43,60 @@ def summon(
         if runner.root is not None and runner.root.in_backward():
             raise RuntimeError("full parameters can't be summoned inside a backward")
         runner.reset()
-    shown = not rank0_only or dist.get_rank() == 0
     with ExitStack() as stack:
         for runner in runners:
-            stack.enter_context(_one(runner.unit, writeback, shown, offload_to_cpu, with_grads))
+            stack.enter_context(_summon_unit(runner.unit, options))
         yield
 
 
 @contextmanager
-def _one(
-    unit: ShardedUnit, writeback: bool, shown: bool, offload_to_cpu: bool, with_grads: bool
-) -> Iterator[None]:
-    with torch.inference_mode(False):
-        whole = _whole(unit.sharded, offload_to_cpu)
-        full = [
-            nn.Parameter(w, requires_grad=p.requires_grad)
-            for w, p in zip(whole, unit.sharded, strict=True)
-        ]
-    if with_grads:
-        having = [
-            (parameter, p.grad)
-            for parameter, p in zip(full, unit.sharded, strict=True)
-            if p.grad is not None
-        ]
-        grads = _whole([grad for _, grad in having], offload_to_cpu)
-        for (parameter, sharded), grad in zip(having, grads, strict=True):
-            if (
-                sharded.dtype != parameter.dtype
-            ):  # mixed precision may keep lower ones, by autograd's leave
-                parameter.grad_dtype = sharded.dtype
-            parameter.grad = grad
-    if not shown:
-        full = []
-    unit.summon(full)
+def _summon_unit(unit: ShardedUnit, options: SummonOptions) -> Iterator[None]:
+    full = _full_parameters(unit, options)
+    if options.with_grads:
+        _gather_grads(unit, full, options)
+    shown = not options.rank0_only or dist.get_rank() == 0
+    unit.summon(full if shown else [])
+    del full  # where they are not shown, nobody needs their memory
     try:
         yield
     finally:
-        current = unit.dismiss()
-        if writeback:
-            wait_at_gate()
-            with torch.no_grad():
-                for held, sharded in zip(current, unit.sharded, strict=True):
-                    unit.write_rows(held, sharded)
-                    if with_grads and sharded.grad is not None and held.grad is not None:
-                        unit.write_rows(held.grad, sharded.grad)
+        held = unit.dismiss()
+        if options.writeback:
+            _write_back(unit, held, options.with_grads)
+
+
+def _full_parameters(unit: ShardedUnit, options: SummonOptions) -> list[nn.Parameter]:
+    with torch.inference_mode(False):
+        whole = _whole(unit.sharded, options.offload_to_cpu)
+        return [
+            nn.Parameter(values, requires_grad=sharded.requires_grad)
+            for values, sharded in zip(whole, unit.sharded, strict=True)
+        ]
+
+
+def _gather_grads(unit: ShardedUnit, full: list[nn.Parameter], options: SummonOptions) -> None:
+    """Gives the full parameters the whole gradients of those sharded ones that have one."""
+    with_grad: list[nn.Parameter] = []
+    sharded_grads: list[torch.Tensor] = []
+    for parameter, sharded in zip(full, unit.sharded, strict=True):
+        if sharded.grad is not None:
+            with_grad.append(parameter)
+            sharded_grads.append(sharded.grad)
+    grads = _whole(sharded_grads, options.offload_to_cpu)
+    for parameter, grad in zip(with_grad, grads, strict=True):
+        if grad.dtype != parameter.dtype:
+            # Mixed precision may keep gradients of lower precision, by autograd's leave.
+            parameter.grad_dtype = grad.dtype
+        parameter.grad = grad
+
+
+def _write_back(unit: ShardedUnit, held: list[nn.Parameter], with_grads: bool) -> None:
+    wait_at_gate()
+    with torch.no_grad():
+        for full, sharded in zip(held, unit.sharded, strict=True):
+            unit.write_rows(full, sharded)
+            if with_grads and sharded.grad is not None and full.grad is not None:
+                unit.write_rows(full.grad, sharded.grad)
 
 
 def _whole(tensors: Sequence[torch.Tensor], offload_to_cpu: bool) -> list[torch.Tensor]:

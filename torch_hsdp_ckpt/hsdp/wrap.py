@@ -1,22 +1,24 @@
-"""auto_wrap_policy: which modules inside become units of their own. The policies are torch's."""
+"""``auto_wrap_policy``: which modules inside become units of their own. Policies are torch's."""
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.distributed.fsdp.wrap import _Policy
 from torch.distributed.utils import _apply_to_tensors
 
-_kept_full: "WeakSet[nn.Module]" = WeakSet()
+from .arguments import IgnoredStates
+
+# On a module: its forward has been given hooks that make it compute in float32.
+_IN_FLOAT32 = "_hsdp_ckpt_in_float32"
+_Targets = dict[nn.Module, dict[str, Any]]  # arguments that are a module's own, by module
 
 
 def auto_wrap(
     module: nn.Module,
     policy: Callable[..., bool] | _Policy,
-    ignored_modules: set[nn.Module],
-    ignored: set[nn.Parameter],
+    ignored: IgnoredStates,
     full_precision: tuple[type[nn.Module], ...],
     wrap: Callable[[nn.Module, dict[str, Any]], nn.Module],
 ) -> None:
@@ -26,81 +28,98 @@ def auto_wrap(
 
     ``full_precision``: classes whose modules are picked too and get ``{"mixed_precision": None}``
     (BatchNorm, as in torch)."""
-    skipped = {inner for m in ignored_modules for inner in m.modules()}
-    if isinstance(policy, _Policy):
-        targets: dict[nn.Module, dict[str, Any]] = policy._run_policy(module, skipped, {})
-    elif callable(policy):
-        targets = {}
-        _choose(module, policy, skipped, ignored, targets)
-    else:
-        raise TypeError(
-            "auto_wrap_policy is a callable or one of torch's policies, not a "
-            f"{type(policy).__name__}"
-        )
+    targets = _targets_of(module, policy, ignored)
+    skipped = ignored.modules_inside()
     for inner in module.modules():
-        if full_precision and isinstance(inner, full_precision) and inner not in skipped:
-            targets[inner] = {**targets.get(inner, {}), "mixed_precision": None}
+        if isinstance(inner, full_precision) and inner not in skipped:
+            targets.setdefault(inner, {}).update(mixed_precision=None)
             _compute_in_float32(inner)
-    for outside in {module} | skipped:
-        targets.pop(outside, None)
-    wrapped: dict[nn.Module, nn.Module] = {}  # a module that is registered twice is wrapped once
-    _replace(module, targets, wrapped, wrap, set())
+    for not_replaced in (module, *skipped):
+        targets.pop(not_replaced, None)
+    _Replacement(targets, wrap).run(module)
 
 
-def _choose(
-    module: nn.Module,
-    policy: Callable[..., bool],
-    skipped: set[nn.Module],
-    ignored: set[nn.Parameter],
-    chosen: dict[nn.Module, dict[str, Any]],
-) -> int:
-    """torch's protocol for callables: ``recurse=True`` asks whether to look inside,
-    ``recurse=False`` whether to wrap, given the elements that nothing chosen inside holds. Returns
-    how many elements ``module`` leaves to its surroundings."""
-    numel = sum(p.numel() for p in module.parameters() if p not in ignored)
-    if not policy(module=module, recurse=True, nonwrapped_numel=numel):
-        return numel
-    taken = 0
-    for child in module.children():
-        if child in skipped:
-            continue
-        own = sum(p.numel() for p in child.parameters() if p not in ignored)
-        taken += own - _choose(child, policy, skipped, ignored, chosen)
-    rest = numel - taken
-    if policy(module=module, recurse=False, nonwrapped_numel=rest):
-        chosen[module] = {}
-        return 0
-    return rest
+def _targets_of(
+    module: nn.Module, policy: Callable[..., bool] | _Policy, ignored: IgnoredStates
+) -> _Targets:
+    if isinstance(policy, _Policy):
+        chosen = policy._run_policy(module, ignored.modules_inside(), {})
+        return {inner: dict(options) for inner, options in chosen.items()}
+    if callable(policy):
+        choice = _Choice(policy, ignored)
+        choice.visit(module)
+        return choice.targets
+    raise TypeError(
+        f"auto_wrap_policy is a callable or one of torch's policies, not a {type(policy).__name__}"
+    )
 
 
-def _replace(
-    module: nn.Module,
-    targets: dict[nn.Module, dict[str, Any]],
-    wrapped: dict[nn.Module, nn.Module],
-    wrap: Callable[[nn.Module, dict[str, Any]], nn.Module],
-    seen: set[nn.Module],
-) -> None:
-    if module in seen:
-        return
-    seen.add(module)
-    for name, child in list(
-        module._modules.items()
-    ):  # not named_children: a child may have two names here
-        if child is None or child in wrapped.values():
-            continue
-        _replace(child, targets, wrapped, wrap, seen)
-        if child in targets:
-            if child not in wrapped:
-                wrapped[child] = wrap(child, targets[child])
-            setattr(module, name, wrapped[child])
+class _Choice:
+    """Asks a callable which modules to wrap, by torch's protocol: ``recurse=True`` asks whether to
+    look inside, ``recurse=False`` whether to wrap, given the elements that nothing chosen inside
+    holds."""
+
+    def __init__(self, policy: Callable[..., bool], ignored: IgnoredStates) -> None:
+        self.targets: _Targets = {}
+        self._policy = policy
+        self._ignored = ignored.parameters
+        self._skipped = ignored.modules_inside()
+
+    def visit(self, module: nn.Module) -> int:
+        """Chooses among ``module`` and all inside; returns how many elements are left to what is
+        around ``module``."""
+        numel = self._numel(module)
+        if not self._policy(module=module, recurse=True, nonwrapped_numel=numel):
+            return numel
+        remaining = numel
+        for child in module.children():
+            if child not in self._skipped:
+                remaining -= self._numel(child) - self.visit(child)
+        if self._policy(module=module, recurse=False, nonwrapped_numel=remaining):
+            self.targets[module] = {}
+            return 0
+        return remaining
+
+    def _numel(self, module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p not in self._ignored)
+
+
+class _Replacement:
+    """Puts wrapped modules in the places of the ``targets``. A module that is registered twice is
+    wrapped once."""
+
+    def __init__(
+        self, targets: _Targets, wrap: Callable[[nn.Module, dict[str, Any]], nn.Module]
+    ) -> None:
+        self._targets, self._wrap = targets, wrap
+        self._wrapped: dict[nn.Module, nn.Module] = {}
+        self._seen: set[nn.Module] = set()
+
+    def run(self, module: nn.Module) -> None:
+        """Replaces the targets inside of ``module``, innermost first."""
+        if module in self._seen:
+            return
+        self._seen.add(module)
+        # Not by named_children: a child may have two names here.
+        for name, child in list(module._modules.items()):
+            if child is None or child in self._wrapped.values():
+                continue
+            self.run(child)
+            if child in self._targets:
+                setattr(module, name, self._wrapped_once(child))
+
+    def _wrapped_once(self, module: nn.Module) -> nn.Module:
+        if module not in self._wrapped:
+            self._wrapped[module] = self._wrap(module, self._targets[module])
+        return self._wrapped[module]
 
 
 def _compute_in_float32(module: nn.Module) -> None:
-    """Inputs to float32 and results back to what the inputs were, so that its surroundings need not
-    know."""
-    if module in _kept_full:
+    """Casts inputs to float32 and results back to what the inputs were, so that the module's
+    surroundings need not know."""
+    if _IN_FLOAT32 in module.__dict__:
         return
-    _kept_full.add(module)
+    module.__dict__[_IN_FLOAT32] = True
     came_as: list[torch.dtype] = []
 
     def widen(_: nn.Module, args: Any) -> Any:

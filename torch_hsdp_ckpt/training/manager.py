@@ -28,23 +28,25 @@ class CheckpointManager:
     """The checkpoints of one training run, ``root/step-000120`` and so on. Every method but
     ``steps`` is called by all ranks.
 
-    Args: root: directory of the checkpoints, seen by all ranks; made by the first save. Other
-        things in it are left alone. save_every: :meth:`save` does something at multiples of this
-        step number. keep_last: the newest good checkpoints that stay, at least 1. Older ones are
-        deleted after a save has committed. keep_every: checkpoints at multiples of this stay for
-        ever. None: none do. sigterm_deadline: seconds from SIGTERM in which the job may still save.
-        The next :meth:`save` but one on every rank
-            then saves whatever the step number, and :attr:`preempted` becomes true; the training
-            loop should end. None: SIGTERM is not looked at. Set on the main thread.
-        process_group: the ranks that save together; None: all. asynchronous: save by
-        ``async_save``, in the background. An older checkpoint is deleted when the new one has
-        committed;
-            what fails is raised by the next :meth:`save` that is due, or by :meth:`close`.
+    Args:
+        root: directory of the checkpoints, seen by all ranks; made by the first save. Other things
+            in it are left alone.
+        save_every: :meth:`save` does something at multiples of this step number.
+        keep_last: the newest good checkpoints that stay, at least 1. Older ones are deleted after a
+            save has committed.
+        keep_every: checkpoints at multiples of this stay for ever. None: none do.
+        sigterm_deadline: seconds from SIGTERM in which the job may still save. The next
+            :meth:`save` but one on every rank then saves whatever the step number, and
+            :attr:`preempted` becomes true; the training loop should end. None: SIGTERM is not
+            looked at. Set on the main thread.
+        process_group: the ranks that save together; None: all.
+        asynchronous: save by ``async_save``, in the background. An older checkpoint is deleted when
+            the new one has committed; what fails is raised by the next :meth:`save` that is due, or
+            by :meth:`close`.
         max_staging_bytes: what ``async_save`` takes under that name, 0 or more, only with
-        ``asynchronous``: other saves copy
-            nothing. None: no bound.
+            ``asynchronous``: other saves copy nothing. None: no bound.
 
-    Without torch.distributed it serves one process. Raises ValueError for a number below its least,
+    Without torch.distributed it is for one process. Raises ValueError for a number below its least,
     and for ``max_staging_bytes`` without ``asynchronous``."""
 
     def __init__(
@@ -59,20 +61,8 @@ class CheckpointManager:
         asynchronous: bool = False,
         max_staging_bytes: int | None = None,
     ) -> None:
-        for name, value in (
-            ("save_every", save_every),
-            ("keep_last", keep_last),
-            ("keep_every", keep_every),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if max_staging_bytes is not None and (max_staging_bytes < 0 or not asynchronous):
-            wrong = (
-                "bytes, 0 or more"
-                if max_staging_bytes < 0
-                else "it bounds asynchronous saves: pass asynchronous=True too"
-            )
-            raise ValueError(f"max_staging_bytes={max_staging_bytes}: {wrong}")
+        _check_at_least_one(save_every=save_every, keep_last=keep_last, keep_every=keep_every)
+        _check_staging_bytes(max_staging_bytes, asynchronous)
         self.root = Path(root)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
         self.preempted = False
@@ -80,8 +70,9 @@ class CheckpointManager:
         self._process_group = process_group
         self._agreement = agreement_of(process_group, "manager")
         self._damaged: set[int] = set()
-        self._saved: int | None = None
+        self._saved_step: int | None = None
         self._in_flight: AsyncSave | None = None
+        self._settled = threading.Event()  # the save in flight has ended, old ones are deleted
         self._preemption: Preemption | None = None
         if sigterm_deadline is not None:
             self._preemption = Preemption(
@@ -99,57 +90,73 @@ class CheckpointManager:
         Raises what the save raises, with ``asynchronous`` what the save before has raised (after a
         SIGTERM when this step has been saved), on every rank; the checkpoints that are there stay.
         """
-        remaining = (
-            None if self._preemption is None or self.preempted else self._preemption.remaining()
-        )
-        last = remaining is not None
-        if last:
-            self.preempted = True
-            self._say(
-                logging.WARNING,
-                "SIGTERM: step %d is the last to be saved, %.1f s are left",
-                step,
-                remaining,
-            )
-        if step == self._saved or not (last or step % self.save_every == 0):
+        remaining = self._seconds_after_sigterm()
+        if remaining is not None:
+            return self._save_last(step, state, remaining)
+        if step == self._saved_step or step % self.save_every:
             return False
-        if remaining is not None and remaining <= 0:
-            self._say(
+        values = state() if callable(state) else state
+        self._wait()
+        self._start_save(step, values)
+        return True
+
+    def _seconds_after_sigterm(self) -> float | None:
+        """What is left for the last save, at the one call that finds a SIGTERM; else None."""
+        if self._preemption is None or self.preempted:
+            return None
+        return self._preemption.remaining()
+
+    def _save_last(self, step: int, state: State | Callable[[], State], remaining: float) -> bool:
+        """Saves whatever the step number, unless ``remaining`` seconds are none, and waits for the
+        whole save: the process is to end."""
+        self.preempted = True
+        self._log_once(
+            logging.WARNING,
+            "SIGTERM: step %d is the last to be saved, %.1f s are left",
+            step,
+            remaining,
+        )
+        if step == self._saved_step:
+            return False
+        if remaining <= 0:
+            self._log_once(
                 logging.ERROR,
                 "SIGTERM: the deadline has passed before step %d could be saved; nothing is",
                 step,
             )
             return False
-        if callable(state):
-            state = state()
-        failed: Exception | None = None
+        values = state() if callable(state) else state
+        failed_before: Exception | None = None
         try:
             self._wait()
         except Exception as error:
-            if not last:
-                raise
-            failed = error  # the process is to end: this step is saved first
+            failed_before = error  # raised when this step is saved
+        self._start_save(step, values)
+        self._wait()
+        if failed_before is not None:
+            raise failed_before
+        return True
+
+    def _start_save(self, step: int, values: State) -> None:
+        """Saves, or with ``asynchronous`` begins to: the save is in flight then."""
         path = checkpoints.path_of(self.root, step)
         if not self.asynchronous:
-            save(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
-            self._saved = step
-            self._committed(step)
-        else:
-            future: AsyncSave = async_save(
-                state,
-                checkpoint_id=path,
-                process_group=self._process_group,
-                no_dist=self._alone,
-                max_staging_bytes=self.max_staging_bytes,
+            save(
+                values, checkpoint_id=path, process_group=self._process_group, no_dist=self._no_dist
             )
-            self._in_flight, self._saved = future, step
-            self._settled = threading.Event()
-            future.add_done_callback(functools.partial(self._done, step, self._settled))
-            if last:
-                self._wait()  # the process is to end; the deadline is for the whole save
-        if failed is not None:
-            raise failed
-        return True
+            self._saved_step = step
+            self._committed(step)
+            return
+        future: AsyncSave = async_save(
+            values,
+            checkpoint_id=path,
+            process_group=self._process_group,
+            no_dist=self._no_dist,
+            max_staging_bytes=self.max_staging_bytes,
+        )
+        self._in_flight, self._saved_step = future, step
+        self._settled = threading.Event()
+        future.add_done_callback(functools.partial(self._done, step, self._settled))
 
     def _done(self, step: int, settled: threading.Event, future: "Future[Any]") -> None:
         try:
@@ -164,24 +171,27 @@ class CheckpointManager:
             self._prune(step)
 
     def _wait(self) -> None:
-        """For the save in flight; raises, once and on every rank, what it raises."""
-        if (before := self._in_flight) is not None:
-            try:
-                collect(before)
-                self._settled.wait()  # what it makes superfluous is deleted
-            except BaseException as error:
-                # Not after Ctrl-C in the wait: the save goes on, and the next wait is for it.
-                if before.done() and before.exception() is error:
-                    self._in_flight = self._saved = None
-                raise
-            self._in_flight = None
+        """Waits for the save in flight; raises, once and on every rank, what it raises."""
+        in_flight = self._in_flight
+        if in_flight is None:
+            return
+        try:
+            collect(in_flight)
+            self._settled.wait()
+        except BaseException as error:
+            # Not after Ctrl-C in the wait: the save goes on, and the next wait is for it.
+            if in_flight.done() and in_flight.exception() is error:
+                self._in_flight = self._saved_step = None
+            raise
+        self._in_flight = None
 
-    def _say(self, level: int, message: str, *args: Any) -> None:
-        """What every rank knows: in the coordinator's log; in the others' at DEBUG."""
+    def _log_once(self, level: int, message: str, *args: Any) -> None:
+        """Logs what every rank knows once a job: the coordinator at ``level``, the others at
+        DEBUG."""
         _logger.log(level if self._agreement.is_coordinator else logging.DEBUG, message, *args)
 
     @property
-    def _alone(self) -> bool:
+    def _no_dist(self) -> bool:
         return self._agreement.size == 1
 
     def _prune(self, step: int) -> None:
@@ -207,44 +217,51 @@ class CheckpointManager:
         is handed the state of a good one only; tensors may hold parts of a damaged one until an
         older one is read over them.
 
-        Raises: CheckpointError: there are committed checkpoints and none of them is good: starting
-            anew would be a loss unnoticed. CheckpointError, OSError: ``state`` does not fit the
-            checkpoint (a key or a shape differs), or reading failed for a
-                reason that is not damage. Older checkpoints are not tried then.
+        Raises:
+            CheckpointError: there are committed checkpoints and none of them is good: starting anew
+                would be a loss unnoticed.
+            CheckpointError, OSError: ``state`` does not fit the checkpoint (a key or a shape
+                differs), or reading failed for a reason that is not damage. Older checkpoints are
+                not tried then.
         """
         self._wait()
-        committed, incomplete = json.loads(self._agreement.verdict("list", self._listing))
+        listing = self._agreement.verdict("list", self._listing)
+        committed, incomplete = json.loads(listing)
         for step in incomplete:
-            self._say(
-                logging.WARNING,
-                "%s: its save did not come to an end, skipped",
-                checkpoints.path_of(self.root, step),
-            )
+            path = checkpoints.path_of(self.root, step)
+            self._log_once(logging.WARNING, "%s: its save did not come to an end, skipped", path)
         for step in reversed(committed):
             path = checkpoints.path_of(self.root, step)
-            # One rank looks at the files first, so that a checkpoint that can't be whole is not
-            # begun with.
-            seen = self._agreement.verdict("look", functools.partial(_seen_damage, path)).decode()
-            problem = seen or self._load(path, state)
-            if not problem:
-                self._saved = step
-                self._say(logging.INFO, "%s: restored", path)
+            damage = self._restore(path, state)
+            if not damage:
+                self._saved_step = step
+                self._log_once(logging.INFO, "%s: restored", path)
                 return int(step)
-            self._say(logging.WARNING, "%s: damaged, skipped: %s", path, problem)
+            self._log_once(logging.WARNING, "%s: damaged, skipped: %s", path, damage)
             self._damaged.add(step)
         if committed:
             raise CheckpointError(
                 f"{self.root}: none of the committed checkpoints (steps {committed}) can be read; "
-                "the log says why. Delete "
-                "them to start anew"
+                "the log says why. Delete them to start anew"
             )
         return None
+
+    def _restore(self, path: Path, state: State) -> str:
+        """Loads a checkpoint, or says which damage was found in it.
+
+        One rank looks at the files first, so that a checkpoint that can't be whole is not begun
+        with."""
+        look = functools.partial(_visible_damage, path)
+        damage = self._agreement.verdict("look", look).decode()
+        return damage or self._load(path, state)
 
     def _load(self, path: Path, state: State) -> str:
         """Loads a checkpoint, or says which damage was found in it. Everything else that goes wrong
         is raised."""
         try:
-            load(state, checkpoint_id=path, process_group=self._process_group, no_dist=self._alone)
+            load(
+                state, checkpoint_id=path, process_group=self._process_group, no_dist=self._no_dist
+            )
         except CorruptCheckpointError as error:
             return str(error)
         except OSError as error:
@@ -285,5 +302,23 @@ class CheckpointManager:
             _logger.error("%s: the save in flight failed too: %s", self.root, failure)
 
 
-def _seen_damage(path: Path) -> bytes:
+def _visible_damage(path: Path) -> bytes:
     return (checkpoints.damage(path) or "").encode()
+
+
+def _check_at_least_one(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_staging_bytes(max_staging_bytes: int | None, asynchronous: bool) -> None:
+    if max_staging_bytes is None:
+        return
+    if max_staging_bytes < 0:
+        raise ValueError(f"max_staging_bytes={max_staging_bytes}: bytes, 0 or more")
+    if not asynchronous:
+        raise ValueError(
+            f"max_staging_bytes={max_staging_bytes}: it bounds asynchronous saves: pass "
+            "asynchronous=True too"
+        )

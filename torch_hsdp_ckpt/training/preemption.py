@@ -11,7 +11,7 @@ from typing import Any
 from ..common.agreement import Agreement
 
 _logger = logging.getLogger(__name__)
-_NEVER = 2**62
+_NEVER = 2**62  # milliseconds: no rank has had the signal
 
 
 class Preemption:
@@ -33,7 +33,7 @@ class Preemption:
             )
         self._agreement = agreement
         self._deadline = deadline
-        self._until: float | None = None  # on this rank's clock
+        self._until: float | None = None  # by this rank's clock; None: no signal has come
         self._result = agreement.start_min(_NEVER)
         self._before: Any = signal.signal(signal.SIGTERM, self._on_signal)
 
@@ -50,15 +50,16 @@ class Preemption:
         Called by all ranks, in step. What is left is counted per rank and agreed as the least, so
         that clocks need not."""
         least = self._result()
-        left = (
-            _NEVER if self._until is None else max(0, int(1000 * (self._until - time.monotonic())))
-        )
-        self._result = self._agreement.start_min(left)
+        self._result = self._agreement.start_min(self._milliseconds_left())
         return None if least >= _NEVER else least / 1000
+
+    def _milliseconds_left(self) -> int:
+        if self._until is None:
+            return _NEVER
+        return max(0, int(1000 * (self._until - time.monotonic())))
 
     def close(self) -> None:
         """Puts the older handler back, unless somebody has set another one since."""
         if signal.getsignal(signal.SIGTERM) == self._on_signal:
-            signal.signal(
-                signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL
-            )
+            before = signal.SIG_DFL if self._before is None else self._before
+            signal.signal(signal.SIGTERM, before)

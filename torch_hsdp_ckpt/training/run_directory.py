@@ -35,8 +35,15 @@ def steps_in(root: Path) -> tuple[list[int], list[int]]:
     incomplete: list[int] = []
     for entry in root.iterdir() if root.is_dir() else ():
         match = _NAME.fullmatch(entry.name)
-        if match and path_of(root, int(match[1])) == entry and entry.is_dir():
-            (committed if is_committed(entry) else incomplete).append(int(match[1]))
+        if not match or not entry.is_dir():
+            continue
+        step = int(match[1])
+        if path_of(root, step) != entry:
+            continue
+        if is_committed(entry):
+            committed.append(step)
+        else:
+            incomplete.append(step)
     return sorted(committed), sorted(incomplete)
 
 
@@ -44,20 +51,23 @@ def damage(checkpoint: Path) -> str | None:
     """What can be seen of a committed checkpoint's damage without reading its data: ``.metadata``
     that does not decode, data files that are missing or too short. None if nothing is wrong."""
     try:
-        metadata = read_metadata(checkpoint / ".metadata")
+        ends = _ends_of_files(checkpoint)
+        for name, end in ends.items():
+            size = (checkpoint / name).stat().st_size
+            if size < end:
+                return f"{checkpoint / name} has {size} bytes, its records end at {end}"
     except (OSError, CheckpointError) as error:
         return str(error)
-    ends: dict[str, int] = {}
-    for info in (metadata.storage_data or {}).values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    for name, end in ends.items():
-        try:
-            size = (checkpoint / name).stat().st_size
-        except OSError as error:
-            return str(error)
-        if size < end:
-            return f"{checkpoint / name} has {size} bytes, its records end at {end}"
     return None
+
+
+def _ends_of_files(checkpoint: Path) -> dict[str, int]:
+    """Where the last record ends that ``.metadata`` names in each data file, in bytes."""
+    ends: dict[str, int] = {}
+    for record in (read_metadata(checkpoint / ".metadata").storage_data or {}).values():
+        end = record.offset + record.length
+        ends[record.relative_path] = max(ends.get(record.relative_path, 0), end)
+    return ends
 
 
 def prune(
@@ -76,25 +86,36 @@ def prune(
     if keep < 1:
         raise ValueError(f"at least the newest checkpoint is kept: keep={keep}")
     committed, incomplete = steps_in(root)
-    # Counted from the newest down, and only good ones: a damaged newest checkpoint must not push
-    # out the last good one.
-    good: list[int] = []
-    for step in reversed(committed):
-        if len(good) < keep and step not in damaged and damage(path_of(root, step)) is None:
-            good.append(step)
+    good = _newest_good(root, committed, keep, damaged)
     if not good:
         return []
-    stays = {*good, *spare, *(step for step in committed if keep_every and step % keep_every == 0)}
+    stays = {*good, *spare}
+    if keep_every:
+        stays.update(step for step in committed if step % keep_every == 0)
     if len(good) < keep:
-        stays.update(
-            committed
-        )  # as long as there are too few good ones, even a damaged one may be of use to somebody
+        # As long as there are too few good ones, even a damaged one may be of use to somebody.
+        stays.update(committed)
+    oldest_good = good[-1]
     gone = [
-        step for step in sorted(committed + incomplete) if step < good[-1] and step not in stays
+        step for step in sorted(committed + incomplete) if step < oldest_good and step not in stays
     ]
     for step in gone:
         remove(path_of(root, step))
     return gone
+
+
+def _newest_good(
+    root: Path, committed: list[int], keep: int, damaged: Collection[int]
+) -> list[int]:
+    """At most ``keep`` steps, the newest first. Only good ones are counted: a damaged newest
+    checkpoint must not push out the last good one."""
+    good: list[int] = []
+    for step in reversed(committed):
+        if len(good) == keep:
+            break
+        if step not in damaged and damage(path_of(root, step)) is None:
+            good.append(step)
+    return good
 
 
 def remove(checkpoint: Path) -> None:
@@ -102,8 +123,8 @@ def remove(checkpoint: Path) -> None:
 
     ``.metadata`` goes first, and that is on disk before a data file is touched: else a power loss
     could bring it back without the files it names. From then on the directory is plainly
-    incomplete, which is what an interrupted delete leaves; the next prune ends it. Of a link to a
-    checkpoint only the link goes: what it leads to is not this run's."""
+    incomplete, which is what an interrupted delete leaves; the next prune ends it. A link to a
+    checkpoint goes alone: what it leads to is not this run's."""
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return

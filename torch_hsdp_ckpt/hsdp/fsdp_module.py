@@ -1,0 +1,266 @@
+"""``FSDPModule``: the methods that ``fully_shard`` adds to a module, torch FSDP2's."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import nn
+
+from ..common.gate import wait_at_gate
+from .arguments import at
+from .runner import Runner, named_runners, runner_of
+from .state.module_load import load, own
+from .unit import ShardedUnit
+
+
+class UnshardHandle:
+    """A gather that ``FSDPModule.unshard(async_op=True)`` has started."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner: Runner | None = runner
+
+    def wait(self) -> None:
+        """The full parameters are usable on the current stream, and in the module, when this
+        returns."""
+        if self._runner is not None:
+            self._runner.unshard()
+            self._runner = None
+
+
+class FSDPModule:
+    """What ``fully_shard`` adds to a module. Methods with ``recurse`` also set the wrapped modules
+    inside."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new object of the original class: what slicing a container makes, say."""
+        original: Any = cls.__mro__[2]
+        made = original.__new__(original)
+        made.__init__(*args, **kwargs)  # type: ignore[misc]
+        return made
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return fsdp_runner(self).run(super().__call__, args, kwargs)  # type: ignore[misc]
+
+    def unshard(self, async_op: bool = False) -> UnshardHandle | None:
+        """Gathers this module's parameters (not those of wrapped modules inside) for a forward to
+        come. Collective.
+
+        With ``async_op`` returns a handle at once; forward waits by itself, ``wait()`` is for a use
+        before it."""
+        runner = fsdp_runner(self)
+        if not async_op:
+            runner.unshard()
+            return None
+        runner.start_unshard()
+        return UnshardHandle(runner)
+
+    def reshard(self) -> None:
+        """Frees this module's full parameters, if they are there, and puts the sharded ones into
+        the module."""
+        fsdp_runner(self).free()
+
+    def set_requires_gradient_sync(
+        self, requires_gradient_sync: bool, *, recurse: bool = True
+    ) -> None:
+        """Whether the next backwards reduce gradients, or keep them whole on this rank; the same on
+        all ranks."""
+        for unit in self._units(recurse):
+            unit.core.sync = requires_gradient_sync
+            unit.core.set_all_reduce(requires_gradient_sync)
+
+    def set_requires_all_reduce(self, requires_all_reduce: bool, *, recurse: bool = True) -> None:
+        """Whether the next backwards all-reduce over the replicas, or keep the sums over the shards
+        for the next all-reduce."""
+        for unit in self._units(recurse):
+            unit.core.set_all_reduce(requires_all_reduce)
+
+    def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
+        """Whether the full parameters are freed after forward and gathered again in backward, the
+        outermost module's too."""
+        for unit in self._units(recurse):
+            unit.core.reshard_after_forward = reshard_after_forward
+
+    def set_reshard_after_backward(
+        self, reshard_after_backward: bool, *, recurse: bool = True
+    ) -> None:
+        """Whether the full parameters are freed after backward. If not, reshard before the
+        parameters are changed."""
+        for unit in self._units(recurse):
+            unit.core.reshard_after_backward = reshard_after_backward
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """Whether the next backward is the last one before the gradients are used. If not, it does
+        not wait for its last reductions: their gradients are there after the last one, or when the
+        module next needs its sharded parameters.
+
+        Of the outermost module and all inside; the same on all ranks.
+        """
+        runner = fsdp_runner(self)
+        runner.last_backward = is_last_backward
+        if runner.root is not None:
+            runner.root.schedule.set_last_backward(is_last_backward)
+
+    def set_modules_to_forward_prefetch(self, modules: "list[FSDPModule]") -> None:
+        """This module's forward starts the gathers of ``modules`` ahead, instead of the one that
+        came next in the last forward."""
+        fsdp_runner(self).unit.core.set_prefetch(
+            [fsdp_runner(m).unit.core for m in modules], forward=True
+        )
+
+    def set_modules_to_backward_prefetch(self, modules: "list[FSDPModule]") -> None:
+        """This module's backward starts the gathers of ``modules`` ahead, instead of the one that
+        comes next in reverse forward order."""
+        fsdp_runner(self).unit.core.set_prefetch(
+            [fsdp_runner(m).unit.core for m in modules], forward=False
+        )
+
+    def set_gradient_divide_factor(self, factor: float) -> None:
+        """Divides the sum of this module's gradients over all ranks by ``factor`` instead of the
+        number of ranks."""
+        if factor <= 0:
+            raise ValueError(f"a gradient divide factor is positive, not {factor}")
+        fsdp_runner(self).unit.core.set_divide_factor(factor)
+
+    def set_reduce_scatter_divide_factor(self, factor: float) -> None:
+        """torch's older name of ``set_gradient_divide_factor``."""
+        self.set_gradient_divide_factor(factor)
+
+    def set_reduce_scatter_unused_params(
+        self, reduce_scatter_unused_params: bool, *, recurse: bool = True
+    ) -> None:
+        """Changes nothing: parameters that a rank has not used always take part, with zeros."""
+
+    def set_separate_reduce_scatter_group(
+        self, enable: bool = True, *, recurse: bool = True
+    ) -> None:
+        """Changes nothing: reductions have groups of their own wherever those can be made."""
+
+    def set_post_optim_event(self, event: Any) -> None:
+        """``event``: recorded behind an optimizer step on another stream. What the current stream
+        is given from here on waits for it; on the CPU there is nothing to wait for."""
+        unit = fsdp_runner(self).unit
+        if unit.device.type != "cpu":
+            torch.get_device_module(unit.device.type).current_stream(unit.device).wait_event(event)
+
+    def reset_iter_state(self) -> None:
+        """Ends what a forward or backward that raised has left under way: the sharded parameters
+        are in the module, gradients on their way are gone. The next forward does so by itself.
+        RuntimeError inside of a forward or backward."""
+        fsdp_runner(self).reset()
+
+    def set_all_reduce_hook(
+        self, hook: Callable[[torch.Tensor], None], *, stream: Any = None
+    ) -> None:
+        """``hook`` gets every all-reduced buffer of this module's averages (one dimension, the
+        reduce dtype) and may change it in place. It runs on the stream of the reductions:
+        ``stream`` has to be None (ValueError)."""
+        if stream is not None:
+            raise ValueError(
+                "set_all_reduce_hook: a stream of one's own is not supported; the hook runs on "
+                "the reductions'"
+            )
+        fsdp_runner(self).unit.core.set_all_reduce_hook(hook)
+
+    @own
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copies ``state_dict``, DTensors placed as the parameters are, into the shards
+        (``assign``: takes them instead).
+
+        Collective over the mesh, as FSDP2's is not: what does not fit on one rank is a RuntimeError
+        on all of them that lists it, and the module is as it was. The rest is as in
+        ``FullyShardedDataParallel.load_state_dict``. Whole tensors: ``set_model_state_dict`` with
+        ``full_state_dict=True``."""
+        wait_at_gate()
+        for _, runner in named_runners(cast(nn.Module, self)):
+            runner.reset()
+
+        as_module: Any = super()
+
+        def as_nn_module_does(given: Mapping[str, Any]) -> Any:
+            return as_module.load_state_dict(given, strict=strict, assign=assign)
+
+        mesh = fsdp_runner(self).unit.mesh
+        return load(
+            cast(nn.Module, self), mesh, state_dict, strict, assign, False, "", as_nn_module_does
+        )
+
+    def _units(self, recurse: bool) -> Iterator[ShardedUnit]:
+        if not recurse:
+            yield fsdp_runner(self).unit
+            return
+        for _, runner in named_runners(cast(nn.Module, self)):
+            yield runner.unit
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left
+        the full ones in place; and of gradients that wait for a backward that reduces them, which
+        an optimizer's ``zero_grad`` does not know of."""
+        fsdp_runner(self).drop_gradients()
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module``'s, of the sharded parameters: no communication, no copy. From any
+        thread: it waits for the others' forward or backward to end, and theirs for it."""
+        with fsdp_runner(self).reading():
+            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        as_module: Any = super()
+        fsdp_runner(self).apply_to_shards(lambda: as_module._apply(fn, recurse))
+        return self
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a module under fully_shard can't be copied or pickled: copy it before, or load its "
+            "state_dict() into another one"
+        )
+
+
+# Settings of how torch's FSDP2 communicates and keeps memory, and what to do here instead.
+NOT_SUPPORTED = {
+    "set_custom_all_gather": "gathers are the core's own; leave it out",
+    "set_custom_reduce_scatter": (
+        "reductions are the core's own; set_all_reduce_hook sees what they give"
+    ),
+    "set_allocate_memory_from_process_group_for_comm": (
+        "the core's buffers are torch's allocator's; leave it out"
+    ),
+    "set_symm_mem_for_comm": "the core's buffers are torch's allocator's; leave it out",
+    "set_force_sum_reduction_for_comms": "NCCL averages on the way where it can; leave it out",
+    "set_keep_unsharded_storage": (
+        "use set_reshard_after_forward(False) and set_reshard_after_backward(False)"
+    ),
+    "set_reduce_scatter_max_input_buffers": "two reductions are in flight; leave it out",
+    "set_unshard_in_backward": (
+        "every module that backward reaches is gathered; leave it out, the numbers are the same"
+    ),
+    "set_manual_backward_finalization": "use set_is_last_backward(False) and (True)",
+    "finalize_backward": (
+        "the last backward ends with all gradients taken; use set_is_last_backward"
+    ),
+}
+
+
+def _refusal(name: str, instead: str) -> Callable[..., NoReturn]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"{at(self)}{name} is not supported: {instead}")
+
+    method.__name__ = name
+    method.__doc__ = f"Not supported: NotImplementedError. Instead: {instead}."
+    return method
+
+
+for _name, _instead in NOT_SUPPORTED.items():
+    setattr(FSDPModule, _name, _refusal(_name, _instead))
+
+
+def fsdp_runner(module: Any) -> Runner:
+    runner = runner_of(module)
+    if runner is None:
+        raise ValueError(
+            f"a {type(module).__name__} that fully_shard has not been applied to has no such "
+            "settings"
+        )
+    return runner

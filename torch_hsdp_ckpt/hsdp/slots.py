@@ -1,0 +1,111 @@
+"""Where parameters are registered in modules, and how a unit exchanges them there."""
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence, Set
+from typing import NamedTuple, cast
+
+from torch import nn
+
+from .module_tree import is_wrapped
+
+
+class Slot(NamedTuple):
+    """One place where a parameter is registered."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.module._parameters[self.name])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the module's table of parameters may be written past ``__setattr__``. Modules
+        with one of their own (nn.RNN keeps a list of its weights) have to hear of a change."""
+        return type(self.module).__setattr__ is nn.Module.__setattr__
+
+    def put(self, parameter: nn.Parameter) -> None:
+        if self.is_plain:
+            self.module._parameters[self.name] = parameter
+        else:
+            setattr(self.module, self.name, parameter)
+
+
+class RegisteredParameter(NamedTuple):
+    """A parameter by its slots: several, where modules share it. ``name``: the first slot's, seen
+    from the wrapped module."""
+
+    name: str
+    slots: list[Slot]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that the first slot holds now."""
+        return self.slots[0].parameter
+
+
+def parameters_of_unit(
+    modules: Iterable[nn.Module], ignored: Set[nn.Parameter]
+) -> list[RegisteredParameter]:
+    """The parameters that no wrapped module inside holds, in the order of ``modules``, each once
+    with all its slots."""
+    found: dict[int, RegisteredParameter] = {}
+    seen: set[nn.Module] = set()
+    for module in modules:
+        for name, slot in _named_slots(module, "", seen):
+            if slot.parameter not in ignored:
+                key = id(slot.parameter)
+                found.setdefault(key, RegisteredParameter(name, [])).slots.append(slot)
+    return list(found.values())
+
+
+def _named_slots(
+    module: nn.Module, prefix: str, seen: set[nn.Module]
+) -> Iterator[tuple[str, Slot]]:
+    """The slots of ``module`` and of all inside, down to wrapped modules and those ``seen``."""
+    if module in seen or is_wrapped(module):
+        return
+    seen.add(module)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, Slot(module, name)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _named_slots(child, f"{prefix}{name}.", seen)
+
+
+class SlotTable:
+    """A parameter for every slot of a unit, at hand to be put there: that happens twice a step.
+
+    ``parameters``: one for each of ``slots``, which lists each parameter's places."""
+
+    def __init__(self, slots: Sequence[list[Slot]], parameters: Sequence[nn.Parameter]) -> None:
+        self._plain: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+        self._observed: list[tuple[Slot, nn.Parameter]] = []
+        for slots_of_parameter, parameter in zip(slots, parameters, strict=True):
+            for slot in slots_of_parameter:
+                self._add(slot, parameter)
+        self._plain_parameters = [parameter for _, _, parameter in self._plain]
+
+    def _add(self, slot: Slot, parameter: nn.Parameter) -> None:
+        if slot.is_plain:
+            self._plain.append((slot.module._parameters, slot.name, parameter))
+        else:
+            self._observed.append((slot, parameter))
+
+    def fill_slots(self) -> None:
+        """Puts every parameter into its slots."""
+        for table, name, parameter in self._plain:
+            table[name] = parameter
+        for slot, parameter in self._observed:
+            slot.put(parameter)
+
+    def replaced_parameter(self) -> nn.Parameter | None:
+        """The first parameter whose slot somebody has filled with another one, or emptied; None if
+        there is none. Slots of modules with a ``__setattr__`` of their own are not looked at."""
+        found = [table.get(name) for table, name, _ in self._plain]
+        if all(map(operator.is_, found, self._plain_parameters)):
+            return None
+        pairs = zip(found, self._plain_parameters, strict=True)
+        return next(expected for held, expected in pairs if held is not expected)
