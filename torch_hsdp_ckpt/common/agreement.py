@@ -1,46 +1,94 @@
-"""What the ranks of a save or a load tell each other: small exchanges in which one rank's failure
-becomes every rank's error.
+"""How ranks answer "do all of us ...?": one rank's failure becomes every rank's error.
 
-They run on a Gloo group of their own. Never on the training group: a save in the background and the
-training loop would then use one group from two threads, which hangs or mixes up their messages."""
+There are two transports and one rule: no rank goes on before all have said that they can.
+:class:`Agreement` is for saves and loads, which exchange bytes on a Gloo group of their own. They
+never use the training group: a save in the background and the training loop would then use one
+group from two threads, which hangs or mixes up their messages. :func:`problems_of_all_ranks` and
+:func:`is_same_on_all_ranks` are for wrapped modules, whose callers are in step anyway: they reduce
+one number on the mesh's own groups."""
 
+import dataclasses
 import logging
 import pickle
 import struct
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import CheckpointError, CorruptCheckpointError
+from ..errors import CheckpointError
+from .rank_failure import RankFailure, raise_failures
 
 _logger = logging.getLogger(__name__)
 # One message of an exchange: whether this rank failed, the payload's length, and a payload that is
 # as short as a digest.
 _SLOT = struct.Struct("<?Q119s")
 _INLINE = 119
-_MESSAGE_LIMIT = 4000  # characters of one rank's error that travel
-_NAMED_RANKS = 8  # failed ranks whose messages are repeated in the error
+_LENGTH = struct.Struct("<Q")
 
 
 class NestedCallError(RuntimeError):
-    """Of a call within a call, by a signal handler: it says nothing of the peers that the outer one
-    talks to."""
+    """A signal handler has called into a call that was under way. The error says nothing of the
+    peers that the outer call talks to."""
 
 
-class _Failure(NamedTuple):
-    """A rank's exception as plain data: the exception itself may hold tensors, or be of a class
-    that peers do not have."""
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What one rank says in a step: its payload, or, when it has ``failed``, the pickled
+    :class:`RankFailure`."""
 
-    rank: int
-    kind: str  # "os", "corrupt", "checkpoint" or the name of any other class
-    message: str
-    errno: int = 0
-    filename: str = ""
+    failed: bool
+    payload: bytes
+
+    @staticmethod
+    def of(rank: int, result: "_Result") -> "_Answer":
+        if result.error is None:
+            return _Answer(False, result.payload)
+        return _Answer(True, pickle.dumps(tuple(RankFailure.of(rank, result.error))))
+
+    def slot(self) -> bytes:
+        """The first message, which holds a short payload whole."""
+        inline = self.payload if len(self.payload) <= _INLINE else b""
+        return _SLOT.pack(self.failed, len(self.payload), inline)
+
+    def failure(self) -> RankFailure:
+        return RankFailure(*pickle.loads(self.payload))
+
+
+class _Slot(NamedTuple):
+    """A peer's first message."""
+
+    failed: bool
+    length: int
+    inline: bytes
+
+    def answer(self, payload: bytes) -> _Answer:
+        return _Answer(self.failed, payload[: self.length])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """What came of this rank's work: a payload, or the exception that it raised."""
+
+    payload: bytes = b""
+    error: BaseException | None = None
+
+    @staticmethod
+    def of(work: Callable[[], bytes]) -> "_Result":
+        try:
+            return _Result(work())
+        except BaseException as caught:
+            return _Result(error=caught)
+
+    def get(self) -> bytes:
+        if self.error is not None:
+            raise self.error
+        return self.payload
 
 
 class Agreement:
@@ -74,38 +122,27 @@ class Agreement:
 
         ``step`` names what is being done ("plan", "write"), for messages. With an ``error`` on any
         rank all ranks raise."""
+        return self._exchange(step, _Result(payload, error))
+
+    def _exchange(self, step: str, result: _Result) -> list[bytes]:
         if self.size == 1:
-            if error is not None:
-                raise error
-            return [payload]
-        failure = None if error is None else pickle.dumps(_describe(self.rank, error))
-        sent = payload if failure is None else failure
-        slots = self._all_gather(
-            step, _SLOT.pack(failure is not None, len(sent), sent if len(sent) <= _INLINE else b"")
-        )
-        heads = [_SLOT.unpack(slot) for slot in slots]
-        payloads = [inline[:length] for _, length, inline in heads]
-        longest = max(length for _, length, _ in heads)
-        if longest > _INLINE:
-            padded = self._all_gather(step, sent.ljust(longest, b"\0"))
-            payloads = [whole[:length] for whole, (_, length, _) in zip(padded, heads, strict=True)]
-        failures = [
-            _Failure(*pickle.loads(p))
-            for p, (failed, _, _) in zip(payloads, heads, strict=True)
-            if failed
-        ]
-        if failures:
-            _raise(step, failures, error)
-        return payloads
+            return [result.get()]
+        answers = self._all_gather_answers(step, _Answer.of(self.rank, result))
+        failures = [answer.failure() for answer in answers if answer.failed]
+        raise_failures(step, failures, result.error)
+        return [answer.payload for answer in answers]
+
+    def _all_gather_answers(self, step: str, sent: _Answer) -> list[_Answer]:
+        slots = [_Slot(*_SLOT.unpack(slot)) for slot in self._all_gather(step, sent.slot())]
+        longest = max(slot.length for slot in slots)
+        if longest <= _INLINE:
+            return [slot.answer(slot.inline) for slot in slots]
+        padded = self._all_gather(step, sent.payload.ljust(longest, b"\0"))
+        return [slot.answer(payload) for slot, payload in zip(slots, padded, strict=True)]
 
     def run(self, step: str, work: Callable[[], bytes]) -> list[bytes]:
         """Runs ``work`` on every rank, then exchanges what it returned, or what it raised."""
-        payload, error = b"", None
-        try:
-            payload = work()
-        except BaseException as caught:
-            error = caught
-        return self.exchange(step, payload, error)
+        return self._exchange(step, _Result.of(work))
 
     def verdict(self, step: str, work: Callable[[], bytes]) -> bytes:
         """Runs ``work`` on the coordinator alone; every rank gets what it returned, or raises as
@@ -113,29 +150,20 @@ class Agreement:
 
         A rank to which the verdict does not come does not know the outcome, and its error says so.
         """
-        payload, error = b"", None
-        if self.is_coordinator:
-            try:
-                payload = work()
-            except BaseException as caught:
-                error = caught
+        result = _Result.of(work) if self.is_coordinator else _Result()
         if self.size == 1:
-            if error is not None:
-                raise error
-            return payload
-        sent = payload if error is None else pickle.dumps(_describe(self.rank, error))
-        slot = self._broadcast(
-            step, _SLOT.pack(error is not None, len(sent), sent if len(sent) <= _INLINE else b"")
-        )
-        failed, length, inline = _SLOT.unpack(slot)
-        whole = (
-            inline[:length]
-            if length <= _INLINE
-            else self._broadcast(step, sent if self.is_coordinator else bytes(length))
-        )
-        if failed:
-            _raise(step, [_Failure(*pickle.loads(whole))], error)
-        return whole
+            return result.get()
+        answer = self._broadcast_answer(step, _Answer.of(self.rank, result))
+        if answer.failed:
+            raise_failures(step, [answer.failure()], result.error)
+        return answer.payload
+
+    def _broadcast_answer(self, step: str, sent: _Answer) -> _Answer:
+        slot = _Slot(*_SLOT.unpack(self._broadcast(step, sent.slot())))
+        if slot.length <= _INLINE:
+            return slot.answer(slot.inline)
+        whole = sent.payload if self.is_coordinator else bytes(slot.length)
+        return slot.answer(self._broadcast(step, whole))
 
     def start_min(self, value: int) -> Callable[[], int]:
         """Starts an all-reduce and returns a function that waits for the ranks' least ``value`` (63
@@ -148,9 +176,8 @@ class Agreement:
             )
         buffer = torch.tensor([value], device="cpu")
         options = dist.AllreduceOptions()
-        options.reduceOp = cast(
-            dist.ReduceOp, dist.ReduceOp.MIN
-        )  # torch 2.11's hints have two classes
+        # torch 2.11's hints have two classes of this name.
+        options.reduceOp = cast(dist.ReduceOp, dist.ReduceOp.MIN)
         work = self._group.allreduce([buffer], options)
 
         def result() -> int:
@@ -164,53 +191,46 @@ class Agreement:
         only it has to know."""
         if self.size == 1:
             return [payload]
-        lengths = [
-            struct.unpack("<Q", each)[0]
-            for each in self._all_gather(step, struct.pack("<Q", len(payload)))
-        ]
-        padded = torch.frombuffer(
-            bytearray(payload.ljust(max(1, *lengths), b"\0")), dtype=torch.uint8
-        )
-        out = [torch.empty_like(padded) for _ in range(self.size)] if self.is_coordinator else []
+        lengths = self._all_gather_lengths(step, len(payload))
+        padded = _as_tensor(payload.ljust(max(1, *lengths), b"\0"))
+        rows = [torch.empty_like(padded) for _ in range(self.size)] if self.is_coordinator else []
         options = dist.GatherOptions()
         options.rootRank = 0
-        self._wait(step, lambda: self._group.gather([out] if out else [], [padded], options))
-        return [row.numpy().tobytes()[:length] for row, length in zip(out, lengths, strict=False)]
+        outputs = [rows] if rows else []
+        self._wait(step, lambda: self._group.gather(outputs, [padded], options))
+        return [row.numpy().tobytes()[:length] for row, length in zip(rows, lengths, strict=False)]
 
     def scatter(self, step: str, payloads: list[bytes]) -> bytes:
         """This rank's one of the coordinator's payloads; the other ranks pass an empty list."""
         if self.size == 1:
             return payloads[0]
         longest = max(map(len, payloads)) if self.is_coordinator else 0
-        length = max(
-            1,
-            *(
-                struct.unpack("<Q", each)[0]
-                for each in self._all_gather(step, struct.pack("<Q", longest))
-            ),
-        )
-        out = torch.empty(length + 8, dtype=torch.uint8, device="cpu")
-        sent = [
-            torch.frombuffer(
-                bytearray(struct.pack("<Q", len(each)) + each.ljust(length, b"\0")),
-                dtype=torch.uint8,
-            )
-            for each in payloads
+        length = max(1, *self._all_gather_lengths(step, longest))
+        received = torch.empty(_LENGTH.size + length, dtype=torch.uint8, device="cpu")
+        rows = [
+            _as_tensor(_LENGTH.pack(len(each)) + each.ljust(length, b"\0")) for each in payloads
         ]
         options = dist.ScatterOptions()
         options.rootRank = 0
-        self._wait(step, lambda: self._group.scatter([out], [sent] if sent else [], options))
-        received = out.numpy().tobytes()
-        return received[8 : 8 + struct.unpack("<Q", received[:8])[0]]
+        inputs = [rows] if rows else []
+        self._wait(step, lambda: self._group.scatter([received], inputs, options))
+        data = received.numpy().tobytes()
+        (own_length,) = _LENGTH.unpack(data[: _LENGTH.size])
+        return data[_LENGTH.size :][:own_length]
+
+    def _all_gather_lengths(self, step: str, length: int) -> list[int]:
+        return [
+            _LENGTH.unpack(packed)[0] for packed in self._all_gather(step, _LENGTH.pack(length))
+        ]
 
     def _all_gather(self, step: str, data: bytes) -> list[bytes]:
         out = torch.empty(self.size, len(data), dtype=torch.uint8, device="cpu")
-        sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        sent = _as_tensor(data)
         self._wait(step, lambda: self._group.allgather([list(out.unbind())], [sent]))
         return [row.numpy().tobytes() for row in out]
 
     def _broadcast(self, step: str, data: bytes) -> bytes:
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        buffer = _as_tensor(data)
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._wait(step, lambda: self._group.broadcast([buffer], options))
@@ -231,64 +251,26 @@ class Agreement:
             # for their own timeout.
             self.broken, self._group = True, None
             raise CheckpointError(
-                f"{self.purpose}, step {step!r}: rank {self.rank} gets no answer from at least one "
-                "of the other "
-                f"{self.size - 1} ranks (it died, was stopped, or took longer than the process "
-                f"group's timeout): {error}"
+                f"{self.purpose}, step {step!r}: rank {self.rank} gets no answer from at least "
+                f"one of the other {self.size - 1} ranks (it died, was stopped, or took longer "
+                f"than the process group's timeout): {error}"
             ) from error
 
 
-def _describe(rank: int, error: BaseException) -> _Failure:
-    if isinstance(error, OSError) and error.errno is not None:
-        return _Failure(
-            rank, "os", str(error.strerror)[:_MESSAGE_LIMIT], error.errno, str(error.filename or "")
-        )
-    message = str(error)[:_MESSAGE_LIMIT]
-    if isinstance(error, CorruptCheckpointError):
-        return _Failure(rank, "corrupt", message)
-    if isinstance(error, CheckpointError):
-        return _Failure(rank, "checkpoint", message)
-    return _Failure(rank, type(error).__name__, message)
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _raise(step: str, failures: list[_Failure], own: BaseException | None) -> None:
-    """Raises the first failed rank's error with what the others say behind it; this rank's own
-    exception is the cause."""
-    if own is not None and not isinstance(own, Exception):
-        raise own  # Ctrl-C and exits go on as they are; the peers have been told
-    first = failures[0]
-    texts = [f"rank {failure.rank}: {_text(failure)}" for failure in failures[:_NAMED_RANKS]]
-    if len(failures) > _NAMED_RANKS:
-        texts.append(f"and {len(failures) - _NAMED_RANKS} more ranks")
-    if first.kind == "os":
-        also = "".join(f"; {text}" for text in texts[1:])
-        raise OSError(
-            first.errno,
-            f"{first.message} (rank {first.rank}, step {step!r}){also}",
-            first.filename or None,
-        ) from own
-    kind = CorruptCheckpointError if first.kind == "corrupt" else CheckpointError
-    raise kind(f"step {step!r} failed: " + "; ".join(texts)) from own
+class _Made(NamedTuple):
+    agreement: Agreement
+    generation: int  # how many were made before it
 
 
-def _text(failure: _Failure) -> str:
-    if failure.kind == "os":
-        return f"[Errno {failure.errno}] {failure.message}" + (
-            f": {failure.filename!r}" if failure.filename else ""
-        )
-    return (
-        failure.message
-        if failure.kind in ("corrupt", "checkpoint")
-        else f"{failure.kind}: {failure.message}"
-    )
-
-
-_lock = threading.Lock()
-# By process group and purpose, with how many were made before it. They go with their process group:
-# after destroy_process_group its name may come again, with another store behind it.
-_made: "weakref.WeakKeyDictionary[Any, dict[str, tuple[Agreement, int]]]" = (
-    weakref.WeakKeyDictionary()
-)
+# A process has one set of process groups, and so one set of agreements, by group and purpose. They
+# go with their process group: after destroy_process_group its name may come again, with another
+# store behind it.
+_made: "weakref.WeakKeyDictionary[Any, dict[str, _Made]]" = weakref.WeakKeyDictionary()
+_made_lock = threading.Lock()
 
 
 def agreement_of(process_group: Any, purpose: str, no_dist: bool = False) -> Agreement:
@@ -310,34 +292,39 @@ def agreement_of(process_group: Any, purpose: str, no_dist: bool = False) -> Agr
         )
     if size == 1:
         return Agreement(None, 0, 1, purpose)
-    with _lock:
-        kept, generation = _made.setdefault(parent, {}).get(purpose, (None, -1))
-        if kept is not None and not kept.broken:
-            return kept
-        generation += 1
-    # Not dist.new_group: it counts its calls to name the groups, and ranks outside a sub-group
-    # would count otherwise.
-    store = dist.PrefixStore(
-        f"torch_hsdp_ckpt/{parent.group_name}/{purpose}/{generation}",
-        dist.distributed_c10d._get_default_store(),
-    )
-    try:
-        group = dist.ProcessGroupGloo(store, rank, size, _timeout(parent))
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{purpose}: rank {rank} of {size} waits in vain for its peers: {error}"
-        ) from error
-    agreement = Agreement(group, rank, size, purpose)
-    with _lock:
-        _made[parent][purpose] = (agreement, generation)
+    with _made_lock:
+        kept = _made.setdefault(parent, {}).get(purpose)
+        if kept is not None and not kept.agreement.broken:
+            return kept.agreement
+    generation = 0 if kept is None else kept.generation + 1
+    agreement = Agreement(_private_group(parent, purpose, generation), rank, size, purpose)
+    with _made_lock:
+        _made[parent][purpose] = _Made(agreement, generation)
     _logger.debug(
         "%s: a Gloo group of its own for the %d ranks of group %s", purpose, size, parent.group_name
     )
     return agreement
 
 
-def _timeout(group: Any) -> timedelta:
-    """The process group's own timeout, whichever backend has it."""
+def _private_group(parent: Any, purpose: str, generation: int) -> dist.ProcessGroupGloo:
+    # Not dist.new_group: it counts its calls to name the groups, and ranks outside a sub-group
+    # would count otherwise.
+    store = dist.PrefixStore(
+        f"torch_hsdp_ckpt/{parent.group_name}/{purpose}/{generation}",
+        dist.distributed_c10d._get_default_store(),
+    )
+    rank, size = dist.get_rank(parent), dist.get_world_size(parent)
+    try:
+        return dist.ProcessGroupGloo(store, rank, size, group_timeout(parent))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{purpose}: rank {rank} of {size} timed out waiting for its peers: {error}"
+        ) from error
+
+
+def group_timeout(group: Any) -> timedelta:
+    """The process group's own timeout, whichever backend has it; torch's default where none
+    says."""
     for device in ("cpu", "cuda"):
         try:
             timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
@@ -345,3 +332,53 @@ def _timeout(group: Any) -> timedelta:
             continue
         return timeout
     return dist.default_pg_timeout
+
+
+def groups_of(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """Groups whose reductions one after the other reach all ranks of ``mesh``: a single one, if
+    these are all ranks that there are."""
+    if mesh.size() == dist.get_world_size():
+        return [dist.distributed_c10d._get_default_group()]
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+
+def problems_of_all_ranks(mesh: DeviceMesh, problems: Sequence[str]) -> list[str]:
+    """The problems that any rank of ``mesh`` has found; empty if no rank has one. Collective over
+    the mesh: what one rank finds wrong can so be raised by all, before anything has changed.
+
+    It reduces one number in each dimension; texts travel only if there are any. This rank's come
+    first, as they are; those that only others have follow, each with a rank that has it."""
+    if _largest(mesh, [int(bool(problems))]) == [0]:
+        return []
+    by_rank = {dist.get_rank(): list(problems)}
+    for group in groups_of(mesh):
+        gathered: list[dict[int, list[str]] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, by_rank, group=group)
+        for part in gathered:
+            by_rank.update(part or {})
+    return _this_ranks_first(problems, by_rank)
+
+
+def _this_ranks_first(problems: Sequence[str], by_rank: dict[int, list[str]]) -> list[str]:
+    found = dict.fromkeys(problems)
+    elsewhere: dict[str, int] = {}
+    for rank in sorted(by_rank):
+        for text in by_rank[rank]:
+            if text not in found:
+                elsewhere.setdefault(text, rank)
+    return [*found, *(f"rank {rank}: {text}" for text, rank in elsewhere.items())]
+
+
+def is_same_on_all_ranks(mesh: DeviceMesh, number: int) -> bool:
+    """Whether all ranks of ``mesh`` have passed the same number, a digest say (63 bits).
+    Collective over the mesh."""
+    largest, negated_smallest = _largest(mesh, [number, -number])
+    return largest == -negated_smallest
+
+
+def _largest(mesh: DeviceMesh, numbers: Sequence[int]) -> list[int]:
+    """The largest of all ranks' numbers, by position."""
+    reduced = torch.tensor(numbers, dtype=torch.int64, device=mesh.device_type)
+    for group in groups_of(mesh):
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX, group=group)
+    return [int(number) for number in reduced.tolist()]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from ... import _C
-from ...common.agreement import Agreement, _timeout
+from ...common.agreement import Agreement, group_timeout
 from ...common.tensors import scratch
 from ...errors import CheckpointError
 from ..storage.tensor_reads import read_threads
@@ -77,7 +77,7 @@ def subgroup(
     me = members.index(agreement.rank)
     try:
         group = dist.ProcessGroupGloo(
-            store, me, len(members), _timeout(timeout_of or dist.group.WORLD)
+            store, me, len(members), group_timeout(timeout_of or dist.group.WORLD)
         )
     except RuntimeError as error:
         raise CheckpointError(
@@ -222,7 +222,7 @@ def make_exchange(
         return Exchange()
     group = subgroup(agreement, members, process_group)
     if mode != "network" and len({hosts[rank] for rank in members}) == 1:
-        shared = _join(group, _timeout(process_group or dist.group.WORLD).total_seconds())
+        shared = _join(group, group_timeout(process_group or dist.group.WORLD).total_seconds())
         if shared is not None:
             return shared
         if mode == "shared":
