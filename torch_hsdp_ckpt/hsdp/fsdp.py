@@ -20,7 +20,7 @@ from .materialize import materialize, move, synchronize
 from .precision import Precision
 from .root import Root
 from .runner import Runner, named_runners
-from .state.state_dict import StateDictMixin
+from .state.module_state_dict import StateDictMixin
 from .summon import summon
 from .unit import ShardedUnit, device_of, own_slots
 from .wrap import auto_wrap

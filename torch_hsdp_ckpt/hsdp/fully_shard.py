@@ -19,7 +19,9 @@ from .arguments import at, check_mesh, check_module, check_offload
 from .materialize import move
 from .precision import Precision
 from .runner import Runner, named_runners, runner_of
-from .state.module_load import load, own
+from .state.module_entries import checks_first
+from .state.module_in import load
+from .state.module_plan import LoadRequest
 from .unit import ShardedUnit, device_of, own_slots
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -168,7 +170,7 @@ class FSDPModule:
             )
         _runner(self).unit.core.set_all_reduce_hook(hook)
 
-    @own
+    @checks_first
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -187,9 +189,8 @@ class FSDPModule:
             return super(FSDPModule, self).load_state_dict(given, strict=strict, assign=assign)  # type: ignore[misc]
 
         mesh = _runner(self).unit.mesh
-        return load(
-            cast(nn.Module, self), mesh, state_dict, strict, assign, False, "", as_nn_module_does
-        )
+        module = cast(nn.Module, self)
+        return load(LoadRequest(module, mesh, state_dict, strict, assign, as_nn_module_does))
 
     def _units(self, recurse: bool) -> Iterator[ShardedUnit]:
         own = _runner(self)
@@ -375,14 +376,14 @@ def _become(module: nn.Module, runner: Runner) -> None:
     module.__class__ = _classes[original]
     module.__dict__["_unit"] = runner.unit  # where the optimizer's state looks for meshes
 
-    @own
+    @checks_first
     def before_load(*_: Any) -> None:
         # Also where load_state_dict above has done so: a module around this one, or a user's hook,
         # may come in between.
         wait_at_gate()
         runner.reset()
 
-    @own
+    @checks_first
     def after(*_: Any) -> None:
         runner.unit.rebind()
 
