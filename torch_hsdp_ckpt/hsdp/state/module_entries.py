@@ -14,7 +14,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 # The attribute in which a wrapper holds its module, which keys leave out. torch's activation
 # checkpointing uses the same name.
 WRAPPED = "_checkpoint_wrapped_module"
-_CHECKS_FIRST = "_hsdp_ckpt_checks_first"  # an attribute of functions
+_CHECKS_FIRST = "_hsdp_ckpt_checks_first"  # the attribute that checks_first sets on a function
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

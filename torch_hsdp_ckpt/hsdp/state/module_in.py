@@ -58,7 +58,7 @@ def _copy_all(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         if target.ndim == 0 and source.ndim == 1:
             source = source[0]
         if isinstance(target, DTensor):
-            # As copy_ of the DTensor would do it: both tensors see that they have changed.
+            # The DTensor and its local tensor both see a change, as with the DTensor's own copy_.
             torch.autograd.graph.increment_version(target)
             target, source = local_of(target), local_of(source)
         targets.append(target)
@@ -93,7 +93,7 @@ class _Before:
 
 def _load_guarded(request: LoadRequest, plan: ModuleLoadPlan) -> Any:
     """The module's own loading, and everything put back if it raises on any rank."""
-    # Without custom code the load only replaces tensors, whose values stay.
+    # Where no custom code runs, the load puts other tensors in place and leaves the values alone.
     before = _remember(request.root, with_values=plan.expected.runs_custom_code)
     values = _with_module_versions(request.root, plan.values)
     error: Exception | None = None
@@ -212,6 +212,6 @@ def _restore(before: _Before) -> list[str]:
     for extra in before.extra:
         try:
             extra.module.set_extra_state(extra.state)
-        except Exception as error:  # The module's own code raised; the error before it matters.
+        except Exception as error:  # This comes of the error before, which is what is raised.
             lost.append(f"{extra.name} may have changed: {type(error).__name__}: {error}")
     return lost

@@ -213,7 +213,8 @@ def _try_leaf(load: LeafLoad, same_dtype: bool) -> _KeyCheck:
         mismatch = _leaf_mismatch(entry, values.get(entry.key), load.leaf, same_dtype)
         if mismatch is not None:
             trial.problems.append(mismatch)
-            values[entry.key] = entry.tensor.detach()  # so that the leaf does not complain too
+            # With this the leaf does not complain of the same value once more.
+            values[entry.key] = entry.tensor.detach()
     try:
         _with_empty_tensors(load.leaf.module)._load_from_state_dict(
             values,
@@ -224,7 +225,7 @@ def _try_leaf(load: LeafLoad, same_dtype: bool) -> _KeyCheck:
             trial.unexpected,
             trial.problems,
         )
-    except Exception as error:  # The module's own code raised, which its peers have to hear of.
+    except Exception as error:  # The module's own code raised, and the peers have to hear of it.
         trial.problems.append(f"{load.leaf.prefix[:-1]}: {type(error).__name__}: {error}")
     return trial
 

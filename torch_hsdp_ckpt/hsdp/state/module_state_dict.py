@@ -48,7 +48,7 @@ class StateDictMixin(OptimStateMixin, nn.Module):
     _runner: Any
 
     def _reset(self) -> None:
-        """The sharded parameters are in their slots and nothing derived from them is in flight."""
+        """Puts the sharded parameters in their slots, with nothing derived from them in flight."""
         raise AssertionError("the wrapper says how")
 
     def _init_state_dict(self) -> None:
@@ -66,13 +66,14 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         """The module's state under the names it has without wrappers; non-persistent buffers are
         left out.
 
-        SHARDED_STATE_DICT (the default): DTensors that share the live shards' memory, buffers and
-        ignored parameters as they are. No communication, no copy. A value changes with the next
-        ``optimizer.step()``; clone what has to stay.
+        SHARDED_STATE_DICT (the default) gives DTensors that share the live shards' memory, and
+        buffers and ignored parameters as they are. Nothing is sent or copied. A value changes with
+        the next ``optimizer.step()``; clone what has to stay.
 
-        FULL_STATE_DICT: whole tensors, copies. Collective. With ``rank0_only`` other ranks get what
-        their ranks alone have: ignored parameters, else nothing. With ``offload_to_cpu`` the device
-        holds one tensor, or one bucket of small ones, at a time.
+        FULL_STATE_DICT gives whole tensors, which are copies. The call is then collective. With
+        ``rank0_only`` other ranks get what their ranks alone have: ignored parameters, else
+        nothing. With ``offload_to_cpu`` the device holds one tensor, or one bucket of small ones,
+        at a time.
 
         Buffers that ``MixedPrecision(buffer_dtype)`` has converted come as copies in the dtype that
         they had before (with ``keep_vars`` as they are).
@@ -80,10 +81,11 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         Hooks that were registered on the wrapper or inside are called; they see the shards, as
         values become whole after them.
 
-        From any thread: it waits for the others' forward or backward to end, and theirs for it. A
-        FULL_STATE_DICT does not wait, as ranks would gather in different orders: RuntimeError on
-        every rank where a forward or backward is under way. A rank where none is does not know of
-        that, and waits in the gather for as long as the group's timeout."""
+        It may be called from any thread: it waits for the others' forward or backward to end, and
+        theirs for it. A FULL_STATE_DICT does not wait, as ranks would gather in different orders:
+        it is a RuntimeError on every rank where a forward or backward is under way. A rank where
+        none is does not know of that, and waits in the gather for as long as the group's
+        timeout."""
         if args:
             raise TypeError(
                 "state_dict takes keyword arguments only: destination, prefix, keep_vars"
@@ -246,10 +248,10 @@ def _wrappers(module: nn.Module) -> list[StateDictMixin]:
 
 @checks_first
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The keys below this wrapper as nn.Module's loading looks for them."""
+    """Renames the keys below this wrapper to what ``nn.Module``'s loading looks for."""
     assert isinstance(module, StateDictMixin)
-    # Also where load_state_dict above has done so: a module around this one, or a user's hook, may
-    # come in between.
+    # load_state_dict above has done both, but a module around this one may be what is loaded, or a
+    # user's hook may have come in between.
     wait_at_gate()
     module._reset()
     if module._full:
@@ -267,4 +269,4 @@ def _after_load(module: nn.Module, incompatible: Any) -> None:
         keys[:] = [key.replace(PREFIX, "") for key in keys]
     module._unit.rebind()
     if module._root is not None:
-        module._runner.cast_buffers()  # ``assign`` may have brought others
+        module._runner.cast_buffers()  # ``assign`` may have brought other ones

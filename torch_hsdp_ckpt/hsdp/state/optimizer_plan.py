@@ -214,7 +214,7 @@ def _mismatches(
     optim: torch.optim.Optimizer | None, saved: _GivenState, targets: Mapping[Any, ParameterState]
 ) -> list[str]:
     problems: list[str] = []
-    named_in_groups = saved.named_in_groups  # match_groups has complained about unknown ones
+    named_in_groups = saved.named_in_groups  # match_groups has complained of unknown ones
     for name, value in saved.state.items():
         if name in targets:
             problems += _parameter_mismatches(name, value, targets[name])

@@ -99,10 +99,10 @@ class OptimStateMixin:
         """The optimizer's state by parameter names, in the form that ``set_state_dict_type`` has
         set.
 
-        SHARDED_STATE_DICT: DTensors as the parameters are, sharing the optimizer's memory; nothing
-        is sent. FULL_STATE_DICT: whole tensors, copies; collective; with ``rank0_only`` other ranks
-        than the mesh's first get ``{}``. ``optim_state_dict``: what ``optim.state_dict()`` has
-        returned, if it was called already."""
+        SHARDED_STATE_DICT gives DTensors as the parameters are, which share the optimizer's memory;
+        nothing is sent. FULL_STATE_DICT gives whole tensors, which are copies; it is collective,
+        and with ``rank0_only`` other ranks than the mesh's first get ``{}``.
+        ``optim_state_dict``: what ``optim.state_dict()`` has returned, if it was called already."""
         saved = optim.state_dict() if optim_state_dict is None else optim_state_dict
         settings = _settings(model)
         config: Any = settings.optim_state_dict_config

@@ -15,8 +15,8 @@ from .placement import chunk_rows, is_first, is_in_first_replica, shards_of, sha
 _LARGE = 1 << 20  # bytes of a shard from which on a gather of its own pays
 _BUCKET = 16 << 20  # bytes of shards in one gather of many small ones
 
-# Gathers DTensors and gives the whole of each, or None where this rank does not get it. The second
-# argument is ``first_only``.
+# A function that gathers DTensors and gives the whole of each, or None where this rank does not get
+# it. Its second argument is ``first_only``.
 _Gather = Callable[[list[DTensor], bool], Iterable[torch.Tensor | None]]
 
 
