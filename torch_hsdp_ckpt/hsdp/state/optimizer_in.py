@@ -92,12 +92,11 @@ def _spec_of(
     if target is None or like is None:
         return None
     shape = tuple(value.shape)
-    if shape == (target.elements,) != tuple(like.shape):
-        return _replicated(like.device_mesh, value)
     if shape != tuple(like.shape):
-        return None
-    has_no_dimensions = not shape and str(key) not in target.like_parameters
-    if has_no_dimensions and like is target.parameter:
+        is_end_to_end = shape == (target.elements,)
+        return _replicated(like.device_mesh, value) if is_end_to_end else None
+    is_unlike_parameters = not shape and str(key) not in target.like_parameters
+    if is_unlike_parameters and like is target.parameter:
         return None
     return spec_with_dtype(like, value.dtype)
 
