@@ -16,15 +16,15 @@ from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
 
 
 def _model(rank: int) -> None:
-    _misfits(rank, wrapped)
+    _mismatches(rank, wrapped)
 
 
 def _model_fully_shard(rank: int) -> None:
     """FSDP2's own copies what fits before it raises, and only on the rank that was given it."""
-    _misfits(rank, fully_sharded)
+    _mismatches(rank, fully_sharded)
 
 
-def _misfits(rank: int, wrap: Wrap) -> None:
+def _mismatches(rank: int, wrap: Wrap) -> None:
     model, _ = trained("uneven", rank, wrap=wrap)
     other, _ = trained("even", rank, wrap=wrap)
     line, _ = trained("uneven", rank, (4,), wrap=wrap)

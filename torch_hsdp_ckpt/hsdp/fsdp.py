@@ -22,7 +22,7 @@ from .precision import Precision
 from .root import Root
 from .runner import Runner, named_runners
 from .slots import parameters_of_unit
-from .state.state_dict import StateDictMixin
+from .state.module_state_dict import StateDictMixin
 from .summon import SummonOptions, summon
 from .unit import ShardedUnit
 from .wrap import auto_wrap

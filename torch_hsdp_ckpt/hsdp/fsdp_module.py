@@ -9,7 +9,9 @@ from torch import nn
 from ..common.gate import wait_at_gate
 from .arguments import at
 from .runner import Runner, named_runners, runner_of
-from .state.module_load import load, own
+from .state.module_entries import checks_first
+from .state.module_in import load
+from .state.module_plan import LoadRequest
 from .unit import ShardedUnit
 
 
@@ -161,7 +163,7 @@ class FSDPModule:
             )
         fsdp_runner(self).unit.core.set_all_reduce_hook(hook)
 
-    @own
+    @checks_first
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -182,9 +184,8 @@ class FSDPModule:
             return as_module.load_state_dict(given, strict=strict, assign=assign)
 
         mesh = fsdp_runner(self).unit.mesh
-        return load(
-            cast(nn.Module, self), mesh, state_dict, strict, assign, False, "", as_nn_module_does
-        )
+        module = cast(nn.Module, self)
+        return load(LoadRequest(module, mesh, state_dict, strict, assign, as_nn_module_does))
 
     def _units(self, recurse: bool) -> Iterator[ShardedUnit]:
         if not recurse:

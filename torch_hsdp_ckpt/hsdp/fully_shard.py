@@ -20,7 +20,7 @@ from .meshes import check_mesh, device_of, mesh_of_all_ranks
 from .precision import Precision
 from .runner import Runner, runner_of
 from .slots import RegisteredParameter, parameters_of_unit
-from .state.module_load import own
+from .state.module_entries import checks_first
 from .unit import ShardedUnit
 
 # A process has each class once, and so the one that is made from it: ``type(a) is type(b)`` holds
@@ -159,14 +159,14 @@ def _make_fsdp_module(module: nn.Module, runner: Runner) -> None:
     module.__class__ = _fsdp_class_of(type(module))
     module.__dict__["_unit"] = runner.unit  # where the optimizer's state looks for meshes
 
-    @own
+    @checks_first
     def before_load(*_: Any) -> None:
         # load_state_dict has done so too. But a module around this one, or a user's hook, may have
         # come in between.
         wait_at_gate()
         runner.reset()
 
-    @own
+    @checks_first
     def after_load(*_: Any) -> None:
         runner.unit.rebind()
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..common.gate import wait_at_gate
 from .runner import Runner
-from .state.full_state import gather
+from .state.whole import gather
 from .unit import ShardedUnit
 
 

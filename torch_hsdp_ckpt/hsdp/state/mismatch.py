@@ -1,56 +1,69 @@
-"""One answer on every rank: what one rank finds wrong is raised by all, before anything has changed
-on any of them."""
+"""How a tensor of a state dict differs from the one that it is loaded into, in words; and the error
+that every rank raises for what any rank has found, before anything has changed on one of them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-_SHOWN = 50  # names in one error message
+from ...common.agreement import problems_of_all_ranks
+from ...common.tensors import local_of
 
-
-def kind_of(tensor: torch.Tensor) -> tuple[torch.layout, bool, bool]:
-    """What tensors have to have in common to be copied into each other: (layout, quantized,
-    nested)."""
-    return tensor.layout, tensor.is_quantized, tensor.is_nested
+_SHOWN = 50  # problems in one error message
 
 
-def listed(problems: Sequence[str]) -> str:
+class StorageFormat(NamedTuple):
+    """What tensors need to have in common to be copied into each other."""
+
+    layout: torch.layout
+    is_quantized: bool
+    is_nested: bool
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "StorageFormat":
+        return StorageFormat(tensor.layout, tensor.is_quantized, tensor.is_nested)
+
+
+DENSE = StorageFormat(torch.strided, is_quantized=False, is_nested=False)
+
+
+def placement_mismatch(what: str, value: DTensor, expected: DTensor, intro: str) -> str:
+    """The message for a DTensor that is placed otherwise than ``expected``. ``intro``: the words
+    before how that is placed, "the module has" say."""
+    return (
+        f"{what} is placed {value.placements} on {value.device_mesh}, {intro} "
+        f"{expected.placements} on {expected.device_mesh}: load it through "
+        "torch.distributed.checkpoint, which reshards"
+    )
+
+
+def local_shape_mismatch(what: str, value: DTensor, expected: DTensor, owner: str) -> str | None:
+    """The message for a DTensor with another local shape than ``expected``; None if it is the
+    same. A copy of one row would go into all of them without a word."""
+    given, needed = tuple(local_of(value).shape), tuple(local_of(expected).shape)
+    if given == needed:
+        return None
+    return (
+        f"size mismatch for {what}: this rank's shard has the shape {given}, the {owner}'s {needed}"
+    )
+
+
+def as_lines(problems: Sequence[str]) -> str:
     """``problems`` as the lines of an error message, all of them up to a sensible number."""
-    rest = len(problems) - _SHOWN
-    return "\n\t".join([*problems[:_SHOWN], *([f"... and {rest} more"] if rest > 0 else [])])
+    lines = list(problems[:_SHOWN])
+    more = len(problems) - _SHOWN
+    if more > 0:
+        lines.append(f"... and {more} more")
+    return "\n\t".join(lines)
 
 
-def groups_of(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
-    """Groups whose reductions one after the other reach all ranks of ``mesh``; one, if these are
-    all ranks that there are."""
-    if mesh.size() == dist.get_world_size():
-        return [dist.distributed_c10d._get_default_group()]
-    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
-
-
-def agree(mesh: DeviceMesh, problems: Sequence[str]) -> list[str]:
-    """The problems of all ranks of ``mesh``; empty if no rank has one. Collective.
-
-    A reduction of one number in each dimension; texts travel only if there are any. This rank's
-    come first, as they are; those that only others have follow, with a rank that has them."""
-    flag = torch.tensor([1 if problems else 0], dtype=torch.int32, device=mesh.device_type)
-    groups = groups_of(mesh)
-    for group in groups:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    if flag.item() == 0:
-        return []
-    by_rank = {dist.get_rank(): list(problems)}
-    for group in groups:
-        gathered: list[dict[int, list[str]] | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, by_rank, group=group)
-        for part in gathered:
-            by_rank.update(part or {})
-    found = dict.fromkeys(problems)
-    elsewhere: dict[str, int] = {}
-    for rank in sorted(by_rank):
-        for text in by_rank[rank]:
-            if text not in found:
-                elsewhere.setdefault(text, rank)
-    return [*found, *(f"rank {rank}: {text}" for text, rank in elsewhere.items())]
+def raise_on_all_ranks(
+    mesh: DeviceMesh, problems: Sequence[str], error: type[Exception], summary: str
+) -> None:
+    """Raises ``error`` on every rank of ``mesh`` if a rank has problems; it lists them all.
+    Collective."""
+    found = problems_of_all_ranks(mesh, problems)
+    if found:
+        raise error(f"{summary}; nothing was loaded:\n\t{as_lines(found)}")

@@ -1,16 +1,14 @@
-"""State dicts of wrapped modules: sharded without a collective and without a copy, or whole.
+"""What users call for a module's state: a mix-in of ``FullyShardedDataParallel`` that has
+``state_dict``, ``load_state_dict``, and torch FSDP1's static methods that set their form.
 
-A mix-in of ``FullyShardedDataParallel``; the static methods are torch FSDP1's. ``_module_load.py``
-loads, ``_full_state.py`` gathers, ``_optim_state.py`` does the optimizer's side."""
+``module_out`` collects, ``whole`` gathers, ``module_plan`` checks a load, ``module_in`` does it."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
@@ -21,15 +19,17 @@ from torch.distributed.fsdp import (
     StateDictSettings,
     StateDictType,
 )
-from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from ...common.gate import wait_at_gate
-from ...common.tensors import local_of
 from ..precision import restore_buffers
-from .full_state import gather, is_first
-from .module_load import INNER, Survey, load, own, shard_full
-from .optim_state import PREFIX, OptimStateMixin, offload, unit_holders
+from .module_entries import ModuleEntries, checks_first
+from .module_in import load
+from .module_out import collect, keys_below, make_whole, offload_below
+from .module_plan import LoadRequest, cut_whole_tensors
+from .optimizer_names import PREFIX
+from .optimizer_state_dict import OptimStateMixin, default_settings, unit_holders
+from .placement import is_first
+from .whole import keep, offload
 
 _CONFIGS: dict[StateDictType, tuple[type[StateDictConfig], type[OptimStateDictConfig]]] = {
     StateDictType.SHARDED_STATE_DICT: (ShardedStateDictConfig, ShardedOptimStateDictConfig),
@@ -48,15 +48,11 @@ class StateDictMixin(OptimStateMixin, nn.Module):
     _runner: Any
 
     def _reset(self) -> None:
-        """The sharded parameters are in their slots and nothing derived from them is in flight."""
+        """Puts the sharded parameters in their slots, with nothing derived from them in flight."""
         raise AssertionError("the wrapper says how")
 
     def _init_state_dict(self) -> None:
-        self._settings = StateDictSettings(
-            StateDictType.SHARDED_STATE_DICT,
-            ShardedStateDictConfig(),
-            ShardedOptimStateDictConfig(offload_to_cpu=False),
-        )
+        self._settings = default_settings()
         self.register_load_state_dict_pre_hook(_before_load)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
@@ -70,13 +66,14 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         """The module's state under the names it has without wrappers; non-persistent buffers are
         left out.
 
-        SHARDED_STATE_DICT (the default): DTensors that share the live shards' memory, buffers and
-        ignored parameters as they are. No communication, no copy. A value changes with the next
-        ``optimizer.step()``; clone what has to stay.
+        SHARDED_STATE_DICT (the default) gives DTensors that share the live shards' memory, and
+        buffers and ignored parameters as they are. Nothing is sent or copied. A value changes with
+        the next ``optimizer.step()``; clone what has to stay.
 
-        FULL_STATE_DICT: whole tensors, copies. Collective. With ``rank0_only`` other ranks get what
-        their ranks alone have: ignored parameters, else nothing. With ``offload_to_cpu`` the device
-        holds one tensor, or one bucket of small ones, at a time.
+        FULL_STATE_DICT gives whole tensors, which are copies. The call is then collective. With
+        ``rank0_only`` other ranks get what their ranks alone have: ignored parameters, else
+        nothing. With ``offload_to_cpu`` the device holds one tensor, or one bucket of small ones,
+        at a time.
 
         Buffers that ``MixedPrecision(buffer_dtype)`` has converted come as copies in the dtype that
         they had before (with ``keep_vars`` as they are).
@@ -84,10 +81,11 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         Hooks that were registered on the wrapper or inside are called; they see the shards, as
         values become whole after them.
 
-        From any thread: it waits for the others' forward or backward to end, and theirs for it. A
-        FULL_STATE_DICT does not wait, as ranks would gather in different orders: RuntimeError on
-        every rank where a forward or backward is under way. A rank where none is does not know of
-        that, and waits in the gather for as long as the group's timeout."""
+        It may be called from any thread: it waits for the others' forward or backward to end, and
+        theirs for it. A FULL_STATE_DICT does not wait, as ranks would gather in different orders:
+        it is a RuntimeError on every rank where a forward or backward is under way. A rank where
+        none is does not know of that, and waits in the gather for as long as the group's
+        timeout."""
         if args:
             raise TypeError(
                 "state_dict takes keyword arguments only: destination, prefix, keep_vars"
@@ -101,56 +99,38 @@ class StateDictMixin(OptimStateMixin, nn.Module):
             destination._metadata = OrderedDict()
         for pre_hook in self._state_dict_pre_hooks.values():
             pre_hook(self, prefix, keep_vars)
-        _collect(self._checkpoint_wrapped_module, destination, prefix, keep_vars)
+        collect(self._checkpoint_wrapped_module, destination, prefix, keep_vars)
         if self._runner.precision.buffer_dtype is not None and not keep_vars:
             restore_buffers(self._checkpoint_wrapped_module, destination, prefix)
+        destination = self._call_state_dict_hooks(destination, prefix)
+        if self._full:
+            self._make_whole(destination, prefix)
+        if self._settings.state_dict_config.offload_to_cpu:
+            offload_below(destination, prefix)
+        return destination
+
+    def _call_state_dict_hooks(self, destination: Any, prefix: str) -> Any:
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
         for hook in self._state_dict_hooks.values():
             result = hook(self, destination, prefix, metadata)
-            if result is not None:
-                if getattr(hook, "_from_public_api", False):
-                    raise RuntimeError("state_dict post-hook must return None")
-                destination = result
-        if self._full:
-            self._make_full(destination, prefix)
-        elif self._settings.state_dict_config.offload_to_cpu:
-            for key in [k for k in destination if k.startswith(prefix)]:
-                destination[key] = offload(destination[key])
+            if result is None:
+                continue
+            if getattr(hook, "_from_public_api", False):
+                raise RuntimeError("state_dict post-hook must return None")
+            destination = result
         return destination
 
-    def _make_full(self, destination: dict[str, Any], prefix: str) -> None:
-        """Whole tensors for the DTensors below ``prefix``. Wrappers inside have done theirs: a unit
-        at a time."""
+    def _make_whole(self, destination: dict[str, Any], prefix: str) -> None:
         config = self._settings.state_dict_config
         first_only = bool(getattr(config, "rank0_only", False))
-        keys = [
-            k for k, v in destination.items() if k.startswith(prefix) and isinstance(v, DTensor)
-        ]
-        # A shared parameter's keys share the whole tensor too. By the module, as empty shards have
-        # no address to tell.
-        owner = {prefix + name: id(p) for name, p in self.named_parameters(remove_duplicate=False)}
-        same: dict[int, list[str]] = {}
-        for key in keys:
-            same.setdefault(owner.get(key, id(destination[key])), []).append(key)
-        distinct = [destination[aliases[0]] for aliases in same.values()]
-        whole = gather(
-            distinct, first_only, offload if config.offload_to_cpu else lambda tensor: tensor
-        )
-        here = not first_only or is_first(self._unit.mesh)
-        for aliases, tensor in zip(same.values(), whole, strict=True):
-            for key in aliases:
-                if here:
-                    destination[key] = tensor
-                else:
-                    del destination[key]
-        for key in (
-            [k for k in destination if k.startswith(prefix)] if config.offload_to_cpu else ()
-        ):
-            destination[key] = offload(destination[key])
-        for name, _ in self.named_buffers(remove_duplicate=False) if not here else ():
-            destination.pop(prefix + name, None)
+        finish = offload if config.offload_to_cpu else keep
+        keys = make_whole(self, destination, prefix, first_only, finish)
+        if first_only and not is_first(self._unit.mesh):
+            keys += [prefix + name for name, _ in self.named_buffers(remove_duplicate=False)]
+            for key in keys:
+                destination.pop(key, None)
 
-    @own
+    @checks_first
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -174,15 +154,26 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         def as_nn_module_does(given: Mapping[str, Any]) -> Any:
             return super(StateDictMixin, self).load_state_dict(given, strict=strict, assign=assign)
 
-        hint = ""
-        if getattr(self._settings.state_dict_config, "rank0_only", False) and not state_dict:
-            hint = (
-                "rank0_only is for saving: to load, every rank needs the values "
-                "(set_model_state_dict with "
-                "broadcast_from_rank0=True and full_state_dict=True takes them from rank 0)"
-            )
-        return load(
-            self, self._unit.mesh, state_dict, strict, assign, self._full, hint, as_nn_module_does
+        request = LoadRequest(
+            root=self,
+            mesh=self._unit.mesh,
+            state_dict=state_dict,
+            strict=strict,
+            assign=assign,
+            module_load=as_nn_module_does,
+            takes_whole=self._full,
+            hint=self._hint_for_load(state_dict),
+        )
+        return load(request)
+
+    def _hint_for_load(self, state_dict: Mapping[str, Any]) -> str:
+        rank0_only = getattr(self._settings.state_dict_config, "rank0_only", False)
+        if not rank0_only or state_dict:
+            return ""
+        return (
+            "rank0_only is for saving: to load, every rank needs the values "
+            "(set_model_state_dict with broadcast_from_rank0=True and full_state_dict=True takes "
+            "them from rank 0)"
         )
 
     # -- FSDP1's static methods
@@ -255,69 +246,27 @@ def _wrappers(module: nn.Module) -> list[StateDictMixin]:
     return [m for m in unit_holders(module) if isinstance(m, StateDictMixin)]
 
 
-def _collect(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
-    """``module.state_dict(destination=...)``, where nobody has a say in it by an operator less a
-    parameter: ``detach`` of a DTensor costs three times what making one does."""
-    kind = type(module)
-    hooks = list(module._state_dict_hooks.values())
-    if (
-        kind.state_dict is not nn.Module.state_dict
-        or "state_dict" in module.__dict__
-        or kind._save_to_state_dict is not nn.Module._save_to_state_dict
-        or module._state_dict_pre_hooks
-        or (
-            hooks
-            and not (
-                isinstance(module, ActivationWrapper)
-                and hooks == [ActivationWrapper._post_state_dict_hook]
-            )
-        )
-    ):
-        module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        return
-    if hasattr(destination, "_metadata"):
-        destination._metadata[prefix[:-1]] = {"version": module._version}
-    for name, tensor in module._parameters.items():
-        if tensor is not None:
-            destination[prefix + name] = tensor if keep_vars else _detached(tensor)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            destination[prefix + name] = buffer if keep_vars else buffer.detach()
-    if kind.get_extra_state is not nn.Module.get_extra_state:
-        destination[prefix + _EXTRA_STATE_KEY_SUFFIX] = module.get_extra_state()
-    for name, child in module._modules.items():
-        if child is not None:
-            _collect(child, destination, prefix if name == INNER else f"{prefix}{name}.", keep_vars)
-
-
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, DTensor):
-        return DTensor(local_of(tensor).detach(), tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-    return tensor.detach()
-
-
-@own
+@checks_first
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The keys below this wrapper as nn.Module's loading looks for them."""
+    """Renames the keys below this wrapper to what ``nn.Module``'s loading looks for."""
     assert isinstance(module, StateDictMixin)
-    # Also where load_state_dict above has done so: a module around this one, or a user's hook, may
-    # come in between.
+    # load_state_dict above has done both, but a module around this one may be what is loaded, or a
+    # user's hook may have come in between.
     wait_at_gate()
     module._reset()
     if module._full:
-        for entry in Survey(module, prefix).entries:
-            if entry.key in state_dict:
-                state_dict[entry.key] = shard_full(entry, state_dict[entry.key])
+        cut_whole_tensors(state_dict, ModuleEntries.of(module, prefix).entries)
     inner = prefix + PREFIX
-    for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(inner)]:
-        state_dict[inner + key[len(prefix) :]] = state_dict.pop(key)
+    for key in keys_below(state_dict, prefix):
+        if not key.startswith(inner):
+            state_dict[inner + key[len(prefix) :]] = state_dict.pop(key)
 
 
-@own
+@checks_first
 def _after_load(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, StateDictMixin)
     for keys in incompatible:
         keys[:] = [key.replace(PREFIX, "") for key in keys]
     module._unit.rebind()
     if module._root is not None:
-        module._runner.cast_buffers()  # ``assign`` may have brought others
+        module._runner.cast_buffers()  # ``assign`` may have brought other ones

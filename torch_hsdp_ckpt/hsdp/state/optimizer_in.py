@@ -1,0 +1,115 @@
+"""How an optimizer's state goes in: from a state by names to what ``Optimizer.load_state_dict``
+takes. The plan, in which everything was checked, is applied: whole tensors are cut, and those that
+only the first rank has are sent."""
+
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from ...common.tensors import local_of
+from .cut import shard_of
+from .from_first_rank import DTensorOnFirstRank, FirstRank, TensorOnFirstRank
+from .nested import map_leaves
+from .optimizer_mismatch import ParameterState
+from .optimizer_plan import (
+    OptimizerLoadPlan,
+    OptimizerLoadRequest,
+    StateEntry,
+    plan_optimizer_load,
+)
+from .placement import spec_with_dtype
+
+
+def loadable_state(request: OptimizerLoadRequest) -> dict[str, Any]:
+    """What ``Optimizer.load_state_dict`` takes. Collective over the mesh: ValueError on all ranks,
+    which lists what does not fit, or on none."""
+    return _apply(plan_optimizer_load(request))
+
+
+def _apply(plan: OptimizerLoadPlan) -> dict[str, Any]:
+    """Cuts the whole tensors of the plan; those of the first rank are sent. Collective if there
+    are such."""
+    loadable: dict[str, Any] = {
+        "state": {key: _placed_entry(entry, plan.sender) for key, entry in plan.entries.items()}
+    }
+    if plan.param_groups is not None:
+        loadable["param_groups"] = plan.param_groups
+    return loadable
+
+
+def _placed_entry(entry: StateEntry, sender: FirstRank | None) -> Any:
+    if not isinstance(entry.value, dict):
+        return entry.value
+    return {key: _placed_item(key, item, entry.target, sender) for key, item in entry.value.items()}
+
+
+def _placed_item(
+    key: Any, item: Any, target: ParameterState | None, sender: FirstRank | None
+) -> Any:
+    current = None
+    if target is not None and not isinstance(item, dict):
+        current = target.current.get(key)
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, DTensor):
+            return leaf
+        if isinstance(leaf, DTensorOnFirstRank):
+            raise ValueError(f"{key} holds a DTensor on the first rank: it has to be whole")
+        if isinstance(leaf, (torch.Tensor, TensorOnFirstRank)):
+            return _placed_tensor(leaf, _spec_of(key, leaf, target, current), sender)
+        return leaf
+
+    return map_leaves(item, place)
+
+
+def _placed_tensor(
+    value: torch.Tensor | TensorOnFirstRank, spec: DTensorSpec | None, sender: FirstRank | None
+) -> torch.Tensor:
+    """``value`` as the optimizer keeps it; without ``spec`` that is as a plain tensor."""
+    if isinstance(value, TensorOnFirstRank):
+        assert sender is not None
+        value = sender.receive(value, spec)
+    if spec is None or isinstance(value, DTensor):
+        return value
+    local = local_of(shard_of(value, spec)).to(spec.mesh.device_type).contiguous()
+    # A copy is kept: the whole tensor may go, and the caller's stays as it is.
+    if local.untyped_storage()._cdata == value.untyped_storage()._cdata:
+        local = local.clone()
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def _spec_of(
+    key: Any,
+    value: torch.Tensor | TensorOnFirstRank,
+    target: ParameterState | None,
+    current: Any,
+) -> DTensorSpec | None:
+    """How a whole ``value`` is placed in the optimizer; None if it is a plain tensor there."""
+    like = None if target is None else _placed_like(target, current)
+    if target is None or like is None:
+        return None
+    shape = tuple(value.shape)
+    if shape != tuple(like.shape):
+        is_end_to_end = shape == (target.elements,)
+        return _replicated(like.device_mesh, value) if is_end_to_end else None
+    is_unlike_parameters = not shape and str(key) not in target.like_parameters
+    if is_unlike_parameters and like is target.parameter:
+        return None
+    return spec_with_dtype(like, value.dtype)
+
+
+def _placed_like(target: ParameterState, current: Any) -> DTensor | None:
+    """What the optimizer has already, else the parameter; None if that is a plain tensor."""
+    if not isinstance(target.parameter, DTensor):
+        return None
+    like = current if isinstance(current, torch.Tensor) else target.parameter
+    return like if isinstance(like, DTensor) else None
+
+
+def _replicated(mesh: DeviceMesh, value: torch.Tensor | TensorOnFirstRank) -> DTensorSpec:
+    """For a tensor of all parameters end to end, which every rank has whole."""
+    meta = TensorMeta(torch.Size(value.shape), (1,), value.dtype)
+    return DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta)

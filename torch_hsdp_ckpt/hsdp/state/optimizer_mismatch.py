@@ -1,0 +1,169 @@
+"""Why a value of a saved optimizer state can't be the state of a parameter: one function for each
+reason."""
+
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from .from_first_rank import DTensorOnFirstRank, TensorOnFirstRank
+from .mismatch import DENSE, StorageFormat, local_shape_mismatch, placement_mismatch
+
+_ShapedValue = torch.Tensor | TensorOnFirstRank | DTensorOnFirstRank
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """A parameter of the optimizer, and what is known of its state.
+
+    ``current``: the state that the optimizer has now. ``elements``: of all the optimizer's
+    parameters together. ``like_parameters``: the keys whose values have dimensions where parameters
+    have. Under these (Adam's ``exp_avg``, not its ``step``) a parameter without dimensions has a
+    DTensor too. ``converted_to``: the dtype that ``Optimizer.load_state_dict`` would silently give
+    floating state; None where it is not known."""
+
+    parameter: torch.Tensor
+    current: dict[str, Any]
+    elements: int
+    like_parameters: frozenset[str]
+    converted_to: torch.dtype | None
+
+
+def has_dimensions(value: Any) -> TypeGuard[_ShapedValue]:
+    """Whether it is a tensor, here or on the first rank, that is not a single value."""
+    return isinstance(value, _ShapedValue) and len(value.shape) > 0
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """``value``, which has dimensions, beside what the optimizer has or would make."""
+
+    where: str
+    value: Any
+    target: ParameterState
+    current: Any
+    converted_to: torch.dtype | None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the optimizer has a tensor there to compare with."""
+        return has_dimensions(self.current)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    @property
+    def expected_shape(self) -> tuple[int, ...]:
+        return tuple(self.current.shape if self.is_known else self.target.parameter.shape)
+
+    @property
+    def expected_dtype(self) -> torch.dtype | None:
+        return self.current.dtype if self.is_known else self.converted_to
+
+    @property
+    def is_end_to_end(self) -> bool:
+        """Whether it holds one element for each of all parameters, as LBFGS's tensors do."""
+        return self.shape == (self.target.elements,)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it has the shape of the parameter reduced over some dimensions, or over none, as
+        Adafactor's tensors have."""
+        expected = self.expected_shape
+        return len(self.shape) == len(expected) and all(
+            given in (needed, 1) for given, needed in zip(self.shape, expected, strict=True)
+        )
+
+
+def state_mismatch(where: str, key: Any, value: Any, target: ParameterState) -> str | None:
+    """Why ``value`` can't be under ``key`` in the state of ``target``; None if it can. ``where``:
+    what the message calls it."""
+    current = target.current.get(key)
+    if isinstance(value, DTensorOnFirstRank):
+        return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
+    if not has_dimensions(value):
+        return _lack_of_dimensions(where, value, current)
+    converted_to = None if key == "step" else target.converted_to
+    comparison = _Comparison(where, value, target, current, converted_to)
+    return (
+        _format_mismatch(comparison)
+        or _shape_mismatch(comparison)
+        or _dtype_mismatch(comparison)
+        or _sharding_mismatch(comparison)
+    )
+
+
+def _lack_of_dimensions(where: str, value: Any, current: Any) -> str | None:
+    if not has_dimensions(current):
+        return None
+    is_tensor = isinstance(value, torch.Tensor)
+    kind = "a single value" if is_tensor else f"a {type(value).__name__}"
+    return f"{where} is {kind}, the optimizer has a tensor of shape {tuple(current.shape)}"
+
+
+def _format_mismatch(it: _Comparison) -> str | None:
+    value = it.value
+    if isinstance(value, torch.Tensor) and StorageFormat.of(value) != DENSE:
+        return (
+            f"{it.where} is of another kind ({value.layout}, {value.dtype}) than the parameter's "
+            "shards"
+        )
+    if it.is_known and isinstance(value, DTensor) and not isinstance(it.current, DTensor):
+        return (
+            f"{it.where} is a DTensor, the optimizer has a plain tensor there: pass "
+            "value.full_tensor()"
+        )
+    return None
+
+
+def _shape_mismatch(it: _Comparison) -> str | None:
+    if it.is_known:
+        fits = it.shape == it.expected_shape
+    else:
+        fits = it.is_reduced or it.is_end_to_end
+    if fits:
+        return None
+    # Other optimizers than torch's may keep anything. What they keep can be seen after a step.
+    may_keep_anything = not it.is_known and it.converted_to is None
+    hint = "; if it keeps states of such shapes, take a step first, to make them"
+    return (
+        f"size mismatch for {it.where}: {it.shape} given, the optimizer has {it.expected_shape}"
+        f"{hint if may_keep_anything else ''}"
+    )
+
+
+def _dtype_mismatch(it: _Comparison) -> str | None:
+    dtype: torch.dtype = it.value.dtype
+    if it.expected_dtype in (None, dtype) or not dtype.is_floating_point:
+        return None
+    return f"{it.where} is {dtype}, the optimizer has {it.expected_dtype}: convert it"
+
+
+def _sharding_mismatch(it: _Comparison) -> str | None:
+    parameter, is_sharded = it.target.parameter, isinstance(it.value, DTensor)
+    if not isinstance(parameter, DTensor):
+        if not is_sharded:
+            return None
+        return f"{it.where} is a DTensor, the parameter is a plain tensor"
+    if is_sharded:
+        return _placement_mismatch(it, parameter)
+    has_other_shape = it.shape != it.expected_shape
+    if not it.is_known and has_other_shape and not it.is_end_to_end:
+        return (
+            f"{it.where} is reduced to {it.shape}, which is cut in the optimizer's own way: take a "
+            "step first, to make its state"
+        )
+    return None
+
+
+def _placement_mismatch(it: _Comparison, parameter: DTensor) -> str | None:
+    like = it.current if isinstance(it.current, DTensor) else parameter
+    has_its_shape = it.shape == tuple(like.shape)
+    is_placed_so = it.value.placements == like.placements or not has_its_shape
+    if it.value.device_mesh != parameter.device_mesh or not is_placed_so:
+        return placement_mismatch(it.where, it.value, like, "the parameter")
+    if not has_its_shape:
+        return None
+    return local_shape_mismatch(it.where, it.value, like, "optimizer")
