@@ -76,6 +76,7 @@ def test_a_good_house_has_no_departures(check: house.Check, tmp_path: Path) -> N
 
 
 BRANCHY = "def f(x):\n" + "    if x: return 1\n" * 15
+NOTED_AND_LONG = f"{'#' * 99} # noqa: E501\n{'#' * 101}"
 LONG = "def f(x):\n" + "    x += 1\n" * 60
 
 
@@ -124,7 +125,7 @@ LONG = "def f(x):\n" + "    x += 1\n" * 60
         (house.private_imports_of_examples, "examples/a.py", "from torch_hsdp_ckpt import f", "f"),
         (house.large_functions, "torch_hsdp_ckpt/common/a.py", BRANCHY, "16 branches"),
         (house.large_functions, "torch_hsdp_ckpt/common/a.py", LONG, "61 lines"),
-        (house.long_lines, "test/a.py", "#" * 101, "test/a.py:1: 101 characters"),
+        (house.long_lines, "test/a.py", NOTED_AND_LONG, "test/a.py:2: 101 characters"),
     ],
 )
 def test_a_departure_is_found(
