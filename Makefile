@@ -1,11 +1,16 @@
 # `make demo` and `make test` do all their set-up on a fresh machine; both are cheap to run again.
 #
 #   make demo            train, get killed in the middle of a save, resume
-#   make test            lint, build, GoogleTest and Catch2 through CTest, sanitizers, short fuzzing, pytest
-#   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV), else the newest)
-#   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch, GPU tests, GPU benchmarks
+#   make test            lint, build, GoogleTest and Catch2 through CTest, sanitizers, fuzzing, and
+#                        pytest
+#   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV),
+#                        else the newest)
+#   make soak            the slow cases of pytest's matrices, of which `make test` runs a sample
+#   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch,
+#                        GPU tests, GPU benchmarks
 #   make sanitize        the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make race            what threads share under ThreadSanitizer
+#   make odr             the torch-free rooms linked as a whole, which finds types defined twice
 #   make fuzz            the parsers of untrusted bytes under libFuzzer (needs clang)
 #   make bench           the benchmarks against torch
 #   make format          clang-format and ruff, in place
@@ -19,9 +24,11 @@ export HSDP_CKPT_CUDA ?=
 export HSDP_CKPT_BUILD_DIR = $(BUILD)
 
 IN = . $(VENV)/bin/activate &&
+PIP = $(IN) python -m pip install --quiet --disable-pip-version-check
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: demo test gpu bench fuzz sanitize race format lint build build-tests ctest pytest clean
+.PHONY: demo test soak gpu bench fuzz sanitize race odr format lint build build-tests ctest pytest
+.PHONY: clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -30,44 +37,54 @@ demo: build
 test: lint build-tests
 	$(MAKE) sanitize
 	$(MAKE) race
+	$(MAKE) odr
 	$(MAKE) fuzz FUZZ_SECONDS=16
 	$(MAKE) ctest
 	$(MAKE) pytest
 
-# ---- set-up --------------------------------------------------------------------------------------------------------
+# ---- set-up --------------------------------------------------------------------------------------
 # What the machine's package manager has to bring: headers and libraries, no Python.
 # With what they recommend: libFuzzer and the sanitizers come that way with clang.
 DEBIAN_PACKAGES = g++ libgtest-dev libgmock-dev catch2 libisal-dev zlib1g-dev clang
+HAS_VENV = $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null
+HAS_HEADERS = $(PYTHON) -c 'import pathlib, sysconfig; \
+  (pathlib.Path(sysconfig.get_path("include")) / "Python.h").stat()' 2>/dev/null
+APT_INSTALL = DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+  -o APT::Install-Recommends=true
 
 .PHONY: system
 system:
-	@command -v dpkg-query >/dev/null || { command -v c++ >/dev/null || { echo "a C++20 compiler is missing"; exit 1; }; \
-	  echo "not a Debian: where GoogleTest, Catch2, zlib are not found, CMake fetches them"; exit 0; }; \
-	missing=$$(for p in $(DEBIAN_PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q "ok installed" || echo $$p; done; \
-	  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv; \
-	  $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || echo python3-dev); \
+	@command -v dpkg-query >/dev/null || { \
+	  command -v c++ >/dev/null || { echo "a C++20 compiler is missing"; exit 1; }; \
+	  echo "not a Debian: where GoogleTest, Catch2, zlib are not found, CMake fetches them"; \
+	  exit 0; \
+	}; \
+	missing=$$(for p in $(DEBIAN_PACKAGES); do \
+	  dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q "ok installed" || echo $$p; \
+	done; $(HAS_VENV) || echo python3-venv; $(HAS_HEADERS) || echo python3-dev); \
 	missing=$$(echo $$missing); \
-	if [ -n "$$missing" ]; then \
-	  if [ "$$(id -u)" = 0 ]; then echo "installing $$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o APT::Install-Recommends=true $$missing >/dev/null; \
-	  else echo "These packages are missing; install them first: sudo apt-get install $$missing"; exit 1; fi; \
-	fi
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ]; then \
+	  echo "These packages are missing; install them first: sudo apt-get install $$missing"; exit 1; \
+	fi; \
+	echo "installing $$missing"; apt-get update -qq && $(APT_INSTALL) $$missing >/dev/null
 
 # The stamp's name holds what was asked for, so that another TORCH installs another torch.
 STAMP = $(VENV)/.ready-$(or $(TORCH),any)
 $(STAMP): requirements-dev.txt | system
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.ready-*
-	$(IN) python -m pip install --quiet --disable-pip-version-check "torch$(if $(TORCH),==$(TORCH),>=2.11)" -r requirements-dev.txt
+	$(PIP) "torch$(if $(TORCH),==$(TORCH),>=2.11)" -r requirements-dev.txt
 	touch $@
 
 build: $(STAMP)
-	$(IN) python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PIP) --no-build-isolation --no-deps -e .
 
 build-tests: export HSDP_CKPT_TESTS = 1
 build-tests: export HSDP_CKPT_WERROR = 1
 build-tests: build
 
-# ---- checks --------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 lint: $(STAMP)
 	$(IN) ruff check . && ruff format --check . && mypy && clang-format --dry-run -Werror $(CXX_FILES)
 
@@ -80,20 +97,30 @@ ctest: build-tests
 pytest: build-tests
 	$(IN) python -m pytest $(ARGS)
 
+# The slow cases of matrices whose sample is in `make pytest`.
+soak: build-tests
+	$(IN) python -m pytest -m soak $(ARGS)
+
 # The rooms without torch build in seconds: run their tests under the sanitizers too.
+CORE = -G Ninja -DHSDP_CKPT_TORCH=OFF -DHSDP_CKPT_TESTS=ON -DHSDP_CKPT_WERROR=ON
 sanitize: $(STAMP)
-	$(IN) cmake -S . -B build/sanitize -G Ninja -DHSDP_CKPT_TORCH=OFF -DHSDP_CKPT_TESTS=ON -DHSDP_CKPT_WERROR=ON \
-	  -DHSDP_CKPT_SANITIZE=address,undefined >/dev/null && cmake --build build/sanitize -j 2 && \
+	$(IN) cmake -S . -B build/sanitize $(CORE) -DHSDP_CKPT_SANITIZE=address,undefined >/dev/null && \
+	  cmake --build build/sanitize -j 2 && \
 	  ctest --test-dir build/sanitize --no-tests=error --output-on-failure -j 2
 
 # What background threads share with training, under ThreadSanitizer.
 race: $(STAMP)
-	$(IN) cmake -S . -B build/race -G Ninja -DHSDP_CKPT_TORCH=OFF -DHSDP_CKPT_TESTS=ON -DHSDP_CKPT_WERROR=ON \
-	  -DHSDP_CKPT_SANITIZE=thread >/dev/null && cmake --build build/race -j 2 --target thread_tests && \
+	$(IN) cmake -S . -B build/race $(CORE) -DHSDP_CKPT_SANITIZE=thread >/dev/null && \
+	  cmake --build build/race -j 2 --target thread_tests && \
 	  build/race/test/thread_tests --gtest_brief=1
 
-# libFuzzer over the parsers of untrusted bytes, with ASan and UBSan; needs clang. FUZZ_SECONDS in all;
-# new inputs stay in build/fuzz/corpus, from which the next run goes on.
+# The one definition rule: a type that two files define differently does not link.
+odr: $(STAMP)
+	$(IN) cmake -S . -B build/odr $(CORE) -DHSDP_CKPT_ODR=ON >/dev/null && \
+	  cmake --build build/odr -j 2
+
+# libFuzzer over the parsers of untrusted bytes, with ASan and UBSan; needs clang. FUZZ_SECONDS in
+# all; new inputs stay in build/fuzz/corpus, from which the next run goes on.
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	$(IN) test/fuzz/run.sh $(FUZZ_SECONDS)
@@ -108,7 +135,8 @@ gpu: export HSDP_CKPT_FETCH = 0
 gpu: export HSDP_CKPT_REQUIRE_GPU = 1
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
-	if [ -x $(BUILD)/test/catch2_tests ]; then $(BUILD)/test/catch2_tests "[gpu]"; else echo "no Catch2 here: its GPU tests are not run"; fi
+	if [ -x $(BUILD)/test/catch2_tests ]; then $(BUILD)/test/catch2_tests "[gpu]"; \
+	else echo "no Catch2 here: its GPU tests are not run"; fi
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 	$(PYTHON) test/bench/run.py --gpu
 

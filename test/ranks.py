@@ -4,6 +4,8 @@ A fork server imports torch and the package once (2 s); each rank is a fork of i
 milliseconds. What torch imports late is imported there too: its optimizers bring in torch._dynamo,
 which costs each rank a second."""
 
+from __future__ import annotations
+
 import ctypes
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,9 @@ def one_gloo_thread() -> None:
 
     made = ProcessGroupGloo.__init__
 
-    def make(self: Any, store: Any, rank: int, size: int, timeout: Any = None, **rest: Any) -> None:
+    def make(
+        self: Any, store: Any, rank: int, size: int, timeout: Any = None, **other: Any
+    ) -> None:
         options = ProcessGroupGloo._Options()
         options._devices = [ProcessGroupGloo.create_default_device()]
         options._threads = 1
@@ -51,6 +56,23 @@ def one_gloo_thread() -> None:
         made(self, store, rank, size, options)
 
     ProcessGroupGloo.__init__ = make
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a rank's function returned, or how it failed."""
+
+    value: Any = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A rank's process, and the pipe that its outcome comes through."""
+
+    rank: int
+    process: Any
+    receiver: Connection
 
 
 class RankError(AssertionError):
@@ -67,30 +89,27 @@ def _rank(
     one_gloo_thread()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
-        if (
-            "cuda" in backend or "nccl" in backend
-        ):  # before a mesh takes LOCAL_RANK's, of which there may be fewer than ranks
+        if "cuda" in backend or "nccl" in backend:
+            # Before a mesh takes LOCAL_RANK's, of which there may be fewer than ranks.
             torch.cuda.set_device(rank % torch.cuda.device_count())
         fn, args = pickle.loads(call)
         dist.init_process_group(
             backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
         )
-        outcome = (True, fn(rank, *args))
+        outcome = _Outcome(value=fn(rank, *args))
     except BaseException:
-        outcome = (False, traceback.format_exc())
+        outcome = _Outcome(failure=traceback.format_exc())
     sender.send_bytes(pickle.dumps(outcome))
     sender.close()
-    os._exit(
-        0
-    )  # a peer that failed may never come to a collective that tearing down would wait for
+    # A peer that failed may never come to a collective that tearing down would wait for.
+    os._exit(0)
 
 
 def process_memory(key: str) -> int:
     """Bytes of one line of ``/proc/self/status``, such as VmRSS, VmHWM or RssFile."""
-    line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
-    )
-    return int(line.split()[1]) << 10
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith(key))
+    return int(kib) << 10
 
 
 def memory_of(call: Callable[[], Any]) -> int:
@@ -122,57 +141,69 @@ def run_ranks(
     # shared memory.
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as scratch:
-        ranks, receivers = [], []
-        for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(
-                target=_rank,
-                args=(call, rank, world_size, f"{scratch}/store", backend, sender),
-                daemon=True,
-            )
-            process.start()
-            sender.close()
-            ranks.append(process)
-            receivers.append(receiver)
-        outcomes: dict[int, tuple[bool, Any]] = {}
-        deadline = time.monotonic() + timeout
-        waiting = dict(zip(receivers, range(world_size), strict=True))
-        failed_at = None
-        while waiting:
-            # Once a rank has failed, the others get a moment to say why they fail too, then they
-            # are ended.
-            limit = deadline if failed_at is None else min(deadline, failed_at + 3)
-            ready = wait(list(waiting), timeout=max(0.0, limit - time.monotonic()))
-            if not ready:
-                break
-            for receiver in ready:
-                rank = waiting.pop(receiver)
-                try:
-                    outcomes[rank] = pickle.loads(receiver.recv_bytes())
-                except EOFError:
-                    ranks[rank].join()
-                    died = f"died with exit code {ranks[rank].exitcode}"
-                    outcomes[rank] = (True, None) if rank in allow_death else (False, died)
-                if not outcomes[rank][0] and failed_at is None:
-                    failed_at = time.monotonic()
-        for rank in waiting.values():
-            os.kill(ranks[rank].pid, signal.SIGKILL)
-            outcomes[rank] = (
-                False,
-                f"was not done after {timeout:.0f} s"
-                if failed_at is None
-                else "ended: a peer failed",
-            )
-        for process in ranks:
-            process.join()
+        ranks = [
+            _start(call, rank, world_size, f"{scratch}/store", backend)
+            for rank in range(world_size)
+        ]
+        outcomes = _collect(ranks, timeout, allow_death)
     failures = [
-        f"--- rank {rank}: {outcomes[rank][1]}"
+        f"--- rank {rank}: {outcomes[rank].failure}"
         for rank in range(world_size)
-        if not outcomes[rank][0]
+        if outcomes[rank].failure is not None
     ]
     if failures:
         raise RankError("\n".join(["ranks failed:", *failures]))
-    return [outcomes[rank][1] for rank in range(world_size)]
+    return [outcomes[rank].value for rank in range(world_size)]
+
+
+def _start(call: bytes, rank: int, world_size: int, store: str, backend: str) -> _Started:
+    receiver, sender = _context.Pipe(duplex=False)
+    arguments = (call, rank, world_size, store, backend, sender)
+    process = _context.Process(target=_rank, args=arguments, daemon=True)
+    process.start()
+    sender.close()
+    return _Started(rank, process, receiver)
+
+
+def _collect(
+    ranks: list[_Started], timeout: float, allow_death: tuple[int, ...]
+) -> dict[int, _Outcome]:
+    """Waits for every rank, ends those that are late, and returns each rank's outcome.
+
+    Once a rank has failed, the others get a moment to say why they fail too, then they are
+    ended."""
+    outcomes: dict[int, _Outcome] = {}
+    limit = time.monotonic() + timeout
+    late = f"was not done after {timeout:.0f} s"
+    waiting = {started.receiver: started for started in ranks}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, limit - time.monotonic()))
+        if not ready:
+            break
+        for receiver in ready:
+            started = waiting.pop(receiver)
+            outcome = _received(started, started.rank in allow_death)
+            outcomes[started.rank] = outcome
+            if outcome.failure is not None:
+                limit = min(limit, time.monotonic() + 3)
+                late = "ended: a peer failed"
+    for started in waiting.values():
+        os.kill(started.process.pid, signal.SIGKILL)
+        outcomes[started.rank] = _Outcome(failure=late)
+    for started in ranks:
+        started.process.join()
+    return outcomes
+
+
+def _received(started: _Started, may_die: bool) -> _Outcome:
+    """Reads what a rank has sent, or how it ended without."""
+    try:
+        return pickle.loads(started.receiver.recv_bytes())
+    except EOFError:
+        started.process.join()
+    if may_die:
+        return _Outcome()
+    return _Outcome(failure=f"died with exit code {started.process.exitcode}")
 
 
 def _one_after_another(rank: int, checks: Sequence[Callable[[int], None]]) -> None:

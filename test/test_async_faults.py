@@ -134,7 +134,10 @@ def _in_a_row(rank: int, path: str) -> None:
 
 
 def test_hundreds_in_a_row_with_workers_alive(tmp_path: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_async_faults as t; t._in_a_row(0, sys.argv[2])"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "import test_async_faults as t; t._in_a_row(0, sys.argv[2])"
+    )
     here = Path(__file__).parent
     main = tmp_path / "main.py"
     main.write_text(f"if __name__ == '__main__':\n    {code}\n")

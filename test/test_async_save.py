@@ -245,7 +245,8 @@ def test_futures_and_groups(tmp_path: Path) -> None:
 
 
 def test_a_save_in_flight_is_finished_at_exit(tmp_path: Path) -> None:
-    code = f"import torch, torch_hsdp_ckpt as h; h.async_save({{'w': torch.ones(10**7)}}, checkpoint_id={str(tmp_path / 'c')!r})"
+    save = f"h.async_save({{'w': torch.ones(10**7)}}, checkpoint_id={str(tmp_path / 'c')!r})"
+    code = f"import torch, torch_hsdp_ckpt as h; {save}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     target = {"w": torch.zeros(10**7)}
     dcp.load(target, storage_reader=h.FileSystemReader(tmp_path / "c"))

@@ -20,6 +20,7 @@ from examples.demo.__main__ import main
 from examples.demo.crash import Crash
 from examples.demo.journal import Journal, Tail
 from examples.demo.progress import Progress
+from torch_hsdp_ckpt import save
 from torch_hsdp_ckpt.checkpoint.storage.metadata import encode_metadata
 from torch_hsdp_ckpt.training import run_directory as checkpoints
 
@@ -272,7 +273,7 @@ def train_and_resume(rank: int, root: Path) -> tuple[list[float], list[float], l
     arguments = trainer_arguments(root, "--replicas", "2", "--dropout", "0.2")
     first = train.Trainer(arguments, torch.device("cpu"), text)
     before = [first.train_step() for _ in range(2)]
-    first.save(root / "step-000002")
+    save(first.state(), checkpoint_id=root / "step-000002")
     after = [first.train_step() for _ in range(3)]
     second = train.Trainer(arguments, torch.device("cpu"), text)
     second.load(root / "step-000002")
@@ -337,19 +338,30 @@ def test_a_failing_run_shows_the_rank_that_failed(tmp_path: Path) -> None:
     assert alive_with(str(tmp_path)) == []
 
 
-def test_the_whole_demo_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ranks, replicas, claims",
+    [
+        (2, 2, 7),
+        pytest.param(1, 1, 6, marks=pytest.mark.soak),
+        pytest.param(3, 3, 7, marks=pytest.mark.soak),
+        pytest.param(4, 1, 7, marks=pytest.mark.soak),
+        pytest.param(4, 2, 7, marks=pytest.mark.soak),
+        pytest.param(6, 3, 7, marks=pytest.mark.soak),
+    ],
+)
+def test_the_whole_demo_small(ranks: int, replicas: int, claims: int, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    options = run.Options(ranks=2, replicas=2, steps=10, directory=root, model=SMALL)
+    options = run.Options(ranks=ranks, replicas=replicas, steps=10, directory=root, model=SMALL)
     run.check(options)
     output = io.StringIO()
     passed = run.Demo(options, output).run()
     text = (root / "report.txt").read_text()
     assert text in output.getvalue()
     assert passed, text
-    assert "7 of 7 claims hold" in text
-    assert text.count("PASS") == 7
+    assert f"{claims} of {claims} claims hold" in text
+    assert text.count("PASS") == claims
     assert "FAIL" not in text
-    assert "SIGKILL to torchrun and 2 ranks in the save of step" in text
+    assert f"SIGKILL to torchrun and {ranks} ranks in the save of step" in text
     assert (root / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     # The job was cut off in a save and came back: two starts, one end, in one log.
     events = [event["event"] for event in Tail(root / "job" / "log.jsonl").new()]

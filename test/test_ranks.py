@@ -24,11 +24,9 @@ def _fail(rank: int) -> None:
 def _die(rank: int) -> str:
     dist.barrier()
     if rank == 1:
-        time.sleep(
-            1
-            # rank 0 is through the barrier too: it must not take the closed connection for a failure of
-            # its own
-        )
+        # Rank 0 is through the barrier too: it must not take the closed connection for a failure
+        # of its own.
+        time.sleep(1)
         os._exit(7)
     return "alive"
 

@@ -178,10 +178,11 @@ def says_that_dcp_plans(
     """Whether ``save`` has said so: once a process for each reason, here once a test."""
     monkeypatch.setattr(_save, "_said", set())
     caplog.set_level(logging.INFO, logger="torch_hsdp_ckpt")
-    return (
-        lambda: "DCP plans this save: the storage writer is a FileSystemWriter or writes through torch's own code"
-        in caplog.text
+    says = (
+        "DCP plans this save: the storage writer is a FileSystemWriter or writes through torch's "
+        "own code"
     )
+    return lambda: says in caplog.text
 
 
 SAVES = [

@@ -23,9 +23,9 @@ def parser() -> argparse.ArgumentParser:
     """Returns the demo's parser."""
     demo = _Parser(
         prog="examples.demo",
-        description="Trains a byte-level GPT under HSDP, kills the job in the middle of a save, resumes it on the same mesh, "
-        "as 1-D FSDP and on half the ranks, and checks that nothing was lost but the steps since "
-        "the last save.",
+        description="Trains a byte-level GPT under HSDP, kills the job in the middle of a save, "
+        "resumes it on the same mesh, as 1-D FSDP and on half the ranks, and checks that nothing "
+        "was lost but the steps since the last save.",
     )
     demo.add_argument(
         "--data",
@@ -60,10 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except run.UsageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    for number in (
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # as Ctrl-C: the training processes are ended before us
+    # As Ctrl-C: the training processes are ended before us.
+    for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
         return 0 if run.Demo(options, sys.stdout).run() else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_hsdp_ckpt.training import run_directory as checkpoints
-
+from . import checkpoints
 from .journal import Tail
 from .launch import Job, send
 
@@ -26,21 +24,6 @@ class Crash:
     bytes: int
 
 
-def data_files(checkpoint: Path) -> dict[str, int]:
-    """Returns the sizes of a checkpoint's files, without ``.metadata`` and what is going to be
-    renamed to it."""
-    try:
-        with os.scandir(checkpoint) as entries:
-            sizes = {
-                entry.name: entry.stat().st_size
-                for entry in entries
-                if not entry.name.startswith(".metadata")
-            }
-    except FileNotFoundError:
-        return {}  # the save has not made its directory yet, or renamed a file while we looked
-    return sizes
-
-
 def kill_in_save(
     job: Job, root: Path, tail: Tail, first_step: int, seen: Callable[[dict[str, Any]], None]
 ) -> Crash | None:
@@ -52,31 +35,20 @@ def kill_in_save(
     while job.running():
         for event in tail.new():
             seen(event)
-            if (
-                event["event"] == "save"
-                and event["step"] >= first_step
-                and _caught(job, checkpoints.path_of(root, event["step"]))
-            ):
+            due = event["event"] == "save" and event["step"] >= first_step
+            if due and _freeze_in_save(job, checkpoints.path_of(root, event["step"])):
                 job.kill()
-                path = checkpoints.path_of(root, event["step"])
-                sizes = data_files(path)
-                # A rename that was under way in the kernel when the job froze would have been
-                # finished.
-                return (
-                    None
-                    if checkpoints.is_committed(path)
-                    else Crash(event["step"], len(sizes), sum(sizes.values()))
-                )
+                return _left_behind(root, event["step"])
         time.sleep(0.002)
     return None
 
 
-def _caught(job: Job, checkpoint: Path) -> bool:
+def _freeze_in_save(job: Job, checkpoint: Path) -> bool:
     """Waits for the save's first bytes, then freezes the job. Returns False, and lets it go on, if
     the commit was faster."""
     processes = job.processes()  # looked up ahead: a small save is done in milliseconds
     while not checkpoints.is_committed(checkpoint):
-        if any(data_files(checkpoint).values()):
+        if any(checkpoints.data_files(checkpoint).values()):
             # Frozen, nothing moves between our look and the kill.
             send(signal.SIGSTOP, processes)
             if not checkpoints.is_committed(checkpoint):
@@ -87,3 +59,13 @@ def _caught(job: Job, checkpoint: Path) -> bool:
             return False
         time.sleep(0.0002)
     return False
+
+
+def _left_behind(root: Path, step: int) -> Crash | None:
+    """Returns what the killed save of ``step`` left. None where it is committed after all: a rename
+    that was under way in the kernel when the job froze has come to its end."""
+    checkpoint = checkpoints.path_of(root, step)
+    if checkpoints.is_committed(checkpoint):
+        return None
+    sizes = checkpoints.data_files(checkpoint)
+    return Crash(step, len(sizes), sum(sizes.values()))

@@ -74,7 +74,8 @@ def positions(step: int, sequences: Sequence[int], size: int, length: int, seed:
     is saved by saving the step."""
     starts = []
     for sequence in sequences:
-        digest = hashlib.blake2b(struct.pack("<QQQ", seed, step, sequence), digest_size=8).digest()
+        key = struct.pack("<QQQ", seed, step, sequence)
+        digest = hashlib.blake2b(key, digest_size=8).digest()
         starts.append(int.from_bytes(digest, "little") % (size - length))
     return starts
 

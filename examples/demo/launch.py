@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -28,15 +29,9 @@ class Job:
     def __init__(self, name: str, ranks: int, arguments: Sequence[str], logs: Path) -> None:
         self.name, self.ranks, self._logs = name, ranks, logs
         logs.mkdir(parents=True, exist_ok=True)
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-        ]
-        launcher += ["--redirects", "3", "--log-dir", str(logs), "-m", "examples.demo.train"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(ranks), "--redirects", "3", "--log-dir", str(logs)]
+        launcher += ["-m", "examples.demo.train"]
         # One thread a rank: the ranks already fill the cores. cuBLAS needs its setting to give the
         # same bits twice.
         env = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}
@@ -60,10 +55,8 @@ class Job:
         """Says whether the job goes on. Raises JobError if it has failed."""
         code = self._torchrun.poll()
         if code:
-            raise JobError(
-                f"the {self.name} run failed (exit code {code}): {self._failure()}\nits logs: "
-                f"{self._logs}"
-            )
+            problem = f"the {self.name} run failed (exit code {code}): {self._failure()}"
+            raise JobError(f"{problem}\nits logs: {self._logs}")
         return code is None
 
     def processes(self) -> list[int]:
@@ -83,51 +76,56 @@ class Job:
             time.sleep(0.005)
 
     def _failure(self) -> str:
-        rank, said = self._first_failed()
-        if rank is None:
+        """Returns what is known of the failure, in lines for the user."""
+        failure = self._first_raised() or self._first_died()
+        if failure is None:
             return "torchrun itself failed:\n" + _tail(self._logs / "torchrun.log")
-        stderr = next(self._logs.glob(f"**/{rank}/stderr.log"), None)
-        return f"rank {rank} of {self.ranks} {said}\n" + (_tail(stderr) if stderr else "")
+        said = f"rank {failure.rank} of {self.ranks} {failure.said}\n"
+        stderr = next(self._logs.glob(f"**/{failure.rank}/stderr.log"), None)
+        return said if stderr is None else said + _tail(stderr)
 
-    def _first_failed(self) -> tuple[int | None, str]:
-        """Returns the rank whose failure came first and what is known of it."""
+    def _first_raised(self) -> _Failure | None:
+        """Returns the exception that a rank raised first, which torchrun's `record` has written."""
         raised = []
         for file in self._logs.glob("**/error.json"):
             message = json.loads(file.read_text(encoding="utf-8"))["message"]
             if isinstance(message, dict):
-                raised.append(
-                    (
-                        int(message["extraInfo"]["timestamp"]),
-                        int(file.parent.name),
-                        str(message["message"]),
-                    )
-                )
-        if raised:
-            return min(raised)[1], "raised " + min(raised)[2]
+                when = int(message["extraInfo"]["timestamp"])
+                rank = int(file.parent.name)
+                raised.append(_Failure(when, rank, f"raised {message['message']}"))
+        return min(raised, default=None)
+
+    def _first_died(self) -> _Failure | None:
+        """Returns the rank that ended first without an exception, as torchrun logs it."""
         text = (self._logs / "torchrun.log").read_text(encoding="utf-8", errors="replace")
         match = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
-        return (int(match[2]), f"ended with exit code {match[1]}") if match else (None, "")
+        if match is None:
+            return None
+        return _Failure(0, int(match[2]), f"ended with exit code {match[1]}")
+
+
+@dataclass(frozen=True, order=True)
+class _Failure:
+    """A rank's end: when, in seconds since the epoch, which rank, and how."""
+
+    when: int
+    rank: int
+    said: str
 
 
 def _tail(file: Path, lines: int = 15) -> str:
-    return "\n".join(
-        "  " + line
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-    )
+    last = file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    return "\n".join("  " + line for line in last)
 
 
 def _stat(pid: int) -> list[str]:
     """Returns the fields of /proc/PID/stat after the program's name (state, parent, ...); none if
     there is no such process."""
     try:
-        return (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()
-        )
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return []
+    return text.rpartition(")")[2].split()
 
 
 def _alive(pid: int) -> bool:
@@ -136,10 +134,15 @@ def _alive(pid: int) -> bool:
 
 def _family(root: int) -> list[int]:
     """Returns ``root`` and all its descendants."""
-    parents = {int(entry): _stat(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()}
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    children: dict[int, list[int]] = {}
+    for pid in pids:
+        fields = _stat(pid)
+        if fields:
+            children.setdefault(int(fields[1]), []).append(pid)
     family = [root]
     for pid in family:  # grows while it is walked
-        family += [child for child, fields in parents.items() if fields and int(fields[1]) == pid]
+        family += children.get(pid, [])
     return family
 
 

@@ -57,51 +57,42 @@ def save(path: Path, reference: Run, crashed: Run, resumed: Sequence[Run], crash
 def _losses(axes: Any, reference: Run, crashed: Run, resumed: Sequence[Run], crash: Crash) -> None:
     whole, died = reference.losses(), crashed.losses()
     saved = resumed[0].resumed_from()
-    axes.plot(
-        list(whole),
-        list(whole.values()),
-        color=_FAINT,
-        linewidth=7,
-        solid_capstyle="round",
-        label="never interrupted",
-    )
-    axes.plot(
-        list(died), list(died.values()), color=_INK, linewidth=1.6, label="the job that gets killed"
-    )
+    band: Any = {"color": _FAINT, "linewidth": 7, "solid_capstyle": "round"}
+    axes.plot(list(whole), list(whole.values()), label="never interrupted", **band)
+    line: Any = {"color": _INK, "linewidth": 1.6}
+    axes.plot(list(died), list(died.values()), label="the job that gets killed", **line)
     for run, colour, look in zip(resumed, _COLOURS, _STYLES, strict=False):
         losses = run.losses()
         axes.plot(
             list(losses), list(losses.values()), color=colour, linewidth=1.2, label=run.name, **look
         )
-    axes.axvspan(saved, crash.step, color="#cf222e", alpha=0.08, linewidth=0)
-    axes.plot(
-        [crash.step],
-        [died[crash.step]],
-        marker="X",
-        color="#cf222e",
-        markersize=14,
-        markeredgecolor="white",
-        linestyle="none",
-    )
-    top = axes.get_ylim()[1]
-    axes.annotate(
-        f"SIGKILL in the save\nof step {crash.step}: {crash.step - saved} steps lost",
-        xy=(crash.step, died[crash.step]),
-        xytext=(crash.step, died[crash.step] + 0.38 * (top - died[crash.step])),
-        color="#cf222e",
-        ha="center",
-        arrowprops={"arrowstyle": "-", "color": "#cf222e", "shrinkB": 8},
-    )
-    axes.axvline(saved, color="#1a7f37", linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"last committed\ncheckpoint: step {saved}", xy=(saved, top), xytext=(-6, -4), textcoords="offset points",
-        color="#1a7f37", ha="right", va="top",
-    )  # fmt: skip
+    _mark_crash(axes, crash, died[crash.step], saved)
     axes.set_ylabel("loss (nats per byte)")
     axes.set_title(
         "Killed in the middle of a save, resumed on three meshes", loc="left", fontweight="bold"
     )
     axes.legend(frameon=False, loc="upper right")
+
+
+def _mark_crash(axes: Any, crash: Crash, loss: float, saved: int) -> None:
+    """Marks the crash, at ``loss``, and the step ``saved`` that the job resumes from."""
+    red, green = "#cf222e", "#1a7f37"
+    axes.axvspan(saved, crash.step, color=red, alpha=0.08, linewidth=0)
+    cross: Any = {"marker": "X", "markersize": 14, "markeredgecolor": "white", "linestyle": "none"}
+    axes.plot([crash.step], [loss], color=red, **cross)
+    top = axes.get_ylim()[1]
+    axes.annotate(
+        f"SIGKILL in the save\nof step {crash.step}: {crash.step - saved} steps lost",
+        xy=(crash.step, loss),
+        xytext=(crash.step, loss + 0.38 * (top - loss)),
+        color=red,
+        ha="center",
+        arrowprops={"arrowstyle": "-", "color": red, "shrinkB": 8},
+    )
+    axes.axvline(saved, color=green, linewidth=1.2, linestyle=(0, (4, 3)))
+    beside: Any = {"xytext": (-6, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
+    says = f"last committed\ncheckpoint: step {saved}"
+    axes.annotate(says, xy=(saved, top), color=green, **beside)
 
 
 def _differences(axes: Any, reference: Run, resumed: Sequence[Run]) -> None:
@@ -110,17 +101,10 @@ def _differences(axes: Any, reference: Run, resumed: Sequence[Run]) -> None:
         losses = {step: loss for step, loss in run.losses().items() if step in whole}
         off = [abs(loss - whole[step]) for step, loss in losses.items()]
         axes.plot(list(losses), off, color=colour, linewidth=1.2, **look)
-    if resumed[0].losses() and all(
-        whole[step] == loss for step, loss in resumed[0].losses().items()
-    ):
-        axes.text(
-            0.01,
-            0.8,
-            f"{resumed[0].name}:\nno difference in any bit",
-            transform=axes.transAxes,
-            color=_COLOURS[0],
-            va="top",
-        )
+    same = resumed[0].losses()
+    if same and all(whole[step] == loss for step, loss in same.items()):
+        says = f"{resumed[0].name}:\nno difference in any bit"
+        axes.text(0.01, 0.8, says, transform=axes.transAxes, color=_COLOURS[0], va="top")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axes.margins(y=0.15)
     axes.set_ylabel("difference from the\nuninterrupted run")

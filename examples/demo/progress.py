@@ -22,19 +22,23 @@ class Progress:
         """Shows that ``units`` more are done of what ``label`` names."""
         self._done = min(self._total, self._done + units)
         if self._terminal:
-            filled = _WIDTH * self._done // self._total
-            bar = "█" * filled + "░" * (_WIDTH - filled)
-            line = (
-                f"{bar} {100 * self._done // self._total:3d} %  {self._clock()}  {label}  {detail}"
-            )
-            # \x1b[K clears what a longer line before left over.
-            self._stream.write("\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K")
-            self._stream.flush()
+            self._draw(label, detail)
         elif label != self._label or self._done - self._printed >= self._every:
-            self._stream.write(f"[{self._clock()}] {label}  {detail}".rstrip() + "\n")
+            line = f"[{self._clock()}] {label}  {detail}".rstrip()
+            self._stream.write(f"{line}\n")
             self._stream.flush()
             self._printed = self._done
         self._label = label
+
+    def _draw(self, label: str, detail: str) -> None:
+        filled = _WIDTH * self._done // self._total
+        bar = "█" * filled + "░" * (_WIDTH - filled)
+        percent = 100 * self._done // self._total
+        line = f"{bar} {percent:3d} %  {self._clock()}  {label}  {detail}"
+        fits = shutil.get_terminal_size().columns - 1
+        # \x1b[K clears what a longer line before left over.
+        self._stream.write(f"\r{line[:fits]}\x1b[K")
+        self._stream.flush()
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""

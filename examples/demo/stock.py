@@ -40,17 +40,17 @@ def trained(state: Any) -> dict[str, torch.Tensor]:
 
 
 def different(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> list[str]:
-    def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-        alike = a.dtype == b.dtype and a.shape == b.shape
-        return alike and torch.equal(
-            a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
-        )
+    """Returns the names of the tensors that only one side has, or that differ in a bit."""
+    alone = ours.keys() ^ others.keys()
+    both = ours.keys() & others.keys()
+    unequal = {name for name in both if not same_bits(ours[name], others[name])}
+    return sorted(alone | unequal)
 
-    return sorted(
-        n
-        for n in ours.keys() | others.keys()
-        if n not in ours or n not in others or not same(ours[n], others[n])
-    )
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def main(checkpoint: str, exported: str, other: str) -> None:

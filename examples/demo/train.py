@@ -1,9 +1,12 @@
 """An ordinary training script: a byte-level GPT under HSDP with checkpoints. torch's launcher
 starts it.
 
-One host:    torchrun --nproc-per-node 4 -m examples.demo.train --dir run --replicas 2 --resume
-latest Many hosts:  the same on each, with --nnodes, --rdzv-backend c10d, --rdzv-endpoint and a
---dir that all of them share."""
+One host:
+
+    torchrun --nproc-per-node 4 -m examples.demo.train --dir run --replicas 2 --resume latest
+
+Many hosts: the same on each, with --nnodes, --rdzv-backend c10d, --rdzv-endpoint and a --dir that
+all of them share."""
 
 from __future__ import annotations
 
@@ -25,16 +28,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from torch_hsdp_ckpt import (
+    CheckpointManager,
     FileSystemReader,
-    FileSystemWriter,
     FullyShardedDataParallel,
     ShardingStrategy,
 )
-from torch_hsdp_ckpt.training import run_directory as checkpoints
 
-from . import data
+from . import checkpoints, data
 from .journal import Journal
 from .model import Block, Gpt, GptConfig, sequence_losses
 
@@ -101,11 +104,8 @@ def pick_device(wanted: str) -> torch.device:
     """Returns this rank's device."""
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if wanted == "auto":
-        wanted = (
-            "cuda"
-            if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks
-            else "cpu"
-        )
+        enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks
+        wanted = "cuda" if enough else "cpu"
     if wanted == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)
@@ -124,13 +124,19 @@ def make_mesh(device: torch.device, replicas: int) -> tuple[DeviceMesh, Sharding
     dimension if that is 0."""
     world = dist.get_world_size()
     if replicas == 0:
-        return init_device_mesh(
-            device.type, (world,), mesh_dim_names=("shard",)
-        ), ShardingStrategy.FULL_SHARD
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        return mesh, ShardingStrategy.FULL_SHARD
     shape = (replicas, world // replicas)
-    return init_device_mesh(
-        device.type, shape, mesh_dim_names=("replicate", "shard")
-    ), ShardingStrategy.HYBRID_SHARD
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return mesh, ShardingStrategy.HYBRID_SHARD
+
+
+def build_model(args: argparse.Namespace, device: torch.device) -> Gpt:
+    """Returns the same model on every rank, whatever the mesh."""
+    torch.manual_seed(args.seed)
+    heads = max(1, args.width // 64)
+    config = GptConfig(args.width, args.layers, heads, args.length, args.dropout)
+    return Gpt(config).to(device)
 
 
 class Trainer:
@@ -141,13 +147,9 @@ class Trainer:
         self.step = 0
         self.text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.text_digest = data.fingerprint(text)
-        # Every rank builds the same model, whatever the mesh; from then on each has random numbers
-        # of its own.
-        torch.manual_seed(args.seed)
-        model = Gpt(
-            GptConfig(args.width, args.layers, max(1, args.width // 64), args.length, args.dropout)
-        ).to(device)
+        model = build_model(args, device)
         self.elements = sum(p.numel() for p in model.parameters())
+        # From here on each rank has random numbers of its own.
         torch.manual_seed(args.seed + 1 + dist.get_rank())
         mesh, strategy = make_mesh(device, args.replicas)
         self.model = FullyShardedDataParallel(
@@ -189,9 +191,6 @@ class Trainer:
             "rng": {f"rank{dist.get_rank()}": rng},
         }
 
-    def save(self, path: Path) -> None:
-        dcp.save(self.state(), storage_writer=FileSystemWriter(path))
-
     def load(self, path: Path) -> None:
         """Takes over the checkpoint at ``path``, saved on any mesh. Raises UsageError if it belongs
         to other data."""
@@ -202,10 +201,8 @@ class Trainer:
         if f"rng.rank{dist.get_rank()}.cpu" not in reader.read_metadata().state_dict_metadata:
             del state["rng"]
         dcp.load(state, storage_reader=reader)
-        if (
-            state["progress"]["text"] != self.text_digest
-            or state["progress"]["seed"] != self.args.seed
-        ):
+        progress = state["progress"]
+        if progress["text"] != self.text_digest or progress["seed"] != self.args.seed:
             raise UsageError(f"{path} was trained on other data or with another --seed")
         set_state_dict(
             self.model,
@@ -213,7 +210,7 @@ class Trainer:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        self.step = state["progress"]["step"]
+        self.step = progress["step"]
         for rng in state.get("rng", {}).values():
             torch.set_rng_state(rng["cpu"])
             if "cuda" in rng and self.device.type == "cuda":
@@ -222,8 +219,9 @@ class Trainer:
     def export(self, path: Path) -> None:
         """Gathers every tensor whole and writes model and optimizer with torch.save on rank 0: a
         file for one process."""
-        whole = {key: value for key, value in self.state().items() if key in ("model", "optimizer")}
-        whole = torch.utils._pytree.tree_map_only(DTensor, lambda t: t.full_tensor().cpu(), whole)
+        state = self.state()
+        shards = {key: state[key] for key in ("model", "optimizer")}
+        whole = tree_map_only(DTensor, lambda t: t.full_tensor().cpu(), shards)
         if dist.get_rank() == 0:
             torch.save(whole, path)
 
@@ -234,50 +232,56 @@ def resume(trainer: Trainer, root: Path, journal: Journal) -> None:
     # One rank looks, so that all take the same one.
     found: list[Any] = [checkpoints.steps_in(root) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
-    committed, incomplete = found[0]
-    if committed:
-        trainer.load(checkpoints.path_of(root, committed[-1]))
-    journal.write(
-        "resume", step=trainer.step, skipped=[step for step in incomplete if step > trainer.step]
-    )
+    steps: checkpoints.Steps = found[0]
+    if steps.committed:
+        trainer.load(checkpoints.path_of(root, steps.committed[-1]))
+    skipped = [step for step in steps.incomplete if step > trainer.step]
+    journal.write("resume", step=trainer.step, skipped=skipped)
 
 
 def train(args: argparse.Namespace, trainer: Trainer, journal: Journal) -> None:
-    while trainer.step < args.steps:
-        begin = time.monotonic()
-        loss = trainer.train_step()
-        seconds = round(time.monotonic() - begin, 4)
-        journal.write(
-            "step", step=trainer.step, loss=round(loss, 6), hex=loss.hex(), seconds=seconds
-        )
-        if trainer.step % args.save_every == 0 or trainer.step == args.steps:
-            journal.write("save", step=trainer.step)
-            begin = time.monotonic()
-            trainer.save(checkpoints.path_of(args.dir, trainer.step))
-            journal.write("saved", step=trainer.step, seconds=round(time.monotonic() - begin, 4))
-            if dist.get_rank() == 0:
-                checkpoints.prune(args.dir, args.keep)
+    """Trains to the last step. The manager deletes older checkpoints when a save has committed."""
+    with CheckpointManager(args.dir, keep_last=args.keep) as manager:
+        while trainer.step < args.steps:
+            take_step(trainer, journal)
+            if trainer.step % args.save_every == 0 or trainer.step == args.steps:
+                save(trainer, manager, journal)
+
+
+def take_step(trainer: Trainer, journal: Journal) -> None:
+    begin = time.monotonic()
+    loss = trainer.train_step()
+    seconds = round(time.monotonic() - begin, 4)
+    journal.write("step", step=trainer.step, loss=round(loss, 6), hex=loss.hex(), seconds=seconds)
+
+
+def save(trainer: Trainer, manager: CheckpointManager, journal: Journal) -> None:
+    journal.write("save", step=trainer.step)
+    begin = time.monotonic()
+    manager.save(trainer.step, trainer.state)
+    seconds = round(time.monotonic() - begin, 4)
+    journal.write("saved", step=trainer.step, seconds=seconds)
 
 
 def check(args: argparse.Namespace) -> bytes:
     """Returns the text, or raises UsageError for arguments that can't work."""
     ranks = int(os.environ["WORLD_SIZE"])
     for name in ("steps", "save_every", "keep", "batch", "length", "width", "layers"):
-        if getattr(args, name) < 1:
-            raise UsageError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}"
-            )
+        value = getattr(args, name)
+        if value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.replicas < 0 or (args.replicas and ranks % args.replicas):
         raise UsageError(f"--replicas {args.replicas} does not divide the {ranks} ranks")
     if args.batch % ranks:
         raise UsageError(f"--batch {args.batch} does not divide over {ranks} ranks")
     try:
         args.dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {args.dir}: {error.strerror or error}") from None
+    try:
         return data.read_text(args.data, args.length)
     except data.DataError as error:
         raise UsageError(str(error)) from None
-    except OSError as error:
-        raise UsageError(f"cannot make {args.dir}: {error.strerror or error}") from None
 
 
 def run(args: argparse.Namespace) -> None:

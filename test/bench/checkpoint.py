@@ -300,4 +300,5 @@ def measure_small(directory: Path, count: int, rounds: int, systems: tuple[str, 
             ]
         )
     header = ["system", "ms, median [range]", "MiB on disk", "on disk / state"]
-    return f"## Saves of {count} tensors of 4 KiB, {file_system(directory)}, {rounds} rounds\n{table(header, rows)}\n"
+    title = f"## Saves of {count} tensors of 4 KiB, {file_system(directory)}, {rounds} rounds"
+    return f"{title}\n{table(header, rows)}\n"

@@ -40,21 +40,25 @@ def file_system(path: str | os.PathLike[str]) -> str:
 
 
 def machine() -> str:
+    """Names the processor, its cores, the memory, the GPU and the kernel."""
     cpu = platform.processor() or platform.machine()
     with open("/proc/cpuinfo", encoding="utf-8") as f:
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu
-        )
+        models = [line for line in f if line.startswith("model name")]
+    if models:
+        cpu = models[0].partition(":")[2].strip()
+    cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory{gpu}, Linux {platform.release()}"
+    system = f"Linux {platform.release()}"
+    return f"{cpu}, {cores} cores, {memory:.0f} GiB memory{gpu}, {system}"
 
 
 def publish(name: str, body: str) -> None:
     """Prints the report and writes it to ``results/<name>.md``."""
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    head = f"# {name}\n{machine()}; torch {torch.__version__}; {today}; load average at the end {os.getloadavg()[0]:.1f}\n\n"
-    text = f"{head}    python {' '.join(sys.argv)}\n\n{body}\n"
+    load = f"load average at the end {os.getloadavg()[0]:.1f}"
+    where = f"{machine()}; torch {torch.__version__}; {today}; {load}"
+    text = f"# {name}\n{where}\n\n    python {' '.join(sys.argv)}\n\n{body}\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     print(text, flush=True)

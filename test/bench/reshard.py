@@ -115,4 +115,6 @@ def measure(directory: Path, total: int, rounds: int, systems: tuple[str, ...]) 
         "CPU s per GiB",
         "bytes read / needed",
     ]
-    return f"## {total / 2**30:.2f} GiB saved by 2 x 2, {file_system(directory)}, {rounds} rounds, cold\n{table(header, rows)}\n"
+    what = f"{total / 2**30:.2f} GiB saved by 2 x 2"
+    title = f"## {what}, {file_system(directory)}, {rounds} rounds, cold"
+    return f"{title}\n{table(header, rows)}\n"

@@ -82,6 +82,11 @@ def measure(quick: bool) -> str:
         "written and synced",
         "MiB",
     ]
-    title = f"## {TENSORS} tensors, {REPLICAS} replicas, {rounds} rounds; ms, median [range]; CRC-32 by {_C._build_info()['crc32']}"
-    told = f"What a rank tells the others before its first byte, in one all-gather: {_SLOT.size} bytes."
+    checksum = _C._build_info()["crc32"]
+    what = f"{TENSORS} tensors, {REPLICAS} replicas, {rounds} rounds"
+    title = f"## {what}; ms, median [range]; CRC-32 by {checksum}"
+    told = (
+        "What a rank tells the others before its first byte, in one all-gather: "
+        f"{_SLOT.size} bytes."
+    )
     return f"{title}\n{table(header, rows)}\n\n{told}\n"

@@ -108,7 +108,8 @@ def measure(quick: bool, systems: tuple[str, ...]) -> str:
         "on every replica, each a "
         f"process of this machine, {rounds} rounds"
     )
-    limit = f"Reading the state once takes {total / BANDWIDTH:.2f} s there, once a replica R times as long."
+    once = f"{total / BANDWIDTH:.2f} s"
+    limit = f"Reading the state once takes {once} there, once a replica R times as long."
     return f"{title}\n{limit}\n\n{table(header, rows)}\n"
 
 

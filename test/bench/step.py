@@ -86,7 +86,8 @@ def own_time(systems: tuple[str, ...], steps: int) -> str:
         "own us per unit",
         "of torch's better one",
     ]
-    return f"## Own time: no data moves, 2 replicas x 4 shards, {units} units, {steps} steps\n{table(header, rows)}\n"
+    title = f"## Own time: no data moves, 2 replicas x 4 shards, {units} units, {steps} steps"
+    return f"{title}\n{table(header, rows)}\n"
 
 
 def _collectives(mesh: DeviceMesh, mib: float, units: int, swap: bool) -> float:
@@ -158,7 +159,8 @@ def communication(systems: tuple[str, ...], kind: str, steps: int, quick: bool) 
         "of torch's better one",
         "of the better collectives alone",
     ]
-    title = f"## Communication, {kind}: {mib:.0f} MiB, 4 Gloo ranks, 2 replicas x 2 shards, {steps} steps"
+    where = "4 Gloo ranks, 2 replicas x 2 shards"
+    title = f"## Communication, {kind}: {mib:.0f} MiB, {where}, {steps} steps"
     return f"{title}\n{table(header, rows)}\n"
 
 
@@ -214,7 +216,8 @@ def memory(systems: tuple[str, ...], kind: str, steps: int, quick: bool) -> str:
         "MiB above the resting state, worst rank, median [range]",
         "bytes copied an element and step",
     ]
-    title = f"## Memory, {kind}: {mib:.0f} MiB of float32, 4 Gloo ranks, 2 replicas x 2 shards, {steps} steps"
+    where = "4 Gloo ranks, 2 replicas x 2 shards"
+    title = f"## Memory, {kind}: {mib:.0f} MiB of float32, {where}, {steps} steps"
     return f"{title}\n{table(header, rows)}\n"
 
 
@@ -267,4 +270,5 @@ def in_place(rounds: int) -> str:
         "packed ms, median [range]",
         "in place / packed",
     ]
-    return f"## In place or packed: 4 MiB between 2 Gloo ranks, {rounds} rounds\n{table(header, rows)}\n"
+    title = f"## In place or packed: 4 MiB between 2 Gloo ranks, {rounds} rounds"
+    return f"{title}\n{table(header, rows)}\n"
