@@ -1,6 +1,5 @@
 #include "hsdp/shard_layout.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -32,15 +31,11 @@ ShardLayout::ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t
 }
 
 int64_t ShardLayout::chunk_rows(size_t i) const {
-  return (params_.at(i).rows + shards_ - 1) / shards_;
+  return base::ChunkRows(params_.at(i).rows, shards_);
 }
 
-int64_t ShardLayout::first_row(size_t i, int64_t rank) const {
-  return std::min(rank * chunk_rows(i), params_.at(i).rows);
-}
-
-int64_t ShardLayout::shard_rows(size_t i, int64_t rank) const {
-  return first_row(i, rank + 1) - first_row(i, rank);
+base::ShardRows ShardLayout::rows(size_t i, int64_t rank) const {
+  return base::RowsOfShard(params_.at(i).rows, shards_, rank);
 }
 
 int64_t ShardLayout::shard_numel(size_t i, int64_t rank) const {

@@ -4,12 +4,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/shard_rows.h"
+
 namespace hsdp_ckpt::hsdp {
 
-/// Where one parameter's dim-0 shards lie. Pure arithmetic, no tensors.
-///
-/// Chunks are what torch.chunk and DTensor's Shard(0) make: ceil(rows / shards) rows each, the last
-/// one that has any may have fewer, trailing ranks may have none.
+/// One parameter as its dim-0 shards see it. Which rows a shard holds says base::RowsOfShard.
 struct ParamShape {
   /// `item`: elements, or bytes, that one element of the parameter counts as. A parameter of no
   /// dimension can't be cut: it counts as one row a rank, each of them the whole value.
@@ -42,10 +41,12 @@ class ShardLayout {
 
   /// Rows of every full chunk of parameter `i`: ceil(rows / shards).
   int64_t chunk_rows(size_t i) const;
+  /// The rows of parameter `i` that `rank` holds; none is possible.
+  base::ShardRows rows(size_t i, int64_t rank) const;
   /// First row that `rank` holds, clipped to the number of rows.
-  int64_t first_row(size_t i, int64_t rank) const;
+  int64_t first_row(size_t i, int64_t rank) const { return rows(i, rank).first; }
   /// Rows that `rank` holds; may be 0.
-  int64_t shard_rows(size_t i, int64_t rank) const;
+  int64_t shard_rows(size_t i, int64_t rank) const { return rows(i, rank).count; }
   /// Elements that `rank` holds.
   int64_t shard_numel(size_t i, int64_t rank) const;
   /// Where parameter `i` begins in every rank's flat buffer, in elements.

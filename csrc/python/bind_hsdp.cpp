@@ -3,6 +3,7 @@
 #include <pybind11/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "base/shard_rows.h"
 #include "hsdp/param_group.h"
 #include "hsdp/peers.h"
 #include "hsdp/schedule.h"
@@ -17,6 +18,12 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 
 void BindHsdp(py::module_& module) {
   module.def("copied_bytes", &kernels::CopiedBytes);
+
+  py::class_<base::ShardRows>(module, "ShardRows")
+      .def_readonly("first", &base::ShardRows::first)
+      .def_readonly("count", &base::ShardRows::count);
+  module.def("shard_rows", &base::RowsOfShard, py::arg("rows"), py::arg("shards"),
+             py::arg("shard"));
 
   py::class_<hsdp::Collectives, std::shared_ptr<hsdp::Collectives>>(module, "Collectives")
       .def(py::init<std::string, std::optional<std::string>, int64_t>(), py::arg("shard_group"),

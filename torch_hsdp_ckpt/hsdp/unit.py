@@ -339,11 +339,9 @@ class ShardedUnit:
         if whole.ndim == 0:
             local.copy_(whole)
             return
-        first = min(
-            -(-whole.shape[0] // shards) * self.mesh.get_local_rank(self.mesh.ndim - 1),
-            whole.shape[0],
-        )
-        local.copy_(whole.narrow(0, first, local.shape[0]))
+        shard = self.mesh.get_local_rank(self.mesh.ndim - 1)
+        rows = _C.shard_rows(whole.shape[0], shards, shard)
+        local.copy_(whole.narrow(0, rows.first, rows.count))
 
     def release(self) -> None:
         """Lets go of gradients kept for reuse: ``_apply`` swaps tensors in place, which nobody else

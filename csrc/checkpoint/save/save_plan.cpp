@@ -10,6 +10,7 @@
 #include <span>
 
 #include "base/error.h"
+#include "base/shard_rows.h"
 #include "format/encoder.h"
 #include "format/file_index.h"
 #include "format/record.h"
@@ -129,8 +130,7 @@ SavePlan::SavePlan(std::vector<Sharding> shardings, std::vector<PlannedTensor> t
   }
 }
 
-// Left to right over the mesh's dimensions, in chunks of ceil(size / parts), as DTensor and
-// torch.chunk have it.
+// Left to right over the mesh's dimensions, each cut by RowsOfShard's rule.
 void SavePlan::Box(const PlannedTensor& tensor, const Coordinates& at, format::Shape* offsets,
                    format::Shape* sizes) const {
   const Sharding& sharding = shardings_[tensor.sharding];
@@ -142,10 +142,9 @@ void SavePlan::Box(const PlannedTensor& tensor, const Coordinates& at, format::S
     if (dim >= sizes->size())
       throw base::Error(tensor.fqn + ": sharded along a dimension that it has not");
     int64_t& size = (*sizes)[dim];
-    const int64_t chunk = (size + sharding.mesh_shape[i] - 1) / sharding.mesh_shape[i];
-    const int64_t begin = std::min(chunk * at[i], size);
-    (*offsets)[dim] += begin;
-    size = std::min(chunk, size - begin);
+    const base::ShardRows rows = base::RowsOfShard(size, sharding.mesh_shape[i], at[i]);
+    (*offsets)[dim] += rows.first;
+    size = rows.count;
   }
 }
 

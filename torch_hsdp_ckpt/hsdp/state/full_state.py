@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from ... import _C
 from ...common.tensors import local_of
 
 _LARGE = 1 << 20  # bytes of a shard from which on a gather of its own pays
@@ -31,7 +32,7 @@ def is_first(mesh: DeviceMesh) -> bool:
 
 
 def chunk_rows(shape: Sequence[int], mesh: DeviceMesh) -> int:
-    return -(-shape[0] // mesh.size(mesh.ndim - 1))
+    return _C.shard_rows(shape[0], mesh.size(mesh.ndim - 1), 0).count
 
 
 def spec_like(tensor: DTensor, dtype: torch.dtype) -> DTensorSpec:
@@ -48,9 +49,9 @@ def own_rows(full: torch.Tensor, spec: DTensorSpec) -> DTensor:
     nothing is sent or copied."""
     if not rows_alone(spec):
         return distribute_tensor(full, spec.mesh, spec.placements, src_data_rank=None)
-    rows = chunk_rows(full.shape, spec.mesh)
-    start = min(rows * spec.mesh.get_local_rank(spec.mesh.ndim - 1), full.shape[0])
-    return DTensor(full.detach()[start : start + rows], spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    shards, shard = spec.mesh.size(spec.mesh.ndim - 1), spec.mesh.get_local_rank(spec.mesh.ndim - 1)
+    rows = _C.shard_rows(full.shape[0], shards, shard)
+    return DTensor(full.detach().narrow(0, rows.first, rows.count), spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def gather(
