@@ -7,7 +7,6 @@
 #include "hsdp/param_group.h"
 #include "hsdp/peers.h"
 #include "hsdp/schedule.h"
-#include "kernels/batched_copy.h"
 #include "python/module.h"
 
 namespace py = pybind11;
@@ -17,8 +16,6 @@ namespace hsdp_ckpt::python {
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 void BindHsdp(py::module_& module) {
-  module.def("copied_bytes", &kernels::CopiedBytes);
-
   py::class_<base::ShardRows>(module, "ShardRows")
       .def_readonly("first", &base::ShardRows::first)
       .def_readonly("count", &base::ShardRows::count);
