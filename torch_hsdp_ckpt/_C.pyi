@@ -203,6 +203,47 @@ class ShardRows:
     first: int
     count: int
 
+class BackwardPrefetch:
+    """When backward starts the next unit's gather."""
+
+    NONE: BackwardPrefetch
+    PRE: BackwardPrefetch
+    POST: BackwardPrefetch
+    name: str
+    value: int
+
+class ReshardAfterForward:
+    """When a forward frees the full parameters of a unit."""
+
+    UNLESS_BACKWARD_IS_NEXT: ReshardAfterForward
+    ALWAYS: ReshardAfterForward
+    NEVER: ReshardAfterForward
+    name: str
+    value: int
+
+class ReadTurn:
+    """What a reader of the sharded parameters gets who asks for the turn."""
+
+    TAKEN: ReadTurn
+    HELD: ReadTurn
+    BUSY: ReadTurn
+    name: str
+    value: int
+
+class UnitPrecision:
+    """The dtypes that a unit computes and reduces in; None: as stored, as computed."""
+
+    def __init__(
+        self,
+        *,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        keep_low_precision_grads: bool = False,
+    ) -> None: ...
+    param_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
+    keep_low_precision_grads: bool
+
 class Collectives:
     def __init__(self, shard_group: str, replica_group: str | None, rank: int) -> None: ...
     def set_reduce_groups(self, shard_group: str, replica_group: str | None) -> None: ...
@@ -215,23 +256,23 @@ class Peers:
 class Unit:
     name: str
     sync: bool
-    reshard_after_forward: bool | None
+    reshard_after_forward: ReshardAfterForward
     reshard_after_backward: bool
     @property
     def frozen(self) -> bool: ...
-    def set_prefetch(self, units: Sequence[Unit], forward: bool) -> None: ...
+    def set_forward_prefetch(self, units: Sequence[Unit]) -> None: ...
+    def set_backward_prefetch(self, units: Sequence[Unit]) -> None: ...
     def __init__(
         self,
+        *,
         sizes: Sequence[Sequence[int]],
         dtypes: Sequence[torch.dtype],
         device: torch.device,
         collectives: Collectives,
-        reshard_after_forward: bool | None,
+        precision: UnitPrecision,
+        reshard_after_forward: ReshardAfterForward,
         on_backward: Callable[[], None],
         on_reduced: Callable[[], None],
-        param_dtype: torch.dtype | None = None,
-        reduce_dtype: torch.dtype | None = None,
-        keep_low_precision_grads: bool = False,
     ) -> None: ...
     def set_all_reduce(self, all_reduce: bool) -> None: ...
     def set_all_reduce_hook(self, hook: Callable[[torch.Tensor], None] | None) -> None: ...
@@ -252,15 +293,16 @@ class Unit:
 class Schedule:
     def __init__(
         self,
-        backward_prefetch: int,
+        backward_prefetch: BackwardPrefetch,
         rank: int,
         peers: Peers | None,
         on_backward_end: Callable[[], None],
     ) -> None: ...
     def set_last_backward(self, last: bool) -> None: ...
     def finish_reductions(self) -> None: ...
-    def take_turn(self) -> bool: ...
-    def begin_read(self, only_if_quiet: bool = ...) -> bool | None: ...
+    def take_turn(self) -> ReadTurn: ...
+    def begin_read(self) -> ReadTurn: ...
+    def begin_read_if_quiet(self) -> ReadTurn: ...
     def end_read(self) -> None: ...
     def running_here(self) -> bool: ...
     def add(self, unit: Unit, full: Sequence[torch.Tensor], trainable: Sequence[int]) -> None: ...
@@ -269,6 +311,7 @@ class Schedule:
     ) -> None: ...
     def leave_forward(self, unit: Unit, outputs: Sequence[torch.Tensor]) -> None: ...
     def abort_forward(self, unit: Unit) -> None: ...
-    def hold(self, unit: Unit, wait: bool) -> None: ...
+    def start_unshard(self, unit: Unit) -> None: ...
+    def unshard(self, unit: Unit) -> None: ...
     def release(self, unit: Unit) -> None: ...
     def reset(self) -> None: ...

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import BackwardPrefetch, CPUOffload, MixedPrecision, ShardingStrategy
 
+from .. import _C
 from .arguments import check_module, check_offload, ignored_parameters, mesh_for, offloads
 from .clip import clip_grad_norm
 from .materialize import materialize, move, synchronize
@@ -22,7 +23,7 @@ from .root import Root
 from .runner import Runner, named_runners
 from .state.state_dict import StateDictMixin
 from .summon import summon
-from .unit import ShardedUnit, device_of, own_slots
+from .unit import ShardedUnit, device_of, own_slots, reshard_policy
 from .wrap import auto_wrap
 
 WRAPPED = "_checkpoint_wrapped_module"
@@ -131,12 +132,18 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             else False
         )
         self._unit = ShardedUnit(
-            own_slots([module], ignored), mesh, device, reshard, *precision.of_unit()
+            own_slots([module], ignored),
+            mesh,
+            device,
+            reshard_policy(reshard),
+            precision.of_unit(),
         )
         self._checkpoint_wrapped_module = module
-        prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[
-            backward_prefetch
-        ]
+        prefetch = {
+            None: _C.BackwardPrefetch.NONE,
+            BackwardPrefetch.BACKWARD_PRE: _C.BackwardPrefetch.PRE,
+            BackwardPrefetch.BACKWARD_POST: _C.BackwardPrefetch.POST,
+        }[backward_prefetch]
         self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__, skipped)
         self._init_state_dict()
 

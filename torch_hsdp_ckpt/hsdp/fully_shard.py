@@ -14,13 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import Shard
 
+from .. import _C
 from ..common.gate import wait_at_gate
 from .arguments import at, check_mesh, check_module, check_offload
 from .materialize import move
 from .precision import Precision
 from .runner import Runner, named_runners, runner_of
 from .state.module_load import load, own
-from .unit import ShardedUnit, device_of, own_slots
+from .unit import ShardedUnit, device_of, own_slots, reshard_policy
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -89,7 +90,7 @@ class FSDPModule:
         """Whether the full parameters are freed after forward and gathered again in backward, the
         outermost module's too."""
         for unit in self._units(recurse):
-            unit.core.reshard_after_forward = reshard_after_forward
+            unit.core.reshard_after_forward = reshard_policy(reshard_after_forward)
 
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
@@ -114,12 +115,12 @@ class FSDPModule:
     def set_modules_to_forward_prefetch(self, modules: "list[FSDPModule]") -> None:
         """Whose gathers this module's forward starts ahead, instead of the one that came next in
         the last forward."""
-        _runner(self).unit.core.set_prefetch([_runner(m).unit.core for m in modules], forward=True)
+        _runner(self).unit.core.set_forward_prefetch([_runner(m).unit.core for m in modules])
 
     def set_modules_to_backward_prefetch(self, modules: "list[FSDPModule]") -> None:
         """Whose gathers this module's backward starts ahead, instead of the one that comes next in
         reverse forward order."""
-        _runner(self).unit.core.set_prefetch([_runner(m).unit.core for m in modules], forward=False)
+        _runner(self).unit.core.set_backward_prefetch([_runner(m).unit.core for m in modules])
 
     def set_gradient_divide_factor(self, factor: float) -> None:
         """Divides the sum of this module's gradients over all ranks by ``factor`` instead of the
@@ -356,9 +357,11 @@ def fully_shard(
     for each in modules:
         if device.type != "cpu":
             move(each, device)
-    unit = ShardedUnit(slots, mesh, device, reshard_after_forward, *precision.of_unit())
+    unit = ShardedUnit(
+        slots, mesh, device, reshard_policy(reshard_after_forward), precision.of_unit()
+    )
     label = ", ".join(type(each).__name__ for each in modules)
-    runner = Runner(modules[0], unit, 1, precision, label)
+    runner = Runner(modules[0], unit, _C.BackwardPrefetch.PRE, precision, label)
     for each in modules[1:]:
         runner.add(each)
     for each in modules:

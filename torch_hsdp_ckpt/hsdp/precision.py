@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 
+from .. import _C
 from .arguments import at
 from .unit import REDUCED
 
@@ -73,9 +74,13 @@ class Precision:
             given.keep_low_precision_grads,
         )
 
-    def of_unit(self) -> tuple[torch.dtype | None, torch.dtype | None, bool]:
+    def of_unit(self) -> _C.UnitPrecision:
         """What ``ShardedUnit`` takes."""
-        return self.param_dtype, self.reduce_dtype, self.keep_low_precision_grads
+        return _C.UnitPrecision(
+            param_dtype=self.param_dtype,
+            reduce_dtype=self.reduce_dtype,
+            keep_low_precision_grads=self.keep_low_precision_grads,
+        )
 
     def input_dtype(self, outermost: bool) -> torch.dtype | None:
         """What floating point arguments are converted to before forward; None: they stay."""

@@ -55,6 +55,13 @@ def _weak(method: Callable[[], None]) -> Callable[[], None]:
     return call
 
 
+def reshard_policy(after_forward: bool | None) -> _C.ReshardAfterForward:
+    """What torch's ``reshard_after_forward`` asks for."""
+    if after_forward is None:
+        return _C.ReshardAfterForward.UNLESS_BACKWARD_IS_NEXT
+    return _C.ReshardAfterForward.ALWAYS if after_forward else _C.ReshardAfterForward.NEVER
+
+
 def collectives_of(mesh: DeviceMesh) -> _C.Collectives:
     replica = mesh.get_group(0).group_name if mesh.ndim == 2 else None
     return _C.Collectives(mesh.get_group(mesh.ndim - 1).group_name, replica, dist.get_rank())
@@ -69,19 +76,18 @@ class ShardedUnit:
     lies in the unit's flat buffer. A parameter without dimensions is replicated on every dimension
     of the mesh instead.
 
-    ``param_dtype``: of the full parameters that compute, floating point ones only;
-    ``reduce_dtype``: of the sums of their gradients over the ranks (None: as computed). Gradients
-    have the shards' dtype, with ``keep_low_precision_grads`` ``param_dtype``."""
+    ``precision``: ``param_dtype`` is that of the full parameters that compute, floating point ones
+    only, and ``reduce_dtype`` that of the sums of their gradients over the ranks (None: as
+    computed). Gradients have the shards' dtype; with ``keep_low_precision_grads`` they have
+    ``param_dtype``."""
 
     def __init__(
         self,
         slots: list[tuple[str, list[Slot]]],
         mesh: DeviceMesh,
         device: torch.device,
-        reshard_after_forward: bool | None,
-        param_dtype: torch.dtype | None = None,
-        reduce_dtype: torch.dtype | None = None,
-        keep_low_precision_grads: bool = False,
+        reshard_after_forward: _C.ReshardAfterForward,
+        precision: _C.UnitPrecision,
     ) -> None:
         self.summoned = False
         self.mesh = mesh
@@ -93,18 +99,16 @@ class ShardedUnit:
         self._check(full, device)
         self.collectives = collectives_of(mesh)
         self.core = _C.Unit(
-            [list(p.shape) for p in full],
-            [p.dtype for p in full],
-            device,
-            self.collectives,
-            reshard_after_forward,
-            _weak(self.show_full),
-            _weak(self._take_gradients),
-            param_dtype,
-            reduce_dtype,
-            keep_low_precision_grads,
+            sizes=[list(p.shape) for p in full],
+            dtypes=[p.dtype for p in full],
+            device=device,
+            collectives=self.collectives,
+            precision=precision,
+            reshard_after_forward=reshard_after_forward,
+            on_backward=_weak(self.show_full),
+            on_reduced=_weak(self._take_gradients),
         )
-        self._grad_dtype = param_dtype if keep_low_precision_grads else None
+        self._grad_dtype = precision.param_dtype if precision.keep_low_precision_grads else None
         self._placements = (Replicate(), Shard(0)) if mesh.ndim == 2 else (Shard(0),)
         self._specs = [self._spec(p.shape, p.dtype) for p in full]
         self.sharded: list[nn.Parameter] = []
@@ -217,12 +221,12 @@ class ShardedUnit:
         if self.schedule is None:
             self._bind(schedule)
             return
-        first = schedule.begin_read()
+        turn = schedule.begin_read()
         try:
             schedule.finish_reductions()  # of the parameters as they have been so far
             self._bind(schedule)
         finally:
-            if first:
+            if turn == _C.ReadTurn.TAKEN:
                 schedule.end_read()
 
     def _bind(self, schedule: _C.Schedule) -> None:
