@@ -3,6 +3,18 @@ import os
 import pytest
 import torch
 
+from torch_hsdp_ckpt import _C
+
+
+def pytest_report_header() -> str:
+    """Tests that inject faults or count bytes fail in a build without tests: say so at the head."""
+    if hasattr(_C, "_inject_fault"):
+        return "torch_hsdp_ckpt: built with tests"
+    return (
+        "torch_hsdp_ckpt: built WITHOUT tests, so that faults can't be injected: tests which do "
+        "that fail. Build with HSDP_CKPT_TESTS=1"
+    )
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` are skipped without a CUDA device, unless HSDP_CKPT_REQUIRE_GPU=1: then

@@ -80,8 +80,8 @@ Works Collectives::AllGather(const std::vector<Cut>& runs) const {
   const GroupPtr group = c10d::resolve_process_group(gather_group_);
   Works works;
   if (exchanges(runs.at(0).run.device().type())) {
-    // Receives first: a message that finds its receiver waiting goes at once. Peers in turns, so
-    // that no rank is every other one's first.
+    // Receives come first, as a message that finds its receiver waiting goes at once. Peers come in
+    // turns, so that no rank is every other one's first.
     for (int64_t step = 1; step < shards_; ++step) {
       const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
       for (const Cut& cut : runs) Receive(cut.piece(peer), group, peer, tag_, works);

@@ -13,10 +13,10 @@ namespace hsdp_ckpt::hsdp {
 
 using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
-/// Bytes of one rank that travel alone, from where they are to where they belong. Fewer are packed
-/// with others: a message or a collective of their own costs more than the copies. Between Gloo
-/// ranks the two take the same time at 128 KiB a piece (test/bench/results/step.md); half of that,
-/// since what is packed takes memory and copies besides.
+/// So many bytes of one rank travel alone, from where they are to where they belong. Fewer are
+/// packed with others: a message or a collective of their own costs more than the copies. Between
+/// Gloo ranks the two take the same time at 128 KiB a piece (test/bench/results/step.md); half of
+/// that, since what is packed takes memory and copies besides.
 inline constexpr int64_t kInPlaceBytes = 64 << 10;
 
 /// One contiguous run of elements cut among the ranks of the shard group: rank r's piece is
@@ -34,34 +34,37 @@ struct Cut {
 /// The communication of a sharded step, over process groups that are looked up by name at every
 /// call.
 ///
-/// Two ways, and which is better is the backend's matter:
-///  - `exchanges`: point to point, every piece straight from where it is to where it belongs,
-///  pieces of any size. Gloo, on
-///    the CPU: its all-gather copies, and its reduce-scatter is an all-reduce inside.
-///  - collectives, coalesced where the backend launches several as one (NCCL).
+/// There are two ways, and the backend decides which is better:
+///  - `exchanges`: ranks send point to point, every piece straight from where it is to where it
+///    belongs, pieces of any size. Gloo does so on the CPU: its all-gather copies, and its
+///    reduce-scatter is an all-reduce inside.
+///  - Otherwise ranks call collectives, coalesced where the backend launches several as one (NCCL).
+///
+/// Gathers and reductions have groups of their own: a rank that lacks a unit's gradient reduces
+/// that unit later than its peers do, and within one group its gathers would then meet their
+/// reductions. A group of one rank needs no communication; callers check the sizes.
+///
+/// Every call returns pending works; the tensors must live until they are over. Where the backend
+/// gives none, the operation is ordered on the current stream, and the tensors must live until that
+/// stream has passed it.
 ///
 /// Ownership: none. A group held here would outlive `destroy_process_group`; after that a call
-/// throws, naming the group. Gathers and reductions have groups of their own: a rank that lacks a
-/// unit's gradient reduces that unit later than its peers do, and within one group its gathers
-/// would then meet their reductions. A group of one rank needs no communication; callers check the
-/// sizes. Every call returns pending works; the tensors must live until they are over. None where
-/// the backend gives none: then the operation is ordered on the current stream, and the tensors
-/// must live until that stream has passed it. Thread safety: as the process groups', one caller at
-/// a time for each group.
+/// throws, naming the group. Thread safety: as the process groups', one caller at a time for each
+/// group.
 class Collectives {
  public:
   using Works = std::vector<WorkPtr>;
 
-  /// Names as `ProcessGroup.group_name` has them. `replica_group` is absent on a 1-D mesh. `rank`:
-  /// of the job, for messages.
+  /// The names are those of `ProcessGroup.group_name`. `replica_group` is absent on a 1-D mesh.
+  /// `rank` is that in the job, for messages.
   Collectives(std::string shard_group, std::optional<std::string> replica_group, int64_t rank);
 
-  /// Groups of the same ranks for the reductions alone. Until this is called the reductions use the
+  /// Gives the reductions groups of their own, of the same ranks. Until this is called they use the
   /// groups given above.
   void SetReduceGroups(std::string shard_group, std::optional<std::string> replica_group);
-  /// A number for what is sent point to point, the same on all ranks of the groups and another one
-  /// for every outermost module: the ranks agree on an order of messages within each of these, not
-  /// between them.
+  /// Numbers what is sent point to point: the same number on all ranks of the groups, and another
+  /// one for every outermost module. The ranks agree on an order of messages within each of these,
+  /// not between them.
   void SetChannel(int64_t channel) { tag_ = kFirstTag + channel; }
 
   int64_t rank() const { return rank_; }
@@ -69,30 +72,32 @@ class Collectives {
   int64_t shard_rank() const { return shard_rank_; }
   int64_t replicas() const { return replicas_; }
 
+  /// Whether pieces of tensors on `device` are better sent point to point than by collectives.
   bool exchanges(c10::DeviceType device) const;
+  /// Whether the backend launches several collectives as one.
   bool coalesces(c10::DeviceType device) const;
 
-  /// Every rank's piece of every run to all; this rank's are in place. Without `exchanges` the
-  /// pieces of a run are equal, and without `coalesces` there is one run.
+  /// Brings every rank's piece of every run to all; this rank's are in place. Without `exchanges`
+  /// the pieces of a run are equal, and without `coalesces` there is one run.
   Works AllGather(const std::vector<Cut>& runs) const;
   /// Without `exchanges`: outputs[i] becomes the sum of all ranks' pieces of runs[i], for this
   /// rank; or their average.
   Works ReduceScatter(const std::vector<at::Tensor>& outputs, const std::vector<Cut>& runs,
                       bool average) const;
-  /// With `exchanges`: every rank's piece of every run goes there, and what rank r has for this one
-  /// to inbox[r][run].
+  /// With `exchanges`: every rank's piece of every run goes to that rank, and what rank r has for
+  /// this one comes to inbox[r][run].
   Works ExchangePieces(const std::vector<Cut>& runs,
                        const std::vector<std::vector<at::Tensor>>& inbox) const;
   /// With `exchanges` and two replicas: swaps `output` for the other one's.
   Works SwapReplicas(const at::Tensor& output, const at::Tensor& inbox) const;
-  /// In place over the replicas: the sum, or the average.
+  /// Makes `tensor` the sum over the replicas, or their average.
   Works AllReduce(const at::Tensor& tensor, bool average) const;
 
-  /// In place over the shards: the first one's values.
+  /// Gives `tensor` the values that the first rank of the shard group has.
   Works BroadcastFirst(const at::Tensor& tensor) const;
 
-  /// Whether the backend divides on the way (NCCL, float32 and bfloat16: no pass of its own). If
-  /// not, the caller scales.
+  /// Whether the backend divides on the way, without a pass of its own (NCCL does, in float32 and
+  /// bfloat16). If not, the caller scales.
   bool averages(c10::DeviceType device, at::ScalarType dtype) const;
   /// What gradients are multiplied with before they are summed in `dtype`: below one for float16
   /// only, whose sums may overflow (a power of two near the square root of the number of ranks, as

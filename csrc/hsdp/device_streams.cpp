@@ -31,8 +31,8 @@ class CudaMark final : public DeviceStreams::Mark {
 
 class CudaStreams final : public DeviceStreams {
  public:
-  // High priority: a collective that waits behind compute kernels delays the kernels that wait for
-  // it.
+  // The priority is high, as a collective that waits behind compute kernels delays the kernels that
+  // wait for it.
   explicit CudaStreams(at::Device device)
       : gather_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())),
         reduce_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())) {}
@@ -76,7 +76,8 @@ class CudaStreams final : public DeviceStreams {
 #endif
 
 std::shared_ptr<DeviceStreams> DeviceStreams::Of(at::Device device) {
-  // Never destroyed: at exit the CUDA driver may be gone before a static would be.
+  // A process has one pair of streams a device. The map is never destroyed: at exit the CUDA driver
+  // may be gone before a static would be.
   static auto& made = *new std::map<at::Device, std::shared_ptr<DeviceStreams>,
                                     bool (*)(const at::Device&, const at::Device&)>(
       [](const at::Device& a, const at::Device& b) {
@@ -93,7 +94,7 @@ std::shared_ptr<DeviceStreams> DeviceStreams::Of(at::Device device) {
               ": move the module first");
 #else
   TORCH_CHECK(false,
-              "this build of torch_hsdp_ckpt serves CPU tensors only and the parameters are on ",
+              "this build of torch_hsdp_ckpt supports CPU tensors only and the parameters are on ",
               device, ": build it again where a CUDA toolkit is found");
 #endif
 }

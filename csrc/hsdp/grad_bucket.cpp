@@ -10,123 +10,234 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes
 
-std::vector<ParamShape> Shapes(const std::vector<size_t>& params,
-                               const std::vector<std::vector<int64_t>>& sizes, int64_t shards) {
-  std::vector<ParamShape> shapes;
-  for (const size_t i : params) shapes.push_back(ParamShape::Of(sizes[i], shards));
-  return shapes;
-}
+/// The two dtypes that the gradients of a bucket have in common.
+struct DtypePair {
+  at::ScalarType computed, reduced;
+  friend bool operator==(const DtypePair&, const DtypePair&) = default;
+};
 
-std::vector<size_t> Joined(std::vector<size_t> first, const std::vector<size_t>& second) {
-  first.insert(first.end(), second.begin(), second.end());
-  return first;
-}
-
-int64_t AlignmentOf(at::ScalarType a, at::ScalarType b) {
-  return kAlignment / static_cast<int64_t>(std::min(c10::elementSize(a), c10::elementSize(b)));
-}
-
-const void* At(const at::Tensor& tensor, int64_t element) {
-  return static_cast<const char*>(tensor.const_data_ptr()) +
-         element * static_cast<int64_t>(tensor.element_size());
-}
-
-}  // namespace
-
-GradReducer::Bucket::Bucket(at::ScalarType computed_dtype, at::ScalarType reduced_dtype,
-                            std::vector<size_t> in_place_params, const std::vector<size_t>& packed,
-                            const std::vector<std::vector<int64_t>>& sizes, int64_t shards,
-                            at::Device device, bool exchanges)
-    : computed(computed_dtype),
-      reduced(reduced_dtype),
-      wire(exchanges && shards > 1 ? Wire(computed, reduced) : reduced),
-      params(Joined(in_place_params, packed)),
-      in_place(in_place_params.size()),
-      layout(Shapes(params, sizes, shards), shards, AlignmentOf(computed, reduced)),
-      ones(at::ones({static_cast<int64_t>(params.size())},
-                    at::TensorOptions(computed).device(device))) {
-  const int64_t align = AlignmentOf(computed, reduced), flags = static_cast<int64_t>(params.size());
-  packed_begin = in_place < params.size() ? layout.offset(in_place) : layout.flat_numel();
-  const auto whole =
-      std::find_if(params.begin(), params.end(), [&](size_t i) { return sizes[i].empty(); });
-  whole_begin = whole != params.end() ? layout.offset(static_cast<size_t>(whole - params.begin()))
-                                      : layout.flat_numel();
-  stride = layout.flat_numel() + (flags + align - 1) / align * align;
-}
-
-at::ScalarType GradReducer::Bucket::Wire(at::ScalarType computed, at::ScalarType reduced) {
+/// What is sent where ranks exchange pieces: the gradients as they are, if the sums can hold every
+/// value of them.
+at::ScalarType ExchangedDtype(DtypePair dtypes) {
+  const auto [computed, reduced] = dtypes;
   const bool holds = reduced == computed || reduced == at::kDouble ||
                      (reduced == at::kFloat && computed != at::kDouble);
   return holds ? computed : reduced;
 }
 
-std::vector<Cut> GradReducer::Bucket::Runs() const {
+// In the order of first use, which is the same on all ranks.
+std::vector<DtypePair> PairsOf(const std::vector<GradSpec>& specs) {
+  std::vector<DtypePair> pairs;
+  for (const GradSpec& spec : specs) {
+    const DtypePair pair{spec.computed, spec.reduced};
+    if (std::find(pairs.begin(), pairs.end(), pair) == pairs.end()) pairs.push_back(pair);
+  }
+  return pairs;
+}
+
+// Whether a gradient may be reduced from where it is. One that is cast or scaled on the way is
+// packed in any case; a sum of exchanged pieces casts and scales by itself.
+bool GoesInPlace(const GradSpec& spec, const Collectives& collectives, at::Device device,
+                 bool exchanges) {
+  const int64_t shards = collectives.shards();
+  const auto [rows, row_size] = ParamShape::Of(spec.sizes, shards);
+  const int64_t chunk = base::ChunkRows(rows, shards) * row_size;
+  const auto bytes = chunk * static_cast<int64_t>(c10::elementSize(spec.computed));
+  if (shards == 1 || bytes < kInPlaceBytes) return false;
+  if (exchanges) return ExchangedDtype({spec.computed, spec.reduced}) == spec.computed;
+  return spec.computed == spec.reduced && collectives.pre_scale(spec.reduced) == 1.0 &&
+         collectives.coalesces(device.type()) && rows % shards == 0;
+}
+
+int64_t AlignmentOf(DtypePair dtypes) {
+  const size_t item = std::min(c10::elementSize(dtypes.computed), c10::elementSize(dtypes.reduced));
+  return kAlignment / static_cast<int64_t>(item);
+}
+
+/// A bucket's parameters: those that go in place, and the packed ones, without dimensions last.
+struct Members {
+  std::vector<size_t> in_place, packed;
+};
+
+Members MembersOf(DtypePair dtypes, const std::vector<GradSpec>& specs,
+                  const Collectives& collectives, at::Device device, bool exchanges) {
+  Members members;
+  for (size_t i = 0; i < specs.size(); ++i) {
+    if (DtypePair{specs[i].computed, specs[i].reduced} != dtypes) continue;
+    const bool in_place = GoesInPlace(specs[i], collectives, device, exchanges);
+    (in_place ? members.in_place : members.packed).push_back(i);
+  }
+  std::stable_partition(members.packed.begin(), members.packed.end(),
+                        [&](size_t i) { return !specs[i].sizes.empty(); });
+  return members;
+}
+
+ShardLayout LayoutOf(const std::vector<size_t>& params, const std::vector<GradSpec>& specs,
+                     int64_t shards, int64_t alignment) {
+  std::vector<ParamShape> shapes;
+  for (const size_t i : params) shapes.push_back(ParamShape::Of(specs[i].sizes, shards));
+  return {std::move(shapes), shards, alignment};
+}
+
+GradBucket MakeBucket(DtypePair dtypes, const Members& members, const std::vector<GradSpec>& specs,
+                      const Collectives& collectives, at::Device device, bool exchanges) {
+  const int64_t shards = collectives.shards();
+  const bool sends_pieces = exchanges && shards > 1;
+  std::vector<size_t> params = members.in_place;
+  params.insert(params.end(), members.packed.begin(), members.packed.end());
+  const int64_t alignment = AlignmentOf(dtypes);
+  ShardLayout layout = LayoutOf(params, specs, shards, alignment);
+  const auto offset_of = [&](size_t p) {
+    return p < params.size() ? layout.offset(p) : layout.flat_numel();
+  };
+  const auto whole =
+      std::find_if(params.begin(), params.end(), [&](size_t i) { return specs[i].sizes.empty(); });
+  const auto flags = static_cast<int64_t>(params.size());
+  const int64_t padded_flags = (flags + alignment - 1) / alignment * alignment;
+  const int64_t packed_begin = offset_of(members.in_place.size());
+  const int64_t whole_begin = offset_of(static_cast<size_t>(whole - params.begin()));
+  const int64_t stride = layout.flat_numel() + padded_flags;
+  return GradBucket{
+      .computed = dtypes.computed,
+      .reduced = dtypes.reduced,
+      .wire = sends_pieces ? ExchangedDtype(dtypes) : dtypes.reduced,
+      .pack_scale = sends_pieces ? 1.0 : collectives.pre_scale(dtypes.reduced),
+      .params = std::move(params),
+      .in_place = members.in_place.size(),
+      .layout = std::move(layout),
+      .packed_begin = packed_begin,
+      .whole_begin = whole_begin,
+      .stride = stride,
+      .ones = at::ones({flags}, at::TensorOptions(dtypes.computed).device(device)),
+  };
+}
+
+/// Collects the segments that fill a bucket's packed input.
+class Packer {
+ public:
+  Packer(GradBucket& bucket, const std::vector<at::Tensor>& grads)
+      : bucket_(bucket), layout_(bucket.layout), grads_(grads) {
+    segments_.reserve((bucket.params.size() * 2 + 2) * static_cast<size_t>(layout_.shards()));
+  }
+
+  std::vector<kernels::CopySegment> Segments() {
+    for (int64_t rank = 0; rank < layout_.shards(); ++rank) {
+      const int64_t base = rank * bucket_.packed_stride() - bucket_.packed_begin;
+      for (size_t p = bucket_.in_place; p < bucket_.params.size(); ++p) AddShard(p, rank, base);
+      AddFlags(base);
+    }
+    return std::move(segments_);
+  }
+
+ private:
+  void AddZeros(int64_t offset, int64_t numel) {
+    if (numel > 0) segments_.push_back({nullptr, At(bucket_.input, offset), numel});
+  }
+
+  // Padding and missing gradients are zeros, since the sum over ranks reads them.
+  void AddShard(size_t p, int64_t rank, int64_t base) {
+    const at::Tensor& grad = grads_[bucket_.params[p]];
+    const int64_t numel = grad.defined() ? layout_.shard_numel(p, rank) : 0;
+    const int64_t begin = layout_.offset(p);
+    const int64_t end =
+        p + 1 < bucket_.params.size() ? layout_.offset(p + 1) : layout_.flat_numel();
+    if (numel > 0) {
+      // Every rank gets the whole gradient of a parameter without dimensions.
+      const int64_t first =
+          grad.dim() == 0 ? 0 : layout_.first_row(p, rank) * layout_.param(p).row_size;
+      segments_.push_back({At(grad, first), At(bucket_.input, base + begin), numel});
+    }
+    AddZeros(base + begin + numel, end - begin - numel);
+  }
+
+  void AddFlags(int64_t base) {
+    int64_t flag = base + layout_.flat_numel();
+    for (size_t p = 0; p < bucket_.params.size(); ++p, ++flag) {
+      if (grads_[bucket_.params[p]].defined()) {
+        const char* one = At(bucket_.ones, static_cast<int64_t>(p));
+        segments_.push_back({one, At(bucket_.input, flag), 1});
+      } else {
+        AddZeros(flag, 1);
+      }
+    }
+    AddZeros(flag, base + bucket_.stride - flag);
+  }
+
+  const GradBucket& bucket_;
+  const ShardLayout& layout_;
+  const std::vector<at::Tensor>& grads_;
+  std::vector<kernels::CopySegment> segments_;
+};
+
+}  // namespace
+
+GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& collectives,
+                        at::Device device, bool exchanges) {
+  GradBuckets buckets;
+  for (const DtypePair dtypes : PairsOf(specs)) {
+    const Members members = MembersOf(dtypes, specs, collectives, device, exchanges);
+    buckets.push_back(std::make_shared<GradBucket>(
+        MakeBucket(dtypes, members, specs, collectives, device, exchanges)));
+  }
+  return buckets;
+}
+
+void Pack(GradBucket& bucket, const std::vector<at::Tensor>& grads) {
+  bucket.grads.clear();
+  for (size_t p = 0; p < bucket.in_place; ++p) {
+    const at::Tensor& grad = grads[bucket.params[p]];
+    const int64_t numel = bucket.layout.param(p).numel();
+    bucket.grads.push_back(grad.defined() ? grad.view(-1)
+                                          : at::zeros({numel}, bucket.ones.options()));
+  }
+  const int64_t numel = bucket.layout.shards() * bucket.packed_stride();
+  bucket.input = at::empty({numel}, bucket.ones.options().dtype(bucket.wire));
+  kernels::BatchedCopy(bucket.ones.device(), Packer(bucket, grads).Segments(), bucket.computed,
+                       bucket.wire, bucket.pack_scale);
+}
+
+std::vector<Cut> Runs(const GradBucket& bucket) {
+  const ShardLayout& layout = bucket.layout;
   std::vector<Cut> runs;
-  for (size_t p = 0; p < in_place; ++p) {
-    runs.push_back({grads[p], {}});
+  for (size_t p = 0; p < bucket.in_place; ++p) {
+    Cut& cut = runs.emplace_back(Cut{bucket.grads[p], {}});
     for (int64_t r = 0; r <= layout.shards(); ++r) {
-      runs.back().bounds.push_back(layout.first_row(p, r) * layout.param(p).row_size);
+      cut.bounds.push_back(layout.first_row(p, r) * layout.param(p).row_size);
     }
   }
-  runs.push_back({input, {}});
-  for (int64_t r = 0; r <= layout.shards(); ++r) runs.back().bounds.push_back(r * packed_stride());
+  Cut& packed = runs.emplace_back(Cut{bucket.input, {}});
+  for (int64_t r = 0; r <= layout.shards(); ++r)
+    packed.bounds.push_back(r * bucket.packed_stride());
   return runs;
 }
 
-std::vector<at::Tensor> GradReducer::Bucket::Pieces(const at::Tensor& buffer, int64_t rank) const {
+std::vector<at::Tensor> Pieces(const GradBucket& bucket, const at::Tensor& buffer, int64_t rank) {
+  const ShardLayout& layout = bucket.layout;
   std::vector<at::Tensor> pieces;
-  for (size_t p = 0; p < in_place; ++p)
+  for (size_t p = 0; p < bucket.in_place; ++p) {
     pieces.push_back(buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank)));
-  pieces.push_back(buffer.narrow(0, packed_begin, packed_stride()));
+  }
+  pieces.push_back(buffer.narrow(0, bucket.packed_begin, bucket.packed_stride()));
   return pieces;
 }
 
-void GradReducer::Bucket::Sum(int64_t rank, double scale) {
-  const auto first_peer = static_cast<size_t>(rank == 0 ? 1 : 0);
-  // In place of a peer's pieces where the dtype allows it: what is summed is in the cache then.
-  output = wire == reduced ? inbox[first_peer] : at::empty({stride}, ones.options().dtype(reduced));
-  auto* out = static_cast<char*>(output.mutable_data_ptr());
-  const auto item = static_cast<int64_t>(output.element_size());
-  std::vector<kernels::SumSegment> segments;
-  const auto add = [&](int64_t offset, int64_t numel, const void* own) {
-    kernels::SumSegment segment{{}, out + offset * item, numel};
-    for (int64_t r = 0; r < layout.shards(); ++r) {
-      segment.srcs.push_back(r == rank ? own : At(inbox[static_cast<size_t>(r)], offset));
-    }
-    segments.push_back(std::move(segment));
-  };
-  for (size_t p = 0; p < in_place; ++p) {
-    const int64_t numel = layout.shard_numel(p, rank);
-    const int64_t end = p + 1 < params.size() ? layout.offset(p + 1) : layout.flat_numel();
-    add(layout.offset(p), numel,
-        At(grads[p], layout.first_row(p, rank) * layout.param(p).row_size));
-    // Padding goes to the other replicas: zeros, so that nothing uninitialised ever leaves the
-    // process.
-    if (const int64_t gap = layout.offset(p) + numel; gap < end)
-      segments.push_back({{}, out + gap * item, end - gap});
-  }
-  add(packed_begin, packed_stride(), At(input, rank * packed_stride()));
-  kernels::BatchedSum(segments, wire, reduced, scale);
-  grads.clear();
-  input.reset();
-  inbox.clear();
+void AddPartial(GradBucket& bucket) {
+  if (!bucket.partial.defined()) return;
+  const kernels::CopySegment all{bucket.partial.const_data_ptr(), bucket.output.mutable_data_ptr(),
+                                 bucket.stride};
+  kernels::BatchedCopy(bucket.output.device(), {&all, 1}, bucket.reduced, bucket.reduced, 1.0,
+                       /*accumulate=*/true);
+  bucket.partial.reset();
 }
 
-void GradReducer::Bucket::AddPartial() {
-  if (!partial.defined()) return;
-  const kernels::CopySegment all{partial.const_data_ptr(), output.mutable_data_ptr(), stride};
-  kernels::BatchedCopy(output.device(), {&all, 1}, reduced, reduced, 1.0, /*accumulate=*/true);
-  partial.reset();
-}
-
-void GradReducer::Bucket::Clear() {
-  grads.clear();
-  inbox.clear();
-  works.clear();
-  input.reset();
-  output.reset();
-  other.reset();
-  is_average = false;
+void Clear(GradBucket& bucket) {
+  bucket.grads.clear();
+  bucket.inbox.clear();
+  bucket.works.clear();
+  bucket.input.reset();
+  bucket.output.reset();
+  bucket.other.reset();
+  bucket.is_average = false;
 }
 
 }  // namespace hsdp_ckpt::hsdp

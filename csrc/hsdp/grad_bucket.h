@@ -7,22 +7,46 @@
 #include <vector>
 
 #include "hsdp/collectives.h"
-#include "hsdp/grad_reducer.h"
 #include "hsdp/shard_layout.h"
 
 namespace hsdp_ckpt::hsdp {
 
+/// One trainable parameter's gradient, and the dtypes it goes through.
+struct GradSpec {
+  std::vector<int64_t> sizes;  ///< of the full gradient
+  at::ScalarType computed;     ///< as autograd leaves it
+  at::ScalarType reduced;      ///< as it is summed
+  at::ScalarType sharded;      ///< as the sharded gradient has it
+};
+
 /// The gradients of one unit that are computed in one dtype and reduced in one: their layout, and
 /// their buffers while a reduction is under way.
 ///
-/// What one rank gets, `stride` elements: the shards of the parameters that are reduced in place,
-/// those of the packed ones (from `packed_begin` on; last, from `whole_begin` on, those without
-/// dimensions), one flag per parameter, padding. The packed input holds the part from
-/// `packed_begin` on, once a rank.
-struct GradReducer::Bucket {
-  Bucket(at::ScalarType computed, at::ScalarType reduced, std::vector<size_t> in_place,
-         const std::vector<size_t>& packed, const std::vector<std::vector<int64_t>>& sizes,
-         int64_t shards, at::Device device, bool exchanges);
+/// What one rank gets are `stride` elements: the shards of the parameters that are reduced in
+/// place, those of the packed ones (from `packed_begin` on; last, from `whole_begin` on, those
+/// without dimensions), one flag per parameter, padding. A flag is 1 where this rank has a
+/// gradient: after the reduction it says whether anybody had one. The packed input holds the part
+/// from `packed_begin` on, once a rank.
+struct GradBucket {
+  at::ScalarType computed, reduced;
+  at::ScalarType wire;         ///< what is sent
+  double pack_scale;           ///< what gradients are multiplied with when they are packed
+  std::vector<size_t> params;  ///< indices among the unit's trainable parameters
+  size_t in_place;             ///< so many of `params`, the first ones, go from where they are
+  ShardLayout layout;
+  int64_t packed_begin, whole_begin, stride;
+  at::Tensor ones;  ///< one for each parameter, in the dtype `computed`
+
+  // While a reduction is under way.
+  std::vector<at::Tensor> grads{};  ///< of the parameters reduced in place, one dimension each
+  at::Tensor input{};               ///< packed
+  std::vector<at::Tensor> inbox{};  ///< by rank, where ranks exchange pieces
+  at::Tensor output{};
+  bool is_average = false;  ///< `output` has been divided already
+  at::Tensor other{};       ///< the other replica's output, to be added
+  Collectives::Works works{};
+
+  at::Tensor partial{};  ///< sums over the shards that wait for an all-reduce; outlives a reduction
 
   int64_t packed_stride() const { return stride - packed_begin; }
   /// The gradients of parameters without dimensions, which every rank of the shard group gets
@@ -33,38 +57,32 @@ struct GradReducer::Bucket {
   at::Tensor FlagsOf(const at::Tensor& buffer) const {
     return buffer.narrow(0, layout.flat_numel(), static_cast<int64_t>(params.size()));
   }
-  /// What is sent where ranks exchange pieces: the gradients as they are, if the sums can hold
-  /// every value of them.
-  static at::ScalarType Wire(at::ScalarType computed, at::ScalarType reduced);
-  /// The runs that are cut among the ranks, in the wire's dtype.
-  std::vector<Cut> Runs() const;
-  /// A piece of every run, in a buffer of `stride` elements.
-  std::vector<at::Tensor> Pieces(const at::Tensor& buffer, int64_t rank) const;
-  /// output = scale * the sum over the ranks, whose pieces are in `inbox`; this rank's are taken
-  /// from where they are. Frees the gradients.
-  void Sum(int64_t rank, double scale);
-
-  /// Adds, and forgets, the sums over the shards that have waited for this all-reduce.
-  void AddPartial();
-  /// Forgets the buffers of a reduction; partial sums stay.
-  void Clear();
-
-  const at::ScalarType computed, reduced;
-  const at::ScalarType wire;  // what is sent
-  const std::vector<size_t> params;
-  const size_t in_place;  // so many of `params`, the first ones, go from where they are
-  const ShardLayout layout;
-  int64_t packed_begin, whole_begin, stride;
-  at::Tensor ones;
-
-  std::vector<at::Tensor> grads;  // of the parameters that are reduced in place, one dimension
-  at::Tensor input;               // packed
-  std::vector<at::Tensor> inbox;  // by rank
-  at::Tensor output;
-  bool is_average = false;  // `output` has been divided already
-  at::Tensor other;         // the other replica's output, to be added
-  at::Tensor partial;       // sums over the shards that wait for an all-reduce
-  Collectives::Works works;
 };
+
+using GradBuckets = std::vector<std::shared_ptr<GradBucket>>;
+
+/// The buckets of one unit, in the same order on all ranks. Large gradients are reduced from where
+/// autograd has left them, small ones through one packed buffer for each pair of dtypes.
+/// `exchanges`: ranks swap pieces point to point (Collectives::exchanges).
+GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& collectives,
+                        at::Device device, bool exchanges);
+
+/// Takes this rank's gradients (by trainable parameter; undefined where it has none) into `bucket`:
+/// those reduced in place as they are, the others packed. Zeros stand for missing ones.
+void Pack(GradBucket& bucket, const std::vector<at::Tensor>& grads);
+/// The runs that are cut among the ranks, in the wire's dtype.
+std::vector<Cut> Runs(const GradBucket& bucket);
+/// The piece of every run that `rank` gets, in a buffer of `stride` elements.
+std::vector<at::Tensor> Pieces(const GradBucket& bucket, const at::Tensor& buffer, int64_t rank);
+/// Adds to `output`, and forgets, the sums over the shards that have waited for this all-reduce.
+void AddPartial(GradBucket& bucket);
+/// Forgets the buffers of a reduction; partial sums stay.
+void Clear(GradBucket& bucket);
+
+/// The address of one element of a contiguous tensor.
+inline char* At(const at::Tensor& tensor, int64_t element) {
+  return static_cast<char*>(tensor.mutable_data_ptr()) +
+         element * static_cast<int64_t>(tensor.element_size());
+}
 
 }  // namespace hsdp_ckpt::hsdp

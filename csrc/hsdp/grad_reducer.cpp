@@ -1,63 +1,49 @@
 #include "hsdp/grad_reducer.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
-#include "hsdp/background.h"
-#include "hsdp/grad_bucket.h"
+#include "hsdp/host_reduction.h"
+#include "hsdp/stream_reduction.h"
 #include "kernels/batched_copy.h"
 
 namespace hsdp_ckpt::hsdp {
 namespace {
 
-char* At(const at::Tensor& tensor, int64_t element) {
-  return static_cast<char*>(tensor.mutable_data_ptr()) +
-         element * static_cast<int64_t>(tensor.element_size());
+using Stage = Reduction::Stage;
+using Stream = DeviceStreams::Stream;
+
+constexpr int64_t kShardAlignment = 16;  // bytes
+
+std::unique_ptr<Reduction> MakeReduction(std::shared_ptr<const UnitGrads> grads, bool exchanges) {
+  if (exchanges) return std::make_unique<HostReduction>(std::move(grads));
+  return std::make_unique<StreamReduction>(std::move(grads));
+}
+
+bool Exchanges(const std::vector<GradSpec>& specs, const Collectives& collectives,
+               at::Device device) {
+  return !specs.empty() && collectives.exchanges(device.type());
 }
 
 }  // namespace
 
-GradReducer::GradReducer(std::string unit, std::vector<std::vector<int64_t>> sizes,
-                         std::vector<GradDtypes> dtypes, at::Device device,
+/// The parameters of one bucket that are written in one fused pass.
+struct GradReducer::WritePass {
+  at::ScalarType sharded;
+  bool accumulate;
+  std::vector<kernels::CopySegment> copies;
+  std::vector<kernels::SumSegment> sums;  // instead, where the other replica's output is added
+};
+
+GradReducer::GradReducer(std::string unit, std::vector<GradSpec> specs, at::Device device,
                          std::shared_ptr<Collectives> collectives,
                          std::shared_ptr<DeviceStreams> streams)
-    : unit_(std::move(unit)),
-      sizes_(std::move(sizes)),
-      dtypes_(std::move(dtypes)),
-      device_(device),
-      collectives_(std::move(collectives)),
-      streams_(std::move(streams)),
-      exchanges_(!sizes_.empty() && collectives_->exchanges(device.type())),
-      used_here_(sizes_.size(), false) {
-  const int64_t shards = collectives_->shards();
-  std::vector<std::pair<at::ScalarType, at::ScalarType>>
-      kinds;  // in order of first use: the same on all ranks
-  for (const GradDtypes& d : dtypes_) {
-    const std::pair kind(d.computed, d.reduced);
-    if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
-  }
-  for (const auto& [computed, reduced] : kinds) {
-    std::vector<size_t> in_place, packed;
-    for (size_t i = 0; i < sizes_.size(); ++i) {
-      if (dtypes_[i].computed != computed || dtypes_[i].reduced != reduced) continue;
-      const auto [rows, row_size] = ParamShape::Of(sizes_[i], shards);
-      const int64_t chunk = (rows + shards - 1) / shards * row_size;
-      // What is cast or scaled on the way is packed in any case; a sum of exchanged pieces casts
-      // and scales by itself.
-      const bool as_it_is = exchanges_
-                                ? Bucket::Wire(computed, reduced) == computed
-                                : computed == reduced && collectives_->pre_scale(reduced) == 1.0 &&
-                                      collectives_->coalesces(device.type()) && rows % shards == 0;
-      const bool large = chunk * static_cast<int64_t>(c10::elementSize(computed)) >= kInPlaceBytes;
-      (shards > 1 && large && as_it_is ? in_place : packed).push_back(i);
-    }
-    std::stable_partition(packed.begin(), packed.end(),
-                          [&](size_t i) { return !sizes_[i].empty(); });
-    buckets_.push_back(std::make_shared<Bucket>(computed, reduced, std::move(in_place), packed,
-                                                sizes_, shards, device_, exchanges_));
-  }
-}
+    : specs_(std::move(specs)),
+      grads_(std::make_shared<UnitGrads>(UnitGrads{
+          std::move(unit), device, collectives, std::move(streams),
+          MakeBuckets(specs_, *collectives, device, Exchanges(specs_, *collectives, device))})),
+      reduction_(MakeReduction(grads_, Exchanges(specs_, *collectives, device))),
+      used_here_(specs_.size(), false) {}
 
 GradReducer::~GradReducer() {
   try {
@@ -67,289 +53,64 @@ GradReducer::~GradReducer() {
   }
 }
 
-void GradReducer::Pack(Bucket& bucket, const std::vector<at::Tensor>& grads) const {
-  const ShardLayout& layout = bucket.layout;
-  const int64_t shards = layout.shards();
-  bucket.input =
-      at::empty({shards * bucket.packed_stride()}, bucket.ones.options().dtype(bucket.wire));
-  std::vector<kernels::CopySegment> segments;
-  segments.reserve((bucket.params.size() * 2 + 2) * static_cast<size_t>(shards));
-  const auto zeros = [&](int64_t offset, int64_t numel) {
-    if (numel > 0) segments.push_back({nullptr, At(bucket.input, offset), numel});
-  };
-  for (int64_t rank = 0; rank < shards; ++rank) {
-    const int64_t base = rank * bucket.packed_stride() - bucket.packed_begin;
-    for (size_t p = bucket.in_place; p < bucket.params.size(); ++p) {
-      const at::Tensor& grad = grads[bucket.params[p]];
-      const int64_t numel = grad.defined() ? layout.shard_numel(p, rank) : 0;
-      const int64_t end = p + 1 < bucket.params.size() ? layout.offset(p + 1) : layout.flat_numel();
-      if (numel > 0) {
-        // Every rank gets the whole gradient of a parameter without dimensions.
-        const char* from =
-            At(grad, grad.dim() == 0 ? 0 : layout.first_row(p, rank) * layout.param(p).row_size);
-        segments.push_back({from, At(bucket.input, base + layout.offset(p)), numel});
-      }
-      // Padding and missing gradients: zeros, since the sum over ranks reads them.
-      zeros(base + layout.offset(p) + numel, end - layout.offset(p) - numel);
-    }
-    int64_t flag = base + layout.flat_numel();
-    for (size_t p = 0; p < bucket.params.size(); ++p, ++flag) {
-      if (grads[bucket.params[p]].defined()) {
-        segments.push_back({At(bucket.ones, static_cast<int64_t>(p)), At(bucket.input, flag), 1});
-      } else {
-        zeros(flag, 1);
-      }
-    }
-    zeros(flag, base + bucket.stride - flag);
-  }
-  const double scale = exchanges_ && shards > 1 ? 1.0 : collectives_->pre_scale(bucket.reduced);
-  kernels::BatchedCopy(device_, segments, bucket.computed, bucket.wire, scale);
-}
-
-// Makes the memory that other ranks' gradients come to.
-void GradReducer::Receive(Bucket& bucket) const {
-  const int64_t shards = collectives_->shards();
-  if (shards == 1) return;
-  if (!exchanges_) {
-    const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-    bucket.output = at::empty({bucket.stride}, bucket.input.options());
-    return;
-  }
-  bucket.inbox.assign(static_cast<size_t>(shards), at::Tensor());
-  for (int64_t r = 0; r < shards; ++r) {
-    if (r == collectives_->shard_rank()) continue;
-    bucket.inbox[static_cast<size_t>(r)] =
-        at::empty({bucket.stride}, bucket.ones.options().dtype(bucket.wire));
-  }
-}
-
 void GradReducer::Start(std::vector<at::Tensor> grads, const ReduceOptions& options) {
-  TORCH_CHECK(stage_ == Stage::kIdle, "GradReducer: the last reduction of unit '", unit_,
-              "' has not been taken");
-  TORCH_CHECK(grads.size() == sizes_.size(), "GradReducer: ", grads.size(), " gradients for ",
-              sizes_.size(), " parameters");
+  TORCH_CHECK(reduction_->stage() == Stage::kIdle, "GradReducer: the last reduction of unit '",
+              grads_->unit, "' has not been taken");
+  TORCH_CHECK(grads.size() == specs_.size(), "GradReducer: ", grads.size(), " gradients for ",
+              specs_.size(), " parameters");
+  for (size_t i = 0; i < grads.size(); ++i) CheckGrad(i, grads[i]);
   for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i].defined()) continue;
-    TORCH_CHECK(
-        grads[i].layout() == at::kStrided, "a gradient of sizes ", grads[i].sizes(), " in unit '",
-        unit_, "' is sparse; sharded parameters need dense gradients (nn.Embedding(sparse=False))");
-    TORCH_CHECK(grads[i].scalar_type() == dtypes_[i].computed && grads[i].device() == device_,
-                "a gradient of sizes ", grads[i].sizes(), " in unit '", unit_, "' is ",
-                grads[i].scalar_type(), " on ", grads[i].device(), ", its parameter is ",
-                dtypes_[i].computed, " on ", device_);
+    used_here_[i] = grads[i].defined();
+    if (used_here_[i]) grads[i] = grads[i].detach().contiguous();
   }
-  options_ = options;
-  for (const auto& bucket : buckets_) {
-    bucket->grads.clear();
-    for (size_t p = 0; p < bucket->params.size(); ++p) {
-      const size_t i = bucket->params[p];
-      used_here_[i] = grads[i].defined();
-      if (grads[i].defined()) grads[i] = grads[i].detach().contiguous();
-      if (p >= bucket->in_place) continue;
-      bucket->grads.push_back(grads[i].defined() ? grads[i].view(-1)
-                                                 : at::zeros({bucket->layout.param(p).numel()},
-                                                             bucket->ones.options()));
-    }
-    Pack(*bucket, grads);
-    Receive(*bucket);
-  }
+  for (const auto& bucket : grads_->buckets) Pack(*bucket, grads);
+  reduction_->Allocate();
   grads.clear();  // the packed ones: allocated and last used on the compute stream
-  // What may run out of memory is over before the first message goes out: peers would pair up the
-  // second try's with it.
-  try {
-    exchanges_ ? StartExchange() : StartScatter();
-  } catch (const c10::DistBackendError&) {
-    throw;
-  } catch (const c10::Error& error) {
-    C10_THROW_ERROR(DistBackendError, c10::str("a reduction that has begun failed: ",
-                                               error.what_without_backtrace()));
-  }
+  reduction_->Start(options);
 }
 
-// Gloo on the CPU. Messages are posted here, in one order on all ranks; the rest happens beside the
-// computation.
-void GradReducer::StartExchange() {
-  const int64_t shards = collectives_->shards(), rank = collectives_->shard_rank();
-  for (const auto& bucket : buckets_) {
-    if (shards == 1) continue;
-    std::vector<std::vector<at::Tensor>> pieces(static_cast<size_t>(shards));
-    for (int64_t r = 0; r < shards; ++r) {
-      if (r != rank)
-        pieces[static_cast<size_t>(r)] =
-            bucket->Pieces(bucket->inbox[static_cast<size_t>(r)], rank);
-    }
-    bucket->works = collectives_->ExchangePieces(bucket->Runs(), pieces);
-  }
-  stage_ = Stage::kReduce;
-  auto done = std::make_shared<std::promise<void>>();
-  exchanged_ = done->get_future();
-  const bool all_reduce = options_.all_reduce && collectives_->replicas() > 1;
-  const auto await = [unit = unit_, collectives = collectives_](Bucket& bucket, const char* what) {
-    Await(bucket.works, collectives->rank(),
-          [&] { return c10::str("the ", what, " of unit '", unit, "'"); });
-  };
-  const auto guarded = [done](const std::function<void()>& run) {
-    try {
-      run();
-    } catch (...) {
-      done->set_exception(std::current_exception());
-    }
-  };
-  const auto finish = [buckets = buckets_, await, done] {
-    for (const auto& bucket : buckets) await(*bucket, "all-reduce over the replicas");
-    done->set_value();
-  };
-  const auto sum = [buckets = buckets_, collectives = collectives_, await, guarded, finish, done,
-                    all_reduce, shards, rank] {
-    for (const auto& bucket : buckets) {
-      if (shards == 1) {
-        bucket->output = std::exchange(bucket->input, {});
-      } else {
-        await(*bucket, "reduce-scatter");
-        bucket->Sum(rank, collectives->pre_scale(bucket->reduced));
-      }
-      bucket->AddPartial();
-      if (!all_reduce) continue;
-      if (collectives->replicas() == 2) {
-        bucket->other = at::empty_like(bucket->output);
-        bucket->works = collectives->SwapReplicas(bucket->output, bucket->other);
-      } else {
-        bucket->works = collectives->AllReduce(bucket->output, /*average=*/false);
-      }
-    }
-    if (!all_reduce) return done->set_value();
-    RunInBackground(Background::kReplicas, [guarded, finish] { guarded(finish); });
-  };
-  RunInBackground(Background::kShards, [guarded, sum] { guarded(sum); });
-}
-
-void GradReducer::StartScatter() {
-  const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (const auto& bucket : buckets_) {
-    if (bucket->layout.shards() == 1) {
-      bucket->output = bucket->input;
-      continue;
-    }
-    bucket->works = collectives_->ReduceScatter(
-        bucket->Pieces(bucket->output, collectives_->shard_rank()), bucket->Runs(),
-        !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
-  }
-  stage_ = Stage::kScatter;
-  // With streams the all-reduce queues up behind on its own, unless there is work to wait for
-  // (Gloo's): that is over only when peers have come, who may be waiting for a gather that this
-  // rank has still to start.
-  const auto queued = [](const auto& bucket) {
-    return std::all_of(bucket->works.begin(), bucket->works.end(),
-                       [](const auto& work) { return !work; });
-  };
-  if (!device_.is_cpu() && std::all_of(buckets_.begin(), buckets_.end(), queued)) StartAllReduce();
-}
-
-void GradReducer::StartAllReduce() {
-  const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (const auto& bucket : buckets_) {
-    Await(bucket->works, collectives_->rank(),
-          [&] { return "the reduce-scatter of unit '" + unit_ + "'"; });
-    if (device_.is_cpu()) {
-      bucket->grads.clear();
-      bucket->input.reset();
-    }
-    bucket->AddPartial();
-  }
-  // Before the all-reduces: replicas may be far away, and nobody should wait for them to give
-  // memory back.
-  if (!device_.is_cpu() && collectives_->shards() > 1) HoldInputs();
-  for (const auto& bucket : buckets_) {
-    const bool is_last = options_.all_reduce || collectives_->replicas() == 1;
-    if (is_last && collectives_->replicas() > 1) {
-      bucket->works = collectives_->AllReduce(
-          bucket->output,
-          !options_.divide_factor && collectives_->averages(device_.type(), bucket->reduced));
-    }
-    if (device_.is_cpu()) continue;
-    Await(bucket->works, collectives_->rank(),
-          [&] { return "the all-reduce of unit '" + unit_ + "'"; });
-    // An all-reduce leaves the same bits on all ranks. A ring's reduce-scatter does not: it sums
-    // the gradient of a parameter without dimensions for each rank in another order, beginning with
-    // its neighbour's.
-    const at::Tensor whole = bucket->WholeOf(bucket->output);
-    if (!is_last || whole.numel() == 0 || collectives_->shards() == 1) continue;
-    bucket->works = collectives_->BroadcastFirst(whole);
-    Await(bucket->works, collectives_->rank(),
-          [&] { return "the broadcast of unit '" + unit_ + "'"; });
-  }
-  stage_ = Stage::kReduce;
-}
-
-bool GradReducer::Advance(bool wait) {
-  // Works that are over are waited for all the same: it rethrows what went wrong.
-  const auto over = [&] {
-    for (const auto& bucket : buckets_) {
-      const auto& works = bucket->works;
-      if (!wait && !std::all_of(works.begin(), works.end(),
-                                [](const auto& w) { return !w || w->isCompleted(); }))
-        return false;
-    }
-    for (const auto& bucket : buckets_) {
-      if (bucket->works.empty()) continue;
-      const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-      Await(bucket->works, collectives_->rank(),
-            [&] { return "the reduction of unit '" + unit_ + "'"; });
-    }
-    return true;
-  };
-  try {
-    if (stage_ == Stage::kReduce && exchanges_) {
-      if (!wait && exchanged_.wait_for(std::chrono::seconds(0)) != std::future_status::ready)
-        return false;
-      exchanged_.get();
-      stage_ = Stage::kDone;
-    }
-    if (stage_ == Stage::kScatter) {
-      if (!over()) return false;
-      StartAllReduce();
-    }
-    if (stage_ == Stage::kReduce) {
-      if (!over()) return false;
-      stage_ = Stage::kDone;
-    }
-  } catch (...) {
-    for (const auto& bucket : buckets_) bucket->Clear();
-    stage_ = Stage::kIdle;
-    throw;
-  }
-  return stage_ == Stage::kDone;
+void GradReducer::CheckGrad(size_t i, const at::Tensor& grad) const {
+  if (!grad.defined()) return;
+  TORCH_CHECK(grad.layout() == at::kStrided, "a gradient of sizes ", grad.sizes(), " in unit '",
+              grads_->unit,
+              "' is sparse; sharded parameters need dense gradients (nn.Embedding(sparse=False))");
+  TORCH_CHECK(grad.scalar_type() == specs_[i].computed && grad.device() == grads_->device,
+              "a gradient of sizes ", grad.sizes(), " in unit '", grads_->unit, "' is ",
+              grad.scalar_type(), " on ", grad.device(), ", its parameter is ", specs_[i].computed,
+              " on ", grads_->device);
 }
 
 bool GradReducer::Keep() {
-  if (stage_ != Stage::kDone || options_.all_reduce || collectives_->replicas() == 1) return false;
-  const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (const auto& bucket : buckets_) {
+  const bool waits = !reduction_->options().all_reduce && grads_->collectives->replicas() > 1;
+  if (reduction_->stage() != Stage::kDone || !waits) return false;
+  const auto scope = grads_->streams->Enter(Stream::kReduce);
+  for (const auto& bucket : grads_->buckets) {
     bucket->partial = std::exchange(bucket->output, {});
-    streams_->Uses(
-        bucket->partial);  // of one shard it is the packed input, which is the compute stream's
+    // Of one shard it is the packed input, which is the compute stream's.
+    grads_->streams->Uses(bucket->partial);
   }
-  written_ = streams_->Record(DeviceStreams::Stream::kReduce);
-  if (!device_.is_cpu()) HoldInputs();
-  stage_ = Stage::kIdle;
+  written_ = grads_->streams->Record(Stream::kReduce);
+  reduction_->HoldInputs();
+  reduction_->End();
   return true;
 }
 
 bool GradReducer::has_partial() const {
-  if (stage_ != Stage::kIdle && !options_.all_reduce && collectives_->replicas() > 1) return true;
-  return std::any_of(buckets_.begin(), buckets_.end(),
+  const bool waits = !reduction_->options().all_reduce && grads_->collectives->replicas() > 1;
+  if (reduction_->stage() != Stage::kIdle && waits) return true;
+  return std::any_of(grads_->buckets.begin(), grads_->buckets.end(),
                      [](const auto& bucket) { return bucket->partial.defined(); });
 }
 
 void GradReducer::DropPartial() {
-  for (const auto& bucket : buckets_) bucket->partial.reset();
+  for (const auto& bucket : grads_->buckets) bucket->partial.reset();
 }
 
 std::vector<size_t> GradReducer::Unused() const {
   std::vector<size_t> unused;
   if (std::find(used_here_.begin(), used_here_.end(), false) == used_here_.end()) return unused;
-  const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (const auto& bucket : buckets_) {
+  const auto scope = grads_->streams->Enter(Stream::kReduce);
+  for (const auto& bucket : grads_->buckets) {
     at::Tensor used = bucket->FlagsOf(bucket->output).ne(0);
     if (bucket->other.defined()) used = used.logical_or(bucket->FlagsOf(bucket->other).ne(0));
     used = used.cpu();
@@ -361,127 +122,117 @@ std::vector<size_t> GradReducer::Unused() const {
 }
 
 std::vector<at::Tensor> GradReducer::EmptyShards() const {
-  std::vector<at::Tensor> shards(sizes_.size());
-  for (size_t first = 0; first < sizes_.size(); ++first) {
-    if (shards[first].defined()) continue;
+  const int64_t shards = grads_->collectives->shards(), rank = grads_->collectives->shard_rank();
+  std::vector<at::Tensor> tensors(specs_.size());
+  for (size_t first = 0; first < specs_.size(); ++first) {
+    if (tensors[first].defined()) continue;
+    const at::ScalarType dtype = specs_[first].sharded;
     std::vector<size_t> params;
     std::vector<ParamShape> shapes;
-    for (size_t i = first; i < sizes_.size(); ++i) {
-      if (dtypes_[i].sharded != dtypes_[first].sharded) continue;
+    for (size_t i = first; i < specs_.size(); ++i) {
+      if (specs_[i].sharded != dtype) continue;
       params.push_back(i);
-      shapes.push_back(ParamShape::Of(sizes_[i], collectives_->shards()));
+      shapes.push_back(ParamShape::Of(specs_[i].sizes, shards));
     }
-    const auto item = static_cast<int64_t>(c10::elementSize(dtypes_[first].sharded));
-    const ShardLayout layout(std::move(shapes), collectives_->shards(),
-                             std::max<int64_t>(1, 16 / item));
-    const auto options = at::TensorOptions(dtypes_[first].sharded).device(device_);
+    const auto item = static_cast<int64_t>(c10::elementSize(dtype));
+    const ShardLayout layout(std::move(shapes), shards,
+                             std::max<int64_t>(1, kShardAlignment / item));
+    const auto options = at::TensorOptions(dtype).device(grads_->device);
     const at::Tensor buffer = at::empty({layout.flat_numel()}, options);
     for (size_t p = 0; p < params.size(); ++p) {
-      const int64_t rank = collectives_->shard_rank();
-      shards[params[p]] = buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank))
-                              .view(ShardSizes(sizes_[params[p]], layout.shard_rows(p, rank)));
+      const auto sizes = ShardSizes(specs_[params[p]].sizes, layout.shard_rows(p, rank));
+      const at::Tensor slice = buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank));
+      tensors[params[p]] = slice.view(sizes);
     }
   }
-  return shards;
+  return tensors;
 }
 
-double GradReducer::PostScale(const Bucket& bucket) const {
-  if (bucket.is_average) return 1.0;
-  if (!options_.divide_factor && !exchanges_ &&
-      collectives_->averages(device_.type(), bucket.reduced))
-    return 1.0;
-  const auto ranks = static_cast<double>(collectives_->shards() * collectives_->replicas());
-  return 1.0 / (collectives_->pre_scale(bucket.reduced) * options_.divide_factor.value_or(ranks));
+double GradReducer::PostScale(const GradBucket& bucket) const {
+  if (bucket.is_average || reduction_->averages(bucket)) return 1.0;
+  const Collectives& collectives = *grads_->collectives;
+  const auto ranks = static_cast<double>(collectives.shards() * collectives.replicas());
+  const double factor = reduction_->options().divide_factor.value_or(ranks);
+  return 1.0 / (collectives.pre_scale(bucket.reduced) * factor);
 }
 
-void GradReducer::CallHook(Bucket& bucket) {
-  if (!options_.all_reduce_hook) return;
+void GradReducer::CallHook(GradBucket& bucket) {
+  const auto& hook = reduction_->options().all_reduce_hook;
+  if (!hook) return;
   if (bucket.other.defined()) bucket.output.add_(std::exchange(bucket.other, {}));
   const at::Tensor averages = bucket.output.narrow(0, 0, bucket.layout.flat_numel());
   if (const double scale = PostScale(bucket); scale != 1.0) averages.mul_(scale);
   bucket.is_average = true;
-  options_.all_reduce_hook(averages);
+  hook(averages);
 }
 
 void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
                         const std::vector<bool>& accumulate) {
-  TORCH_CHECK(stage_ == Stage::kDone, "GradReducer: nothing has been reduced");
-  TORCH_CHECK(targets.size() == sizes_.size() && accumulate.size() == sizes_.size(),
-              "GradReducer: ", targets.size(), " targets for ", sizes_.size(), " parameters");
-  const auto scope = streams_->Enter(DeviceStreams::Stream::kReduce);
-  for (const auto& bucket : buckets_) {
+  TORCH_CHECK(reduction_->stage() == Stage::kDone, "GradReducer: nothing has been reduced");
+  TORCH_CHECK(targets.size() == specs_.size() && accumulate.size() == specs_.size(),
+              "GradReducer: ", targets.size(), " targets for ", specs_.size(), " parameters");
+  const auto scope = grads_->streams->Enter(Stream::kReduce);
+  for (const auto& bucket : grads_->buckets) {
     CallHook(*bucket);
-    const ShardLayout& layout = bucket->layout;
-    // One fused pass for each dtype of the targets, and for those that are added to.
-    std::vector<size_t> left(bucket->params.size());
-    for (size_t p = 0; p < left.size(); ++p) left[p] = p;
-    std::erase_if(left, [&](size_t p) { return !targets[bucket->params[p]].has_value(); });
-    while (!left.empty()) {
-      const size_t like = bucket->params[left.front()];
-      std::vector<kernels::CopySegment> copies;
-      std::vector<kernels::SumSegment> sums;
-      std::erase_if(left, [&](size_t p) {
-        const size_t i = bucket->params[p];
-        if (dtypes_[i].sharded != dtypes_[like].sharded || accumulate[i] != accumulate[like])
-          return false;
-        const at::Tensor& target = *targets[i];
-        const int64_t numel = layout.shard_numel(p, collectives_->shard_rank()),
-                      offset = layout.offset(p);
-        TORCH_CHECK(target.numel() == numel && target.scalar_type() == dtypes_[i].sharded &&
-                        target.is_contiguous(),
-                    "GradReducer: the gradient of parameter ", i, " of unit '", unit_, "' is ",
-                    target.scalar_type(), " ", target.sizes(), "; expected ", numel,
-                    " contiguous elements of ", dtypes_[i].sharded);
-        streams_->Uses(target);
-        if (numel == 0) return true;
-        if (bucket->other.defined()) {
-          sums.push_back({{At(bucket->output, offset), At(bucket->other, offset)},
-                          target.mutable_data_ptr(),
-                          numel});
-        } else {
-          copies.push_back({At(bucket->output, offset), target.mutable_data_ptr(), numel});
-        }
-        return true;
-      });
-      const at::ScalarType to = dtypes_[like].sharded;
-      kernels::BatchedSum(sums, bucket->reduced, to, PostScale(*bucket), accumulate[like]);
-      kernels::BatchedCopy(device_, copies, bucket->reduced, to, PostScale(*bucket),
-                           accumulate[like]);
+    const double scale = PostScale(*bucket);
+    for (const WritePass& pass : PassesOf(*bucket, targets, accumulate)) {
+      kernels::BatchedSum(pass.sums, bucket->reduced, pass.sharded, scale, pass.accumulate);
+      kernels::BatchedCopy(grads_->device, pass.copies, bucket->reduced, pass.sharded, scale,
+                           pass.accumulate);
     }
   }
-  written_ = streams_->Record(DeviceStreams::Stream::kReduce);
+  written_ = grads_->streams->Record(Stream::kReduce);
   Drop();
 }
 
-// What the compute stream has allocated and the reduce stream reads goes back in ReleaseInputs,
-// when the one has waited for the other. Left to the allocator, it would go back when the host
-// finds that both have passed: the host is a whole backward ahead, and all gradients of the model
-// would be held at once.
-void GradReducer::HoldInputs() {
-  const size_t before = held_.size();
-  for (const auto& bucket : buckets_) {
-    held_.insert(held_.end(), bucket->grads.begin(), bucket->grads.end());
-    if (bucket->input.defined()) held_.push_back(bucket->input);
-    bucket->grads.clear();
-    bucket->input.reset();
+// One fused pass for each dtype of the targets, and for those that are added to.
+std::vector<GradReducer::WritePass> GradReducer::PassesOf(
+    const GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
+    const std::vector<bool>& accumulate) const {
+  std::vector<WritePass> passes;
+  const auto pass_of = [&](at::ScalarType sharded, bool adds) -> WritePass& {
+    for (WritePass& pass : passes) {
+      if (pass.sharded == sharded && pass.accumulate == adds) return pass;
+    }
+    return passes.emplace_back(WritePass{sharded, adds, {}, {}});
+  };
+  for (size_t p = 0; p < bucket.params.size(); ++p) {
+    const size_t i = bucket.params[p];
+    if (!targets[i].has_value()) continue;
+    const at::Tensor& target = *targets[i];
+    const int64_t offset = bucket.layout.offset(p);
+    const int64_t numel = bucket.layout.shard_numel(p, grads_->collectives->shard_rank());
+    CheckTarget(i, target, numel);
+    grads_->streams->Uses(target);
+    WritePass& pass = pass_of(specs_[i].sharded, accumulate[i]);
+    if (numel == 0) continue;
+    void* const to = target.mutable_data_ptr();
+    if (bucket.other.defined()) {
+      pass.sums.push_back({{At(bucket.output, offset), At(bucket.other, offset)}, to, numel});
+    } else {
+      pass.copies.push_back({At(bucket.output, offset), to, numel});
+    }
   }
-  if (held_.size() > before) read_ = streams_->Record(DeviceStreams::Stream::kReduce);
+  return passes;
+}
+
+void GradReducer::CheckTarget(size_t i, const at::Tensor& target, int64_t numel) const {
+  const at::ScalarType sharded = specs_[i].sharded;
+  TORCH_CHECK(target.numel() == numel && target.scalar_type() == sharded && target.is_contiguous(),
+              "GradReducer: the gradient of parameter ", i, " of unit '", grads_->unit, "' is ",
+              target.scalar_type(), " ", target.sizes(), "; expected ", numel,
+              " contiguous elements of ", sharded);
 }
 
 void GradReducer::Drop() {
-  if (stage_ == Stage::kScatter || stage_ == Stage::kReduce) Advance(true);
-  if (!device_.is_cpu()) HoldInputs();  // of one shard: the result, up to now
-  for (const auto& bucket : buckets_) bucket->Clear();
-  stage_ = Stage::kIdle;
-}
-
-void GradReducer::ReleaseInputs() {
-  streams_->Join(std::exchange(read_, nullptr).get());
-  for (const at::Tensor& tensor : std::exchange(held_, {})) streams_->Uses(tensor);
+  if (reduction_->stage() != Stage::kIdle) reduction_->Advance(/*wait=*/true);
+  reduction_->HoldInputs();  // of one shard: the result, up to now
+  for (const auto& bucket : grads_->buckets) Clear(*bucket);
+  reduction_->End();
 }
 
 void GradReducer::Join() {
-  streams_->Join(std::exchange(written_, nullptr).get());
+  grads_->streams->Join(std::exchange(written_, nullptr).get());
   ReleaseInputs();
 }
 

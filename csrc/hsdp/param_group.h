@@ -14,12 +14,13 @@
 
 #include "hsdp/collectives.h"
 #include "hsdp/device_streams.h"
+#include "hsdp/gather_plan.h"
 #include "hsdp/grad_reducer.h"
 #include "hsdp/shard_layout.h"
 
 namespace hsdp_ckpt::hsdp {
 
-/// What one unit computes and reduces in; absent: as stored.
+/// The dtypes that one unit computes and reduces in; absent: as stored.
 struct Precision {
   std::optional<at::ScalarType> param_dtype;   ///< of the full parameters, floating point ones only
   std::optional<at::ScalarType> reduce_dtype;  ///< of the sums over the ranks
@@ -36,11 +37,11 @@ struct Precision {
 /// still and tensors saved for backward stay valid across a reshard. A parameter without dimensions
 /// is whole on every rank; all compute with the first one's value. Their copies stay equal to the
 /// last bit: Gloo's ranks sum the gradients in one order, on CUDA the first one's sum goes to all
-/// (see GradReducer). A gather begins with this rank's own rows, cast on the way. Large parameters
-/// are gathered in place; small ones, and those that the backend can't take where they are, go
-/// through one packed buffer, whatever their dtypes. Ownership: buffers and the full parameters;
-/// never the module's own sharded Parameters, whose references torch's `swap_tensors` counts.
-/// Thread safety: one thread at a time (the caller's in forward, autograd's in backward).
+/// (see HostReduction and StreamReduction). How a gather moves bytes says its GatherPlan.
+///
+/// Ownership: buffers and the full parameters; never the module's own sharded Parameters, whose
+/// references torch's `swap_tensors` counts. Thread safety: one thread at a time (the caller's in
+/// forward, autograd's in backward).
 class ParamGroup {
  public:
   enum class State { kSharded, kGathering, kUnsharded };
@@ -51,7 +52,7 @@ class ParamGroup {
   ParamGroup(const ParamGroup&) = delete;
   ParamGroup& operator=(const ParamGroup&) = delete;
 
-  /// Of the wrapped module, for messages.
+  /// The wrapped module's name, for messages.
   const std::string& name() const { return name_; }
   void set_name(std::string name) { name_ = std::move(name); }
   /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new
@@ -65,9 +66,9 @@ class ParamGroup {
   /// Full-size tensors without memory, in the dtypes of the computation, for the caller to make
   /// Parameters of.
   std::vector<at::Tensor> EmptyFull() const;
-  /// Those Parameters. From here on unsharding fills them; `on_grad` is called by autograd each
-  /// time that parameter `trainable[i]`'s gradient is accumulated, without the GIL. Gradients that
-  /// wait for a reduction are taken over. Throws c10::Error while partial sums wait for an
+  /// Takes those Parameters. From here on unsharding fills them; `on_grad` is called by autograd
+  /// each time that parameter `trainable[i]`'s gradient is accumulated, without the GIL. Gradients
+  /// that wait for a reduction are taken over. Throws c10::Error while partial sums wait for an
   /// all-reduce, or where such a gradient's parameter is no longer trained.
   void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
                 std::function<void(size_t)> on_grad);
@@ -81,10 +82,10 @@ class ParamGroup {
   /// Takes the full parameters' memory away, or drops a gather that was started.
   void Reshard();
 
-  /// Takes what autograd has accumulated and starts the reduction. Parameters without a gradient
+  /// Takes what autograd has accumulated and starts its reduction. Parameters without a gradient
   /// contribute zeros.
   void StartReduce();
-  /// Forgets what autograd has accumulated: after a backward that raised.
+  /// Forgets what autograd has accumulated, after a backward that raised.
   void DropGrads();
   /// Forgets what backwards without a reduction, or without an all-reduce, have left for a later
   /// one.
@@ -94,19 +95,17 @@ class ParamGroup {
   const std::vector<size_t>& trainable() const { return trainable_; }
 
  private:
-  /// A move of bytes within a gather: from an offset of one buffer to one of another.
-  struct Move {
-    int64_t from, to, numel;
-    at::ScalarType src, dst;
-  };
-
   void CheckNoPartial() const;
   void MakeLayout();
   std::vector<at::Tensor> ShardTensors() const;
   at::ScalarType FullDtype(size_t i) const;
-  ParamShape ByteShape(size_t i, at::ScalarType dtype) const;
+  std::vector<GradSpec> GradSpecs() const;
+  void KeepGrads(std::vector<at::Tensor>& full, const std::vector<size_t>& trainable) const;
+  void WatchGrads(std::function<void(size_t)> on_grad);
   void Run(const std::vector<Move>& moves, const at::Tensor& from, const at::Tensor& to) const;
+  void AllGather();
   void AwaitGather();
+  void JoinGather();
   void Lend(uint8_t* base, const std::vector<int64_t>& offsets);
 
   std::string name_;
@@ -119,13 +118,8 @@ class ParamGroup {
 
   std::optional<ShardLayout> layout_;  // of the flat buffer, in bytes of the shards' dtypes
   std::vector<int64_t> shard_offsets_;
-  std::vector<int64_t> full_offsets_;  // in bytes of the full dtypes, one past the end too
   bool is_whole_ = false;  // one shard, stored as it is used: the shards are the full parameters
-  int64_t packed_stride_ = 0;  // bytes of one rank in the packed buffer
-  std::vector<std::pair<int64_t, Cut>>
-      in_place_;                             // offsets in the full buffer, and pieces in bytes
-  std::vector<Move> own_full_, own_packed_;  // this rank's rows: flat to full, flat to packed
-  std::vector<Move> unpack_;                 // packed to full
+  GatherPlan plan_;
 
   at::Tensor flat_;    // bytes: this rank's shards
   at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank, while a gather
@@ -137,8 +131,8 @@ class ParamGroup {
 
   std::vector<at::Tensor> full_;
   std::vector<size_t> trainable_;
-  // Gradient accumulators live as long as somebody holds them: kept, so that their hooks are. A
-  // shared_ptr in torch 2.11, an intrusive_ptr in 2.15.
+  // Gradient accumulators live as long as somebody holds them: they are kept, so that their hooks
+  // are. Each is a shared_ptr in torch 2.11, an intrusive_ptr in 2.15.
   std::vector<decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()))>
       accumulators_;
   std::shared_ptr<std::function<void(size_t)>> on_grad_;

@@ -22,10 +22,11 @@ class Peers {
   Peers(std::string group, std::vector<int64_t> ranks)
       : group_(std::move(group)), ranks_(std::move(ranks)) {}
 
-  /// Everybody's `words` in the order of the ranks, as many from each. Blocks until all ranks are
-  /// here; throws what the group throws if they don't come within its timeout.
+  /// Returns everybody's `words` in the order of the ranks, as many from each. Blocks until all
+  /// ranks are here; throws what the group throws if they don't come within its timeout.
   std::vector<std::vector<int64_t>> Exchange(const std::vector<int64_t>& words) const;
-  /// What `shown` makes of each rank's words, a line for each; empty if they are all the same.
+  /// Returns what `shown` makes of each rank's words, a line for each; empty if they are all the
+  /// same.
   std::string Differing(const std::vector<std::vector<int64_t>>& all,
                         const std::function<std::string(const std::vector<int64_t>&)>& shown) const;
 

@@ -1,58 +1,38 @@
+// The forward's side of the schedule, and what is between steps. schedule_backward.cpp has the
+// backward's.
 #include "hsdp/schedule.h"
 
 #include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
-#include <cstddef>
-#include <cstring>
 #include <utility>
+
+#include "hsdp/unit_errors.h"
 
 namespace hsdp_ckpt::hsdp {
 namespace {
 
-bool InBackward() { return torch::autograd::get_current_graph_task_id() != -1; }
+// Whether autograd runs in this thread: a forward now is a recomputation.
+bool AutogradRuns() { return torch::autograd::get_current_graph_task_id() != -1; }
 
 }  // namespace
 
 Schedule::Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared_ptr<Peers> peers,
                    std::function<void()> on_backward_end)
-    : backward_prefetch_(backward_prefetch),
-      rank_(rank),
-      peers_(std::move(peers)),
+    : rank_(rank),
       on_backward_end_(std::move(on_backward_end)),
       turn_(std::make_shared<Turn>(
-          [this] { return c10::str("rank ", rank_, ": module ", units_[0]->name(), ": "); })) {}
+          [this] { return c10::str("rank ", rank_, ": module ", units_[0]->name(), ": "); })),
+      order_(units_, std::move(peers), rank),
+      gathers_(backward_prefetch, rank),
+      reductions_(gathers_, rank) {}
 
-void Schedule::Rethrow(const Unit& unit, const char* what) const {
-  const auto message = [&](const char* cause) {
-    std::string text = "rank " + std::to_string(rank_) + ": the " + what + " of module " +
-                       unit.name() + " failed: ";
-    if (std::strstr(cause, "Could not resolve the process group") != nullptr) {
-      return text +
-             "its process group is gone. torch.distributed.destroy_process_group ends what a "
-             "wrapped module can do; " +
-             "after another init_process_group wrap the module anew";
-    }
-    return text + cause +
-           "\nA peer has died, has raised an error of its own, or does not run this module: see "
-           "what the other ranks say";
-  };
-  try {
-    throw;
-  } catch (const c10::DistBackendError& error) {
-    C10_THROW_ERROR(DistBackendError, message(error.what_without_backtrace()));
-  } catch (const c10::Error& error) {
-    C10_THROW_ERROR(Error, message(error.what_without_backtrace()));
-  } catch (const std::exception& error) {
-    C10_THROW_ERROR(DistBackendError, message(error.what()));  // Gloo's own
-  }
-}
-
-void Schedule::Add(const std::shared_ptr<Unit>& unit, std::vector<at::Tensor> full,
+void Schedule::Add(const UnitPtr& unit, std::vector<at::Tensor> full,
                    std::vector<size_t> trainable) {
   if (!Contains(units_, unit)) units_.push_back(unit);
-  if (in_backward_ && !InBackward()) unit->group->DropGrads();  // of one that raised
+  const bool backward_has_raised = in_backward() && !AutogradRuns();
+  if (backward_has_raised) unit->group->DropGrads();
   const bool frozen = trainable.size() < full.size();
   unit->group->BindFull(
       std::move(full), std::move(trainable),
@@ -64,212 +44,220 @@ void Schedule::Add(const std::shared_ptr<Unit>& unit, std::vector<at::Tensor> fu
   unit->frozen = frozen;
 }
 
-// -- forward
+void Schedule::OnGradient(const at::Tensor& tensor, const UnitPtr& unit,
+                          void (Schedule::*method)(const UnitPtr&)) {
+  tensor.register_hook(
+      [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit), method](const at::Tensor&) {
+        const auto self = weak.lock();
+        const auto alive = weak_unit.lock();
+        if (self && alive) ((*self).*method)(alive);
+      });
+}
 
-void Schedule::EnterForward(const std::shared_ptr<Unit>& unit, bool grad_enabled,
+void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled,
                             const std::vector<at::Tensor>& inputs) {
-  if (InBackward()) {
+  if (AutogradRuns()) {
     // Activation checkpointing computes the forward again: no new pass, nothing to record.
-    UnshardForBackward(unit);
-    if (unit->inputs == 0)
-      WatchInputs(unit, inputs);  // a reentrant one: nothing required gradients the first time
+    UnshardInBackward(unit);
+    // Of a reentrant checkpoint nothing required gradients the first time.
+    if (unit->inputs == 0) WatchInputs(unit, inputs);
     return;
   }
   turn_->BeginForward();
   if (active_.empty()) BeginForward(unit);
   active_.push_back({unit, grad_enabled});
-  Follow(unit);
+  order_.Follow(unit);
   GatherAnew(*unit);
   PrefetchForward(*unit);
-  Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
+  Naming({rank_, unit->name()}, "all-gather", [&] { unit->group->Unshard(); });
   if (!grad_enabled) return;
   if (!Contains(participants_, unit)) participants_.push_back(unit);
   WatchInputs(unit, inputs);
 }
 
-void Schedule::BeginForward(const std::shared_ptr<Unit>& outermost) {
-  // What an earlier pass left behind (the root's parameters, a gather nobody used, a backward that
-  // raised) may be older than the shards are now.
-  if (in_backward_) {
-    Reset();
-  } else {
-    for (const auto& unit : units_) {
-      const bool kept = unit->held || !unit->reshard_after_backward;
-      unit->outdated =
-          differentiates_ && !kept && unit->group->state() != ParamGroup::State::kSharded;
-      if (!differentiates_ && !kept) unit->group->Reshard();
-    }
-  }
-  if (backward_done_) {
-    for (const auto& unit : units_) unit->inputs = 0;
+void Schedule::BeginForward(const UnitPtr& outermost) {
+  ForgetLastPass();
+  if (phase_ == Phase::kBackwardDone) {
+    for (const UnitPtr& unit : units_) unit->inputs = 0;
     participants_.clear();
   }
-  backward_done_ = false;
-  recorded_.clear();
-  position_ = 0;
-  on_track_ = true;
-  // Another pass than the last one, which a peer may be about to repeat. A pass never seen is asked
-  // about call by call.
-  if (outermost_ != outermost.get() && !sequences_[outermost.get()].empty()) Agree(outermost.get());
-  outermost_ = outermost.get();
+  phase_ = Phase::kForward;
+  order_.Begin(outermost);
 }
 
-void Schedule::Follow(const std::shared_ptr<Unit>& unit) {
-  const Sequence& sequence = sequences_[outermost_];
-  if (position_ < sequence.size() && sequence[position_] == unit) {
-    ++position_;
-  } else {
-    Agree(unit.get());
-    on_track_ = false;
-    // Some calls left out: from here on the last pass is a guide again.
-    const auto later =
-        std::find(sequence.begin() + static_cast<std::ptrdiff_t>(position_), sequence.end(), unit);
-    if (later != sequence.end()) position_ = static_cast<size_t>(later - sequence.begin()) + 1;
+// What an earlier pass left behind (the root's parameters, a gather nobody used, a backward that
+// raised) may be older than the shards are now.
+void Schedule::ForgetLastPass() {
+  if (in_backward()) return Reset();
+  for (const UnitPtr& unit : units_) {
+    const bool kept = unit->unsharded_by_user || !unit->reshard_after_backward;
+    const bool sharded = unit->group->state() == ParamGroup::State::kSharded;
+    unit->outdated = graph_of_grads_ && !kept && !sharded;
+    if (!graph_of_grads_ && !kept) unit->group->Reshard();
   }
-  recorded_.push_back(unit);
 }
 
+// A forward uses the shards as they are now.
 void Schedule::GatherAnew(Unit& unit) {
   if (std::exchange(unit.outdated, false)) unit.group->Reshard();
-  Naming(unit, "all-gather", [&] { unit.group->StartGather(); });
+  Naming({rank_, unit.name()}, "all-gather", [&] { unit.group->StartGather(); });
 }
 
 void Schedule::PrefetchForward(const Unit& unit) {
   const auto prefetch = [this](Unit& next) {
-    if (!next.outdated)
-      GatherAnew(next);  // it may not come, and what it was kept for would lack it
+    // An outdated one may not come, and what it was kept for would lack it.
+    if (!next.outdated) GatherAnew(next);
   };
   for (const auto& weak : unit.forward_prefetch) {
-    if (const auto next = weak.lock()) prefetch(*next);
+    if (const UnitPtr next = weak.lock()) prefetch(*next);
   }
-  const Sequence& sequence = sequences_[outermost_];
-  if (!unit.forward_prefetch.empty() || position_ >= sequence.size()) return;
-  prefetch(*sequence[position_]);
+  if (!unit.forward_prefetch.empty()) return;
+  if (const UnitPtr next = order_.Next()) prefetch(*next);
 }
 
-void Schedule::LeaveForward(const std::shared_ptr<Unit>& unit,
-                            const std::vector<at::Tensor>& outputs) {
-  for (const at::Tensor& output : outputs) {
-    if (!output.requires_grad()) continue;
-    output.register_hook(
-        [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](const at::Tensor&) {
-          const auto self = weak.lock();
-          const auto alive = weak_unit.lock();
-          if (self && alive) self->BeforeBackward(alive);
-        });
+void Schedule::WatchInputs(const UnitPtr& unit, const std::vector<at::Tensor>& inputs) {
+  if (!unit->frozen) return;
+  for (const at::Tensor& input : inputs) {
+    if (!input.requires_grad()) continue;
+    ++unit->inputs;
+    OnGradient(input, unit, &Schedule::InputArrived);
   }
-  if (InBackward()) return;
-  const bool grad_enabled = active_.back().grad_enabled;
+}
+
+void Schedule::LeaveForward(const UnitPtr& unit, const std::vector<at::Tensor>& outputs) {
+  for (const at::Tensor& output : outputs) {
+    if (output.requires_grad()) OnGradient(output, unit, &Schedule::BeforeBackward);
+  }
+  if (AutogradRuns()) return;
+  const Call call = std::move(active_.back());
   active_.pop_back();
-  // The outermost unit is needed first in backward, and so is the one that ran last: freeing them
-  // would only mean another gather.
-  const bool last =
-      on_track_ && position_ == sequences_[outermost_].size() && recorded_.back() == unit;
-  // What a graph of gradients needs stays, whoever runs it meanwhile.
-  const bool keep =
-      differentiates_ ||
-      (grad_enabled && !unit->reshard_after_forward.value_or(!active_.empty() && !last));
-  if (!keep) Release(unit);
+  if (FreesAfterForward(*unit, call, order_.EndsWith(unit))) Release(unit);
   if (!active_.empty()) return;
-  TORCH_CHECK(!in_backward_, "rank ", rank_, ": module ", unit->name(),
+  TORCH_CHECK(!in_backward(), "rank ", rank_, ": module ", unit->name(),
               ": a backward within this forward has raised, and its error was caught there. What "
-              "it has left can't be told "
-              "from a backward that goes on: let the error out of the forward");
+              "it has left can't be told from a backward that goes on: let the error out of the "
+              "forward");
   EndForward();
   turn_->EndForward();
 }
 
-void Schedule::EndForward() {
-  Sequence& sequence = sequences_[outermost_];
-  const bool same = on_track_ && position_ == sequence.size();
-  if (!same) Agree(nullptr);
-  for (const auto& unit : units_) {
-    if (!unit->held && unit->group->state() == ParamGroup::State::kGathering) Release(unit);
+bool Schedule::FreesAfterForward(const Unit& unit, const Call& call, bool was_last) const {
+  // What a graph of gradients needs stays, whoever runs it meanwhile.
+  if (graph_of_grads_) return false;
+  if (!call.grad_enabled) return true;
+  switch (unit.reshard_after_forward) {
+    case ReshardAfterForward::kAlways:
+      return true;
+    case ReshardAfterForward::kNever:
+      return false;
+    case ReshardAfterForward::kUnlessBackwardIsNext:
+      // Backward needs the outermost unit first, and the one that ran last: freeing them would only
+      // mean another gather.
+      return !active_.empty() && !was_last;
   }
-  if (!same) sequence = recorded_;
-  recorded_.clear();
+  return true;
 }
 
-void Schedule::AbortForward(const std::shared_ptr<Unit>& unit) {
-  if (InBackward()) return;
+void Schedule::EndForward() {
+  order_.CheckEnd();
+  for (const UnitPtr& unit : units_) {
+    const bool unused = unit->group->state() == ParamGroup::State::kGathering;
+    if (unused && !unit->unsharded_by_user) Release(unit);
+  }
+  order_.Keep();
+}
+
+void Schedule::AbortForward(const UnitPtr& unit) {
+  if (AutogradRuns()) return;
   const auto at = std::find_if(active_.rbegin(), active_.rend(),
                                [&](const Call& call) { return call.unit == unit; });
   if (at != active_.rend()) active_.erase(at.base() - 1, active_.end());
-  on_track_ = false;
-  const auto release = [&](const std::shared_ptr<Unit>& freed) {
-    try {
-      Release(freed);
-    } catch (const std::exception&) {
-      // The error that ended the forward is the one to hear of. With a gather's failed works
-      // forgotten this one frees.
-      Release(freed);
-    }
-  };
+  order_.LoseTrack();
   const auto end = c10::make_scope_exit([this] {
     if (active_.empty()) turn_->EndForward();
   });
-  release(unit);
+  ReleaseAfterError(unit);
   if (!active_.empty()) return;
-  for (const auto& other : units_) release(other);
+  for (const UnitPtr& other : units_) ReleaseAfterError(other);
 }
 
-void Schedule::Hold(const std::shared_ptr<Unit>& unit, bool wait) {
-  unit->held = true;
+void Schedule::ReleaseAfterError(const UnitPtr& unit) {
+  try {
+    Release(unit);
+  } catch (const std::exception&) {
+    // The error that ended the forward is the one to hear of. With a gather's failed works
+    // forgotten this one frees.
+    Release(unit);
+  }
+}
+
+void Schedule::StartUnshard(const UnitPtr& unit) {
+  unit->unsharded_by_user = true;
   GatherAnew(*unit);
-  if (wait) Naming(*unit, "all-gather", [&] { unit->group->Unshard(); });
 }
 
-void Schedule::Release(const std::shared_ptr<Unit>& unit) {
-  unit->held = unit->outdated = false;
+void Schedule::Unshard(const UnitPtr& unit) {
+  StartUnshard(unit);
+  Naming({rank_, unit->name()}, "all-gather", [&] { unit->group->Unshard(); });
+}
+
+void Schedule::Release(const UnitPtr& unit) {
+  unit->unsharded_by_user = unit->outdated = false;
   unit->group->Reshard();
 }
 
 void Schedule::FinishReductions() {
-  AdvanceReductions(0);
-  for (const auto& unit : units_) {
-    if (!unit->group->trainable().empty()) unit->group->reducer().Join();
-  }
-  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  reductions_.Take(0);
+  JoinReductions();
+  reductions_.RethrowKept();
 }
 
-std::optional<bool> Schedule::BeginRead(bool only_if_quiet) {
-  const std::optional<bool> taken = turn_->BeginRead(only_if_quiet);
-  if (!taken.value_or(false)) return taken;
+void Schedule::JoinReductions() {
+  for (const UnitPtr& unit : units_) {
+    if (unit->trains()) unit->group->reducer().Join();
+  }
+}
+
+ReadTurn Schedule::BeginRead() { return FinishFor(turn_->BeginRead()); }
+
+ReadTurn Schedule::BeginReadIfQuiet() { return FinishFor(turn_->BeginReadIfQuiet()); }
+
+ReadTurn Schedule::FinishFor(ReadTurn turn) {
+  if (turn != ReadTurn::kTaken) return turn;
   auto give_back = c10::make_scope_exit([this] { turn_->EndRead(); });
-  if (!in_backward_)
-    FinishReductions();  // one that raised has left what only the next forward or Reset can drop
+  // A backward that raised has left what only the next forward or Reset can drop.
+  if (!in_backward()) FinishReductions();
   give_back.release();
-  return true;
+  return turn;
 }
 
 void Schedule::Reset() {
-  const bool waited =
-      turn_->BeginRead()
-          .value();  // for another thread; at the begin of a forward it is this one's already
-  const auto give_back = c10::make_scope_exit([this, waited] {
-    if (waited) turn_->EndRead();
+  // Another thread is waited for; at the begin of a forward the turn is this one's already.
+  const ReadTurn turn = turn_->BeginRead();
+  const auto give_back = c10::make_scope_exit([&] {
+    if (turn == ReadTurn::kTaken) turn_->EndRead();
   });
+  const bool backward_has_raised = in_backward();
   std::exception_ptr late;
   try {
-    if (!in_backward_) FinishReductions();
+    if (!backward_has_raised) FinishReductions();
   } catch (...) {
     late = std::current_exception();
   }
-  for (const auto& unit : units_) {
-    // All units: one whose result could not be taken has left reducing_ already.
-    if (!unit->group->trainable().empty()) unit->group->reducer().Drop();
-    if (in_backward_) unit->group->DropGrads();
+  for (const UnitPtr& unit : units_) {
+    // All units: one whose result could not be taken has left the queue already.
+    if (unit->trains()) unit->group->reducer().Drop();
+    if (backward_has_raised) unit->group->DropGrads();
     Release(unit);
   }
-  if (in_backward_) owing_.clear();
-  reducing_.clear();
-  ahead_.reset();
-  gather_queue_.clear();
-  reduce_queue_.clear();
+  gathers_.Clear();
+  reductions_.Clear();
   active_.clear();
-  backward_done_ = backward_done_ || in_backward_;
-  in_backward_ = differentiates_ = false;
-  error_ = nullptr;
+  graph_of_grads_ = false;
+  if (backward_has_raised) {
+    owing_.clear();
+    phase_ = Phase::kBackwardDone;
+  }
   if (late) std::rethrow_exception(late);
 }
 

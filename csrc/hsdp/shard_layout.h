@@ -10,8 +10,8 @@ namespace hsdp_ckpt::hsdp {
 
 /// One parameter as its dim-0 shards see it. Which rows a shard holds says base::RowsOfShard.
 struct ParamShape {
-  /// `item`: elements, or bytes, that one element of the parameter counts as. A parameter of no
-  /// dimension can't be cut: it counts as one row a rank, each of them the whole value.
+  /// `item` is what one element of the parameter counts as, in elements or bytes. A parameter
+  /// without dimensions can't be cut: it counts as one row a rank, each of them the whole value.
   static ParamShape Of(const std::vector<int64_t>& sizes, int64_t shards, int64_t item = 1);
 
   int64_t rows = 0;      ///< size of dimension 0
@@ -20,7 +20,7 @@ struct ParamShape {
   int64_t numel() const { return rows * row_size; }
 };
 
-/// The sizes of a shard of `rows` rows; a parameter of no dimension is its own shard.
+/// The sizes of a shard of `rows` rows; a parameter without dimensions is its own shard.
 std::vector<int64_t> ShardSizes(std::vector<int64_t> sizes, int64_t rows);
 
 /// The layout of a unit's parameters over the ranks of a shard group, in elements of one dtype.

@@ -5,7 +5,7 @@
 
 namespace hsdp_ckpt::hsdp {
 
-// By the thread too: a backward within this one (reentrant checkpointing) is a graph task of its
+// The thread tells too: a backward within this one (reentrant checkpointing) is a graph task of its
 // own, and runs in the thread of the one around it. Whatever else runs there (on CUDA other
 // threads' graphs do) could not wait for its end anyway.
 bool Turn::HasBackward() const {
@@ -48,8 +48,7 @@ void Turn::BeginForward() {
   if (HasForward()) return;
   TORCH_CHECK(holder_ != Holder::kForward, who_(),
               "another thread of this process is in a forward of the same wrapped module. Run them "
-              "one after the other: all "
-              "ranks have to run the same forwards in the same order");
+              "one after the other: all ranks have to run the same forwards in the same order");
   Take(lock, Holder::kForward);
 }
 
@@ -58,7 +57,7 @@ void Turn::EndForward() { Give(Holder::kForward); }
 std::shared_ptr<void> Turn::BeginBackward() {
   std::unique_lock lock(mutex_);
   const int graph_task = torch::autograd::get_current_graph_task_id();
-  // By its kind alone: on CUDA the backward within a forward runs in autograd's thread.
+  // The kind alone tells: on CUDA the backward within a forward runs in autograd's thread.
   if (holder_ == Holder::kForward) {
     graph_task_ = graph_task;
     return nullptr;
@@ -72,13 +71,21 @@ std::shared_ptr<void> Turn::BeginBackward() {
 
 void Turn::EndBackward() { Give(Holder::kBackward); }
 
-std::optional<bool> Turn::BeginRead(bool only_if_quiet) {
+ReadTurn Turn::BeginRead() {
   std::unique_lock lock(mutex_);
-  if (only_if_quiet && Runs()) return std::nullopt;
+  return BeginRead(lock);
+}
+
+ReadTurn Turn::BeginReadIfQuiet() {
+  std::unique_lock lock(mutex_);
+  return Runs() ? ReadTurn::kBusy : BeginRead(lock);
+}
+
+ReadTurn Turn::BeginRead(std::unique_lock<std::mutex>& lock) {
   const bool reads = holder_ == Holder::kReader && thread_ == std::this_thread::get_id();
-  if (reads || HasForward() || HasBackward()) return false;
+  if (reads || HasForward() || HasBackward()) return ReadTurn::kHeld;
   Take(lock, Holder::kReader);
-  return true;
+  return ReadTurn::kTaken;
 }
 
 void Turn::EndRead() { Give(Holder::kReader); }

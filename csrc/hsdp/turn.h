@@ -12,10 +12,17 @@
 
 namespace hsdp_ckpt::hsdp {
 
-/// Whose turn it is with the modules of one root: a forward's, a backward's, or somebody's who
-/// reads the sharded parameters
-/// (`state_dict()`, perhaps in another thread than the one that trains). One at a time, the others
-/// wait; readers are not overtaken. All of it thread safe. GIL: must not be held where it may wait.
+/// What a reader of the sharded parameters gets who asks for the turn.
+enum class ReadTurn {
+  kTaken,  ///< the turn, until EndRead
+  kHeld,   ///< nothing new: this thread has the turn already, and whoever took it gives it back
+  kBusy,   ///< nothing: a forward or a backward is under way
+};
+
+/// Says which thread may use the modules of one root: one that runs a forward, one that runs a
+/// backward, or one that reads the sharded parameters (`state_dict()`, perhaps in another thread
+/// than the one that trains). One at a time, the others wait; readers are not overtaken. All of it
+/// is thread safe. GIL: it must not be held where a call may wait.
 class Turn : public std::enable_shared_from_this<Turn> {
  public:
   /// `who`: how errors begin; names rank and module.
@@ -26,19 +33,20 @@ class Turn : public std::enable_shared_from_this<Turn> {
   void BeginForward();
   void EndForward();
 
-  /// Until EndBackward, or until what is returned is destroyed: a backward that raises is over then
-  /// too. Null where a forward is under way, which calls autograd itself.
+  /// The turn lasts until EndBackward, or until what is returned is destroyed: a backward that
+  /// raises is over then too. Null where a forward is under way, which calls autograd itself.
   std::shared_ptr<void> BeginBackward();
   void EndBackward();
 
-  /// False, without effect, where this thread has the turn already; true calls for EndRead. Another
-  /// thread's forward or backward is waited for. With `only_if_quiet` nobody's is, not even this
-  /// thread's own: null while one is under way.
-  std::optional<bool> BeginRead(bool only_if_quiet = false);
+  /// kTaken, or kHeld without effect. Another thread's forward or backward is waited for.
+  ReadTurn BeginRead();
+  /// The same, but no forward or backward is waited for, and this thread's own is none to read in:
+  /// kBusy while one is under way in any thread.
+  ReadTurn BeginReadIfQuiet();
   void EndRead();
 
-  /// Whether a forward or a backward is under way in this thread. Of autograd's threads: in the one
-  /// that it began in, and wherever that graph is worked on.
+  /// Whether a forward or a backward is under way in this thread. A backward is under way in the
+  /// thread that it began in, and in those of autograd that work on its graph.
   bool running_here() const;
 
  private:
@@ -48,6 +56,7 @@ class Turn : public std::enable_shared_from_this<Turn> {
   bool HasBackward() const;
   bool Runs() const { return holder_ == Holder::kForward || holder_ == Holder::kBackward; }
   void Take(std::unique_lock<std::mutex>& lock, Holder holder);
+  ReadTurn BeginRead(std::unique_lock<std::mutex>& lock);
   void Give(Holder holder, std::optional<int64_t> backward = std::nullopt);
 
   const std::function<std::string()> who_;

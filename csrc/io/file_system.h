@@ -76,8 +76,8 @@ class FileSystem {
   virtual int SyncDirectory(const std::string& path) = 0;
 };
 
-/// The operating system's own, behind a test's fault if there is one (io/injected_fault.h). Lives
-/// for ever.
+/// The operating system's own, behind a test's fault if there is one (io/injected_fault.h, in
+/// builds with tests only). Lives for ever.
 FileSystem& PosixFileSystem();
 
 }  // namespace hsdp_ckpt::io

@@ -1,3 +1,4 @@
+// Compiled in builds with tests only.
 #include "io/injected_fault.h"
 
 #include <algorithm>
@@ -12,9 +13,9 @@ namespace {
 std::mutex mutex;
 std::atomic<bool> in_use{false};
 
-// Kept on the heap for good: a fault may hold Python objects, which must not be let go after the
-// interpreter has ended. Shared, so that no such object is copied or let go, which takes the GIL,
-// under the mutex.
+// The fault is kept on the heap for good: it may hold Python objects, which must not be let go
+// after the interpreter has ended. It is shared, so that no such object is copied or let go, which
+// takes the GIL, under the mutex.
 std::shared_ptr<const InjectedFault>& Current() {
   static auto& fault = *new std::shared_ptr<const InjectedFault>;
   return fault;

@@ -11,7 +11,9 @@
 #include <cstdlib>
 
 #include "io/file_system.h"
+#ifdef HSDP_CKPT_TESTS
 #include "io/injected_fault.h"
+#endif
 
 namespace hsdp_ckpt::io {
 namespace {
@@ -161,7 +163,11 @@ class Posix : public FileSystem {
 
 FileSystem& PosixFileSystem() {
   static auto& instance = *new Posix;  // never destroyed: a thread may outlive main()
+#ifdef HSDP_CKPT_TESTS
   return WithInjectedFault(instance);
+#else
+  return instance;
+#endif
 }
 
 }  // namespace hsdp_ckpt::io

@@ -2,12 +2,10 @@
 
 #include <c10/util/Exception.h>
 
-#include <atomic>
+#include "kernels/copied_bytes.h"
 
 namespace hsdp_ckpt::kernels {
 namespace {
-
-std::atomic<int64_t> copied_bytes{0};
 
 void CheckSegments(std::span<const CopySegment> segments, size_t src_align, size_t dst_align) {
   for (size_t i = 0; i < segments.size(); ++i) {
@@ -30,14 +28,7 @@ void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10:
                  c10::ScalarType dst, double scale, bool accumulate) {
   TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "BatchedCopy: CPU and CUDA only, not ",
                     device);
-  const auto from_item = static_cast<int64_t>(c10::elementSize(src)),
-             to_item = static_cast<int64_t>(c10::elementSize(dst));
-  int64_t bytes = 0;
-  for (const auto& segment : segments) {
-    bytes +=
-        segment.numel * ((segment.src != nullptr ? from_item : 0) + (accumulate ? 2 : 1) * to_item);
-  }
-  CountBytes(bytes);
+  CountCopy(segments, {c10::elementSize(src), c10::elementSize(dst), accumulate});
   const bool copies_bits = src == dst && scale == 1.0 && !accumulate;
   TORCH_CHECK_TYPE(copies_bits || (Computes(src) && Computes(dst)), "BatchedCopy: ", src, " to ",
                    dst, " with scale ", scale, accumulate ? ", accumulating," : "",
@@ -62,9 +53,5 @@ void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10:
 #endif
   }
 }
-
-int64_t CopiedBytes() { return copied_bytes.load(std::memory_order_relaxed); }
-
-void CountBytes(int64_t bytes) { copied_bytes.fetch_add(bytes, std::memory_order_relaxed); }
 
 }  // namespace hsdp_ckpt::kernels

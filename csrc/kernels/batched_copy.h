@@ -57,13 +57,6 @@ struct SumSegment {
 void BatchedSum(std::span<const SumSegment> segments, c10::ScalarType src, c10::ScalarType dst,
                 double scale = 1.0, bool accumulate = false);
 
-/// Bytes that BatchedCopy and BatchedSum have read and written in this process so far, without
-/// those of the wire.
-int64_t CopiedBytes();
-
-/// Adds to CopiedBytes().
-void CountBytes(int64_t bytes);
-
 /// Whether BatchedCopy computes with this dtype: float32, float64, bfloat16, float16.
 constexpr bool Computes(c10::ScalarType type) {
   return type == c10::kFloat || type == c10::kDouble || type == c10::kBFloat16 ||

@@ -46,7 +46,6 @@ void BatchedSum(std::span<const SumSegment> segments, c10::ScalarType src, c10::
                    " is not supported: float32, float64, bfloat16 and float16 are summed");
   const size_t src_item = c10::elementSize(src), dst_item = c10::elementSize(dst);
   size_t most = 0;
-  int64_t bytes = 0;
   for (size_t i = 0; i < segments.size(); ++i) {
     const SumSegment& segment = segments[i];
     TORCH_CHECK_VALUE(segment.numel >= 0, "BatchedSum: segment ", i, " has ", segment.numel,
@@ -62,10 +61,8 @@ void BatchedSum(std::span<const SumSegment> segments, c10::ScalarType src, c10::
     TORCH_CHECK_VALUE(aligned, "BatchedSum: segment ", i,
                       " lies at an address that is no multiple of its dtype's size");
     most = std::max(most, segment.srcs.size());
-    bytes += segment.numel *
-             static_cast<int64_t>(segment.srcs.size() * src_item + (accumulate ? 2 : 1) * dst_item);
   }
-  CountBytes(bytes);
+  CountSum(segments, {src_item, dst_item, accumulate});
   const auto item = static_cast<int64_t>(most * src_item + dst_item);
   WithType(src, [&](auto s) {
     WithType(dst, [&](auto d) {

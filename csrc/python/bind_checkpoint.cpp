@@ -2,7 +2,6 @@
 // address, first byte, bytes): the caller keeps them alive and contiguous during the call. An image
 // crosses as (offset in the file, address, bytes). The GIL is released for all that reads, writes
 // or waits.
-#include <pybind11/functional.h>
 
 #include "base/crc32.h"
 #include "base/error.h"
@@ -13,7 +12,6 @@
 #include "format/record.h"
 #include "format/tensor_pickle.h"
 #include "io/file.h"
-#include "io/injected_fault.h"
 #include "python/module.h"
 #include "snapshot/staging_copy.h"
 
@@ -171,12 +169,6 @@ void BindCheckpoint(py::module_& module) {
       "sync_directory",
       [](const std::string& path) { io::SyncDirectory(io::PosixFileSystem(), path); },
       py::arg("path"), released);
-  module.def(
-      "_inject_fault",
-      [](const std::optional<std::function<int(std::string, std::string)>>& fault) {
-        io::InjectFault(fault ? io::InjectedFault(*fault) : io::InjectedFault());
-      },
-      py::arg("fault"));
   module.def("new_save_id", &format::NewSaveId);
   module.def(
       "crc32",

@@ -7,7 +7,6 @@
 #include "hsdp/param_group.h"
 #include "hsdp/peers.h"
 #include "hsdp/schedule.h"
-#include "kernels/batched_copy.h"
 #include "python/module.h"
 
 namespace py = pybind11;
@@ -16,15 +15,39 @@ namespace hsdp_ckpt::python {
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
-void BindHsdp(py::module_& module) {
-  module.def("copied_bytes", &kernels::CopiedBytes);
+namespace {
 
+void BindValues(py::module_& module) {
+  py::enum_<hsdp::BackwardPrefetch>(module, "BackwardPrefetch")
+      .value("NONE", hsdp::BackwardPrefetch::kNone)
+      .value("PRE", hsdp::BackwardPrefetch::kPre)
+      .value("POST", hsdp::BackwardPrefetch::kPost);
+  py::enum_<hsdp::ReshardAfterForward>(module, "ReshardAfterForward")
+      .value("UNLESS_BACKWARD_IS_NEXT", hsdp::ReshardAfterForward::kUnlessBackwardIsNext)
+      .value("ALWAYS", hsdp::ReshardAfterForward::kAlways)
+      .value("NEVER", hsdp::ReshardAfterForward::kNever);
+  py::enum_<hsdp::ReadTurn>(module, "ReadTurn")
+      .value("TAKEN", hsdp::ReadTurn::kTaken)
+      .value("HELD", hsdp::ReadTurn::kHeld)
+      .value("BUSY", hsdp::ReadTurn::kBusy);
+  py::class_<hsdp::Precision>(module, "UnitPrecision")
+      .def(py::init([](std::optional<at::ScalarType> param_dtype,
+                       std::optional<at::ScalarType> reduce_dtype, bool keep_low_precision_grads) {
+             return hsdp::Precision{param_dtype, reduce_dtype, keep_low_precision_grads};
+           }),
+           py::kw_only(), py::arg("param_dtype") = py::none(), py::arg("reduce_dtype") = py::none(),
+           py::arg("keep_low_precision_grads") = false)
+      .def_readonly("param_dtype", &hsdp::Precision::param_dtype)
+      .def_readonly("reduce_dtype", &hsdp::Precision::reduce_dtype)
+      .def_readonly("keep_low_precision_grads", &hsdp::Precision::keep_low_precision_grads);
   py::class_<base::ShardRows>(module, "ShardRows")
       .def_readonly("first", &base::ShardRows::first)
       .def_readonly("count", &base::ShardRows::count);
   module.def("shard_rows", &base::RowsOfShard, py::arg("rows"), py::arg("shards"),
              py::arg("shard"));
+}
 
+void BindCommunication(py::module_& module) {
   py::class_<hsdp::Collectives, std::shared_ptr<hsdp::Collectives>>(module, "Collectives")
       .def(py::init<std::string, std::optional<std::string>, int64_t>(), py::arg("shard_group"),
            py::arg("replica_group"), py::arg("rank"))
@@ -35,27 +58,28 @@ void BindHsdp(py::module_& module) {
   py::class_<hsdp::Peers, std::shared_ptr<hsdp::Peers>>(module, "Peers")
       .def(py::init<std::string, std::vector<int64_t>>(), py::arg("group"), py::arg("ranks"))
       .def("exchange", &hsdp::Peers::Exchange, py::arg("words"), NoGil());
+}
 
-  py::class_<hsdp::Unit, std::shared_ptr<hsdp::Unit>>(module, "Unit")
-      .def(py::init([](std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes,
-                       at::Device device, std::shared_ptr<hsdp::Collectives> collectives,
-                       std::optional<bool> reshard_after_forward, std::function<void()> on_backward,
-                       std::function<void()> on_reduced, std::optional<at::ScalarType> param_dtype,
-                       std::optional<at::ScalarType> reduce_dtype, bool keep_low_precision_grads) {
-             auto unit = std::make_shared<hsdp::Unit>();
-             unit->group = std::make_shared<hsdp::ParamGroup>(
-                 std::move(sizes), std::move(dtypes),
-                 hsdp::Precision{param_dtype, reduce_dtype, keep_low_precision_grads}, device,
-                 std::move(collectives));
-             unit->reshard_after_forward = reshard_after_forward;
-             unit->on_backward = std::move(on_backward);
-             unit->on_reduced = std::move(on_reduced);
-             return unit;
-           }),
-           py::arg("sizes"), py::arg("dtypes"), py::arg("device"), py::arg("collectives"),
-           py::arg("reshard_after_forward"), py::arg("on_backward"), py::arg("on_reduced"),
-           py::arg("param_dtype") = py::none(), py::arg("reduce_dtype") = py::none(),
-           py::arg("keep_low_precision_grads") = false)
+using UnitClass = py::class_<hsdp::Unit, std::shared_ptr<hsdp::Unit>>;
+
+std::shared_ptr<hsdp::Unit> MakeUnit(std::vector<std::vector<int64_t>> sizes,
+                                     std::vector<at::ScalarType> dtypes, at::Device device,
+                                     std::shared_ptr<hsdp::Collectives> collectives,
+                                     hsdp::Precision precision,
+                                     hsdp::ReshardAfterForward reshard_after_forward,
+                                     std::function<void()> on_backward,
+                                     std::function<void()> on_reduced) {
+  auto unit = std::make_shared<hsdp::Unit>();
+  unit->group = std::make_shared<hsdp::ParamGroup>(std::move(sizes), std::move(dtypes), precision,
+                                                   device, std::move(collectives));
+  unit->reshard_after_forward = reshard_after_forward;
+  unit->on_backward = std::move(on_backward);
+  unit->on_reduced = std::move(on_reduced);
+  return unit;
+}
+
+void BindUnitSettings(UnitClass& unit_class) {
+  unit_class
       .def(
           "set_all_reduce",
           [](hsdp::Unit& unit, bool all_reduce) {
@@ -82,13 +106,26 @@ void BindHsdp(py::module_& module) {
       .def_readwrite("reshard_after_backward", &hsdp::Unit::reshard_after_backward)
       .def_readonly("frozen", &hsdp::Unit::frozen)
       .def(
-          "set_prefetch",
-          [](hsdp::Unit& unit, const std::vector<std::shared_ptr<hsdp::Unit>>& units,
-             bool forward) {
-            (forward ? unit.forward_prefetch : unit.backward_prefetch)
-                .assign(units.begin(), units.end());
+          "set_forward_prefetch",
+          [](hsdp::Unit& unit, const hsdp::UnitSequence& units) {
+            unit.forward_prefetch.assign(units.begin(), units.end());
           },
-          py::arg("units"), py::arg("forward"))
+          py::arg("units"))
+      .def(
+          "set_backward_prefetch",
+          [](hsdp::Unit& unit, const hsdp::UnitSequence& units) {
+            unit.backward_prefetch.assign(units.begin(), units.end());
+          },
+          py::arg("units"));
+}
+
+void BindUnit(py::module_& module) {
+  UnitClass unit_class(module, "Unit");
+  unit_class.def(py::init(&MakeUnit), py::kw_only(), py::arg("sizes"), py::arg("dtypes"),
+                 py::arg("device"), py::arg("collectives"), py::arg("precision"),
+                 py::arg("reshard_after_forward"), py::arg("on_backward"), py::arg("on_reduced"));
+  BindUnitSettings(unit_class);
+  unit_class
       .def(
           "shard",
           [](hsdp::Unit& unit, const std::vector<at::Tensor>& full) {
@@ -116,14 +153,12 @@ void BindHsdp(py::module_& module) {
             unit.group->reducer().Write(targets, accumulate);
           },
           py::arg("targets"), py::arg("accumulate"), NoGil());
+}
 
+void BindSchedule(py::module_& module) {
   py::class_<hsdp::Schedule, std::shared_ptr<hsdp::Schedule>>(module, "Schedule")
-      .def(py::init([](int backward_prefetch, int64_t rank, std::shared_ptr<hsdp::Peers> peers,
-                       std::function<void()> on_backward_end) {
-             return std::make_shared<hsdp::Schedule>(
-                 static_cast<hsdp::Schedule::BackwardPrefetch>(backward_prefetch), rank,
-                 std::move(peers), std::move(on_backward_end));
-           }),
+      .def(py::init<hsdp::BackwardPrefetch, int64_t, std::shared_ptr<hsdp::Peers>,
+                    std::function<void()>>(),
            py::arg("backward_prefetch"), py::arg("rank"), py::arg("peers"),
            py::arg("on_backward_end"))
       .def("add", &hsdp::Schedule::Add, py::arg("unit"), py::arg("full"), py::arg("trainable"),
@@ -133,17 +168,28 @@ void BindHsdp(py::module_& module) {
       .def("leave_forward", &hsdp::Schedule::LeaveForward, py::arg("unit"), py::arg("outputs"),
            NoGil())
       .def("abort_forward", &hsdp::Schedule::AbortForward, py::arg("unit"), NoGil())
-      .def("hold", &hsdp::Schedule::Hold, py::arg("unit"), py::arg("wait"), NoGil())
+      .def("start_unshard", &hsdp::Schedule::StartUnshard, py::arg("unit"), NoGil())
+      .def("unshard", &hsdp::Schedule::Unshard, py::arg("unit"), NoGil())
       .def("release", &hsdp::Schedule::Release, py::arg("unit"), NoGil())
       .def("set_last_backward", &hsdp::Schedule::SetLastBackward, py::arg("last"))
       .def("finish_reductions", &hsdp::Schedule::FinishReductions, NoGil())
       .def(
-          "take_turn", [](hsdp::Schedule& schedule) { return schedule.turn().BeginRead().value(); },
+          "take_turn", [](hsdp::Schedule& schedule) { return schedule.turn().BeginRead(); },
           NoGil())
-      .def("begin_read", &hsdp::Schedule::BeginRead, py::arg("only_if_quiet") = false, NoGil())
+      .def("begin_read", &hsdp::Schedule::BeginRead, NoGil())
+      .def("begin_read_if_quiet", &hsdp::Schedule::BeginReadIfQuiet, NoGil())
       .def("end_read", [](hsdp::Schedule& schedule) { schedule.turn().EndRead(); })
       .def("running_here", [](hsdp::Schedule& schedule) { return schedule.turn().running_here(); })
       .def("reset", &hsdp::Schedule::Reset, NoGil());
+}
+
+}  // namespace
+
+void BindHsdp(py::module_& module) {
+  BindValues(module);
+  BindCommunication(module);
+  BindUnit(module);
+  BindSchedule(module);
 }
 
 }  // namespace hsdp_ckpt::python

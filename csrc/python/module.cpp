@@ -40,4 +40,7 @@ PYBIND11_MODULE(_C, module) {
   BindReader(module);
   BindSnapshot(module);
   BindVerify(module);
+#ifdef HSDP_CKPT_TESTS
+  BindTestHooks(module);
+#endif
 }

@@ -16,5 +16,8 @@ void BindPlan(pybind11::module_& module);
 void BindReader(pybind11::module_& module);
 void BindSnapshot(pybind11::module_& module);
 void BindVerify(pybind11::module_& module);
+#ifdef HSDP_CKPT_TESTS
+void BindTestHooks(pybind11::module_& module);
+#endif
 
 }  // namespace hsdp_ckpt::python

@@ -195,7 +195,7 @@ def _peak(
 def copied_bytes() -> int:
     from torch_hsdp_ckpt import _C
 
-    return _C.copied_bytes()
+    return _C._copied_bytes()
 
 
 def memory(systems: tuple[str, ...], kind: str, steps: int, quick: bool) -> str:

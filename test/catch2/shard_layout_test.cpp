@@ -4,8 +4,7 @@
 
 #include "catch2.h"
 
-using hsdp_ckpt::hsdp::ParamShape;
-using hsdp_ckpt::hsdp::ShardLayout;
+namespace hsdp = hsdp_ckpt::hsdp;
 
 TEST_CASE("chunks are torch.chunk's", "[layout]") {
   const int64_t rows = GENERATE(0, 1, 2, 3, 7, 8, 9, 64, 65);
@@ -41,7 +40,7 @@ TEST_CASE("slices are aligned, disjoint and the same on every rank", "[layout]")
 }
 
 TEST_CASE("a layout refuses nonsense", "[layout]") {
-  CHECK_THROWS_AS(ShardLayout({{1, 1}}, 0, 1), std::invalid_argument);
-  CHECK_THROWS_AS(ShardLayout({{-1, 1}}, 1, 1), std::invalid_argument);
-  CHECK_THROWS_AS(ShardLayout({{1, 1}}, 1, 0), std::invalid_argument);
+  CHECK_THROWS_AS(hsdp::ShardLayout({{1, 1}}, 0, 1), std::invalid_argument);
+  CHECK_THROWS_AS(hsdp::ShardLayout({{-1, 1}}, 1, 1), std::invalid_argument);
+  CHECK_THROWS_AS(hsdp::ShardLayout({{1, 1}}, 1, 0), std::invalid_argument);
 }

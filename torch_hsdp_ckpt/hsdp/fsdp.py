@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import BackwardPrefetch, CPUOffload, MixedPrecision, ShardingStrategy
 
+from .. import _C
 from .arguments import IgnoredStates, check_module, check_offload, offloads
 from .clip import clip_grad_norm
 from .materialize import materialize, move, synchronize
@@ -113,9 +114,11 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         reshard = _reshard_after_forward(strategy)
         self._unit = ShardedUnit(registered, mesh, device, reshard, precision)
         self._checkpoint_wrapped_module = module
-        prefetch = {None: 0, BackwardPrefetch.BACKWARD_PRE: 1, BackwardPrefetch.BACKWARD_POST: 2}[
-            backward_prefetch
-        ]
+        prefetch = {
+            None: _C.BackwardPrefetch.NONE,
+            BackwardPrefetch.BACKWARD_PRE: _C.BackwardPrefetch.PRE,
+            BackwardPrefetch.BACKWARD_POST: _C.BackwardPrefetch.POST,
+        }[backward_prefetch]
         self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__, skipped)
         self._init_state_dict()
 

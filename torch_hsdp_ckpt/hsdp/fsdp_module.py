@@ -12,7 +12,7 @@ from .runner import Runner, named_runners, runner_of
 from .state.module_entries import checks_first
 from .state.module_in import load
 from .state.module_plan import LoadRequest
-from .unit import ShardedUnit
+from .unit import ShardedUnit, reshard_policy
 
 
 class UnshardHandle:
@@ -80,7 +80,7 @@ class FSDPModule:
         """Whether the full parameters are freed after forward and gathered again in backward, the
         outermost module's too."""
         for unit in self._units(recurse):
-            unit.core.reshard_after_forward = reshard_after_forward
+            unit.core.reshard_after_forward = reshard_policy(reshard_after_forward)
 
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
@@ -105,15 +105,15 @@ class FSDPModule:
     def set_modules_to_forward_prefetch(self, modules: "list[FSDPModule]") -> None:
         """This module's forward starts the gathers of ``modules`` ahead, instead of the one that
         came next in the last forward."""
-        fsdp_runner(self).unit.core.set_prefetch(
-            [fsdp_runner(m).unit.core for m in modules], forward=True
+        fsdp_runner(self).unit.core.set_forward_prefetch(
+            [fsdp_runner(m).unit.core for m in modules]
         )
 
     def set_modules_to_backward_prefetch(self, modules: "list[FSDPModule]") -> None:
         """This module's backward starts the gathers of ``modules`` ahead, instead of the one that
         comes next in reverse forward order."""
-        fsdp_runner(self).unit.core.set_prefetch(
-            [fsdp_runner(m).unit.core for m in modules], forward=False
+        fsdp_runner(self).unit.core.set_backward_prefetch(
+            [fsdp_runner(m).unit.core for m in modules]
         )
 
     def set_gradient_divide_factor(self, factor: float) -> None:

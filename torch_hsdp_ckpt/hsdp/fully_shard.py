@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import Shard
 
+from .. import _C
 from ..common.gate import wait_at_gate
 from .arguments import at, check_module, check_offload
 from .fsdp_module import FSDPModule, UnshardHandle
@@ -103,7 +104,7 @@ def fully_shard(
             move(each, device)
     unit = ShardedUnit(registered, mesh, device, reshard, precision)
     label = ", ".join(type(each).__name__ for each in modules)
-    runner = Runner(modules[0], unit, 1, precision, label)
+    runner = Runner(modules[0], unit, _C.BackwardPrefetch.PRE, precision, label)
     for each in modules[1:]:
         runner.add(each)
     for each in modules:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 
+from .. import _C
 from .arguments import at
 from .module_tree import is_wrapped, modules_of_unit
 
@@ -57,6 +58,14 @@ class Precision:
             cast_forward_inputs=given.cast_forward_inputs,
             cast_root_forward_inputs=given.cast_root_forward_inputs,
             keep_low_precision_grads=given.keep_low_precision_grads,
+        )
+
+    def of_unit(self) -> _C.UnitPrecision:
+        """What ``ShardedUnit`` takes."""
+        return _C.UnitPrecision(
+            param_dtype=self.param_dtype,
+            reduce_dtype=self.reduce_dtype,
+            keep_low_precision_grads=self.keep_low_precision_grads,
         )
 
     def input_dtype(self, outermost: bool) -> torch.dtype | None:

@@ -29,11 +29,11 @@ class _DifferentModules(RuntimeError):
 
 
 class Root:
-    """``units``: of all wrappers, outermost first, each with its name. ``prefetch``: 0 none, 1
-    before, 2 after a unit's backward. Collective over the mesh; raises RuntimeError on every rank
-    if the ranks have wrapped different modules."""
+    """``units``: of all wrappers, outermost first, each with its name. ``prefetch``: when backward
+    starts the next unit's gather. Collective over the mesh; raises RuntimeError on every rank if
+    the ranks have wrapped different modules."""
 
-    def __init__(self, units: list[ShardedUnit], prefetch: int) -> None:
+    def __init__(self, units: list[ShardedUnit], prefetch: _C.BackwardPrefetch) -> None:
         self.units = units
         peers, channel = _meet_peers(units)
         self.schedule = _C.Schedule(
@@ -62,11 +62,11 @@ class Root:
     def turn(self) -> Iterator[None]:
         """Within the block forwards and backwards of other threads wait; it waits for them, not for
         this thread's own."""
-        first = self.schedule.take_turn()
+        turn = self.schedule.take_turn()
         try:
             yield
         finally:
-            if first:
+            if turn == _C.ReadTurn.TAKEN:
                 self.schedule.end_read()
 
     @contextmanager
@@ -81,8 +81,10 @@ class Root:
         ``whole``: what is going to be gathered within the block, on the groups that forwards and
         backwards use. RuntimeError then, at once, while one is under way in any thread of this
         rank. Its peers do not hear of that."""
-        first = self.schedule.begin_read(only_if_quiet=bool(whole))
-        if first is None:
+        schedule = self.schedule
+        turn = schedule.begin_read_if_quiet() if whole else schedule.begin_read()
+        first = turn == _C.ReadTurn.TAKEN
+        if turn == _C.ReadTurn.BUSY:
             raise RuntimeError(
                 f"rank {dist.get_rank()}: the {whole} of module {self.units[0].core.name} was "
                 "asked for while a forward or backward of it is under way. It is collective: ask "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _C
 from ..common.gate import wait_at_gate
 from .eager import keep_dynamo_out
 from .flat_tensors import flat_tensors
@@ -23,7 +24,7 @@ class Runner:
     """What a wrapped ``module`` has in common under ``FullyShardedDataParallel`` and
     ``fully_shard``.
 
-    ``prefetch``: 0 none, 1 before, 2 after a unit's backward; the outermost module's counts.
+    ``prefetch``: when backward starts the next unit's gather; the outermost module's counts.
     ``label``: what the module is called in errors, if it is not its own class. ``ignored``: modules
     whose buffers stay as they are."""
 
@@ -31,7 +32,7 @@ class Runner:
         self,
         module: nn.Module,
         unit: ShardedUnit,
-        prefetch: int,
+        prefetch: _C.BackwardPrefetch,
         precision: Precision,
         label: str,
         ignored: Collection[nn.Module] = (),
@@ -72,13 +73,13 @@ class Runner:
         """Starts the gather of the unit outside of a forward."""
         root = self.root_of_all()
         with root.turn():
-            root.schedule.hold(self.unit.core, False)
+            root.schedule.start_unshard(self.unit.core)
 
     def unshard(self) -> None:
         """Gathers outside of a forward; the module shows the full parameters when this returns."""
         root = self.root_of_all()
         with root.turn():
-            root.schedule.hold(self.unit.core, True)
+            root.schedule.unshard(self.unit.core)
             self.unit.show_full()
 
     def free(self) -> None:

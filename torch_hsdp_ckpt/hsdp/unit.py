@@ -32,6 +32,13 @@ from .slots import RegisteredParameter, SlotTable
 _LOCAL = operator.attrgetter("_local_tensor")
 
 
+def reshard_policy(after_forward: bool | None) -> _C.ReshardAfterForward:
+    """What torch's ``reshard_after_forward`` asks for."""
+    if after_forward is None:
+        return _C.ReshardAfterForward.UNLESS_BACKWARD_IS_NEXT
+    return _C.ReshardAfterForward.ALWAYS if after_forward else _C.ReshardAfterForward.NEVER
+
+
 def collectives_of(mesh: DeviceMesh) -> _C.Collectives:
     """The gathers and reductions of units on ``mesh``, on the mesh's own groups."""
     replica = mesh.get_group(0).group_name if mesh.ndim == 2 else None
@@ -71,16 +78,14 @@ class ShardedUnit:
         self.collectives = collectives_of(mesh)
         originals = [each.parameter for each in registered]
         self.core = _C.Unit(
-            [list(p.shape) for p in originals],
-            [p.dtype for p in originals],
-            device,
-            self.collectives,
-            reshard_after_forward,
-            weak_callback(self.show_full),
-            weak_callback(self._take_gradients),
-            precision.param_dtype,
-            precision.reduce_dtype,
-            precision.keep_low_precision_grads,
+            sizes=[list(p.shape) for p in originals],
+            dtypes=[p.dtype for p in originals],
+            device=device,
+            collectives=self.collectives,
+            precision=precision.of_unit(),
+            reshard_after_forward=reshard_policy(reshard_after_forward),
+            on_backward=weak_callback(self.show_full),
+            on_reduced=weak_callback(self._take_gradients),
         )
         keeps = precision.keep_low_precision_grads
         self._grad_dtype = precision.param_dtype if keeps else None
@@ -136,12 +141,12 @@ class ShardedUnit:
         if self.schedule is None:
             self._bind(schedule)
             return
-        first = schedule.begin_read()
+        turn = schedule.begin_read()
         try:
             schedule.finish_reductions()  # of the parameters as they have been so far
             self._bind(schedule)
         finally:
-            if first:
+            if turn == _C.ReadTurn.TAKEN:
                 schedule.end_read()
 
     def _bind(self, schedule: _C.Schedule) -> None:

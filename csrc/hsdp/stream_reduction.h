@@ -1,0 +1,42 @@
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "hsdp/reduction.h"
+
+namespace hsdp_ckpt::hsdp {
+
+/// Reductions that run as collectives, on the device's reduce stream: the stream orders packing,
+/// reduce-scatter, all-reduce and what comes after them. On the CPU, where there are no streams,
+/// and with a backend that returns works (Gloo's on CUDA), the works are waited for in between.
+///
+/// All ranks get the same bits: the all-reduce leaves them so, and gradients of parameters without
+/// dimensions are broadcast by the shard group's first rank.
+class StreamReduction final : public Reduction {
+ public:
+  using Reduction::Reduction;
+
+  void Allocate() override;
+  bool averages(const GradBucket& bucket) const override;
+  void HoldInputs() override;
+  void ReleaseInputs() override;
+
+ protected:
+  void Begin() override;
+  void MoveOn(bool wait) override;
+
+ private:
+  bool on_cpu() const { return grads().device.is_cpu(); }
+  /// Whether the works of all buckets are over.
+  bool WorksAreOver() const;
+  /// Waits for them. Works that are over are waited for too: it rethrows what went wrong.
+  void TakeWorks();
+  void StartAllReduces();
+  void AllReduce(GradBucket& bucket);
+
+  std::unique_ptr<DeviceStreams::Mark> inputs_read_;
+  std::vector<at::Tensor> inputs_held_;  // until `inputs_read_` has passed
+};
+
+}  // namespace hsdp_ckpt::hsdp

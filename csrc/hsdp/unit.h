@@ -1,0 +1,85 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "hsdp/param_group.h"
+
+namespace hsdp_ckpt::hsdp {
+
+/// When a forward frees the full parameters of a unit.
+enum class ReshardAfterForward {
+  kUnlessBackwardIsNext,  ///< not those that backward needs first: the outermost, the last to run
+  kAlways,
+  kNever,
+};
+
+/// How far one unit is in the backward under way.
+struct BackwardProgress {
+  std::vector<bool> arrived;  ///< by trainable parameter: its gradient is there
+  size_t arrivals = 0;        ///< how many of them
+  size_t inputs_arrived = 0;  ///< gradients of the inputs that forward watches
+  bool complete = false;      ///< the gradients of all trainable parameters have arrived
+
+  void Begin(size_t trainable) {
+    arrived.assign(trainable, false);
+    arrivals = inputs_arrived = 0;
+    complete = false;
+  }
+  /// Notes the gradient of one parameter. True when it was the last one of them; should more come
+  /// (a reentrant checkpoint runs backward piece by piece), they count anew.
+  bool GradArrived(size_t slot) {
+    if (arrived[slot]) return false;
+    arrived[slot] = true;
+    if (++arrivals < arrived.size()) return false;
+    arrived.assign(arrived.size(), false);
+    arrivals = 0;
+    complete = true;
+    return true;
+  }
+};
+
+/// One unit as the Schedule of its root sees it: its parameters, what a user has set, and what
+/// Python is told.
+struct Unit {
+  const std::string& name() const { return group->name(); }
+  bool trains() const { return !group->trainable().empty(); }
+
+  std::shared_ptr<ParamGroup> group;
+
+  // What a user sets between steps.
+  ReshardAfterForward reshard_after_forward = ReshardAfterForward::kUnlessBackwardIsNext;
+  bool reshard_after_backward = true;
+  bool sync = true;  ///< false: gradients stay with the full parameters and are added to
+  /// The units whose gathers start with this one's, instead of those that the last pass suggests.
+  /// Empty: what the last pass suggests.
+  std::vector<std::weak_ptr<Unit>> forward_prefetch, backward_prefetch;
+
+  /// The unit is about to be used in backward: Python puts the full parameters into the module, for
+  /// a recomputation.
+  std::function<void()> on_backward;
+  /// The reduced gradients are there: Python names the tensors they go to.
+  std::function<void()> on_reduced;
+
+  // What the Schedule notes here.
+  bool frozen = false;  ///< some parameter is: the gradients of the inputs need its memory
+  bool unsharded_by_user = false;  ///< for a forward to come
+  bool outdated = false;  ///< kept for the graph of an earlier backward: forward gathers anew
+  size_t inputs = 0;      ///< inputs of forward that require gradients, if `frozen`
+  BackwardProgress backward;
+};
+
+using UnitPtr = std::shared_ptr<Unit>;
+using UnitSequence = std::vector<UnitPtr>;
+
+/// Whether `units` has `unit`.
+template <typename Units>
+bool Contains(const Units& units, const UnitPtr& unit) {
+  return std::find(units.begin(), units.end(), unit) != units.end();
+}
+
+}  // namespace hsdp_ckpt::hsdp
