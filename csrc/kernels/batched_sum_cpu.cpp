@@ -5,6 +5,7 @@
 
 #include "kernels/batched_copy.h"
 #include "kernels/cast_cpu.h"
+#include "kernels/copied_bytes.h"
 #include "kernels/pieces_cpu.h"
 
 namespace hsdp_ckpt::kernels {
