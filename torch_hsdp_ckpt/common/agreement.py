@@ -25,8 +25,8 @@ from ..errors import CheckpointError
 from .rank_failure import RankFailure, raise_failures
 
 _logger = logging.getLogger(__name__)
-# One message of an exchange: whether this rank failed, the payload's length, and a payload that is
-# as short as a digest.
+# One message of an exchange has whether this rank failed, the payload's length, and the payload if
+# it is as short as a digest.
 _SLOT = struct.Struct("<?Q119s")
 _INLINE = 119
 _LENGTH = struct.Struct("<Q")
@@ -239,7 +239,7 @@ class Agreement:
                 "step"
             )
         try:
-            start().wait()  # without the GIL
+            start().wait()  # this releases the GIL
         except NestedCallError:
             raise
         except RuntimeError as error:
@@ -321,8 +321,8 @@ def _kept_or_new(parent: Any, purpose: str) -> Agreement:
 
 
 def _private_group(parent: Any, purpose: str, generation: int) -> dist.ProcessGroupGloo:
-    # Not dist.new_group: it counts its calls to name the groups, and ranks outside a sub-group
-    # would count otherwise.
+    # This is not dist.new_group, which counts its calls to name the groups: ranks outside a
+    # sub-group would count otherwise.
     store = dist.PrefixStore(
         f"torch_hsdp_ckpt/{parent.group_name}/{purpose}/{generation}",
         dist.distributed_c10d._get_default_store(),

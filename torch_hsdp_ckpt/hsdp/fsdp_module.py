@@ -64,38 +64,38 @@ class FSDPModule:
     def set_requires_gradient_sync(
         self, requires_gradient_sync: bool, *, recurse: bool = True
     ) -> None:
-        """Whether the next backwards reduce gradients, or keep them whole on this rank; the same on
-        all ranks."""
+        """Sets whether the next backwards reduce gradients, or keep them whole on this rank; the
+        same on all ranks."""
         for unit in self._units(recurse):
             unit.core.sync = requires_gradient_sync
             unit.core.set_all_reduce(requires_gradient_sync)
 
     def set_requires_all_reduce(self, requires_all_reduce: bool, *, recurse: bool = True) -> None:
-        """Whether the next backwards all-reduce over the replicas, or keep the sums over the shards
-        for the next all-reduce."""
+        """Sets whether the next backwards all-reduce over the replicas, or keep the sums over the
+        shards for the next all-reduce."""
         for unit in self._units(recurse):
             unit.core.set_all_reduce(requires_all_reduce)
 
     def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
-        """Whether the full parameters are freed after forward and gathered again in backward, the
-        outermost module's too."""
+        """Sets whether the full parameters are freed after forward and gathered again in backward,
+        the outermost module's too."""
         for unit in self._units(recurse):
             unit.core.reshard_after_forward = reshard_policy(reshard_after_forward)
 
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
     ) -> None:
-        """Whether the full parameters are freed after backward. If not, reshard before the
+        """Sets whether the full parameters are freed after backward. If not, reshard before the
         parameters are changed."""
         for unit in self._units(recurse):
             unit.core.reshard_after_backward = reshard_after_backward
 
     def set_is_last_backward(self, is_last_backward: bool) -> None:
-        """Whether the next backward is the last one before the gradients are used. If not, it does
-        not wait for its last reductions: their gradients are there after the last one, or when the
-        module next needs its sharded parameters.
+        """Says whether the next backward is the last one before the gradients are used. If not, it
+        does not wait for its last reductions: their gradients are there after the last one, or when
+        the module next needs its sharded parameters.
 
-        Of the outermost module and all inside; the same on all ranks.
+        It is a setting of the outermost module and all inside, and the same on all ranks.
         """
         runner = fsdp_runner(self)
         runner.last_backward = is_last_backward
@@ -219,7 +219,7 @@ class FSDPModule:
         )
 
 
-# Settings of how torch's FSDP2 communicates and keeps memory, and what to do here instead.
+# Settings of how torch's FSDP2 communicates and keeps memory are refused, with what to do instead.
 NOT_SUPPORTED = {
     "set_custom_all_gather": "gathers are the core's own; leave it out",
     "set_custom_reduce_scatter": (

@@ -110,6 +110,6 @@ class UnitGradients:
         for gradient in self._kept:
             local = gradient._local_tensor
             counts += (sys.getrefcount(local), local._use_count())  # type: ignore[attr-defined]
-        # One storage a dtype.
+        # There is one storage for each dtype.
         storages = {gradient._local_tensor.untyped_storage()._cdata for gradient in self._kept}
         return counts + [torch._C._storage_Use_Count(storage) for storage in sorted(storages)]

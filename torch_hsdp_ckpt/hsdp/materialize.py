@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from .module_tree import modules_of_unit
 from .slots import Slot
 
-_BUCKET_BYTES = 250 * 1024 * 1024  # of one broadcast, as in torch's wrappers
+_BUCKET_BYTES = 250 * 1024 * 1024  # one broadcast sends so many, as in torch's wrappers
 
 
 def move(module: nn.Module, device: torch.device) -> None:

@@ -14,10 +14,11 @@ from .. import _C
 from .arguments import at
 from .module_tree import is_wrapped, modules_of_unit
 
-# What gradients can be reduced in, and mixed precision can compute in.
+# Gradients can be reduced in these, and mixed precision can compute in them.
 REDUCIBLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# on a module: {buffer's name: (the dtype that it had, the dtype that it was given)}
+# A module has this attribute where its buffers were converted: by the buffer's name the dtype that
+# it had, and the dtype that it was given.
 _BUFFERS_CAST = "_hsdp_ckpt_buffers_cast"
 
 

@@ -16,7 +16,7 @@ from .callbacks import weak_callback
 from .groups import PeerGroup, peer_group_of, reduce_groups_of
 from .unit import ShardedUnit
 
-# The channel of the next root, above all that any of its ranks has given to one. It is the
+# The next root gets this channel: it is above all that any of its ranks has given to one. It is the
 # process's: two models' collectives may meet in one group, and are told apart by their channels.
 _next_channel = 0
 
@@ -105,8 +105,8 @@ class Root:
                 self.schedule.end_read()
 
     def reset(self) -> None:
-        """The sharded parameters are in their slots and nothing derived from them is in flight.
-        Waits for other threads; raises RuntimeError inside of this thread's own forward or
+        """Puts the sharded parameters into their slots; then nothing derived from them is in
+        flight. Waits for other threads; raises RuntimeError inside of this thread's own forward or
         backward."""
         if self.schedule.running_here():
             raise RuntimeError(
@@ -119,7 +119,7 @@ class Root:
             pass
 
 
-@_disable_dynamo  # the agreement's frames too, in which a compiled wrapper would be traced
+@_disable_dynamo  # a compiled wrapper would be traced into the agreement
 def _meet_peers(units: list[ShardedUnit]) -> tuple[PeerGroup | None, int]:
     """Waits for the other ranks of the mesh at its first forward; returns their group and a channel
     that none of them has used. RuntimeError on every rank if they have other units."""

@@ -44,10 +44,10 @@ class Runner:
         self.ignored = ignored
         self.root: Root | None = None
         self.last_backward = True
-        # Several, where modules that were given together are one unit.
+        # There are several where modules that were given together are one unit.
         self._modules: list[weakref.ref[nn.Module]] = []
         self._input_dtype: torch.dtype | None = None  # what floating point inputs are cast to
-        # Held by whoever makes the root, or reads while there is none.
+        # Whoever makes the root, or reads while there is none, holds it.
         self._rootless = threading.RLock()
         self.add(module)
         unit.core.name = label
@@ -114,7 +114,7 @@ class Runner:
         self.unit.show_full()
         outputs = self.precision.cast_outputs(call(*args, **kwargs))
         if not root.in_backward():
-            # Before the forward is left: after the outermost one, another thread may read.
+            # This comes before the forward is left: then another thread may read.
             self.unit.show_sharded()
         root.schedule.leave_forward(core, flat_tensors(outputs))
         return outputs
@@ -134,8 +134,8 @@ class Runner:
 
     @contextmanager
     def _while_rootless(self) -> Iterator[None]:
-        """Nobody else makes a root for this module, or for one inside. Other models' may be made,
-        with other ranks."""
+        """Within the block nobody else makes a root for this module, or for one inside. Roots of
+        other models, with other ranks, may be made."""
         in_one_order = sorted(set(self.runners_inside()), key=id)  # whichever module is asked
         with ExitStack() as locks:
             for runner in in_one_order:
@@ -183,7 +183,7 @@ class Runner:
             self.root.reset()
 
     def drop_gradients(self) -> None:
-        """Before ``zero_grad``: forgets gradients that wait for a backward that reduces, here and
+        """Forgets, before ``zero_grad``, gradients that wait for a backward that reduces, here and
         in wrapped modules inside."""
         self.reset()
         if (root := self.root) is None:
@@ -195,7 +195,7 @@ class Runner:
                 unit.core.drop_kept()
 
     def apply_to_shards(self, apply: Callable[[], Any]) -> None:
-        """``to``, ``double``, ``cuda`` and the like: on the shards, whose memory is bound again
+        """Runs ``to``, ``double``, ``cuda`` and the like on the shards, whose memory is bound again
         afterwards."""
         wait_at_gate()
         self.reset()

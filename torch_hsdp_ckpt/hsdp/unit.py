@@ -89,7 +89,7 @@ class ShardedUnit:
         )
         keeps = precision.keep_low_precision_grads
         self._grad_dtype = precision.param_dtype if keeps else None
-        # What a model's author has hung on its parameters.
+        # A model's author may have hung attributes on its parameters.
         self._attributes = [dict(p.__dict__) for p in originals]
         self._specs = [sharded_spec(mesh, p.shape, p.dtype) for p in originals]
         self.sharded = self._shard(originals)
@@ -125,7 +125,7 @@ class ShardedUnit:
         look."""
         if self.showing_full:
             self._sharded_table.fill_slots()
-            self.showing_full = False  # last: another thread may ask
+            self.showing_full = False  # this comes last: another thread may ask
 
     def show_full(self) -> None:
         """Puts the full parameters into the module, for its computation only."""
@@ -136,14 +136,15 @@ class ShardedUnit:
     # -- binding memory
 
     def bind(self, schedule: _C.Schedule) -> None:
-        """Makes the full parameters and hands them to ``schedule``. Again whenever shards, dtypes
-        or requires_grad change: then it waits for another thread that has the turn."""
+        """Makes the full parameters and hands them to ``schedule``. It is called again whenever
+        shards, dtypes or requires_grad change: then it waits for another thread that has the
+        turn."""
         if self.schedule is None:
             self._bind(schedule)
             return
         turn = schedule.begin_read()
         try:
-            schedule.finish_reductions()  # of the parameters as they have been so far
+            schedule.finish_reductions()  # they belong to the parameters so far
             self._bind(schedule)
         finally:
             if turn == _C.ReadTurn.TAKEN:
@@ -157,7 +158,8 @@ class ShardedUnit:
                 # This is autograd's leave to have a gradient of another dtype.
                 self.sharded[i].grad_dtype = self._grad_dtype
         full = self._empty_full()
-        schedule.add(self.core, full, trainable)  # first: where it refuses, all is as it was
+        # This comes first: where it refuses, all is as it was.
+        schedule.add(self.core, full, trainable)
         self.schedule = schedule
         self.full = full
         self._requires_grad = requires_grad
@@ -226,7 +228,7 @@ class ShardedUnit:
             self._check_slots()
         if not all(map(operator.is_, map(_LOCAL, self.sharded), self._bound_locals)):
             gate.wait_at_gate()
-            self.rebind()  # to(), double() and the like of a module inside, past the wrapper
+            self.rebind()  # a module inside was converted, by to() or double(), past the wrapper
         if self.schedule is not None and self._requires_grad != [
             p.requires_grad for p in self.sharded
         ]:
@@ -244,9 +246,9 @@ class ShardedUnit:
         )
 
     def rebind(self) -> None:
-        """After somebody replaced parameters or their local tensors (``_apply``,
-        ``load_state_dict(assign=True)``): takes what the module's slots hold now, and moves it into
-        a flat buffer of the unit again.
+        """Takes what the module's slots hold now, after somebody has replaced parameters or their
+        local tensors (``_apply``, ``load_state_dict(assign=True)``), and moves it into a flat
+        buffer of the unit again.
 
         Raises ValueError, before anything changes, for a parameter that is not placed as this
         unit's are."""
@@ -291,7 +293,7 @@ class ShardedUnit:
         self._bound_locals = locals_
         self.sharded = parameters
         self._sharded_table = SlotTable(self.slots, parameters)
-        # A reduction may still be in flight, of the parameters that were trainable so far.
+        # A reduction of the parameters that were trainable so far may still be in flight.
         self._gradients = self._gradients_of(trainable)
         self.showing_full = True  # every alias of a slot has to show the replacement
         self.show_sharded()

@@ -10,7 +10,7 @@ from torch.distributed.utils import _apply_to_tensors
 
 from .arguments import IgnoredStates
 
-# On a module: its forward has been given hooks that make it compute in float32.
+# A module has this attribute when its forward has hooks that make it compute in float32.
 _IN_FLOAT32 = "_hsdp_ckpt_in_float32"
 _Targets = dict[nn.Module, dict[str, Any]]  # arguments that are a module's own, by module
 
@@ -100,7 +100,7 @@ class _Replacement:
         if module in self._seen:
             return
         self._seen.add(module)
-        # Not by named_children: a child may have two names here.
+        # This is not named_children, as a child may have two names here.
         for name, child in list(module._modules.items()):
             if child is None or child in self._wrapped.values():
                 continue

@@ -179,7 +179,7 @@ class CheckpointManager:
             collect(in_flight)
             self._settled.wait()
         except BaseException as error:
-            # Not after Ctrl-C in the wait: the save goes on, and the next wait is for it.
+            # After Ctrl-C in the wait the save goes on, and the next wait is for it.
             if in_flight.done() and in_flight.exception() is error:
                 self._in_flight = self._saved_step = None
             raise
