@@ -116,7 +116,7 @@ race: $(STAMP)
 
 # The one definition rule: a type that two files define differently does not link.
 odr: $(STAMP)
-	$(IN) cmake -S . -B build/odr $(CORE) -DHSDP_CKPT_ODR=ON >/dev/null && \
+	$(IN) cmake -S . -B build/odr $(CORE) -DHSDP_CKPT_ODR=ON -DCMAKE_BUILD_TYPE=None >/dev/null && \
 	  cmake --build build/odr -j 2
 
 # libFuzzer over the parsers of untrusted bytes, with ASan and UBSan; needs clang. FUZZ_SECONDS in

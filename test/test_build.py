@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 import torch
+from setuptools.config.pyprojecttoml import read_configuration
 
 import torch_hsdp_ckpt
 from torch_hsdp_ckpt import _C
@@ -16,6 +17,13 @@ def test_build_info_names_this_torch() -> None:
     assert info["torch"] == torch.__version__
     assert info["crc32"] in ("isa-l", "zlib")
     assert set(info) == {"torch", "cuda", "cuda_archs", "crc32", "compiler"}
+
+
+def test_the_wheel_holds_the_package_alone() -> None:
+    pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    packages = read_configuration(pyproject)["tool"]["setuptools"]["packages"]
+    assert "torch_hsdp_ckpt.checkpoint.load" in packages
+    assert {name.partition(".")[0] for name in packages} == {"torch_hsdp_ckpt"}
 
 
 def _public(owner: object) -> set[str]:
