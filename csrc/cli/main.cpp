@@ -53,7 +53,7 @@ std::string Mebibytes(double bytes) {
 int RunVerify(const std::string& directory, int threads) {
   const checkpoint::VerifyReport report =
       checkpoint::Verify(io::PosixFileSystem(), directory, threads);
-  for (const checkpoint::Problem& problem : report.problems) {
+  for (const checkpoint::VerifyProblem& problem : report.problems) {
     const std::string where =
         problem.record.empty() ? problem.file : problem.file + ": " + problem.record;
     std::printf("WRONG      %s: %s\n", Printable(where).c_str(),
