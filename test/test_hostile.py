@@ -423,7 +423,7 @@ def test_tensors_made_of_metadata_are_no_larger_than_the_files(
         assert "allocat" not in f"{raised.value}{caplog.text}"
 
 
-# ---- verify and the command line ---------------------------------------------------------------
+# ---- verify and the command line ----
 PROGRAM = Path(h.__file__).parent / "hsdp-ckpt"
 
 

@@ -24,6 +24,7 @@ import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
 from torch_hsdp_ckpt.checkpoint.load import exchange as _exchange
 from torch_hsdp_ckpt.checkpoint.load import load as _load
+from torch_hsdp_ckpt.checkpoint.load import plan as _plan
 
 ROWS = {"even": 512, "uneven": 301, "few": 3, "one": 1}
 
@@ -199,18 +200,18 @@ class _Raises:
 def _at_read(number: int, act: Callable[[], int]) -> None:
     """From now on ``act`` is asked what this process's read ``number`` of tensors shall do in each
     load: see _inject_fault."""
-    read = _load._read
+    read = _load.read
     _C._inject_fault(None)  # files that are opened from now on can be asked
 
-    def reading(*arguments: Any) -> None:
+    def reading(*arguments: Any) -> Any:
         calls = itertools.count(1)
         _C._inject_fault(lambda op, path: act() if op == "pread" and next(calls) == number else 0)
         try:
-            read(*arguments)
+            return read(*arguments)
         finally:
             _C._inject_fault(None)
 
-    _load._read = reading
+    _load.read = reading
 
 
 def _rank_fails(rank: int, path: str) -> None:
@@ -303,7 +304,7 @@ def _dies(rank: int, path: str) -> str | None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if role == who and point == "plan":
-        _load._plan = killed
+        _plan.plan_natively = killed
     elif role == who:
         _at_read(2, killed)
     with pytest.raises(h.CheckpointError, match="gets no answer") as error:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt.checkpoint.load import exchange as _exchange
+from torch_hsdp_ckpt.checkpoint.load import ranks as _ranks
 
 HYBRID = [Replicate(), Shard(0)]
 
@@ -29,7 +30,7 @@ def _on_host(name: str) -> None:
     """This process takes itself to be on a host of that name, as the engine asks: once, by
     gethostname()."""
     socket.gethostname = lambda: name
-    _exchange.host_identity.cache_clear()
+    _ranks.host_identity.cache_clear()
 
 
 def _exchanges_seen() -> list[str]:

@@ -6,46 +6,97 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 from typing_extensions import Buffer
 
+class RecordPlace:
+    """Where `.metadata` says that a record is: file relative to the directory, bytes."""
+
+    fqn: str
+    file: str
+    offset: int
+    length: int
+    def __init__(self, fqn: str, file: str, offset: int, length: int) -> None: ...
+
+class BoxRead:
+    """A box of a tensor's record, in elements, and memory of that dtype for all of it; None where
+    no memory takes the box as it is stored."""
+
+    def __init__(
+        self,
+        record: RecordPlace,
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        dtype: str | None,
+        address: int,
+    ) -> None: ...
+
+class RangeRead:
+    """Bytes [first, first + size) of a record's payload, and memory for them."""
+
+    def __init__(self, record: RecordPlace, first: int, size: int, address: int) -> None: ...
+
+class StagedBox:
+    """The box of number ``index``, of which the caller reads ranges into memory of its own."""
+
+    index: int
+    dtype: str
+    stride: list[int]
+    storage_offset: int
+
+class ResolvedReads:
+    """Each box is in the plan, staged, or of a record that only torch can read."""
+
+    plan: ReadPlan
+    staged: list[StagedBox]
+    torch_only: list[int]
+
 class CheckpointReader:
     def __init__(self, directory: str, direct: bool) -> None: ...
-    def open(self, names: Sequence[str], threads: int) -> list[int]: ...
-    def resolve(
-        self,
-        items: Sequence[tuple[str, int, int, int, Sequence[int], Sequence[int], str | None, int]],
-        threads: int,
-    ) -> tuple[ReadPlan, list[bool | tuple[str, list[int], list[int], int] | None]]: ...
-    def plan(self, reads: Sequence[tuple[str, int, int, int, int, int, int]]) -> ReadPlan: ...
-    def read_objects(
-        self, objects: Sequence[tuple[str, int, int, int]], threads: int
-    ) -> list[bytes]: ...
+    def open(self, names: Sequence[str], threads: int) -> None: ...
+    def resolve(self, boxes: Sequence[BoxRead], threads: int) -> ResolvedReads: ...
+    def plan(self, ranges: Sequence[RangeRead]) -> ReadPlan: ...
+    def read_objects(self, objects: Sequence[RecordPlace], threads: int) -> list[bytes]: ...
+
+class SavedEntry:
+    """What `.metadata` says of a name: a tensor of that size, or an object."""
+
+    is_tensor: bool
+    size: list[int]
+
+class PlannedChunk:
+    """What one record gives to a box: from where in the record's tensor, to where in the box."""
+
+    record: RecordPlace
+    in_record: list[int]
+    in_box: list[int]
+    sizes: list[int]
 
 class LoadPlanner:
     has_transforms: bool
     def __init__(self, file: bytes, path: str) -> None: ...
     def names(self) -> list[str]: ...
     def metadata(self) -> Metadata: ...
-    def describe(self, names: Sequence[str]) -> list[list[int] | bool | None]: ...
+    def describe(self, names: Sequence[str]) -> list[SavedEntry | None]: ...
     def plan(
         self, boxes: Sequence[tuple[str, Sequence[int], Sequence[int]]]
-    ) -> list[list[tuple[str, int, int, list[int], list[int], list[int]]]]: ...
-    def objects(self, names: Sequence[str]) -> list[tuple[str, int, int]]: ...
+    ) -> list[list[PlannedChunk]]: ...
+    def objects(self, names: Sequence[str]) -> list[RecordPlace]: ...
     def check_covered(self, names: Sequence[str]) -> None: ...
-    def check_explained(self, directory: str, lenient: bool) -> None: ...
+    def check_sizes(self, directory: str) -> None: ...
+    def check_sizes_leniently(self, directory: str) -> None: ...
 
-class Problem:
+class VerifyProblem:
     file: str
     record: str
     message: str
 
 class ReadPlan:
     BUFFER_BYTES: int
-    pieces: int
+    extents: int
     bytes: int
     digest: builtins.bytes
     bytes_read: int
     def read_all(self, threads: int) -> None: ...
-    def fill(self, piece: int, buffer: int) -> None: ...
-    def deliver(self, piece: int, buffer: int) -> None: ...
+    def fill(self, extent: int, buffer: int) -> None: ...
+    def deliver(self, extent: int, buffer: int) -> None: ...
     def finish(self) -> None: ...
 
 class PieceList:
@@ -98,7 +149,7 @@ class SharedExchange:
     def abort(self) -> None: ...
 
 class VerifyReport:
-    problems: list[Problem]
+    problems: list[VerifyProblem]
     unchecked: list[str]
     leftovers: list[str]
     files: int

@@ -27,7 +27,7 @@ from .checkpoint.load.load import load
 from .checkpoint.save.async_save import AsyncSave, async_save
 from .checkpoint.save.result import SaveResult
 from .checkpoint.save.save import save
-from .checkpoint.verify import Problem, VerifyReport, verify
+from .checkpoint.verify import VerifyProblem, VerifyReport, verify
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
 from .hsdp.fsdp import FullyShardedDataParallel
@@ -55,7 +55,6 @@ __all__ = [
     "OffloadPolicy",
     "OptimStateDictConfig",
     "OptimStateKeyType",
-    "Problem",
     "SaveResult",
     "ShardedOptimStateDictConfig",
     "ShardedStateDictConfig",
@@ -64,6 +63,7 @@ __all__ = [
     "StateDictSettings",
     "StateDictType",
     "UnshardHandle",
+    "VerifyProblem",
     "VerifyReport",
     "async_save",
     "build_info",

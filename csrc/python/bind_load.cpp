@@ -1,5 +1,6 @@
-// Planning a load in C++ and sharing its reads among ranks, for torch_hsdp_ckpt/checkpoint/load/load.py.
+// Planning a load in C++ and sharing its reads among ranks, for torch_hsdp_ckpt/checkpoint/load.
 #include "base/error.h"
+#include "checkpoint/load/checkpoint_reader.h"
 #include "checkpoint/load/load_planner.h"
 #include "checkpoint/load/shared_exchange.h"
 #include "python/metadata_to_python.h"
@@ -11,10 +12,27 @@ namespace hsdp_ckpt::python {
 namespace {
 
 using Names = std::vector<std::string>;
+
+/// A box of a tensor, by the tensor's name: offsets and sizes in elements.
 using BoxArgument = std::tuple<std::string, format::Shape, format::Shape>;
-using PartResult =
-    std::tuple<std::string, int64_t, int64_t, format::Shape, format::Shape, format::Shape>;
-using PlaceResult = std::tuple<std::string, int64_t, int64_t>;
+
+/// What `.metadata` says of one name.
+struct SavedEntry {
+  bool is_tensor = false;  ///< else it is an object
+  format::Shape size;      ///< of the whole tensor
+};
+
+/// A ChunkRead that owns its record's place, for the time after the planner's.
+struct PlannedChunk {
+  checkpoint::RecordPlace record;
+  format::Shape in_record;
+  format::Shape in_box;
+  format::Shape sizes;
+};
+
+checkpoint::RecordPlace PlaceOf(const std::string& name, const format::StorageInfo& info) {
+  return {name, info.relative_path, info.offset, info.length};
+}
 
 std::unique_ptr<checkpoint::LoadPlanner> MakePlanner(const py::bytes& file,
                                                      const std::string& path) {
@@ -24,50 +42,42 @@ std::unique_ptr<checkpoint::LoadPlanner> MakePlanner(const py::bytes& file,
       format::DecodeMetadata(std::as_bytes(std::span(view)), path), path);
 }
 
-// A tensor's size, False for an object, None for nothing of that name.
-py::list Describe(const checkpoint::LoadPlanner& planner, const Names& names) {
-  py::list out;
-  for (const std::string& name : names) {
-    const format::EntryMetadata* entry = planner.Find(name);
-    const auto* tensor = entry == nullptr ? nullptr : std::get_if<format::TensorMetadata>(entry);
-    if (tensor != nullptr)
-      out.append(py::cast(tensor->size));
-    else
-      out.append(entry == nullptr ? py::object(py::none()) : py::bool_(false));
+std::vector<std::optional<SavedEntry>> Describe(const checkpoint::LoadPlanner& planner,
+                                                const Names& names) {
+  std::vector<std::optional<SavedEntry>> out(names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    const format::EntryMetadata* entry = planner.Find(names[i]);
+    if (entry == nullptr) continue;
+    out[i].emplace();
+    const auto* tensor = std::get_if<format::TensorMetadata>(entry);
+    if (tensor != nullptr) out[i] = SavedEntry{true, tensor->size};
   }
   return out;
 }
 
-std::vector<std::vector<PartResult>> Plan(const checkpoint::LoadPlanner& planner,
-                                          const std::vector<BoxArgument>& boxes) {
-  std::vector<std::vector<PartResult>> out;
+std::vector<PlannedChunk> PlanBox(const checkpoint::LoadPlanner& planner, const BoxArgument& box) {
+  const auto& [name, offsets, sizes] = box;
+  std::vector<PlannedChunk> chunks;
+  for (checkpoint::ChunkRead& read : planner.Plan(name, {offsets, sizes})) {
+    chunks.push_back({PlaceOf(name, *read.place), std::move(read.in_record), std::move(read.in_box),
+                      std::move(read.sizes)});
+  }
+  return chunks;
+}
+
+std::vector<std::vector<PlannedChunk>> Plan(const checkpoint::LoadPlanner& planner,
+                                            const std::vector<BoxArgument>& boxes) {
+  std::vector<std::vector<PlannedChunk>> out;
   out.reserve(boxes.size());
-  for (const auto& [name, offsets, sizes] : boxes) {
-    auto& parts = out.emplace_back();
-    for (const checkpoint::ChunkRead& read : planner.Plan(name, {offsets, sizes})) {
-      parts.emplace_back(read.place->relative_path, read.place->offset, read.place->length,
-                         read.in_record, read.in_box, read.sizes);
-    }
-  }
+  for (const BoxArgument& box : boxes) out.push_back(PlanBox(planner, box));
   return out;
 }
 
-std::vector<PlaceResult> Objects(const checkpoint::LoadPlanner& planner, const Names& names) {
-  std::vector<PlaceResult> out;
-  for (const std::string& name : names) {
-    const format::StorageInfo& place = planner.PlaceOfObject(name);
-    out.emplace_back(place.relative_path, place.offset, place.length);
-  }
+std::vector<checkpoint::RecordPlace> Objects(const checkpoint::LoadPlanner& planner,
+                                             const Names& names) {
+  std::vector<checkpoint::RecordPlace> out;
+  for (const std::string& name : names) out.push_back(PlaceOf(name, planner.PlaceOfObject(name)));
   return out;
-}
-
-// That the chunks of these tensors cover all of them, once.
-void CheckCovered(const checkpoint::LoadPlanner& planner, const Names& names) {
-  for (const std::string& name : names) {
-    const format::EntryMetadata* entry = planner.Find(name);
-    const auto* tensor = entry == nullptr ? nullptr : std::get_if<format::TensorMetadata>(entry);
-    if (tensor != nullptr) planner.Plan(name, {format::Shape(tensor->size.size()), tensor->size});
-  }
 }
 
 Names AllNames(const checkpoint::LoadPlanner& planner) {
@@ -76,38 +86,64 @@ Names AllNames(const checkpoint::LoadPlanner& planner) {
   return names;
 }
 
+template <checkpoint::SizeCheck kCheck>
+void CheckSizes(const checkpoint::LoadPlanner& planner, const std::string& directory) {
+  planner.CheckSizes(io::PosixFileSystem(), directory, kCheck);
+}
+
+void BindPlanner(py::module_& module) {
+  using checkpoint::LoadPlanner;
+  using checkpoint::SizeCheck;
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  py::class_<SavedEntry>(module, "SavedEntry")
+      .def_readonly("is_tensor", &SavedEntry::is_tensor)
+      .def_readonly("size", &SavedEntry::size);
+  py::class_<PlannedChunk>(module, "PlannedChunk")
+      // A copy, for a reference would keep the chunk alive, at some cost a record.
+      .def_property_readonly("record", [](const PlannedChunk& chunk) { return chunk.record; })
+      .def_readonly("in_record", &PlannedChunk::in_record)
+      .def_readonly("in_box", &PlannedChunk::in_box)
+      .def_readonly("sizes", &PlannedChunk::sizes);
+  py::class_<LoadPlanner>(module, "LoadPlanner")
+      .def(py::init(&MakePlanner), py::arg("file"), py::arg("path"))
+      .def_property_readonly("has_transforms", &LoadPlanner::has_transforms)
+      .def("names", &AllNames)
+      .def("metadata",
+           [](const LoadPlanner& planner) { return MetadataToPython(planner.metadata()); })
+      .def("describe", &Describe, py::arg("names"), released)
+      .def("plan", &Plan, py::arg("boxes"), released)
+      .def("objects", &Objects, py::arg("names"), released)
+      .def("check_sizes", &CheckSizes<SizeCheck::kStrict>, py::arg("directory"), released)
+      .def("check_sizes_leniently", &CheckSizes<SizeCheck::kLenient>, py::arg("directory"),
+           released)
+      .def(
+          "check_covered",
+          [](const LoadPlanner& planner, const Names& names) {
+            for (const std::string& name : names) planner.CheckCovered(name);
+          },
+          py::arg("names"), released);
+}
+
+void BindSharedExchange(py::module_& module) {
+  using checkpoint::SharedExchange;
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  py::class_<SharedExchange>(module, "SharedExchange")
+      .def_readonly_static("MAX_MEMBERS", &SharedExchange::kMaxMembers)
+      .def_static("create", &SharedExchange::Create, py::arg("members"), released)
+      .def_static("join", &SharedExchange::Join, py::arg("path"), py::arg("member"),
+                  py::arg("members"), released)
+      .def_property_readonly("path", &SharedExchange::path)
+      .def_property_readonly("peer_failed", &SharedExchange::peer_failed)
+      .def("run", &SharedExchange::Run, py::arg("plan"), py::arg("threads"), py::arg("timeout"),
+           released)
+      .def("abort", &SharedExchange::Abort);
+}
+
 }  // namespace
 
 void BindLoad(py::module_& module) {
-  const auto released = py::call_guard<py::gil_scoped_release>();
-  py::class_<checkpoint::LoadPlanner>(module, "LoadPlanner")
-      .def(py::init(&MakePlanner), py::arg("file"), py::arg("path"))
-      .def_property_readonly("has_transforms", &checkpoint::LoadPlanner::has_transforms)
-      .def("names", &AllNames)
-      .def("metadata",
-           [](const checkpoint::LoadPlanner& planner) {
-             return MetadataToPython(planner.metadata());
-           })
-      .def("describe", &Describe, py::arg("names"))
-      .def("plan", &Plan, py::arg("boxes"), released)
-      .def("objects", &Objects, py::arg("names"), released)
-      .def(
-          "check_explained",
-          [](const checkpoint::LoadPlanner& planner, const std::string& directory, bool lenient) {
-            planner.CheckExplained(io::PosixFileSystem(), directory, lenient);
-          },
-          py::arg("directory"), py::arg("lenient"), released)
-      .def("check_covered", &CheckCovered, py::arg("names"), released);
-  py::class_<checkpoint::SharedExchange>(module, "SharedExchange")
-      .def_readonly_static("MAX_MEMBERS", &checkpoint::SharedExchange::kMaxMembers)
-      .def_static("create", &checkpoint::SharedExchange::Create, py::arg("members"), released)
-      .def_static("join", &checkpoint::SharedExchange::Join, py::arg("path"), py::arg("member"),
-                  py::arg("members"), released)
-      .def_property_readonly("path", &checkpoint::SharedExchange::path)
-      .def_property_readonly("peer_failed", &checkpoint::SharedExchange::peer_failed)
-      .def("run", &checkpoint::SharedExchange::Run, py::arg("plan"), py::arg("threads"),
-           py::arg("timeout"), released)
-      .def("abort", &checkpoint::SharedExchange::Abort);
+  BindPlanner(module);
+  BindSharedExchange(module);
 }
 
 }  // namespace hsdp_ckpt::python

@@ -231,9 +231,9 @@ py::object Decode(const py::buffer& file, const std::string& path) {
   return MetadataToPython(metadata);
 }
 
-// The data files that it may name, each once: strings that end as their names do and come with the
-// records, not before them, where tensors may be called so. What the file is else would be decoded
-// for nothing, at ten times its size.
+// The data files that a `.metadata` file may name, each once: strings that end as their names do
+// and come with the records, not before them, where tensors may be called so. Decoding all of the
+// file would take ten times its size, for nothing.
 py::list Files(const py::buffer& file, const std::string& path) {
   const py::buffer_info view = file.request();
   const std::span<const std::byte> bytes = Span(view);

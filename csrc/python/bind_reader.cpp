@@ -1,11 +1,12 @@
-// The load engine for torch_hsdp_ckpt/checkpoint/storage/tensor_reads.py: one call takes all items of a load. Targets cross
-// as addresses: the caller keeps them alive and contiguous until the plan has been read. The GIL is
-// released for all that reads or waits.
+// Reading records, for torch_hsdp_ckpt/checkpoint/storage/tensor_reads.py: one call takes all reads
+// of a load. Targets cross as addresses: the caller keeps them alive and contiguous until the plan
+// has been read. The GIL is released for all that reads or waits.
 #include <algorithm>
 #include <cstring>
 
-#include "base/parallel.h"
 #include "checkpoint/load/checkpoint_reader.h"
+#include "format/dtype.h"
+#include "format/metadata.h"
 #include "format/zip.h"
 #include "io/file.h"
 #include "python/module.h"
@@ -15,73 +16,55 @@ namespace py = pybind11;
 namespace hsdp_ckpt::python {
 namespace {
 
-using Shape = std::vector<int64_t>;
-using ItemArgument = std::tuple<std::string, uint32_t, int64_t, int64_t, Shape, Shape,
-                                std::optional<std::string>, uintptr_t>;
-using ReadArgument =
-    std::tuple<std::string, uint32_t, int64_t, int64_t, int64_t, int64_t, uintptr_t>;
-using ObjectArgument = std::tuple<std::string, uint32_t, int64_t, int64_t>;
-using Names = std::vector<std::string>;
+/// A box that the caller takes from the record's bytes itself.
+struct StagedBox {
+  size_t index;  ///< number of the box in the call
+  std::string dtype;
+  format::Shape stride;
+  int64_t storage_offset;
+};
 
-checkpoint::ItemRequest Request(const ItemArgument& argument) {
-  const auto& [name, file, offset, length, box_offsets, box_lengths, dtype, address] = argument;
-  const format::DType* target = dtype ? format::FindDType(std::string_view(*dtype)) : nullptr;
-  return {name,        file,        offset, length,
-          box_offsets, box_lengths, target, reinterpret_cast<std::byte*>(address)};
-}
+/// The answer to one call of CheckpointReader.resolve: each box is in one of the three.
+struct ResolvedReads {
+  py::object plan;  ///< a ReadPlan of the boxes that go straight into their targets
+  std::vector<StagedBox> staged;
+  std::vector<size_t> torch_only;  ///< numbers of boxes whose records only torch can read
+};
 
-py::object Answer(const checkpoint::ItemAnswer& answer) {
-  if (answer.kind == checkpoint::ItemAnswer::Kind::kTorch) return py::none();
-  if (answer.kind == checkpoint::ItemAnswer::Kind::kLands) return py::bool_(true);
-  const format::TensorDescription& tensor = answer.tensor;
-  return py::make_tuple(std::string(tensor.dtype->name), tensor.shape, tensor.stride,
-                        tensor.storage_offset);
-}
+std::byte* Pointer(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 
-py::tuple Resolve(const py::object& self, const std::vector<ItemArgument>& items, int threads) {
+ResolvedReads Resolve(const py::object& self, const std::vector<checkpoint::BoxRead>& boxes,
+                      int threads) {
   auto& reader = self.cast<checkpoint::CheckpointReader&>();
-  std::vector<checkpoint::ItemRequest> requests;
-  requests.reserve(items.size());
-  for (const auto& item : items) requests.push_back(Request(item));
-  std::vector<checkpoint::ItemAnswer> answers;
+  ResolvedReads resolved;
   std::unique_ptr<checkpoint::ReadPlan> plan;
   {
     const py::gil_scoped_release release;
-    answers = reader.Resolve(requests, threads);
-    std::vector<checkpoint::PlannedRead> reads;
-    for (checkpoint::ItemAnswer& answer : answers) {
-      if (answer.kind == checkpoint::ItemAnswer::Kind::kLands)
-        reads.push_back(std::move(answer.read));
+    std::vector<checkpoint::PlannedRead> in_place;
+    std::vector<checkpoint::BoxStrategy> strategies = reader.Resolve(boxes, threads);
+    using Kind = checkpoint::BoxStrategy::Kind;
+    for (size_t i = 0; i < strategies.size(); ++i) {
+      checkpoint::BoxStrategy& strategy = strategies[i];
+      format::TensorDescription& tensor = strategy.tensor;
+      if (strategy.kind == Kind::kInPlace) in_place.push_back(std::move(strategy.read));
+      if (strategy.kind == Kind::kTorch) resolved.torch_only.push_back(i);
+      if (strategy.kind == Kind::kStaged)
+        resolved.staged.push_back(
+            {i, std::string(tensor.dtype->name), std::move(tensor.stride), tensor.storage_offset});
     }
-    plan = std::make_unique<checkpoint::ReadPlan>(reader.files(), std::move(reads));
+    plan = std::make_unique<checkpoint::ReadPlan>(reader.files(), std::move(in_place));
   }
-  py::list out;
-  for (const checkpoint::ItemAnswer& answer : answers) out.append(Answer(answer));
-  const py::object owned = py::cast(std::move(plan));
-  py::detail::keep_alive_impl(owned, self);
-  return py::make_tuple(owned, out);
+  resolved.plan = py::cast(std::move(plan));
+  py::detail::keep_alive_impl(resolved.plan, self);
+  return resolved;
 }
 
-std::unique_ptr<checkpoint::ReadPlan> MakePlan(checkpoint::CheckpointReader& reader,
-                                               const std::vector<ReadArgument>& arguments) {
-  std::vector<checkpoint::PlannedRead> reads;
-  for (const auto& [name, file, offset, length, first, size, address] : arguments) {
-    reads.push_back(
-        {file, {name, offset, length, first, size, reinterpret_cast<std::byte*>(address)}});
-  }
-  const py::gil_scoped_release release;
-  return std::make_unique<checkpoint::ReadPlan>(reader.files(), std::move(reads));
-}
-
-py::list ReadObjects(checkpoint::CheckpointReader& reader,
-                     const std::vector<ObjectArgument>& objects, int threads) {
-  std::vector<std::vector<std::byte>> bytes(objects.size());
+py::list ReadObjects(const checkpoint::CheckpointReader& reader,
+                     const std::vector<checkpoint::RecordPlace>& objects, int threads) {
+  std::vector<std::vector<std::byte>> bytes;
   {
     const py::gil_scoped_release release;
-    base::ParallelFor(objects.size(), threads, [&](size_t i) {
-      const auto& [name, file, offset, length] = objects[i];
-      bytes[i] = reader.file(file).ReadBytes(name, offset, length);
-    });
+    bytes = reader.ReadObjects(objects, threads);
   }
   py::list out;
   for (auto& object : bytes) {
@@ -91,8 +74,8 @@ py::list ReadObjects(checkpoint::CheckpointReader& reader,
   return out;
 }
 
-// Of what torch.save wrote: names, offsets and sizes of the entries, in a zip that every reader of
-// zips sees alike.
+// The names, offsets and sizes of the entries in a zip that torch.save wrote and that every reader
+// of zips sees alike.
 py::list ZipEntries(const py::bytes& data, const std::string& what) {
   const auto bytes = std::as_bytes(std::span(std::string_view(data)));
   const auto source = [&](std::span<std::byte> target, uint64_t at) {
@@ -105,6 +88,71 @@ py::list ZipEntries(const py::bytes& data, const std::string& what) {
   return out;
 }
 
+void BindReads(py::module_& module) {
+  using checkpoint::BoxRead;
+  using checkpoint::RangeRead;
+  using checkpoint::RecordPlace;
+  py::class_<RecordPlace>(module, "RecordPlace")
+      .def(py::init([](std::string fqn, std::string file, int64_t offset, int64_t length) {
+             return RecordPlace{std::move(fqn), std::move(file), offset, length};
+           }),
+           py::arg("fqn"), py::arg("file"), py::arg("offset"), py::arg("length"))
+      .def_readonly("fqn", &RecordPlace::name)
+      .def_readonly("file", &RecordPlace::file)
+      .def_readonly("offset", &RecordPlace::offset)
+      .def_readonly("length", &RecordPlace::length);
+  py::class_<BoxRead>(module, "BoxRead")
+      .def(
+          py::init([](const RecordPlace& record, format::Shape offsets, format::Shape lengths,
+                      const std::optional<std::string>& dtype, uintptr_t address) {
+            const format::DType* known = dtype ? format::FindDType(*dtype) : nullptr;
+            return BoxRead{record, std::move(offsets), std::move(lengths), known, Pointer(address)};
+          }),
+          py::arg("record"), py::arg("offsets"), py::arg("lengths"), py::arg("dtype"),
+          py::arg("address"));
+  py::class_<RangeRead>(module, "RangeRead")
+      .def(py::init([](const RecordPlace& record, int64_t first, int64_t size, uintptr_t address) {
+             return RangeRead{record, first, size, Pointer(address)};
+           }),
+           py::arg("record"), py::arg("first"), py::arg("size"), py::arg("address"));
+  py::class_<StagedBox>(module, "StagedBox")
+      .def_readonly("index", &StagedBox::index)
+      .def_readonly("dtype", &StagedBox::dtype)
+      .def_readonly("stride", &StagedBox::stride)
+      .def_readonly("storage_offset", &StagedBox::storage_offset);
+  py::class_<ResolvedReads>(module, "ResolvedReads")
+      .def_readonly("plan", &ResolvedReads::plan)
+      .def_readonly("staged", &ResolvedReads::staged)
+      .def_readonly("torch_only", &ResolvedReads::torch_only);
+}
+
+void BindReadPlan(py::module_& module) {
+  using checkpoint::ReadPlan;
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  py::class_<ReadPlan>(module, "ReadPlan")
+      .def_property_readonly("extents", [](const ReadPlan& plan) { return plan.extents().size(); })
+      .def_property_readonly("bytes", &ReadPlan::bytes)
+      .def_property_readonly("digest",
+                             [](const ReadPlan& plan) { return py::bytes(plan.Digest()); })
+      .def_property_readonly("bytes_read", &ReadPlan::bytes_read)
+      .def_property_readonly_static("BUFFER_BYTES",
+                                    [](const py::object&) { return ReadPlan::kBufferBytes; })
+      .def("read_all", &ReadPlan::ReadAll, py::arg("threads"), released)
+      .def(
+          "fill",
+          [](ReadPlan& plan, size_t extent, uintptr_t buffer) {
+            plan.Fill(extent, Pointer(buffer));
+          },
+          py::arg("extent"), py::arg("buffer"), released)
+      .def(
+          "deliver",
+          [](ReadPlan& plan, size_t extent, uintptr_t buffer) {
+            plan.Deliver(extent, Pointer(buffer));
+          },
+          py::arg("extent"), py::arg("buffer"), released)
+      .def("finish", &ReadPlan::Finish, released);
+}
+
 }  // namespace
 
 void BindReader(py::module_& module) {
@@ -113,44 +161,28 @@ void BindReader(py::module_& module) {
       "is_in_memory",
       [](const std::string& path) { return io::PosixFileSystem().IsInMemory(path); },
       py::arg("path"));
+  BindReads(module);
+  BindReadPlan(module);
+  using checkpoint::CheckpointReader;
   const auto released = py::call_guard<py::gil_scoped_release>();
-  py::class_<checkpoint::ReadPlan>(module, "ReadPlan")
-      .def_property_readonly("pieces",
-                             [](const checkpoint::ReadPlan& plan) { return plan.pieces().size(); })
-      .def_property_readonly("bytes", &checkpoint::ReadPlan::bytes)
-      .def_property_readonly(
-          "digest", [](const checkpoint::ReadPlan& plan) { return py::bytes(plan.Digest()); })
-      .def_property_readonly("bytes_read", &checkpoint::ReadPlan::bytes_read)
-      .def_property_readonly_static(
-          "BUFFER_BYTES", [](const py::object&) { return checkpoint::ReadPlan::kBufferBytes; })
-      .def("read_all", &checkpoint::ReadPlan::ReadAll, py::arg("threads"), released)
-      .def(
-          "fill",
-          [](checkpoint::ReadPlan& plan, size_t piece, uintptr_t buffer) {
-            plan.Fill(piece, reinterpret_cast<std::byte*>(buffer));
-          },
-          py::arg("piece"), py::arg("buffer"), released)
-      .def(
-          "deliver",
-          [](checkpoint::ReadPlan& plan, size_t piece, uintptr_t buffer) {
-            plan.Deliver(piece, reinterpret_cast<const std::byte*>(buffer));
-          },
-          py::arg("piece"), py::arg("buffer"), released)
-      .def("finish", &checkpoint::ReadPlan::Finish, released);
-  py::class_<checkpoint::CheckpointReader>(module, "CheckpointReader")
+  py::class_<CheckpointReader>(module, "CheckpointReader")
       .def(py::init([](const std::string& directory, bool direct) {
-             return std::make_unique<checkpoint::CheckpointReader>(io::PosixFileSystem(), directory,
-                                                                   direct);
+             return std::make_unique<CheckpointReader>(io::PosixFileSystem(), directory, direct);
            }),
            py::arg("directory"), py::arg("direct"))
       .def(
           "open",
-          [](checkpoint::CheckpointReader& reader, const Names& names, int threads) {
-            return reader.Open(names, threads);
+          [](CheckpointReader& reader, const std::vector<std::string>& names, int threads) {
+            reader.Open(names, threads);
           },
           py::arg("names"), py::arg("threads"), released)
-      .def("resolve", &Resolve, py::arg("items"), py::arg("threads"))
-      .def("plan", &MakePlan, py::arg("reads"), py::keep_alive<0, 1>())
+      .def("resolve", &Resolve, py::arg("boxes"), py::arg("threads"))
+      .def(
+          "plan",
+          [](const CheckpointReader& reader, const std::vector<checkpoint::RangeRead>& ranges) {
+            return reader.Plan(ranges);
+          },
+          py::arg("ranges"), py::keep_alive<0, 1>(), released)
       .def("read_objects", &ReadObjects, py::arg("objects"), py::arg("threads"));
 }
 

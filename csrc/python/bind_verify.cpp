@@ -7,12 +7,12 @@ namespace py = pybind11;
 namespace hsdp_ckpt::python {
 
 void BindVerify(py::module_& module) {
-  py::class_<checkpoint::Problem>(module, "Problem")
-      .def_readonly("file", &checkpoint::Problem::file)
-      .def_readonly("record", &checkpoint::Problem::record)
-      .def_readonly("message", &checkpoint::Problem::message)
-      .def("__repr__", [](const checkpoint::Problem& problem) {
-        return "Problem(file=" + problem.file + ", record=" + problem.record +
+  py::class_<checkpoint::VerifyProblem>(module, "VerifyProblem")
+      .def_readonly("file", &checkpoint::VerifyProblem::file)
+      .def_readonly("record", &checkpoint::VerifyProblem::record)
+      .def_readonly("message", &checkpoint::VerifyProblem::message)
+      .def("__repr__", [](const checkpoint::VerifyProblem& problem) {
+        return "VerifyProblem(file=" + problem.file + ", record=" + problem.record +
                ", message=" + problem.message + ")";
       });
   py::class_<checkpoint::VerifyReport>(module, "VerifyReport")

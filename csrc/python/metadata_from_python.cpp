@@ -183,8 +183,7 @@ class Converter : DcpTypes {
     return meta;
   }
 
-  // ---- plain data
-  // --------------------------------------------------------------------------------------------------
+  // ---- plain data ----
   // A list that stands in two places stays one node. A value inside itself runs into the depth
   // limit, which pickle takes over.
   format::PlainData::Id PlainNode(const py::object& object, format::PlainData& data, int depth) {

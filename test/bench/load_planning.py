@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import torch_hsdp_ckpt
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt.checkpoint.load import load as _load
+from torch_hsdp_ckpt.checkpoint.load.state_reads import reads_of_state
 from torch_hsdp_ckpt.checkpoint.storage.metadata import encode_metadata
 
 
@@ -103,8 +103,8 @@ def _plan(rank: int, ranks: int, tensors: int, rounds: int) -> dict[str, list[fl
 
     def ours() -> None:
         native = _C.LoadPlanner(our_file, "bench")
-        planned = _load.items_of(state, dcp.DefaultLoadPlanner(), native, False)
-        assert planned is not None and len(planned[0]) == tensors
+        reads = reads_of_state(state, dcp.DefaultLoadPlanner(), native, False)
+        assert len(reads.sharded) == tensors
 
     return {"dcp": _timed(stock, rounds), "ours": _timed(ours, rounds)}
 

@@ -82,29 +82,35 @@ class FlippedBitsTest : public testing::Test {
     const checkpoint::LoadPlanner planner(
         format::DecodeMetadata(std::as_bytes(std::span(metadata)), "/d/.metadata"), "/d/.metadata");
     checkpoint::CheckpointReader reader(fs_, "/d", true);
-    std::vector<checkpoint::ItemRequest> items;
+    std::vector<checkpoint::BoxRead> boxes;
     std::vector<std::vector<std::byte>> targets;
     for (const Entry& e : entries_) {
       targets.emplace_back(e.data.size());
       if (planner.Find(e.name) == nullptr) throw base::Error("no entry " + e.name);
       if (e.dtype == nullptr) {
         const format::StorageInfo& place = planner.PlaceOfObject(e.name);
-        const uint32_t file = reader.Open(std::vector{place.relative_path}, 1)[0];
-        targets.back() = reader.file(file).ReadBytes(e.name, place.offset, place.length);
+        reader.Open(std::vector{place.relative_path}, 1);
+        const checkpoint::RecordPlace record{e.name, place.relative_path, place.offset,
+                                             place.length};
+        targets.back() = reader.ReadObjects(std::vector{record}, 1)[0];
         continue;
       }
       for (const checkpoint::ChunkRead& read :
            planner.Plan(e.name, {format::Shape(e.shape.size()), e.shape})) {
-        const uint32_t file = reader.Open(std::vector{read.place->relative_path}, 1)[0];
-        items.push_back({e.name, file, read.place->offset, read.place->length, read.in_record,
-                         read.sizes, e.dtype, targets.back().data()});
+        reader.Open(std::vector{read.place->relative_path}, 1);
+        boxes.push_back(
+            {{e.name, read.place->relative_path, read.place->offset, read.place->length},
+             read.in_record,
+             read.sizes,
+             e.dtype,
+             targets.back().data()});
       }
     }
     std::vector<checkpoint::PlannedRead> reads;
-    for (checkpoint::ItemAnswer& answer : reader.Resolve(items, 1)) {
-      if (answer.kind != checkpoint::ItemAnswer::Kind::kLands)
+    for (checkpoint::BoxStrategy& strategy : reader.Resolve(boxes, 1)) {
+      if (strategy.kind != checkpoint::BoxStrategy::Kind::kInPlace)
         throw base::Error("a record of another kind");
-      reads.push_back(std::move(answer.read));
+      reads.push_back(std::move(strategy.read));
     }
     checkpoint::ReadPlan(reader.files(), std::move(reads)).ReadAll(1);
     for (size_t i = 0; i < entries_.size(); ++i)
@@ -139,7 +145,7 @@ TEST_F(FlippedBitsTest, EveryByteOfTheStructureIsChecked) {
     ExpectNoticed("/d/.metadata", at, random() % 8);
   EXPECT_GT(places, 4000u);
   EXPECT_NO_THROW(Load());
-  EXPECT_EQ(checkpoint::Verify(fs_, "/d", 1).problems, std::vector<checkpoint::Problem>{});
+  EXPECT_EQ(checkpoint::Verify(fs_, "/d", 1).problems, std::vector<checkpoint::VerifyProblem>{});
 }
 
 TEST_F(FlippedBitsTest, TwoThousandRandomPlacesAreChecked) {

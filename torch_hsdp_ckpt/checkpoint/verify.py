@@ -3,9 +3,9 @@
 import os
 
 from .. import _C
-from .._C import Problem, VerifyReport
+from .._C import VerifyProblem, VerifyReport
 
-__all__ = ["Problem", "VerifyReport", "verify"]
+__all__ = ["VerifyProblem", "VerifyReport", "verify"]
 
 
 def verify(checkpoint_id: str | os.PathLike[str], *, threads: int | None = None) -> VerifyReport:
@@ -15,15 +15,15 @@ def verify(checkpoint_id: str | os.PathLike[str], *, threads: int | None = None)
 
     Args:
         checkpoint_id: the directory.
-        threads: that read and check; by default one a core, at most 8.
+        threads: how many read and check; by default one a core, at most 8.
 
-    Returns: A report: ``ok``; ``problems``, each with ``file`` (relative), ``record`` (a tensor's
+    Returns:
+        A report: ``ok``; ``problems``, each with ``file`` (relative), ``record`` (a tensor's
         or object's name, or "") and ``message``; ``unchecked``, records that have no checksum
         (stock torch's objects in other formats, and what extensions wrote); ``leftovers``, data
         files that ``.metadata`` does not name: of saves that did not end, or of older ones; and the
         numbers of ``files``, ``tensors``, ``objects`` and ``bytes`` read. Damage is reported, not
         raised.
     """
-    return _C.verify(
-        os.fspath(checkpoint_id), threads or max(2, min(8, len(os.sched_getaffinity(0))))
-    )
+    cores = len(os.sched_getaffinity(0))
+    return _C.verify(os.fspath(checkpoint_id), threads or max(2, min(8, cores)))

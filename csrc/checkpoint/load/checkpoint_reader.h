@@ -12,33 +12,46 @@
 
 namespace hsdp_ckpt::checkpoint {
 
-/// A box of a tensor's record, and memory for it.
-struct ItemRequest {
-  std::string name;
-  uint32_t file = 0;   ///< as CheckpointReader::Open numbers them
-  int64_t offset = 0;  ///< the record's, as `.metadata` has it
+/// Where `.metadata` says that a record is.
+struct RecordPlace {
+  std::string name;  ///< the tensor's or the object's
+  std::string file;  ///< relative to the checkpoint's directory
+  int64_t offset = 0;
   int64_t length = 0;
-  std::vector<int64_t> box_offsets;  ///< in elements, within the record's tensor
-  std::vector<int64_t> box_lengths;
-  const format::DType* target_dtype =
-      nullptr;                  ///< null: there is no memory that takes the box as it is stored
+};
+
+/// A box of a tensor's record, and memory for it.
+struct BoxRead {
+  RecordPlace record;
+  std::vector<int64_t> offsets;  ///< in elements, within the record's tensor
+  std::vector<int64_t> lengths;
+  /// The dtype of the memory; null if there is none that takes the box as it is stored.
+  const format::DType* target_dtype = nullptr;
   std::byte* target = nullptr;  ///< contiguous, for all of the box
 };
 
-/// How an item can be read.
-struct ItemAnswer {
+/// A range of a record's payload, and memory for it.
+struct RangeRead {
+  RecordPlace record;
+  int64_t first = 0;  ///< first byte, within the payload
+  int64_t size = 0;
+  std::byte* target = nullptr;
+};
+
+/// How a BoxRead can be done.
+struct BoxStrategy {
   enum class Kind : uint8_t {
-    kLands,   ///< one range of the record, straight into the target: `read` is ready to go
-    kStaged,  ///< the caller reads the range into memory of its own and takes the box from there
-    kTorch,   ///< a record that only torch can read
+    kInPlace,  ///< one range of the record, straight into the target: `read` is ready to go
+    kStaged,   ///< the caller reads ranges into memory of its own and takes the box from there
+    kTorch,    ///< only torch can make a tensor of the record
   };
   Kind kind = Kind::kTorch;
   format::TensorDescription tensor;  ///< kStaged: the record's
-  PlannedRead read;                  ///< kLands
+  PlannedRead read;                  ///< kInPlace
 };
 
 /// A checkpoint's data files for one load: each opened once, described, and read by as many plans
-/// as it takes.
+/// as it takes. The records themselves are checked by the ShardFileReader of their file.
 ///
 /// Open files stay readable when a save removes them. Not thread-safe; plans made of `files` are.
 class CheckpointReader {
@@ -47,22 +60,28 @@ class CheckpointReader {
   CheckpointReader(io::FileSystem& fs, std::string directory, bool direct)
       : fs_(fs), directory_(std::move(directory)), direct_(direct) {}
 
-  /// Opens those files that are not open yet, with up to `threads` threads, and numbers them in the
-  /// order they came. Throws what ShardFileReader throws; then none of the new ones is open.
-  std::vector<uint32_t> Open(std::span<const std::string> names, int threads);
+  /// Opens those files that are not open yet, with up to `threads` threads. All other functions
+  /// take names of open files only. Throws what ShardFileReader throws; then none of the new ones
+  /// is open.
+  void Open(std::span<const std::string> names, int threads);
   /// Throws CorruptionError for a box that does not lie within its record.
-  std::vector<ItemAnswer> Resolve(std::span<const ItemRequest> items, int threads);
+  std::vector<BoxStrategy> Resolve(std::span<const BoxRead> boxes, int threads);
+  /// The reader outlives the plan. Records of stock files have been resolved before.
+  std::unique_ptr<ReadPlan> Plan(std::span<const RangeRead> ranges) const;
+  /// The bytes of each object, checked.
+  std::vector<std::vector<std::byte>> ReadObjects(std::span<const RecordPlace> objects,
+                                                  int threads) const;
   std::span<const std::unique_ptr<ShardFileReader>> files() const { return files_; }
-  ShardFileReader& file(uint32_t number) { return *files_.at(number); }
 
  private:
-  ItemAnswer Answer(const ItemRequest& item);
+  uint32_t NumberOf(const std::string& file) const;
+  BoxStrategy ResolveOne(const BoxRead& box, uint32_t file);
 
   io::FileSystem& fs_;
   std::string directory_;
   bool direct_;
   std::unordered_map<std::string, uint32_t> numbers_;
-  std::vector<std::unique_ptr<ShardFileReader>> files_;
+  std::vector<std::unique_ptr<ShardFileReader>> files_;  // in the order in which they were opened
 };
 
 }  // namespace hsdp_ckpt::checkpoint

@@ -19,6 +19,14 @@ bool IsEmpty(const format::Shape& sizes) {
   return std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
 }
 
+bool HasTransforms(const format::StorageInfo& place) {
+  return place.transform_descriptors && !place.transform_descriptors->empty();
+}
+
+uint64_t LengthOf(const format::StorageInfo& place) {
+  return static_cast<uint64_t>(std::max<int64_t>(place.length, 0));
+}
+
 // Elements of a box inside a tensor whose own number is at most 2**63; more are as good as that
 // many.
 uint64_t Volume(const format::Shape& sizes) {
@@ -27,6 +35,32 @@ uint64_t Volume(const format::Shape& sizes) {
     if (__builtin_mul_overflow(volume, static_cast<uint64_t>(n), &volume)) return UINT64_MAX;
   }
   return volume;
+}
+
+bool Meet(const format::ChunkMetadata& chunk, const Box& box) {
+  if (IsEmpty(chunk.sizes)) return false;
+  for (size_t d = 0; d < box.sizes.size(); ++d) {
+    const int64_t from = std::max(chunk.offsets[d], box.offsets[d]);
+    const int64_t to = std::min(chunk.offsets[d] + chunk.sizes[d], box.offsets[d] + box.sizes[d]);
+    if (from >= to) return false;
+  }
+  return true;
+}
+
+// What a chunk gives to a box that it meets.
+ChunkRead Intersection(const format::ChunkMetadata& chunk, const Box& box,
+                       const format::StorageInfo& place) {
+  const size_t dimensions = box.sizes.size();
+  ChunkRead read{&place, format::Shape(dimensions), format::Shape(dimensions),
+                 format::Shape(dimensions)};
+  for (size_t d = 0; d < dimensions; ++d) {
+    const int64_t from = std::max(chunk.offsets[d], box.offsets[d]);
+    const int64_t to = std::min(chunk.offsets[d] + chunk.sizes[d], box.offsets[d] + box.sizes[d]);
+    read.in_record[d] = from - chunk.offsets[d];
+    read.in_box[d] = from - box.offsets[d];
+    read.sizes[d] = to - from;
+  }
+  return read;
 }
 
 bool Overlap(const ChunkRead& a, const ChunkRead& b) {
@@ -49,8 +83,7 @@ LoadPlanner::LoadPlanner(format::Metadata metadata, std::string path)
   records_.reserve(entries_.size());
   for (uint32_t i = 0; i < storage.size(); ++i) {
     records_[storage[i].first.fqn].push_back(i);
-    has_transforms_ = has_transforms_ || (storage[i].second.transform_descriptors &&
-                                          !storage[i].second.transform_descriptors->empty());
+    has_transforms_ = has_transforms_ || HasTransforms(storage[i].second);
   }
   for (auto& [name, list] : records_) {
     std::sort(list.begin(), list.end(), [&](uint32_t a, uint32_t b) {
@@ -87,38 +120,15 @@ std::vector<ChunkRead> LoadPlanner::Plan(std::string_view name, const Box& box) 
   const auto& tensor = std::get<format::TensorMetadata>(*Find(name));
   std::vector<ChunkRead> reads;
   if (IsEmpty(box.sizes)) return reads;
-  const size_t dimensions = box.sizes.size();
   uint64_t covered = 0;
-  ChunkRead read{nullptr, format::Shape(dimensions), format::Shape(dimensions),
-                 format::Shape(dimensions)};
   for (const format::ChunkMetadata& chunk : tensor.chunks) {
-    bool meets = !IsEmpty(chunk.sizes);
-    for (size_t d = 0; meets && d < dimensions; ++d) {
-      const int64_t from = std::max(chunk.offsets[d], box.offsets[d]);
-      const int64_t to = std::min(chunk.offsets[d] + chunk.sizes[d], box.offsets[d] + box.sizes[d]);
-      meets = from < to;
-      read.in_record[d] = from - chunk.offsets[d];
-      read.in_box[d] = from - box.offsets[d];
-      read.sizes[d] = to - from;
-    }
-    if (!meets) continue;
-    read.place = &PlaceOf(name, chunk.offsets);
-    covered += Volume(read.sizes);
-    reads.push_back(read);
+    if (!Meet(chunk, box)) continue;
+    reads.push_back(Intersection(chunk, box, PlaceOf(name, chunk.offsets)));
+    covered += Volume(reads.back().sizes);
   }
-  // Side by side in the first dimension most of them: only those that share rows are compared.
   std::sort(reads.begin(), reads.end(),
             [](const ChunkRead& a, const ChunkRead& b) { return a.in_box < b.in_box; });
-  for (size_t i = 0; i < reads.size(); ++i) {
-    for (size_t j = i + 1; j < reads.size() && dimensions > 0 &&
-                           reads[j].in_box[0] < reads[i].in_box[0] + reads[i].sizes[0];
-         ++j) {
-      if (!Overlap(reads[i], reads[j])) continue;
-      throw base::CorruptionError(path_, std::string(name), "chunks that do not overlap",
-                                  "two that do, of " + base::ShapeText(reads[i].sizes) + " and " +
-                                      base::ShapeText(reads[j].sizes) + " elements");
-    }
-  }
+  CheckDisjoint(name, reads);
   if (covered != Volume(box.sizes)) {
     throw base::CorruptionError(path_, std::string(name),
                                 "chunks that cover " + base::ShapeText(box.sizes) + " at " +
@@ -129,67 +139,106 @@ std::vector<ChunkRead> LoadPlanner::Plan(std::string_view name, const Box& box) 
   return reads;
 }
 
-void LoadPlanner::CheckExplained(io::FileSystem& fs, const std::string& directory,
-                                 bool lenient) const {
-  if (!metadata_.storage_data) return;
-  const auto& storage = *metadata_.storage_data;
-  struct Used {
-    uint64_t bytes = 0;
-    const std::string* name;  // of one record in it, for messages
-  };
-  std::unordered_map<std::string_view, Used> files;
-  for (const auto& [index, place] : storage) {
-    Used& used = files.try_emplace(place.relative_path, Used{0, &index.fqn}).first->second;
-    if (__builtin_add_overflow(
-            used.bytes, static_cast<uint64_t>(std::max<int64_t>(place.length, 0)), &used.bytes))
-      used.bytes = UINT64_MAX;
+// `reads` are sorted. Most of them lie side by side in the first dimension: only those that share
+// rows are compared.
+void LoadPlanner::CheckDisjoint(std::string_view name, std::span<const ChunkRead> reads) const {
+  if (reads.empty() || reads[0].sizes.empty()) return;
+  for (size_t i = 0; i < reads.size(); ++i) {
+    const int64_t end_of_rows = reads[i].in_box[0] + reads[i].sizes[0];
+    for (size_t j = i + 1; j < reads.size() && reads[j].in_box[0] < end_of_rows; ++j) {
+      if (!Overlap(reads[i], reads[j])) continue;
+      throw base::CorruptionError(path_, std::string(name), "chunks that do not overlap",
+                                  "two that do, of " + base::ShapeText(reads[i].sizes) + " and " +
+                                      base::ShapeText(reads[j].sizes) + " elements");
+    }
   }
+}
+
+void LoadPlanner::CheckCovered(std::string_view name) const {
+  const format::EntryMetadata* entry = Find(name);
+  const auto* tensor = entry == nullptr ? nullptr : std::get_if<format::TensorMetadata>(entry);
+  if (tensor != nullptr) Plan(name, {format::Shape(tensor->size.size()), tensor->size});
+}
+
+void LoadPlanner::CheckSizes(io::FileSystem& fs, const std::string& directory,
+                             SizeCheck check) const {
+  if (!metadata_.storage_data) return;
+  const std::vector<FileUse> files = FilesUsed();
   for (const auto& [name, entry] : metadata_.state_dict_metadata) {
     const auto* tensor = std::get_if<format::TensorMetadata>(&entry);
-    const format::DType* dtype =
-        tensor == nullptr ? nullptr : format::FindDType(format::Name(tensor->properties.dtype));
-    if (tensor == nullptr || (lenient && tensor->properties.layout != format::Layout::k_strided))
-      continue;
-    uint64_t bytes = 0, needed = 0;
-    bool encoded = false;  // an extension may have made a record as short as it likes
-    if (const auto list = records_.find(name); list != records_.end()) {
-      for (const uint32_t i : list->second) {
-        const format::StorageInfo& place = storage[i].second;
-        // The sum of a file's records, which is compared below, has not overflowed where this does.
-        bytes += static_cast<uint64_t>(std::max<int64_t>(place.length, 0));
-        encoded = encoded || (place.transform_descriptors && !place.transform_descriptors->empty());
-      }
-    }
-    // A dtype that has no records of ours may have elements of a bit.
-    const uint64_t unit = dtype == nullptr ? 1 : dtype->size, factor = lenient ? kLenience
-                                                                       : dtype == nullptr ? 8
-                                                                                          : 1;
-    if (__builtin_mul_overflow(Volume(tensor->size), unit, &needed)) needed = UINT64_MAX;
-    if (!encoded && needed / factor > bytes) {
-      throw base::CorruptionError(
-          path_, name,
-          "records of " + (needed == UINT64_MAX ? "2**64" : std::to_string(needed)) +
-              " bytes or more for " + std::string(format::Name(tensor->properties.dtype)) + " " +
-              base::ShapeText(tensor->size),
-          "some of " + std::to_string(bytes));
-    }
+    if (tensor != nullptr) CheckTensorSize(name, *tensor, check);
   }
-  const std::vector<std::pair<std::string_view, Used>> list(files.begin(), files.end());
-  base::ParallelFor(list.size(), 8, [&](size_t i) {
-    const auto& [file, used] = list[i];
-    const std::string path = io::JoinPath(directory, std::string(file));
-    io::FileStatus status;
-    if (!io::GetStatus(fs, path, &status)) {
-      if (lenient) return;
-      throw base::IoError("open", path, -1, ENOENT);
-    }
-    if (used.bytes / (lenient ? kLenience : 1) > static_cast<uint64_t>(status.size)) {
-      throw base::CorruptionError(path, *used.name,
-                                  "a file of " + std::to_string(used.bytes) +
-                                      " bytes or more, as the lengths in .metadata add up",
-                                  "one of " + std::to_string(status.size));
-    }
-  });
+  base::ParallelFor(files.size(), 8,
+                    [&](size_t i) { CheckFileSize(fs, directory, files[i], check); });
+}
+
+// The sums are at most 2**64 - 1, which more than that counts as.
+std::vector<LoadPlanner::FileUse> LoadPlanner::FilesUsed() const {
+  std::unordered_map<std::string_view, FileUse> files;
+  for (const auto& [index, place] : *metadata_.storage_data) {
+    const FileUse unused{&place.relative_path, &index.fqn, 0};
+    FileUse& use = files.try_emplace(place.relative_path, unused).first->second;
+    if (__builtin_add_overflow(use.bytes, LengthOf(place), &use.bytes)) use.bytes = UINT64_MAX;
+  }
+  std::vector<FileUse> list;
+  list.reserve(files.size());
+  for (const auto& [name, use] : files) list.push_back(use);
+  return list;
+}
+
+LoadPlanner::RecordsOfTensor LoadPlanner::RecordsOf(std::string_view name) const {
+  RecordsOfTensor sum;
+  const auto list = records_.find(name);
+  if (list == records_.end()) return sum;
+  for (const uint32_t i : list->second) {
+    const format::StorageInfo& place = (*metadata_.storage_data)[i].second;
+    // The sum of a file's records, which is compared with the file, has not overflowed where this
+    // one does.
+    sum.bytes += LengthOf(place);
+    sum.has_transforms = sum.has_transforms || HasTransforms(place);
+  }
+  return sum;
+}
+
+// That the tensor is not longer than its records.
+void LoadPlanner::CheckTensorSize(const std::string& name, const format::TensorMetadata& tensor,
+                                  SizeCheck check) const {
+  const bool lenient = check == SizeCheck::kLenient;
+  if (lenient && tensor.properties.layout != format::Layout::k_strided) return;
+  const std::string dtype_name(format::Name(tensor.properties.dtype));
+  const format::DType* dtype = format::FindDType(dtype_name);
+  const uint64_t unit = dtype == nullptr ? 1 : dtype->size;
+  uint64_t needed = 0;
+  if (__builtin_mul_overflow(Volume(tensor.size), unit, &needed)) needed = UINT64_MAX;
+  // A dtype that has no records of ours may have elements of a bit.
+  uint64_t factor = dtype == nullptr ? 8 : 1;
+  if (lenient) factor = kLenience;
+  const RecordsOfTensor records = RecordsOf(name);
+  // An extension may have made a record as short as it likes.
+  if (records.has_transforms || needed / factor <= records.bytes) return;
+  const std::string least = needed == UINT64_MAX ? "2**64" : std::to_string(needed);
+  throw base::CorruptionError(path_, name,
+                              "records of " + least + " bytes or more for " + dtype_name + " " +
+                                  base::ShapeText(tensor.size),
+                              "some of " + std::to_string(records.bytes));
+}
+
+// That the file is as long as its records together.
+void LoadPlanner::CheckFileSize(io::FileSystem& fs, const std::string& directory,
+                                const FileUse& use, SizeCheck check) {
+  const bool lenient = check == SizeCheck::kLenient;
+  const std::string path = io::JoinPath(directory, *use.file);
+  io::FileStatus status;
+  if (!io::GetStatus(fs, path, &status)) {
+    if (lenient) return;
+    throw base::IoError("open", path, -1, ENOENT);
+  }
+  const uint64_t factor = lenient ? kLenience : 1;
+  if (use.bytes / factor <= static_cast<uint64_t>(status.size)) return;
+  throw base::CorruptionError(path, *use.record,
+                              "a file of " + std::to_string(use.bytes) +
+                                  " bytes or more, as the lengths in .metadata add up",
+                              "one of " + std::to_string(status.size));
 }
 
 }  // namespace hsdp_ckpt::checkpoint

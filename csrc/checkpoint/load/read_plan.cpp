@@ -25,6 +25,28 @@ bool LandsWhole(const Segment& s) {
 bool IsSummed(const Segment& s) {
   return s.kind == Segment::Kind::kBlock || s.kind == Segment::Kind::kPart;
 }
+// Whether `b` follows `a` in the file and in memory, so that one call can read both.
+bool LandsBehind(const Segment& a, const Segment& b) {
+  return b.begin == a.end && b.target == a.target + (a.end - a.begin);
+}
+
+void SortByPlace(std::vector<PlannedRead>& reads) {
+  const auto place = [](const PlannedRead& r) {
+    return std::tuple(r.file, r.read.offset, r.read.length, r.read.first);
+  };
+  std::stable_sort(reads.begin(), reads.end(),
+                   [&](const auto& a, const auto& b) { return place(a) < place(b); });
+}
+
+bool IsSameRecord(const PayloadRead& a, const PayloadRead& b) {
+  return a.offset == b.offset && a.length == b.length;
+}
+
+// Whether an extent may grow by the next segment of its file.
+bool Extends(const Extent& extent, const Segment& segment) {
+  const int64_t end = std::max(segment.end, extent.end);
+  return segment.begin - extent.end <= kGap && end - extent.begin <= ReadPlan::kExtentBytes;
+}
 
 }  // namespace
 
@@ -59,47 +81,54 @@ ReadPlan::ReadPlan(std::span<const std::unique_ptr<ShardFileReader>> files,
                    std::vector<PlannedRead> reads)
     : reads_(std::move(reads)) {
   for (const auto& file : files) files_.push_back(file.get());
-  const auto place = [](const PlannedRead& r) {
-    return std::tuple(r.file, r.read.offset, r.read.length, r.read.first);
-  };
-  std::stable_sort(reads_.begin(), reads_.end(),
-                   [&](const auto& a, const auto& b) { return place(a) < place(b); });
+  SortByPlace(reads_);
   SegmentList list;
-  for (size_t i = 0; i < reads_.size();) {
-    const uint32_t file = reads_[i].file;
+  for (size_t read = 0; read < reads_.size();) {
+    const uint32_t file = reads_[read].file;
     const size_t first = list.segments.size();
-    for (size_t start = i; i < reads_.size() && reads_[i].file == file; ++i) {
-      const bool same = i > start && reads_[i].read.offset == reads_[i - 1].read.offset &&
-                        reads_[i].read.length == reads_[i - 1].read.length;
-      files_[file]->Cut(reads_[i].read, static_cast<uint32_t>(i), same, list);
-    }
-    const auto begin = list.segments.begin() + static_cast<std::ptrdiff_t>(first);
-    std::stable_sort(begin, list.segments.end(),
-                     [](const Segment& a, const Segment& b) { return a.begin < b.begin; });
-    uint32_t parts = 0;
-    bool fresh = true;  // a new file, a new piece
-    for (size_t s = first; s < list.segments.size(); ++s) {
-      const Segment& segment = list.segments[s];
-      parts += segment.kind == Segment::Kind::kPart;
-      if (fresh || segment.begin - pieces_.back().end > kGap || parts >= kMaxParts ||
-          std::max(segment.end, pieces_.back().end) - pieces_.back().begin > kPieceBytes) {
-        pieces_.push_back(
-            {file, segment.begin, segment.end, static_cast<uint32_t>(s), static_cast<uint32_t>(s)});
-        parts = segment.kind == Segment::Kind::kPart;
-        fresh = false;
-      }
-      pieces_.back().end = std::max(pieces_.back().end, segment.end);
-      pieces_.back().last = static_cast<uint32_t>(s + 1);
-    }
+    read = CutReadsOfFile(read, list);
+    JoinIntoExtents(file, list.segments, first);
   }
   segments_ = std::move(list.segments);
   groups_ = std::move(list.groups);
   if (!groups_.empty()) part_crcs_.resize(segments_.size());
 }
 
+// Appends the segments of all reads of the file that read `first` goes to, in the file's order.
+// Returns the number of the next file's first read.
+size_t ReadPlan::CutReadsOfFile(size_t first, SegmentList& out) const {
+  const uint32_t file = reads_[first].file;
+  const auto old_size = static_cast<std::ptrdiff_t>(out.segments.size());
+  size_t i = first;
+  for (; i < reads_.size() && reads_[i].file == file; ++i) {
+    const bool same_record = i > first && IsSameRecord(reads_[i].read, reads_[i - 1].read);
+    files_[file]->Cut(reads_[i].read, static_cast<uint32_t>(i), same_record, out);
+  }
+  std::stable_sort(out.segments.begin() + old_size, out.segments.end(),
+                   [](const Segment& a, const Segment& b) { return a.begin < b.begin; });
+  return i;
+}
+
+// Appends extents for segments[first:], which are all of one file and in its order.
+void ReadPlan::JoinIntoExtents(uint32_t file, std::span<const Segment> segments, size_t first) {
+  uint32_t parts = 0;  // in the current extent, counting the segment that is looked at
+  for (size_t s = first; s < segments.size(); ++s) {
+    const Segment& segment = segments[s];
+    const bool is_part = segment.kind == Segment::Kind::kPart;
+    const auto number = static_cast<uint32_t>(s);
+    parts += is_part;
+    if (s == first || !Extends(extents_.back(), segment) || parts >= kMaxParts) {
+      extents_.push_back({file, segment.begin, segment.end, number, number});
+      parts = is_part;
+    }
+    extents_.back().end = std::max(extents_.back().end, segment.end);
+    extents_.back().last = number + 1;
+  }
+}
+
 int64_t ReadPlan::bytes() const {
   int64_t sum = 0;
-  for (const Piece& piece : pieces_) sum += piece.end - piece.begin;
+  for (const Extent& extent : extents_) sum += extent.end - extent.begin;
   return sum;
 }
 
@@ -107,15 +136,15 @@ std::string ReadPlan::Digest() const {
   // The plan itself as text rather than a hash of it: the caller has a better one than the CRC that
   // is at hand here.
   std::string out;
-  for (const Piece& piece : pieces_) {
+  for (const Extent& extent : extents_) {
     // Not the whole path: another host may have the directory elsewhere.
-    const std::string& path = files_[piece.file]->file().path();
-    if (&piece == pieces_.data() || piece.file != (&piece - 1)->file)
+    const std::string& path = files_[extent.file]->file().path();
+    if (&extent == extents_.data() || extent.file != (&extent - 1)->file)
       out += path.substr(path.rfind('/') + 1);
-    out += " " + std::to_string(piece.begin) + "-" + std::to_string(piece.end);
-    for (uint32_t s = piece.first; s < piece.last; ++s) {
+    out += " " + std::to_string(extent.begin) + "-" + std::to_string(extent.end);
+    for (uint32_t s = extent.first; s < extent.last; ++s) {
       const Segment& segment = segments_[s];
-      out += "," + std::to_string(segment.begin - piece.begin) + ":" +
+      out += "," + std::to_string(segment.begin - extent.begin) + ":" +
              std::to_string(segment.end - segment.begin);
     }
   }
@@ -130,9 +159,9 @@ void ReadPlan::Fail(uint32_t file, const Segment& segment, const std::string& ex
   throw base::CorruptionError(files_[file]->file().path(), read.name + place, expected, got);
 }
 
-bool ReadPlan::GoesDirect(const Piece& piece) const {
-  const ShardFileReader& file = *files_[piece.file];
-  return file.direct() != nullptr && !file.file().IsCached(piece.begin, piece.end - piece.begin);
+bool ReadPlan::GoesDirect(const Extent& extent) const {
+  const ShardFileReader& file = *files_[extent.file];
+  return file.direct() != nullptr && !file.file().IsCached(extent.begin, extent.end - extent.begin);
 }
 
 // Reads [begin, end) of a file to `at`; for a direct read all three are page-aligned, but for an
@@ -154,27 +183,27 @@ void ReadPlan::ReadRange(const ShardFileReader& file, bool direct, int64_t begin
 }
 
 void ReadPlan::Fill(size_t i, std::byte* buffer) {
-  const Piece& piece = pieces_[i];
-  const ShardFileReader& file = *files_[piece.file];
-  const int64_t begin = PageBefore(piece.begin);
-  const bool direct = GoesDirect(piece);
+  const Extent& extent = extents_[i];
+  const ShardFileReader& file = *files_[extent.file];
+  const int64_t begin = PageBefore(extent.begin);
+  const bool direct = GoesDirect(extent);
   // Through the page cache no more is read than is needed, to the place it has in a direct read.
-  const int64_t from = direct ? begin : piece.begin,
-                to = direct ? std::min(PageAfter(piece.end), file.size()) : piece.end;
-  ReadRange(file, direct, from, std::max(to, piece.end), buffer + (from - begin),
-            segments_[piece.first]);
-  Process(piece, piece.first, piece.last, buffer, begin);
-  auto* crcs = reinterpret_cast<uint32_t*>(buffer + kPieceBytes + 2 * kPage);
-  for (uint32_t s = piece.first; s < piece.last; ++s) {
+  const int64_t from = direct ? begin : extent.begin;
+  const int64_t to = direct ? std::min(PageAfter(extent.end), file.size()) : extent.end;
+  ReadRange(file, direct, from, std::max(to, extent.end), buffer + (from - begin),
+            segments_[extent.first]);
+  Process(extent, extent.first, extent.last, buffer, begin);
+  auto* crcs = reinterpret_cast<uint32_t*>(buffer + kExtentBytes + 2 * kPage);
+  for (uint32_t s = extent.first; s < extent.last; ++s) {
     if (segments_[s].kind == Segment::Kind::kPart) *crcs++ = part_crcs_[s];
   }
 }
 
 void ReadPlan::Deliver(size_t i, const std::byte* buffer) {
-  const Piece& piece = pieces_[i];
-  const int64_t begin = PageBefore(piece.begin);
-  const auto* crcs = reinterpret_cast<const uint32_t*>(buffer + kPieceBytes + 2 * kPage);
-  for (uint32_t s = piece.first; s < piece.last; ++s) {
+  const Extent& extent = extents_[i];
+  const int64_t begin = PageBefore(extent.begin);
+  const auto* crcs = reinterpret_cast<const uint32_t*>(buffer + kExtentBytes + 2 * kPage);
+  for (uint32_t s = extent.first; s < extent.last; ++s) {
     const Segment& segment = segments_[s];
     if (segment.kind == Segment::Kind::kPart) part_crcs_[s] = *crcs++;
     if (segment.target == nullptr) continue;
@@ -184,50 +213,58 @@ void ReadPlan::Deliver(size_t i, const std::byte* buffer) {
 }
 
 void ReadPlan::Read(size_t i) {
-  const Piece& piece = pieces_[i];
-  const ShardFileReader& file = *files_[piece.file];
+  const Extent& extent = extents_[i];
   Scratch scratch(*this);
-  for (uint32_t s = piece.first; s < piece.last;) {
-    const Segment& head = segments_[s];
-    // What lands whole and one behind the other in memory as in the file needs no buffer; the rest,
-    // up to the next of those, is read together.
-    uint32_t next = s + 1;
-    if (IsSummed(head) && LandsWhole(head)) {
-      while (next < piece.last && segments_[next - 1].end - head.begin < kStep &&
-             IsSummed(segments_[next]) && LandsWhole(segments_[next]) &&
-             segments_[next].begin == segments_[next - 1].end &&
-             segments_[next].target == segments_[next - 1].target +
-                                           (segments_[next - 1].end - segments_[next - 1].begin)) {
-        ++next;
-      }
-      ReadRange(file, false, head.begin, segments_[next - 1].end, head.target, head);
-      for (; s < next; ++s) {
-        const Segment& segment = segments_[s];
-        Check(piece, s, {segment.target, static_cast<size_t>(segment.end - segment.begin)}, {});
-      }
-      continue;
-    }
-    int64_t end = head.end;
-    while (next < piece.last && !(IsSummed(segments_[next]) && LandsWhole(segments_[next]))) {
-      end = std::max(end, segments_[next].end);
-      ++next;
-    }
-    ReadRange(file, false, head.begin, end, scratch.data(), head);
-    Process(piece, s, next, scratch.data(), head.begin);
-    s = next;
+  for (uint32_t s = extent.first; s < extent.last;) {
+    const bool lands = IsSummed(segments_[s]) && LandsWhole(segments_[s]);
+    s = lands ? ReadInPlace(extent, s) : ReadThroughScratch(extent, s, scratch);
   }
+}
+
+// Reads what lands whole and one behind the other in memory as in the file, from segment `first`
+// on, straight into its targets, and checks it there. Returns the segment after the last one.
+uint32_t ReadPlan::ReadInPlace(const Extent& extent, uint32_t first) {
+  const Segment& head = segments_[first];
+  uint32_t next = first + 1;
+  while (next < extent.last && segments_[next - 1].end - head.begin < kStep &&
+         IsSummed(segments_[next]) && LandsWhole(segments_[next]) &&
+         LandsBehind(segments_[next - 1], segments_[next])) {
+    ++next;
+  }
+  const ShardFileReader& file = *files_[extent.file];
+  ReadRange(file, false, head.begin, segments_[next - 1].end, head.target, head);
+  for (uint32_t s = first; s < next; ++s) {
+    const Segment& segment = segments_[s];
+    Check(extent, s, {segment.target, static_cast<size_t>(segment.end - segment.begin)}, {});
+  }
+  return next;
+}
+
+// Reads segment `first` and those behind it, up to the next that lands whole, together into a
+// buffer. Returns the segment after the last one.
+uint32_t ReadPlan::ReadThroughScratch(const Extent& extent, uint32_t first, Scratch& scratch) {
+  const Segment& head = segments_[first];
+  int64_t end = head.end;
+  uint32_t next = first + 1;
+  while (next < extent.last && !(IsSummed(segments_[next]) && LandsWhole(segments_[next]))) {
+    end = std::max(end, segments_[next].end);
+    ++next;
+  }
+  ReadRange(*files_[extent.file], false, head.begin, end, scratch.data(), head);
+  Process(extent, first, next, scratch.data(), head.begin);
+  return next;
 }
 
 // Checks segments [first, last) in `bytes`, which begin at `begin` of the file, and delivers what
 // is wanted of them.
-void ReadPlan::Process(const Piece& piece, uint32_t first, uint32_t last, const std::byte* bytes,
+void ReadPlan::Process(const Extent& extent, uint32_t first, uint32_t last, const std::byte* bytes,
                        int64_t begin) {
   for (uint32_t s = first; s < last; ++s) {
     const Segment& segment = segments_[s];
     const std::span range(bytes + (segment.begin - begin),
                           static_cast<size_t>(segment.end - segment.begin));
     const bool whole = IsSummed(segment) && LandsWhole(segment);
-    Check(piece, s, range,
+    Check(extent, s, range,
           whole ? std::span(segment.target, range.size()) : std::span<std::byte>());
     if (!whole && segment.target != nullptr)
       std::memcpy(segment.target, range.data() + segment.from, segment.to - segment.from);
@@ -235,42 +272,42 @@ void ReadPlan::Process(const Piece& piece, uint32_t first, uint32_t last, const 
 }
 
 // `copy`: where the bytes go while they are summed, or nothing.
-void ReadPlan::Check(const Piece& piece, uint32_t number, std::span<const std::byte> bytes,
+void ReadPlan::Check(const Extent& extent, uint32_t number, std::span<const std::byte> bytes,
                      std::span<std::byte> copy) {
   const Segment& segment = segments_[number];
-  if (segment.kind == Segment::Kind::kRecord) return CheckRecord(piece, segment, bytes);
+  if (segment.kind == Segment::Kind::kRecord) return CheckRecord(extent, segment, bytes);
   if (segment.kind == Segment::Kind::kZeros) {
     // Each byte equals the one before, and the first is zero.
     if (bytes[0] != std::byte{0} ||
         std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) != 0)
-      Fail(piece.file, segment, "padding of zeros", "other bytes");
+      Fail(extent.file, segment, "padding of zeros", "other bytes");
     return;
   }
   const uint32_t crc = copy.empty() ? base::Crc32(bytes) : base::CopyAndCrc32(copy, bytes);
   if (segment.kind == Segment::Kind::kPart) {
     part_crcs_[number] = crc;
   } else if (crc != segment.crc) {
-    Fail(piece.file, segment, base::CrcText(segment.crc), base::CrcText(crc));
+    Fail(extent.file, segment, base::CrcText(segment.crc), base::CrcText(crc));
   }
 }
 
-void ReadPlan::CheckRecord(const Piece& piece, const Segment& segment,
+void ReadPlan::CheckRecord(const Extent& extent, const Segment& segment,
                            std::span<const std::byte> bytes) const {
   const format::IndexEntry& entry = *segment.entry;
   const auto head = static_cast<size_t>(entry.head), tail = static_cast<size_t>(entry.tail);
   const uint32_t framing = base::Crc32(bytes.last(tail), base::Crc32(bytes.first(head)));
   if (framing != entry.framing_crc)
-    Fail(piece.file, segment, base::CrcText(entry.framing_crc) + " of the framing",
+    Fail(extent.file, segment, base::CrcText(entry.framing_crc) + " of the framing",
          base::CrcText(framing));
   const uint32_t payload = base::Crc32(bytes.subspan(head, static_cast<size_t>(entry.payload)));
   if (payload != entry.payload_crc)
-    Fail(piece.file, segment, base::CrcText(entry.payload_crc), base::CrcText(payload));
+    Fail(extent.file, segment, base::CrcText(entry.payload_crc), base::CrcText(payload));
 }
 
 void ReadPlan::Finish() const {
   std::vector<uint32_t> crcs(groups_.size());
-  for (const Piece& piece : pieces_) {
-    for (uint32_t s = piece.first; s < piece.last && !groups_.empty(); ++s) {
+  for (const Extent& extent : extents_) {
+    for (uint32_t s = extent.first; s < extent.last && !groups_.empty(); ++s) {
       const Segment& segment = segments_[s];
       if (segment.kind != Segment::Kind::kPart) continue;
       uint32_t& crc = crcs[segment.crc];
@@ -287,7 +324,7 @@ void ReadPlan::Finish() const {
 }
 
 void ReadPlan::ReadAll(int threads) {
-  base::ParallelFor(pieces_.size(), threads, [&](size_t i) { Read(i); });
+  base::ParallelFor(extents_.size(), threads, [&](size_t i) { Read(i); });
   Finish();
 }
 

@@ -26,10 +26,12 @@ io::File OpenData(io::FileSystem& fs, const std::string& directory, const std::s
   }
 }
 
-// The wanted part of a segment that holds payload bytes [begin, end).
-void Want(const PayloadRead& read, int64_t begin, int64_t end, Segment& segment,
-          int64_t payload_in_segment = 0) {
-  const int64_t from = std::max(begin, read.first), to = std::min(end, read.first + read.size);
+// Sets which part of a segment that holds payload bytes [begin, end) goes to the read's target, and
+// where.
+void SetTarget(const PayloadRead& read, int64_t begin, int64_t end, Segment& segment,
+               int64_t payload_in_segment = 0) {
+  const int64_t from = std::max(begin, read.first);
+  const int64_t to = std::min(end, read.first + read.size);
   if (from >= to || read.target == nullptr) return;
   segment.from = static_cast<uint32_t>(payload_in_segment + from - begin);
   segment.to = static_cast<uint32_t>(payload_in_segment + to - begin);
@@ -46,18 +48,24 @@ ShardFileReader::ShardFileReader(io::FileSystem& fs, const std::string& director
   } catch (const base::IoError& error) {
     if (error.error_number() != EINVAL && error.error_number() != EOPNOTSUPP) throw;
   }
+  ReadIndex(name);
+}
+
+// Leaves `index_` empty for a stock file, which has none.
+void ShardFileReader::ReadIndex(const std::string& name) {
+  const std::string what = "the index at the file's end";
   const auto parsed = format::DataFileName::Parse(name);
   const bool ours = parsed && !parsed->by_torch;
   std::vector<std::byte> tail(static_cast<size_t>(std::min(size_, format::kIndexTail)));
-  file_.ReadAt(tail, size_ - static_cast<int64_t>(tail.size()), "the index at the file's end");
+  file_.ReadAt(tail, size_ - static_cast<int64_t>(tail.size()), what);
   if (!ours && !format::HasIndexMagic(tail)) return;
   const format::IndexPlace place = format::DecodeIndexTail(tail, size_, file_.path());
   if (ours && place.save_id != parsed->save_id) {
-    throw base::CorruptionError(file_.path(), "the index at the file's end",
-                                "the save id in the file's name", "another save's");
+    throw base::CorruptionError(file_.path(), what, "the save id in the file's name",
+                                "another save's");
   }
   std::vector<std::byte> bytes(static_cast<size_t>(place.size));
-  file_.ReadAt(bytes, place.offset, "the index at the file's end");
+  file_.ReadAt(bytes, place.offset, what);
   index_ = format::DecodeIndex(bytes, place, file_.path());
   records_end_ = place.offset;
 }
@@ -111,12 +119,17 @@ std::vector<std::byte> ShardFileReader::ReadBytes(const std::string& name, int64
   const format::IndexEntry& entry = Find(name, offset, length);
   if (entry.dtype != nullptr)
     throw base::CorruptionError(file_.path(), name, "an object", "a tensor");
+  return ReadObject(entry, name);
+}
+
+std::vector<std::byte> ShardFileReader::ReadObject(const format::IndexEntry& entry,
+                                                   const std::string& name) const {
   const auto [begin, end] = WithPadding(entry);
   std::vector<std::byte> bytes(static_cast<size_t>(end - begin));
   file_.ReadAt(bytes, begin, name);
   const std::span<const std::byte> all(bytes);
-  const auto before = static_cast<size_t>(entry.offset - begin),
-             size = static_cast<size_t>(entry.payload);
+  const auto before = static_cast<size_t>(entry.offset - begin);
+  const auto size = static_cast<size_t>(entry.payload);
   const uint32_t crc = base::Crc32(all.subspan(before, size));
   if (crc != entry.payload_crc)
     throw base::CorruptionError(file_.path(), name, base::CrcText(entry.payload_crc),
@@ -163,31 +176,42 @@ void ShardFileReader::Cut(const PayloadRead& read, uint32_t number, bool same_re
                     .entry = &entry,
                     .read = number,
                     .kind = Segment::Kind::kRecord};
-    Want(read, 0, entry.payload, segment, entry.head);
+    SetTarget(read, 0, entry.payload, segment, entry.head);
     out.segments.push_back(segment);
     return;
   }
+  if (!same_record && entry.dtype != nullptr) CutFraming(entry, number, out);
+  CutBlocks(entry, read, number, out);
+}
+
+// The header before a record's payload and what is behind it: two ranges that share a checksum.
+void ShardFileReader::CutFraming(const format::IndexEntry& entry, uint32_t number,
+                                 SegmentList& out) {
   const int64_t payload = entry.offset + entry.head;
+  const auto group = static_cast<uint32_t>(out.groups.size());
+  out.groups.push_back({entry.framing_crc, number});
   const auto part = [&](int64_t begin, int64_t end) {
-    const auto group = static_cast<uint32_t>(out.groups.size() - 1);
     out.segments.push_back(
         {.begin = begin, .end = end, .crc = group, .read = number, .kind = Segment::Kind::kPart});
   };
-  if (!same_record && entry.dtype != nullptr) {
-    out.groups.push_back({entry.framing_crc, number});
-    part(entry.offset, payload);
-    part(payload + entry.payload, entry.end());
-  }
+  part(entry.offset, payload);
+  part(payload + entry.payload, entry.end());
+}
+
+// The blocks of a payload that hold what `read` wants, each with a checksum of its own.
+void ShardFileReader::CutBlocks(const format::IndexEntry& entry, const PayloadRead& read,
+                                uint32_t number, SegmentList& out) {
   if (read.size == 0) return;
+  const int64_t payload = entry.offset + entry.head;
   const int64_t last = (read.first + read.size - 1) / base::kChecksumBlock;
   for (int64_t block = read.first / base::kChecksumBlock; block <= last; ++block) {
-    const int64_t begin = block * base::kChecksumBlock,
-                  end = std::min(begin + base::kChecksumBlock, entry.payload);
+    const int64_t begin = block * base::kChecksumBlock;
+    const int64_t end = std::min(begin + base::kChecksumBlock, entry.payload);
     Segment segment{.begin = payload + begin,
                     .end = payload + end,
                     .crc = entry.block_crcs[static_cast<size_t>(block)],
                     .read = number};
-    Want(read, begin, end, segment);
+    SetTarget(read, begin, end, segment);
     out.segments.push_back(segment);
   }
 }
@@ -209,7 +233,7 @@ void ShardFileReader::CutStock(const PayloadRead& read, uint32_t number, Segment
                     .crc = one ? record.payload.crc : static_cast<uint32_t>(out.groups.size() - 1),
                     .read = number,
                     .kind = one ? Segment::Kind::kBlock : Segment::Kind::kPart};
-    Want(read, begin, end, segment);
+    SetTarget(read, begin, end, segment);
     out.segments.push_back(segment);
   }
 }

@@ -56,6 +56,11 @@ struct SegmentList {
 /// One data file, ours or stock torch's: what records it has, and which of its bytes a read needs,
 /// with their checks.
 ///
+/// This is where a record's header is checked. Ours: against the checksum of the record's framing
+/// in the file's index; Cut adds the framing to what is read, and ReadPlan::Check compares.
+/// Stock's: by OpenStockRecord (stock_record.h), which Describe calls, before anything in it is
+/// believed.
+///
 /// Ours: the index says where everything is and has checksums of small blocks, so a part is checked
 /// without the rest; with a part of a record its framing and the padding before it are checked too.
 /// Stock's: a record's zip has one CRC for the payload, so all of it is read. The index is required
@@ -86,10 +91,15 @@ class ShardFileReader {
   std::vector<std::byte> ReadBytes(const std::string& name, int64_t offset, int64_t length) const;
 
  private:
+  void ReadIndex(const std::string& name);
   const format::IndexEntry& Find(const std::string& name, int64_t offset, int64_t length) const;
+  std::vector<std::byte> ReadObject(const format::IndexEntry& entry, const std::string& name) const;
   void CheckRange(const std::string& name, int64_t offset, int64_t length) const;
   std::pair<int64_t, int64_t> WithPadding(const format::IndexEntry& entry) const;
   void CutPadding(const format::IndexEntry& entry, uint32_t number, SegmentList& out) const;
+  static void CutFraming(const format::IndexEntry& entry, uint32_t number, SegmentList& out);
+  static void CutBlocks(const format::IndexEntry& entry, const PayloadRead& read, uint32_t number,
+                        SegmentList& out);
   void CutStock(const PayloadRead& read, uint32_t number, SegmentList& out) const;
 
   io::File file_;

@@ -22,7 +22,7 @@ namespace hsdp_ckpt::checkpoint {
 namespace {
 
 constexpr uint32_t kMaxSlots = 4;
-// Of all members' slots together: they count as every member's memory.
+// All members' slots together take at most this: they count as every member's memory.
 constexpr int64_t kMemory = int64_t{40} << 20;
 
 uint32_t SlotsFor(int members) {
@@ -60,7 +60,7 @@ struct SharedExchange::Header {
   uint32_t failed;  // 1 + the member that did
   int32_t pids[kMaxMembers];
   struct {
-    uint32_t ready;  // 1 + the round whose piece is in it
+    uint32_t ready;  // 1 + the round whose extent is in it
     uint32_t taken;  // how often it has been taken, by whichever member
   } slots[kMaxMembers][kMaxSlots];
 };
@@ -164,16 +164,16 @@ void SharedExchange::Wait(uint32_t* word, int peer, const Reached& reached) {
 
 namespace {
 
-// Each member's pieces are neighbours in the files: [first, last).
-std::pair<size_t, size_t> Share(size_t pieces, int member, int members) {
+// Each member's extents are neighbours in the files: [first, last).
+std::pair<size_t, size_t> Share(size_t extents, int member, int members) {
   const auto m = static_cast<size_t>(member), all = static_cast<size_t>(members);
-  return {pieces * m / all, pieces * (m + 1) / all};
+  return {extents * m / all, extents * (m + 1) / all};
 }
 
 }  // namespace
 
 void SharedExchange::Produce(ReadPlan& plan, uint32_t round, uint32_t base) {
-  const auto [first, last] = Share(plan.pieces().size(), member_, members_);
+  const auto [first, last] = Share(plan.extents().size(), member_, members_);
   const uint32_t all = base + round, slot = all % slots_;
   auto& state = header_->slots[member_][slot];
   // As often as it has been filled before, by every other member.
@@ -188,7 +188,7 @@ void SharedExchange::Consume(ReadPlan& plan, uint32_t round, uint32_t base) {
   const uint32_t all = base + round, slot = all % slots_;
   for (int step = 1; step < members_; ++step) {
     const int peer = (member_ + step) % members_;
-    const auto [first, last] = Share(plan.pieces().size(), peer, members_);
+    const auto [first, last] = Share(plan.extents().size(), peer, members_);
     auto& state = header_->slots[peer][slot];
     Wait(&state.ready, peer, [&](uint32_t value) { return value == all + 1; });
     if (first + round < last) plan.Deliver(first + round, Slot(peer, slot));
@@ -201,7 +201,7 @@ void SharedExchange::Run(ReadPlan& plan, int threads, double timeout) {
   timeout_ = timeout;
   size_t rounds = 0;
   for (int m = 0; m < members_; ++m) {
-    const auto [first, last] = Share(plan.pieces().size(), m, members_);
+    const auto [first, last] = Share(plan.extents().size(), m, members_);
     rounds = std::max(rounds, last - first);
   }
   const uint32_t base = rounds_;

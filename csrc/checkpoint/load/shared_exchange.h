@@ -7,12 +7,12 @@
 
 namespace hsdp_ckpt::checkpoint {
 
-/// Processes of one host that read the same plan: each reads its part of the pieces from storage,
+/// Processes of one host that read the same plan: each reads its part of the extents from storage,
 /// into shared memory, and takes the rest from there. Every byte is read and checked by one of
 /// them.
 ///
 /// The memory is anonymous (memfd), so nothing is left behind by a process that dies. Each member
-/// has a few slots, in which its pieces follow each other; a slot is filled again when all members
+/// has a few slots, in which its extents follow each other; a slot is filled again when all members
 /// have taken what was in it. An error of one member, or its death, is an Error in all of them
 /// within a fraction of a second. Not thread-safe; Run starts the threads.
 class SharedExchange {
@@ -28,7 +28,7 @@ class SharedExchange {
   SharedExchange& operator=(SharedExchange&&) = delete;
 
   std::string path() const;
-  /// Reads and delivers all of `plan`, which has the same pieces in every member. All members call
+  /// Reads and delivers all of `plan`, which has the same extents in every member. All members call
   /// it, with the same plans in one order. Throws Error where one member does not go on for
   /// `timeout` seconds.
   void Run(ReadPlan& plan, int threads, double timeout);

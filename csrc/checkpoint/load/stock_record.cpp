@@ -41,6 +41,29 @@ void CheckZip(std::span<const std::byte> bytes, const std::string& path, const s
   }
 }
 
+// The entries that the zip of a single plain tensor has.
+struct TensorEntries {
+  const format::ZipEntry* pickle = nullptr;
+  const format::ZipEntry* payload = nullptr;
+  const format::ZipEntry* byteorder = nullptr;
+};
+
+// Nothing for a zip of anything else. Names are the archive's, a slash, and one of those below.
+std::optional<TensorEntries> FindTensorEntries(const std::vector<format::ZipEntry>& entries) {
+  TensorEntries found;
+  for (const format::ZipEntry& entry : entries) {
+    const size_t slash = entry.name.find('/');
+    const std::string base = slash == std::string::npos ? "" : entry.name.substr(slash + 1);
+    if (base == "data.pkl") found.pickle = &entry;
+    if (base == "byteorder") found.byteorder = &entry;
+    if (base == "data/0") found.payload = &entry;
+    if (base.starts_with("data/") && base != "data/0") return std::nullopt;
+  }
+  if (found.pickle == nullptr || found.payload == nullptr || found.byteorder == nullptr)
+    return std::nullopt;
+  return found;
+}
+
 }  // namespace
 
 StockRecord OpenStockRecord(const io::File& file, const std::string& name, int64_t offset,
@@ -53,36 +76,25 @@ StockRecord OpenStockRecord(const io::File& file, const std::string& name, int64
   if (!record.is_zip) return record;
   record.entries =
       format::ReadZipDirectory(source, static_cast<uint64_t>(length), file.path(), name);
-
-  // The archive's name, then one of these; anything else makes it no plain tensor.
-  const format::ZipEntry* pickle = nullptr;
-  const format::ZipEntry* payload = nullptr;
-  const format::ZipEntry* byteorder = nullptr;
+  const auto tensor_entries = FindTensorEntries(record.entries);
+  if (!tensor_entries) return record;
+  const format::ZipEntry& payload = *tensor_entries->payload;
   for (const format::ZipEntry& entry : record.entries) {
-    const size_t slash = entry.name.find('/');
-    const std::string base = slash == std::string::npos ? "" : entry.name.substr(slash + 1);
-    if (base == "data.pkl") pickle = &entry;
-    if (base == "byteorder") byteorder = &entry;
-    if (base == "data/0") payload = &entry;
-    if (base.starts_with("data/") && base != "data/0") return record;
-  }
-  if (pickle == nullptr || payload == nullptr || byteorder == nullptr) return record;
-  for (const format::ZipEntry& entry : record.entries) {
-    if (&entry == payload) continue;
+    if (&entry == &payload) continue;
     if (entry.size > kSmallEntry) return record;
     std::vector<std::byte> bytes(entry.size);
     source(bytes, entry.data_offset);
     CheckCrc(entry, bytes, file.path(), name);
-    if (&entry == byteorder && base::AsText(bytes) != "little") return record;
-    if (&entry == pickle) record.tensor = format::DecodeTensorPickle(bytes);
+    if (&entry == tensor_entries->byteorder && base::AsText(bytes) != "little") return record;
+    if (&entry == tensor_entries->pickle) record.tensor = format::DecodeTensorPickle(bytes);
   }
-  if (record.tensor && static_cast<uint64_t>(record.tensor->storage_bytes) != payload->size) {
+  if (record.tensor && static_cast<uint64_t>(record.tensor->storage_bytes) != payload.size) {
     throw base::CorruptionError(
         file.path(), name,
         "a storage of " + std::to_string(record.tensor->storage_bytes) + " bytes",
-        std::to_string(payload->size));
+        std::to_string(payload.size));
   }
-  record.payload = *payload;
+  record.payload = payload;
   return record;
 }
 

@@ -24,8 +24,9 @@ struct StockRecord {
   format::ZipEntry payload;  ///< of that tensor
 };
 
-/// Describes the record of `length` bytes at `offset`, which lie within the file. `name` is the
-/// tensor's, for messages. Throws CorruptionError if it is a zip that can't be right.
+/// Checks the header of the record of `length` bytes at `offset`, which lie within the file, and
+/// describes it. `name` is the tensor's, for messages. Throws CorruptionError if it is a zip that
+/// can't be right.
 StockRecord OpenStockRecord(const io::File& file, const std::string& name, int64_t offset,
                             int64_t length);
 

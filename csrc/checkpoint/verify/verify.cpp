@@ -30,51 +30,29 @@ class Verifier {
       Report(".", "", error);
       return report_;
     }
-    // A save without collectives leaves one for each rank, of that rank's chunks only.
-    std::vector<std::string> metadata;
-    for (const std::string& name : names) {
-      if (name == kMetadata || (name.starts_with("__") && name.ends_with(kMetadata)))
-        metadata.push_back(name);
-    }
-    const bool whole = std::find(metadata.begin(), metadata.end(), kMetadata) != metadata.end();
-    if (whole) metadata = {kMetadata};
+    const std::vector<std::string> metadata = MetadataFiles(names);
     if (metadata.empty())
       Report(kMetadata, "", "no .metadata: no checkpoint is here, or its save did not end");
-    std::set<std::string> tensors, objects;
-    for (const std::string& name : metadata) ReadMetadata(name, whole, tensors, objects);
-    report_.tensors = static_cast<int64_t>(tensors.size());
-    report_.objects = static_cast<int64_t>(objects.size());
-    report_.files = static_cast<int64_t>(files_.size());
-
-    std::vector<const std::pair<const std::string, std::vector<Expected>>*> files;
-    for (const auto& file : files_) files.push_back(&file);
-    // Few files: threads within each. Many: the files themselves, each read by one.
-    const int outer = files.size() >= static_cast<size_t>(threads_) ? threads_ : 1;
-    base::ParallelFor(files.size(), outer, [&](size_t i) {
-      CheckFile(files[i]->first, files[i]->second, threads_ / outer);
-    });
-    for (const std::string& name : names) {
-      if (name.ends_with(".distcp") && !files_.contains(name) && !metadata.empty())
-        report_.leftovers.push_back(name);
-    }
-    std::sort(report_.leftovers.begin(), report_.leftovers.end());
-    std::sort(report_.unchecked.begin(), report_.unchecked.end());
-    std::stable_sort(report_.problems.begin(), report_.problems.end(),
-                     [](const Problem& a, const Problem& b) {
-                       return std::tie(a.file, a.record) < std::tie(b.file, b.record);
-                     });
+    for (const std::string& name : metadata) CheckMetadata(name);
+    CheckFiles();
+    // Without metadata nothing says which files belong to a checkpoint.
+    if (!metadata.empty()) FindLeftovers(names);
+    Summarize();
     return std::move(report_);
   }
 
  private:
   /// A record as `.metadata` has it.
-  struct Expected {
+  struct ExpectedRecord {
     std::string name;
     format::StorageInfo place;
     bool is_tensor = false;
     std::string dtype;
     format::Shape shape;
   };
+  using Records = std::vector<ExpectedRecord>;
+  using ChunksByOffset = std::map<format::Shape, const format::ChunkMetadata*>;
+  using ChunksByName = std::map<std::string_view, ChunksByOffset>;
 
   void Report(const std::string& file, const std::string& record, const std::string& message) {
     const std::lock_guard lock(mutex_);
@@ -93,8 +71,19 @@ class Verifier {
     Report(file, record, std::string(message));
   }
 
-  void ReadMetadata(const std::string& name, bool whole, std::set<std::string>& tensors,
-                    std::set<std::string>& objects) {
+  // The checkpoint's `.metadata`, or those of all ranks: a save without collectives leaves one for
+  // each rank, with that rank's chunks only.
+  static std::vector<std::string> MetadataFiles(const std::vector<std::string>& names) {
+    if (std::find(names.begin(), names.end(), kMetadata) != names.end()) return {kMetadata};
+    std::vector<std::string> found;
+    for (const std::string& name : names) {
+      if (name.starts_with("__") && name.ends_with(kMetadata)) found.push_back(name);
+    }
+    return found;
+  }
+
+  // Checks a metadata file in itself, and notes in `files_` what it says of records.
+  void CheckMetadata(const std::string& name) {
     std::optional<LoadPlanner> planner;
     try {
       const std::string path = io::JoinPath(directory_, name);
@@ -102,48 +91,94 @@ class Verifier {
     } catch (const base::Error& error) {
       return Report(name, "", error);
     }
-    for (const auto& [fqn, entry] : planner->metadata().state_dict_metadata) {
-      const auto* tensor = std::get_if<format::TensorMetadata>(&entry);
-      (tensor != nullptr ? tensors : objects).insert(fqn);
-      try {
-        if (tensor == nullptr) planner->PlaceOfObject(fqn);
-        if (tensor != nullptr && whole)
-          planner->Plan(fqn, {format::Shape(tensor->size.size()), tensor->size});
-      } catch (const base::Error& error) {
-        Report(name, fqn, error);
-      }
-    }
+    for (const auto& [fqn, entry] : planner->metadata().state_dict_metadata)
+      CheckEntry(*planner, name, fqn, entry);
     if (!planner->metadata().storage_data)
       return Report(name, "", "no storage_data: the records' places are missing");
-    std::map<std::string_view, std::map<format::Shape, const format::ChunkMetadata*>> chunks;
-    for (const auto& [fqn, entry] : planner->metadata().state_dict_metadata) {
-      if (const auto* tensor = std::get_if<format::TensorMetadata>(&entry)) {
-        for (const format::ChunkMetadata& chunk : tensor->chunks)
-          chunks[fqn].emplace(chunk.offsets, &chunk);
-      }
-    }
+    const ChunksByName chunks = ChunksOf(planner->metadata());
     for (const auto& [index, place] : *planner->metadata().storage_data) {
-      Expected expected{index.fqn, place, false, {}, {}};
-      const format::EntryMetadata* entry = planner->Find(index.fqn);
-      if (entry == nullptr) {
-        Report(name, index.fqn, "a record of a name that state_dict_metadata has not");
-        continue;
-      }
-      if (const auto* tensor = std::get_if<format::TensorMetadata>(entry)) {
-        const auto chunk = chunks[index.fqn].find(index.offset.value_or(format::Shape{}));
-        if (chunk == chunks[index.fqn].end()) {
-          Report(name, index.fqn, "a record for a chunk that the tensor has not");
-          continue;
-        }
-        expected.is_tensor = true;
-        expected.dtype = format::Name(tensor->properties.dtype);
-        expected.shape = chunk->second->sizes;
-      }
-      files_[place.relative_path].push_back(std::move(expected));
+      auto expected = Expect(*planner, chunks, name, index, place);
+      if (expected) files_[place.relative_path].push_back(std::move(*expected));
     }
   }
 
-  void CheckFile(const std::string& name, const std::vector<Expected>& records, int threads) {
+  // That an entry has all of its records, and that its chunks cover a tensor once.
+  void CheckEntry(const LoadPlanner& planner, const std::string& file, const std::string& fqn,
+                  const format::EntryMetadata& entry) {
+    const bool is_tensor = std::holds_alternative<format::TensorMetadata>(entry);
+    (is_tensor ? tensors_ : objects_).insert(fqn);
+    try {
+      if (!is_tensor) planner.PlaceOfObject(fqn);
+      if (is_tensor && file == kMetadata) planner.CheckCovered(fqn);
+    } catch (const base::Error& error) {
+      Report(file, fqn, error);
+    }
+  }
+
+  static ChunksByName ChunksOf(const format::Metadata& metadata) {
+    ChunksByName chunks;
+    for (const auto& [fqn, entry] : metadata.state_dict_metadata) {
+      const auto* tensor = std::get_if<format::TensorMetadata>(&entry);
+      if (tensor == nullptr) continue;
+      for (const format::ChunkMetadata& chunk : tensor->chunks)
+        chunks[fqn].emplace(chunk.offsets, &chunk);
+    }
+    return chunks;
+  }
+
+  // What the record at `place` should be; nothing, and a report, if no entry has such a record.
+  std::optional<ExpectedRecord> Expect(const LoadPlanner& planner, const ChunksByName& chunks,
+                                       const std::string& file, const format::MetadataIndex& index,
+                                       const format::StorageInfo& place) {
+    ExpectedRecord expected{index.fqn, place, false, {}, {}};
+    const format::EntryMetadata* entry = planner.Find(index.fqn);
+    if (entry == nullptr) {
+      Report(file, index.fqn, "a record of a name that state_dict_metadata has not");
+      return std::nullopt;
+    }
+    const auto* tensor = std::get_if<format::TensorMetadata>(entry);
+    if (tensor == nullptr) return expected;
+    const auto of_tensor = chunks.find(index.fqn);
+    const format::Shape offset = index.offset.value_or(format::Shape{});
+    if (of_tensor == chunks.end() || !of_tensor->second.contains(offset)) {
+      Report(file, index.fqn, "a record for a chunk that the tensor has not");
+      return std::nullopt;
+    }
+    expected.is_tensor = true;
+    expected.dtype = format::Name(tensor->properties.dtype);
+    expected.shape = of_tensor->second.at(offset)->sizes;
+    return expected;
+  }
+
+  void CheckFiles() {
+    std::vector<const std::pair<const std::string, Records>*> files;
+    for (const auto& file : files_) files.push_back(&file);
+    // Few files: threads within each. Many: the files themselves, each read by one.
+    const int outer = files.size() >= static_cast<size_t>(threads_) ? threads_ : 1;
+    base::ParallelFor(files.size(), outer, [&](size_t i) {
+      CheckFile(files[i]->first, files[i]->second, threads_ / outer);
+    });
+  }
+
+  void FindLeftovers(const std::vector<std::string>& names) {
+    for (const std::string& name : names) {
+      if (name.ends_with(".distcp") && !files_.contains(name)) report_.leftovers.push_back(name);
+    }
+  }
+
+  void Summarize() {
+    report_.tensors = static_cast<int64_t>(tensors_.size());
+    report_.objects = static_cast<int64_t>(objects_.size());
+    report_.files = static_cast<int64_t>(files_.size());
+    std::sort(report_.leftovers.begin(), report_.leftovers.end());
+    std::sort(report_.unchecked.begin(), report_.unchecked.end());
+    std::stable_sort(report_.problems.begin(), report_.problems.end(),
+                     [](const VerifyProblem& a, const VerifyProblem& b) {
+                       return std::tie(a.file, a.record) < std::tie(b.file, b.record);
+                     });
+  }
+
+  void CheckFile(const std::string& name, const Records& records, int threads) {
     std::vector<std::unique_ptr<ShardFileReader>> file;
     try {
       file.push_back(std::make_unique<ShardFileReader>(fs_, directory_, name, /*direct=*/false));
@@ -152,7 +187,7 @@ class Verifier {
       return Report(name, "", error);
     }
     std::vector<PlannedRead> reads;
-    for (const Expected& record : records) {
+    for (const ExpectedRecord& record : records) {
       try {
         if (auto read = Describe(*file[0], name, record)) reads.push_back({0, std::move(*read)});
       } catch (const base::Error& error) {
@@ -193,42 +228,54 @@ class Verifier {
 
   // How a record's payload is read; nothing if it has been read already, or can't be checked.
   std::optional<PayloadRead> Describe(ShardFileReader& file, const std::string& name,
-                                      const Expected& record) {
+                                      const ExpectedRecord& record) {
     const auto& place = record.place;
     const auto tensor = file.Describe(record.name, place.offset, place.length);
     PayloadRead read{record.name, place.offset, place.length};
     if (tensor) {
-      if (!record.is_tensor || tensor->dtype->name != record.dtype ||
-          tensor->shape != record.shape) {
-        const std::string expected =
-            record.is_tensor ? record.dtype + " of shape " + base::ShapeText(record.shape)
-                             : "an object";
-        throw base::CorruptionError(
-            file.file().path(), record.name, expected,
-            std::string(tensor->dtype->name) + " of shape " + base::ShapeText(tensor->shape));
-      }
+      CheckKind(file, record, *tensor);
       read.size = tensor->storage_bytes;
       return read;
     }
-    const bool encoded = place.transform_descriptors && !place.transform_descriptors->empty();
     if (file.has_index()) {
-      read.size =
-          place.length;  // an object's bytes, or those of a tensor that only torch can rebuild
+      // An object's bytes, or those of a tensor that only torch can rebuild.
+      read.size = place.length;
       return read;
     }
-    const std::vector<std::byte> bytes = file.ReadBytes(record.name, place.offset, place.length);
-    const std::lock_guard lock(mutex_);
-    report_.bytes += place.length;
-    const auto zip = std::span(bytes).first(std::min<size_t>(bytes.size(), 2));
-    if (encoded || zip.size() < 2 || zip[0] != std::byte{'P'} || zip[1] != std::byte{'K'})
-      report_.unchecked.push_back(name + ": " + record.name);
+    ReadUnindexed(file, name, record);
     return std::nullopt;
   }
 
-  void CheckAllNamed(const ShardFileReader& file, const std::string& name,
-                     const std::vector<Expected>& records) {
+  // That a record is the tensor that `.metadata` says.
+  static void CheckKind(const ShardFileReader& file, const ExpectedRecord& record,
+                        const format::TensorDescription& tensor) {
+    if (record.is_tensor && tensor.dtype->name == record.dtype && tensor.shape == record.shape)
+      return;
+    const std::string expected = record.is_tensor
+                                     ? record.dtype + " of shape " + base::ShapeText(record.shape)
+                                     : "an object";
+    throw base::CorruptionError(
+        file.file().path(), record.name, expected,
+        std::string(tensor.dtype->name) + " of shape " + base::ShapeText(tensor.shape));
+  }
+
+  // Reads a stock record that is no plain tensor, which checks it if it is a zip.
+  void ReadUnindexed(const ShardFileReader& file, const std::string& name,
+                     const ExpectedRecord& record) {
+    const auto& place = record.place;
+    const std::vector<std::byte> bytes = file.ReadBytes(record.name, place.offset, place.length);
+    const bool encoded = place.transform_descriptors && !place.transform_descriptors->empty();
+    const bool is_zip =
+        bytes.size() >= 2 && bytes[0] == std::byte{'P'} && bytes[1] == std::byte{'K'};
+    const std::lock_guard lock(mutex_);
+    report_.bytes += place.length;
+    if (encoded || !is_zip) report_.unchecked.push_back(name + ": " + record.name);
+  }
+
+  void CheckAllNamed(const ShardFileReader& file, const std::string& name, const Records& records) {
     std::set<std::pair<int64_t, int64_t>> named;
-    for (const Expected& record : records) named.emplace(record.place.offset, record.place.length);
+    for (const ExpectedRecord& record : records)
+      named.emplace(record.place.offset, record.place.length);
     for (const format::IndexEntry& entry : file.index().entries) {
       if (!named.contains({entry.offset, entry.length()}))
         Report(name, "",
@@ -240,7 +287,8 @@ class Verifier {
   io::FileSystem& fs_;
   const std::string& directory_;
   int threads_;
-  std::map<std::string, std::vector<Expected>> files_;
+  std::set<std::string> tensors_, objects_;  // names
+  std::map<std::string, Records> files_;     // what `.metadata` says that each file has
   std::mutex mutex_;
   VerifyReport report_;
 };

@@ -9,15 +9,15 @@
 namespace hsdp_ckpt::checkpoint {
 
 /// One thing that is wrong with a checkpoint.
-struct Problem {
+struct VerifyProblem {
   std::string file;    ///< relative to the checkpoint's directory
   std::string record;  ///< the tensor's or object's name; empty if it is the file as a whole
   std::string message;
-  friend bool operator==(const Problem&, const Problem&) = default;
+  friend bool operator==(const VerifyProblem&, const VerifyProblem&) = default;
 };
 
 struct VerifyReport {
-  std::vector<Problem>
+  std::vector<VerifyProblem>
       problems;  ///< none: the checkpoint loads, and every byte of it is what was written
   std::vector<std::string>
       unchecked;  ///< records that have no checksum and were only found to be there: "file: name"

@@ -18,10 +18,12 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
 
     ``TensorProperties.strides`` (torch 2.15) is dropped by a torch that does not have it.
 
-    Raises: OSError: the file can't be read. CheckpointError: it is no regular file, or of 4 GiB or
-        more. CorruptCheckpointError: the bytes are no such pickle, differ from their checksum, or
-        name files outside the directory. CheckpointError: the file names a class that is neither
-        DCP's nor plain data; the message says which.
+    Raises:
+        OSError: the file can't be read.
+        CheckpointError: it is no regular file, or of 4 GiB or more, or it names a class that is
+            neither DCP's nor plain data; the message says which.
+        CorruptCheckpointError: the bytes are no such pickle, differ from their checksum, or name
+            files outside the directory.
     """
     return decode_metadata(read_metadata_bytes(path), path)
 
@@ -59,9 +61,9 @@ def encode_metadata(metadata: Metadata) -> bytes:
     then read back: an object that :func:`read_metadata` would refuse is refused here, before a
     checkpoint depends on it.
 
-    Raises: CheckpointError: the metadata (for example a planner's data) holds an object of another
-        class, or names a file outside
-            the checkpoint's directory; the message says which.
+    Raises:
+        CheckpointError: the metadata (for example a planner's data) holds an object of another
+            class, or names a file outside the checkpoint's directory; the message says which.
     """
     native = _C.encode_metadata(metadata)
     if native is not None:

@@ -4,11 +4,12 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as _stock
+from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -20,7 +21,16 @@ from ...common.gate import wait_at_gate
 from ...errors import CheckpointError, CorruptCheckpointError
 from .metadata import read_metadata_bytes
 from .objects import checked_stream
-from .tensor_reads import Item, Work, in_part, open_files, prepare_items, read_objects, run_items
+from .staged_reads import TensorRead
+from .tensor_reads import (
+    PlannedData,
+    PlannedReads,
+    open_files,
+    plan_reads,
+    read_objects,
+    run_reads,
+    written_in_part,
+)
 
 _logger = logging.getLogger(__name__)
 # Bytes of targets that a planner which makes targets of its own may have to hold at a time.
@@ -35,19 +45,22 @@ class FileSystemReader(_stock.FileSystemReader):
     can run nothing, and tensors go straight into contiguous CPU targets; of this package's files
     only the rows asked for are read.
 
-    Args: path: the checkpoint's directory. _extension_registry: as in torch; data files written
-        with extensions are read by torch's own code, unchecked. trust_objects: False (default)
-        refuses objects that are more than tensors and plain data, which DCP's planner would
-            unpickle and so run. True hands them on as they are.
+    Args:
+        path: the checkpoint's directory.
+        _extension_registry: as in torch; data files written with extensions are read by torch's own
+            code, unchecked.
+        trust_objects: False (default) refuses objects that are more than tensors and plain data,
+            which DCP's planner would unpickle and so run. True hands them on as they are.
 
     Raises (through DCP as ``CheckpointException`` with these as each rank's cause):
         CorruptCheckpointError: bytes differ from their checksums or from the format; names the file
-        and the tensor. CheckpointError: a name or a link leads outside the directory, an object is
-        not plain data, or a shape differs from the
-            target's. OSError: the operating system refused, with ``errno`` and ``filename``.
-        Objects are checked before the first tensor is written. Behind any of these errors after
-        that, targets may have been written in part and with bytes that are wrong, and the message
-        says so.
+            and the tensor.
+        CheckpointError: a name or a link leads outside the directory, an object is not plain data,
+            or a shape differs from the target's.
+        OSError: the operating system refused, with ``errno`` and ``filename``.
+
+    Objects are checked before the first tensor is written. Behind any of these errors after that,
+    targets may have been written in part and with bytes that are wrong, and the message says so.
     """
 
     def __init__(
@@ -60,6 +73,8 @@ class FileSystemReader(_stock.FileSystemReader):
         super().__init__(path, _extension_registry)
         self.trust_objects = trust_objects
         self._metadata_error: Exception | None = None
+        # DCP's protocol hands the metadata to its planner, and comes back to the reader with that
+        # planner's plan: what the plan is checked against has to wait here.
         self._load_planner: _C.LoadPlanner | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,8 +98,8 @@ class FileSystemReader(_stock.FileSystemReader):
     def read_metadata_file(self, rank: int | None = None) -> bytes:
         """The bytes of the checkpoint's `.metadata`, or of a rank's own."""
         path = os.fspath(self._get_metadata_path(rank))
-        inside = os.path.dirname(os.path.realpath(path)) == os.path.realpath(self.path)
-        if os.path.islink(path) and not inside:
+        directory = os.path.dirname(os.path.realpath(path))
+        if os.path.islink(path) and directory != os.path.realpath(self.path):
             raise CheckpointError(
                 f"{path}: a link that leads out of the checkpoint's directory is not followed"
             )
@@ -95,8 +110,8 @@ class FileSystemReader(_stock.FileSystemReader):
         planner = _C.LoadPlanner(file, os.fspath(self._get_metadata_path(rank)))
         # A planner may make what it loads of what the metadata says. One rank asks for all files'
         # sizes, not a thousand: under dcp.load its error is every rank's.
-        if rank is None and (_alone() or dist.get_rank() == 0):
-            planner.check_explained(str(self.path), lenient=True)
+        if rank is None and _is_coordinator():
+            planner.check_sizes_leniently(str(self.path))
         # A rank's own metadata has that rank's chunks only, and nobody knows what the others should
         # have.
         self._load_planner = planner if rank is None else None
@@ -108,77 +123,76 @@ class FileSystemReader(_stock.FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
         wait_at_gate()
-        work = self.prepare_data(plan, planner, direct=False)
+        planned = self.plan_data(plan, planner, direct=False)
         try:
-            run_items(work.sharded)
-            run_items(work.others)
-            work.rest()
+            run_reads(planned.sharded)
+            run_reads(planned.unsharded)
+            planned.update.apply()
         except (CheckpointError, OSError) as error:
-            raise in_part(error) from error
+            raise written_in_part(error) from error
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    def prepare_data(self, plan: LoadPlan, planner: LoadPlanner, direct: bool) -> Work:
+    def plan_data(self, plan: LoadPlan, planner: LoadPlanner, direct: bool) -> PlannedData:
         """What ``read_data`` does, up to the first byte that is written: all files are open when
         this returns, so that a save can't take them away any more. ``direct``: see
-        CheckpointReader. Raises as that and :func:`prepare_items`."""
-        reader = _C.CheckpointReader(str(self.path), direct)
-        kinds: dict[str, list[ReadItem]] = {
-            kind: [] for kind in ("sharded", "others", "batched", "objects", "delegated")
-        }
-        if self._load_planner is not None:
-            # Also of what the plan has nothing for: a tensor without chunks would be left as it is.
-            asked = {item.storage_index.fqn for item in plan.items}.union(
-                getattr(planner, "state_dict", ())
-            )
-            self._load_planner.check_covered(list(asked))
-            self._load_planner = None
-        open_files(
-            reader,
-            [(item.storage_index.fqn, self._place(item).relative_path) for item in plan.items],
-        )
-        at_once = _fills_the_state_dict(planner)
+        CheckpointReader. Raises as that and :func:`plan_reads`."""
+        self._check_covered(plan, planner)
+        files = self.open_files([self._record(item) for item in plan.items], direct)
+        items = self._sort(plan, planner)
+        sharded = self._plan_tensors(files, items.sharded, planner)
+        unsharded = self._plan_tensors(files, items.unsharded, planner)
+        objects = self._read_objects(files, items.objects)
+        update = PlannerUpdate(self, planner, files, items, [sharded, unsharded], objects)
+        return PlannedData(sharded.reads, unsharded.reads, update)
+
+    def open_files(self, records: Sequence[_C.RecordPlace], direct: bool) -> _C.CheckpointReader:
+        """The records' files, open. ``direct``: see CheckpointReader."""
+        files = _C.CheckpointReader(str(self.path), direct)
+        open_files(files, records)
+        return files
+
+    def read_encoded(self, items: list[ReadItem], planner: LoadPlanner) -> None:
+        """Reads what extensions wrote, by torch's own code, but only from files inside the
+        directory and with objects checked as well."""
+        checked = CheckedPlanner(planner, self._what, self.trust_objects)
+        super().read_data(LoadPlan(items), cast(LoadPlanner, checked)).wait()
+
+    def read_batch(
+        self, files: _C.CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner
+    ) -> None:
+        """Reads tensors whose targets the planner makes, and gives them back to it."""
+        batch = self._plan_tensors(files, items, planner)
+        run_reads(batch.reads)
+        batch.commit(planner)
+
+    def _check_covered(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Also for what the plan has nothing for: a tensor without chunks would be left as it
+        is."""
+        if self._load_planner is None:
+            return
+        names = {item.storage_index.fqn for item in plan.items}
+        names.update(getattr(planner, "state_dict", ()))
+        self._load_planner.check_covered(list(names))
+        self._load_planner = None
+
+    def _sort(self, plan: LoadPlan, planner: LoadPlanner) -> "_SortedItems":
+        items = _SortedItems()
+        state_dict = getattr(planner, "state_dict", {})
+        fills_state_dict = _fills_the_state_dict(planner)
         for item in plan.items:
             if getattr(self._place(item), "transform_descriptors", None):
-                kinds["delegated"].append(item)
+                items.encoded.append(item)
             elif item.type == LoadItemType.BYTE_IO:
-                kinds["objects"].append(item)
-            elif not at_once:
-                kinds["batched"].append(item)
+                items.objects.append(item)
+            elif not fills_state_dict:
+                items.batched.append(item)
+            elif isinstance(state_dict.get(item.dest_index.fqn), DTensor):
+                items.sharded.append(item)
             else:
-                value = getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
-                kinds["sharded" if isinstance(value, DTensor) else "others"].append(item)
-        sharded, others = (
-            [self._tensor_item(item, planner) for item in kinds[kind]]
-            for kind in ("sharded", "others")
-        )
-
-        def rest() -> None:
-            for item, read in zip(
-                kinds["sharded"] + kinds["others"], sharded + others, strict=True
-            ):
-                planner.commit_tensor(item, read.target)
-            for batch in _batches(kinds["batched"]):
-                items = [self._tensor_item(item, planner) for item in batch]
-                run_items(prepare_items(reader, self.path, items))
-                for item, read in zip(batch, items, strict=True):
-                    planner.commit_tensor(item, read.target)
-            for item, stream in zip(kinds["objects"], streams, strict=True):
-                planner.load_bytes(item, stream)
-            if kinds["delegated"]:
-                # torch's own code reads these, but only from files inside the directory and with
-                # objects checked as well.
-                checked = cast(LoadPlanner, CheckedPlanner(planner, self._what, self.trust_objects))
-                ours = dataclasses.replace(plan, items=kinds["delegated"])
-                super(FileSystemReader, self).read_data(ours, checked).wait()
-
-        first, second = (prepare_items(reader, self.path, items) for items in (sharded, others))
-        objects = zip(kinds["objects"], self._read_objects(reader, kinds["objects"]), strict=True)
-        streams = [
-            checked_stream(data, self._what(item), self.trust_objects) for item, data in objects
-        ]
-        return Work(first, second, rest)
+                items.unsharded.append(item)
+        return items
 
     def _place(self, item: ReadItem) -> Any:
         place = self.storage_data.get(item.storage_index)
@@ -190,56 +204,99 @@ class FileSystemReader(_stock.FileSystemReader):
             )
         return place
 
-    def _what(self, item: ReadItem) -> str:
-        return f"{self.path}/{self._place(item).relative_path}: {item.storage_index.fqn}"
-
-    def _tensor_item(self, item: ReadItem, planner: LoadPlanner) -> Item:
+    def _record(self, item: ReadItem) -> _C.RecordPlace:
         place = self._place(item)
-        target = planner.resolve_tensor(item).detach()
         fqn = item.storage_index.fqn
-        return Item(
-            fqn,
-            place.relative_path,
-            place.offset,
-            place.length,
-            item.storage_offsets,
-            item.lengths,
-            target,
-        )
+        return _C.RecordPlace(fqn, place.relative_path, place.offset, place.length)
+
+    def _what(self, item: ReadItem) -> str:
+        record = self._record(item)
+        return f"{self.path}/{record.file}: {record.fqn}"
+
+    def _plan_tensors(
+        self, files: _C.CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner
+    ) -> "_PlannedTensors":
+        targets = [planner.resolve_tensor(item).detach() for item in items]
+        reads = [
+            TensorRead(self._record(item), item.storage_offsets, item.lengths, target)
+            for item, target in zip(items, targets, strict=True)
+        ]
+        return _PlannedTensors(items, targets, plan_reads(files, self.path, reads))
 
     def _read_objects(
-        self, reader: _C.CheckpointReader, items: Sequence[ReadItem]
-    ) -> Iterator[bytes]:
-        places = [self._place(item) for item in items]
-        files = open_files(
-            reader,
-            [(i.storage_index.fqn, p.relative_path) for i, p in zip(items, places, strict=True)],
-        )
-        return read_objects(
-            reader,
-            [
-                (i.storage_index.fqn, f, p.offset, p.length)
-                for i, f, p in zip(items, files, places, strict=True)
-            ],
-        )
+        self, files: _C.CheckpointReader, items: Sequence[ReadItem]
+    ) -> list[tuple[ReadItem, io.BytesIO]]:
+        records = [self._record(item) for item in items]
+        read = read_objects(files, records)
+        return [
+            (item, checked_stream(data, self._what(item), self.trust_objects))
+            for item, data in zip(items, read, strict=True)
+        ]
 
 
-def _alone() -> bool:
-    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+@dataclasses.dataclass(frozen=True)
+class _SortedItems:
+    """A plan's items by how they are read."""
+
+    sharded: list[ReadItem] = dataclasses.field(default_factory=list)
+    unsharded: list[ReadItem] = dataclasses.field(default_factory=list)
+    # Tensors whose targets the planner may make, and drop when they are committed.
+    batched: list[ReadItem] = dataclasses.field(default_factory=list)
+    objects: list[ReadItem] = dataclasses.field(default_factory=list)
+    encoded: list[ReadItem] = dataclasses.field(default_factory=list)  # by an extension
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlannedTensors:
+    """Items of a plan, the planner's targets for them, and how these are filled."""
+
+    items: Sequence[ReadItem]
+    targets: list[Tensor]
+    reads: PlannedReads
+
+    def commit(self, planner: LoadPlanner) -> None:
+        for item, target in zip(self.items, self.targets, strict=True):
+            planner.commit_tensor(item, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannerUpdate:
+    """What DCP's planner is told of a load whose tensors have been read, and the reading of what it
+    has to be asked for a little at a time."""
+
+    reader: FileSystemReader
+    planner: LoadPlanner
+    files: _C.CheckpointReader
+    items: _SortedItems
+    tensors: list[_PlannedTensors]  # have been read
+    objects: list[tuple[ReadItem, io.BytesIO]]  # likewise
+
+    def apply(self) -> None:
+        for tensors in self.tensors:
+            tensors.commit(self.planner)
+        for batch in _batches(self.items.batched):
+            self.reader.read_batch(self.files, batch, self.planner)
+        for item, stream in self.objects:
+            self.planner.load_bytes(item, stream)
+        if self.items.encoded:
+            self.reader.read_encoded(self.items.encoded, self.planner)
+
+
+def _is_coordinator() -> bool:
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _fills_the_state_dict(planner: LoadPlanner) -> bool:
     """Whether a planner's targets are the state dict's own tensors; if not, it may make them, and
     drop them when they are committed: then they are asked for a few at a time."""
     names = ("resolve_tensor", "lookup_tensor", "transform_tensor")
-    return all(
-        getattr(type(planner), name, None) is getattr(DefaultLoadPlanner, name) for name in names
-    )
+    stock = DefaultLoadPlanner
+    return all(getattr(type(planner), name, None) is getattr(stock, name) for name in names)
 
 
 class CheckedPlanner:
     """A planner for torch's own reading code, which checks objects before the planner gets them.
-    ``what``: names an item."""
+    ``what`` names an item in messages."""
 
     def __init__(
         self, planner: LoadPlanner, what: Callable[[ReadItem], str], trust_objects: bool
@@ -247,15 +304,14 @@ class CheckedPlanner:
         self._planner, self._what, self._trust = planner, what, trust_objects
 
     def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
-        self._planner.load_bytes(
-            item, checked_stream(value.getvalue(), self._what(item), self._trust)
-        )
+        stream = checked_stream(value.getvalue(), self._what(item), self._trust)
+        self._planner.load_bytes(item, stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._planner, name)
 
 
-def _batches(items: Iterable[ReadItem]) -> Iterator[list[ReadItem]]:
+def _batches(items: Sequence[ReadItem]) -> Iterator[list[ReadItem]]:
     batch: list[ReadItem] = []
     size = 0
     for item in items:
