@@ -7,6 +7,7 @@
 #   make sanitize        the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make race            what threads share under ThreadSanitizer
 #   make fuzz            the parsers of untrusted bytes under libFuzzer (needs clang)
+#   make docs            the pages of docs/ with the API reference, into build/docs
 #   make bench           the benchmarks against torch
 #   make format          clang-format and ruff, in place
 PYTHON ?= python3
@@ -32,6 +33,7 @@ test: lint build-tests
 	$(MAKE) race
 	$(MAKE) fuzz FUZZ_SECONDS=16
 	$(MAKE) ctest
+	$(MAKE) docs
 	$(MAKE) pytest
 
 # ---- set-up --------------------------------------------------------------------------------------------------------
@@ -97,6 +99,11 @@ race: $(STAMP)
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	$(IN) test/fuzz/run.sh $(FUZZ_SECONDS)
+
+# A broken link, a page that no menu has and an unknown name are errors.
+.PHONY: docs
+docs: $(STAMP)
+	$(IN) mkdocs --quiet build --strict
 
 bench: build-tests
 	$(IN) python test/bench/run.py $(ARGS)
