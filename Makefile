@@ -12,6 +12,7 @@
 #   make race            what threads share under ThreadSanitizer
 #   make odr             the torch-free rooms linked as a whole, which finds types defined twice
 #   make fuzz            the parsers of untrusted bytes under libFuzzer (needs clang)
+#   make docs            the pages of docs/ with the API reference, into build/docs
 #   make bench           the benchmarks against torch
 #   make format          clang-format and ruff, in place
 PYTHON ?= python3
@@ -40,6 +41,7 @@ test: lint build-tests
 	$(MAKE) odr
 	$(MAKE) fuzz FUZZ_SECONDS=16
 	$(MAKE) ctest
+	$(MAKE) docs
 	$(MAKE) pytest
 
 # ---- set-up --------------------------------------------------------------------------------------
@@ -124,6 +126,11 @@ odr: $(STAMP)
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	$(IN) test/fuzz/run.sh $(FUZZ_SECONDS)
+
+# A broken link, a page that no menu has and an unknown name are errors.
+.PHONY: docs
+docs: $(STAMP)
+	$(IN) mkdocs --quiet build --strict
 
 bench: build-tests
 	$(IN) python test/bench/run.py $(ARGS)

@@ -160,8 +160,8 @@ def test_of_two_saves_at_once_one_wins(tmp_path: Path) -> None:
 
 
 def _logged(path: str, save: Callable[[], Any]) -> None:
-    """The order of docs/format.md, by number: what a power loss may drop at any call is not needed
-    yet, or not any more."""
+    """The order of docs/design/format.md, by number: what a power loss may drop at any call is not
+    needed yet, or not any more."""
     before = set(os.listdir(path)) if os.path.exists(path) else set()
     calls: list[tuple[str, str]] = []
     synced: dict[str, bytes] = {}

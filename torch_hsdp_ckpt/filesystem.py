@@ -2,7 +2,7 @@
 and ``FileSystemReader``.
 
 What the writer here writes, stock torch reads, and the reader here reads what stock torch wrote.
-``docs/format.md`` has the bytes and the order of steps that makes a save atomic."""
+``docs/design/format.md`` has the bytes and the order of steps that makes a save atomic."""
 
 from .checkpoint.storage.reader import FileSystemReader
 from .checkpoint.storage.writer import FileSystemWriter

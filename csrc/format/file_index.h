@@ -29,8 +29,8 @@ struct IndexEntry {
 };
 
 /// What stands at the end of every data file of ours: all records with the checksums of every byte
-/// of them. Stock torch never looks beyond a record's end, so it is invisible to it. docs/format.md
-/// has the bytes.
+/// of them. Stock torch never looks beyond a record's end, so it is invisible to it.
+/// docs/design/format.md has the bytes.
 struct FileIndex {
   uint64_t save_id = 0;
   std::vector<IndexEntry> entries;  ///< by offset, not overlapping

@@ -40,7 +40,7 @@ struct CommitResult {
 using OwnerIsDead = std::function<bool(const format::ProcessIdentity& owner, int64_t modified)>;
 
 /// Makes the new checkpoint the directory's one, in the steps numbered in the source;
-/// docs/format.md argues over them.
+/// docs/design/format.md argues over them.
 ///
 /// Throws before the rename: the older checkpoint is untouched, the new save's files are gone as
 /// far as they can be; Error if a later save has taken the directory over, also where that happened
