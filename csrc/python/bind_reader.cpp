@@ -1,6 +1,6 @@
-// The load engine for torch_hsdp_ckpt/checkpoint/storage/tensor_reads.py: one call takes all items of a load. Targets cross
-// as addresses: the caller keeps them alive and contiguous until the plan has been read. The GIL is
-// released for all that reads or waits.
+// The load engine for torch_hsdp_ckpt/checkpoint/storage/tensor_reads.py: one call takes all items
+// of a load. Targets cross as addresses: the caller keeps them alive and contiguous until the plan
+// has been read. The GIL is released for all that reads or waits.
 #include <algorithm>
 #include <cstring>
 
