@@ -11,8 +11,8 @@
 
 namespace hsdp_ckpt::base {
 
-/// Memory that direct I/O takes: starts at a multiple of 4096, as does its size. Owns it; movable.
-/// Contents start undefined.
+/// Memory that direct I/O takes: address and size are multiples of 4096. The buffer owns it and can
+/// be moved, not copied; its contents start undefined. One thread at a time.
 class AlignedBuffer {
  public:
   static constexpr size_t kAlignment = 4096;
@@ -55,7 +55,7 @@ class AlignedBuffer {
   struct Free {
     Free() : start(nullptr), mapped(0) {}
     Free(void* begin, size_t size) : start(begin), mapped(size) {}
-    void* start;  // of a mapping, around the buffer
+    void* start;  // where the mapping around the buffer begins; null: it came from malloc
     size_t mapped;
     void operator()(std::byte* pointer) const {
       mapped > 0 ? static_cast<void>(::munmap(start, mapped)) : std::free(pointer);

@@ -23,6 +23,9 @@ CorruptionError::CorruptionError(const std::string& path, const std::string& rec
       path_(path),
       record_(record) {}
 
+CorruptionError::CorruptionError(const std::string& path, const std::string& problem)
+    : Error(path + ": " + problem), path_(path) {}
+
 std::string CrcText(uint32_t crc) {
   char text[16];
   std::snprintf(text, sizeof(text), "CRC %08x", crc);

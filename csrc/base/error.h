@@ -41,6 +41,8 @@ class CorruptionError : public Error {
   /// `record` is the tensor's name, or the part of the file, for example "zip local header".
   CorruptionError(const std::string& path, const std::string& record, const std::string& expected,
                   const std::string& got);
+  /// A whole sentence, for a problem that is more than one wrong value; there is no record then.
+  CorruptionError(const std::string& path, const std::string& problem);
 
   const std::string& path() const { return path_; }
   const std::string& record() const { return record_; }

@@ -116,6 +116,9 @@ struct PlainData {
   bool operator==(const PlainData&) const = default;
 };
 
+/// Levels of containers in a PlainData that are written and read; DCP's own has 2.
+inline constexpr int kMaxPlainDepth = 200;
+
 /// DCP's `Metadata`: the whole content of a checkpoint's `.metadata` file.
 struct Metadata {
   std::vector<std::pair<std::string, EntryMetadata>> state_dict_metadata;
@@ -130,8 +133,8 @@ struct Metadata {
 /// part, no "." or "..", no NUL.
 bool IsInsideDirectory(std::string_view relative_path);
 
-/// Of a `.metadata` file: its values are numbered with 32 bits. A million chunks make about 100
-/// MiB.
+/// The largest `.metadata` file that can be read: its values are numbered with 32 bits. A million
+/// chunks make about 100 MiB.
 inline constexpr int64_t kMaxMetadataBytes = (int64_t{1} << 32) - 2;
 
 /// Decodes the bytes of a `.metadata` file, written by this package or by stock torch. `path` only

@@ -4,9 +4,8 @@
 
 namespace hsdp_ckpt::pickle {
 
-// Pickle's opcodes, by the names of Python's pickletools, as far as plain data and instances need
-// them. Not here, and so refused: persistent ids, the extension registry, out-of-band buffers,
-// bytearrays, and what only Python 2 writes.
+/// All opcodes of pickle's protocols 0 to 5, by the names of Python's pickletools. Encoders write
+/// them; readers get them from the tokenizer, which knows their arguments.
 enum class Op : uint8_t {
   // Protocols 0 and 1.
   kMark = '(',
@@ -22,7 +21,12 @@ enum class Op : uint8_t {
   kLong = 'L',
   kBinInt2 = 'M',
   kNone = 'N',
+  kPersId = 'P',
+  kBinPersId = 'Q',
   kReduce = 'R',
+  kString = 'S',
+  kBinString = 'T',
+  kShortBinString = 'U',
   kUnicode = 'V',
   kBinUnicode = 'X',
   kAppend = 'a',
@@ -32,8 +36,10 @@ enum class Op : uint8_t {
   kAppends = 'e',
   kGet = 'g',
   kBinGet = 'h',
+  kInst = 'i',
   kLongBinGet = 'j',
   kList = 'l',
+  kObj = 'o',
   kPut = 'p',
   kBinPut = 'q',
   kLongBinPut = 'r',
@@ -46,6 +52,9 @@ enum class Op : uint8_t {
   // Protocol 2.
   kProto = 0x80,
   kNewObj = 0x81,
+  kExt1 = 0x82,
+  kExt2 = 0x83,
+  kExt4 = 0x84,
   kTuple1 = 0x85,
   kTuple2 = 0x86,
   kTuple3 = 0x87,
@@ -63,9 +72,14 @@ enum class Op : uint8_t {
   kEmptySet = 0x8f,
   kAddItems = 0x90,
   kFrozenSet = 0x91,
+  kNewObjEx = 0x92,
   kStackGlobal = 0x93,
   kMemoize = 0x94,
   kFrame = 0x95,
+  // Protocol 5.
+  kByteArray8 = 0x96,
+  kNextBuffer = 0x97,
+  kReadonlyBuffer = 0x98,
 };
 
 }  // namespace hsdp_ckpt::pickle

@@ -5,10 +5,10 @@ import pickle
 from typing import Any
 
 import torch
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 from ... import _C
 from ...errors import CheckpointError, CorruptCheckpointError
-from .pickle_check import NAMES_A_GLOBAL, PickleCheck
 
 
 def load_object(data: bytes, what: str, trust: bool) -> Any:
@@ -29,7 +29,7 @@ def load_object(data: bytes, what: str, trust: bool) -> Any:
         return torch.load(io.BytesIO(data), map_location=location, weights_only=not trust)
     except CorruptCheckpointError:
         raise
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, CheckpointError) as error:
         if trust:
             raise CorruptCheckpointError(
                 f"{what}: torch.load refuses the object: {error}"
@@ -48,35 +48,22 @@ def load_object(data: bytes, what: str, trust: bool) -> Any:
 
 def check_explained(data: bytes, what: str) -> None:
     """CorruptCheckpointError if ``torch.load(weights_only=True)`` would make more of ``data``,
-    which ``torch.save`` wrote, than its own size explains. Raises UnpicklingError for a pickle that
+    which ``torch.save`` wrote, than its own size explains. Raises CheckpointError for a pickle that
     it would refuse anyway."""
-    calls = NAMES_A_GLOBAL.search(data) is not None  # else the walk is not worth its time
-    try:
-        if data.startswith(b"PK\3\4"):
-            entries = _C.zip_entries(data, what)
-            # torch finds an entry by what follows the first slash, in upper or lower case.
-            sizes = {name.lower().partition(b"/")[2].decode(): size for name, _, size in entries}
-            if len(sizes) != len(entries):
-                raise ValueError("two of its entries have one name")
-            for name, offset, size in entries if calls else ():
-                if name.lower().endswith(b"data.pkl"):
-                    PickleCheck(_TIMES * len(data), sizes).run(
-                        io.BytesIO(data[offset : offset + size])
-                    )
-        elif calls:  # one pickle after the other; what follows them are the tensors' bytes
-            stream, check = io.BytesIO(data), PickleCheck(_TIMES * len(data))
-            for _ in range(_LEGACY_PICKLES):
-                check.run(stream)
-    except (CorruptCheckpointError, pickle.UnpicklingError):
-        raise
-    except Exception as error:
-        raise CorruptCheckpointError(
-            f"{what}: the object is not loaded: {type(error).__name__}: {error}"
-        ) from error
+    _C.check_object(data, what, _TORCH_NAMES)
 
 
-_TIMES = 4  # an array passes through text and bytes on its way
-_LEGACY_PICKLES = 5  # magic, version, system, object, storage keys
+_TORCH_NAMES = _C.TorchNames(
+    renamed_modules=IMPORT_MAPPING,
+    renamed_globals=NAME_MAPPING,
+    tensor_classes={
+        f"{cls.__module__}.{cls.__name__}"
+        for cls in (*torch._tensor_classes, *torch._storage_classes, torch.Tensor)
+    },
+    storage_item_sizes={
+        name: dtype.itemsize for name, dtype in torch.storage._storage_type_to_dtype_map().items()
+    },
+)
 
 
 def checked_stream(data: bytes, what: str, trust: bool) -> io.BytesIO:
