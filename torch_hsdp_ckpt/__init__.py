@@ -22,7 +22,8 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
-from ._build import build_info  # isort: skip  (first: it says what is wrong if the extension does not load)
+# First: it says what is wrong if the extension does not load.
+from ._build import build_info  # isort: skip
 from .checkpoint.load.load import load
 from .checkpoint.save.async_save import AsyncSave, async_save
 from .checkpoint.save.result import SaveResult

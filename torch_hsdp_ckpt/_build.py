@@ -2,14 +2,17 @@
 
 import torch
 
+_BUILD_AGAIN = (
+    "build it again in this environment: pip install --no-build-isolation --force-reinstall "
+    "--no-deps ."
+)
+
 try:
     from . import _C
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(
         f"torch_hsdp_ckpt's extension module does not load with torch {torch.__version__}: "
-        f"{error}. It is built for one "
-        "torch version; build it again in this environment: pip install --no-build-isolation "
-        "--force-reinstall --no-deps ."
+        f"{error}. It is built for one torch version; {_BUILD_AGAIN}"
     ) from error
 
 
@@ -25,8 +28,7 @@ def _check_torch() -> None:
     if built.split("+")[0] != torch.__version__.split("+")[0]:
         raise ImportError(
             f"torch_hsdp_ckpt was built for torch {built} and this is torch {torch.__version__}; "
-            "build it again in this "
-            "environment: pip install --no-build-isolation --force-reinstall --no-deps ."
+            f"{_BUILD_AGAIN}"
         )
 
 

@@ -1,8 +1,8 @@
 #!/bin/sh
 # usage: test/fuzz/run.sh [SECONDS]
 # Fuzzes every parser of untrusted bytes, SECONDS in all (default 30), with ASan and UBSan.
-# New inputs that reach new code stay in build/fuzz/corpus; an input that fails is left in build/fuzz
-# and named at the end.
+# New inputs that reach new code stay in build/fuzz/corpus; an input that fails is left in
+# build/fuzz and named at the end.
 set -eu
 cd "$(dirname "$0")/../.."
 seconds=${1:-30}
