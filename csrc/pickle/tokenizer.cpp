@@ -125,6 +125,29 @@ constexpr ArgumentTable kAllArguments = MakeTable(Opcodes::kAll);
 Tokenizer::Tokenizer(std::span<const std::byte> pickle, std::string path, Opcodes opcodes)
     : input_(base::AsText(pickle)), path_(std::move(path)), opcodes_(opcodes) {}
 
+// Apart from Take, which is small enough to be inlined then: it runs for every opcode.
+void Tokenizer::FailTooShort(uint64_t count) const {
+  Fail(std::to_string(count) + " more bytes", std::to_string(remaining()));
+}
+
+inline std::string_view Tokenizer::Take(uint64_t count) {
+  if (count > remaining()) FailTooShort(count);
+  const std::string_view taken(input_.data() + at_, count);
+  at_ += count;
+  return taken;
+}
+
+inline uint64_t Tokenizer::TakeNumber(size_t bytes) {
+  const std::string_view taken = Take(bytes);
+  if (bytes == 1) return static_cast<uint8_t>(taken[0]);  // most are
+  uint64_t value = 0;
+  for (size_t i = 0; i < bytes; ++i) {
+    const auto byte = static_cast<uint8_t>(taken[i]);
+    value |= static_cast<uint64_t>(byte) << (8 * i);
+  }
+  return value;
+}
+
 Token Tokenizer::Next() {
   op_at_ = at_;
   const auto code = static_cast<uint8_t>(Take(1)[0]);
@@ -159,29 +182,12 @@ void Tokenizer::Fail(std::string_view expected, std::string_view got) const {
 
 std::string Tokenizer::Place() const { return "pickle at byte " + std::to_string(op_at_); }
 
-std::string_view Tokenizer::Take(uint64_t count) {
-  if (count > remaining()) Fail(std::to_string(count) + " more bytes", std::to_string(remaining()));
-  const std::string_view taken = input_.substr(at_, count);
-  at_ += count;
-  return taken;
-}
-
 std::string_view Tokenizer::TakeLine() {
   const size_t end = input_.find('\n', at_);
   if (end == std::string_view::npos) Fail("a line", "the end of the file");
   const std::string_view line = input_.substr(at_, end - at_);
   at_ = end + 1;
   return line;
-}
-
-uint64_t Tokenizer::TakeNumber(size_t bytes) {
-  uint64_t value = 0;
-  size_t shift = 0;
-  for (const char byte : Take(bytes)) {
-    value |= static_cast<uint64_t>(static_cast<uint8_t>(byte)) << shift;
-    shift += 8;
-  }
-  return value;
 }
 
 std::string_view OpcodeName(Op op) {

@@ -51,6 +51,7 @@ class Tokenizer {
   std::string Place() const;
 
  private:
+  [[noreturn]] void FailTooShort(uint64_t count) const;
   std::string_view Take(uint64_t count);
   std::string_view TakeLine();
   uint64_t TakeNumber(size_t bytes);
