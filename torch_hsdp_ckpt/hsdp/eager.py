@@ -4,22 +4,10 @@ compiled."""
 import functools
 import importlib
 import inspect
+import pkgutil
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
-
-_ROOMS = (
-    "_eager",
-    "_runner",
-    "_root",
-    "_unit",
-    "_precision",
-    "_fully_shard",
-    "_wrap",
-    "_materialize",
-    "fsdp",
-)
-
 
 @functools.cache
 def keep_dynamo_out() -> None:
@@ -29,8 +17,11 @@ def keep_dynamo_out() -> None:
     compiled."""
     from torch._dynamo.decorators import skip
 
-    for room in _ROOMS:
-        for function in _functions(importlib.import_module(f"{__package__}.{room}")):
+    package = importlib.import_module(__package__)
+    for found in pkgutil.iter_modules(package.__path__):
+        if found.ispkg:  # state dicts are not made in forward or backward
+            continue
+        for function in _functions(importlib.import_module(f"{__package__}.{found.name}")):
             skip(function)
 
 
