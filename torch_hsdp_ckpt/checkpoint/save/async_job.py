@@ -5,16 +5,12 @@ guards; a thread opens, plans, stages, writes and commits. Only where there is m
 call, or DCP has to plan, does the call open the save itself."""
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import traceback
-from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from ... import _C
 from ...common.gate import Gate, find_guarded
@@ -22,109 +18,32 @@ from ...errors import CheckpointError
 from ..snapshot.device_copy import DeviceCopy, SnapshotCopy
 from ..snapshot.staged import check_sources
 from ..stateful import values_of
+from .async_phases import (
+    AsyncRequest,
+    AsyncSave,
+    Call,
+    CallCaptured,
+    CallFailed,
+    CallStaged,
+    LateCopy,
+    Ready,
+    SnapshotMode,
+)
 from .capture import Captured, capture
 from .commit import commit
 from .late_copy import PlacedRecords, copies_of, other_tensors, place_records
-from .open import Opened, PreparedState, SaveRequest, open_save, prepare_state
+from .open import Opened, PreparedState, open_save, prepare_state
 from .plan import plan, plan_kept
 from .result import SavedMetadata
-from .stage import Staged, StagingLimits, stage_copies, stage_image
+from .stage import Staged, stage_copies, stage_image
 from .write import Written, write
 
 _logger = logging.getLogger(__name__)
-SnapshotMode = Literal["lazy", "copy", "verify"]
 
 # What can't be copied late is copied whole if it is no more than this, so that the call need not
 # ask the peers which part of it is this rank's.
 _COPIED_WHOLE = 1 << 20
 _GIVEN_UP = 'given up for a later one with in_flight="replace"'
-
-
-class AsyncSave(Future[Any]):
-    """What :func:`async_save` returns: a future of the ``Metadata`` that ``save`` would have
-    returned, or of its exception.
-
-    ``staging_completion`` and ``upload_completion`` are DCP's pair: when the first is done, anybody
-    may change the state; the second is this future. ``staged_bytes``: what this rank copied, when
-    staging is done; ``step_wait_seconds``: what ``optimizer.step()`` and the like waited for it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.staging_completion: Future[None] = Future()
-        # nobody can cancel what the save is written from
-        self.staging_completion.set_running_or_notify_cancel()
-        self.staged_bytes = 0
-        self.step_wait_seconds = 0.0
-
-    def add_step_wait(self, seconds: float) -> None:
-        self.step_wait_seconds += seconds
-
-    @property
-    def upload_completion(self) -> "AsyncSave":
-        return self
-
-
-@dataclasses.dataclass(frozen=True)
-class AsyncRequest:
-    """What a call of ``async_save`` asks for."""
-
-    save: SaveRequest
-    planner: DefaultSavePlanner
-    mode: SnapshotMode
-    limits: StagingLimits
-
-
-@dataclasses.dataclass(frozen=True)
-class CallFailed:
-    """The call has failed on this rank; the error travels with the next thing that ranks tell each
-    other."""
-
-    opened: Opened | None
-    error: BaseException
-    waits: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class CallStaged:
-    """The call has opened the save, and copied what finds room. ``waits``: the call returns when
-    the thread has read the state."""
-
-    opened: Opened
-    staged: Staged
-    gate: Gate | None
-    waits: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class CallCaptured:
-    """The call has looked at the state, and copied what nobody guards; a thread copies the other
-    tensors, ``late``.
-
-    ``placed`` and ``copies``: where the call has copied to, and what, if it has opened the save;
-    else all that nobody guards is frozen. ``device``: made at the call, of whose state it copies.
-    ``waits``: see :class:`CallStaged`."""
-
-    opened: Opened | None
-    captured: Captured
-    gate: Gate | None
-    late: Sequence[int]
-    device: DeviceCopy | None
-    placed: PlacedRecords | None = None
-    copies: Sequence[_C.StagingCopy] = ()
-    waits: bool = False
-
-
-Call = CallFailed | CallStaged | CallCaptured
-
-
-@dataclasses.dataclass(frozen=True)
-class LateCopy:
-    """The copies that are made behind the gate: queued on devices, not begun on the CPU."""
-
-    call: CallCaptured
-    placed: PlacedRecords
-    copy: SnapshotCopy
 
 
 class Job:
@@ -353,14 +272,14 @@ class Job:
             opened.unfinished.abandon()
             raise
 
-    def _prepared(self, ready: "CallFailed | CallStaged | LateCopy") -> PreparedState:
+    def _prepared(self, ready: Ready) -> PreparedState:
         if isinstance(ready, CallFailed):
             raise ready.error
         self.check_given_up()
         assert isinstance(ready, LateCopy)
         return ready.call.captured.prepare()
 
-    def _start_copies(self, call: Call) -> "CallFailed | CallStaged | LateCopy":
+    def _start_copies(self, call: Call) -> Ready:
         """As if the ranks agreed, which they mostly do."""
         if not isinstance(call, CallCaptured):
             return call
@@ -373,9 +292,7 @@ class Job:
         except BaseException as error:
             return CallFailed(call.opened, error)
 
-    def _write(
-        self, opened: Opened, ready: "CallFailed | CallStaged | LateCopy"
-    ) -> Written | BaseException:
+    def _write(self, opened: Opened, ready: Ready) -> Written | BaseException:
         """Stages and writes; what is raised travels with this rank's vote."""
         try:
             if isinstance(ready, CallFailed):

@@ -19,7 +19,8 @@ from ...common.agreement import NestedCallError, agreement_of
 from ...errors import CheckpointError
 from ..storage.staging import StagingPool
 from ..storage.writer import FileSystemWriter
-from .async_job import AsyncRequest, AsyncSave, Job, SnapshotMode
+from .async_job import Job
+from .async_phases import AsyncRequest, AsyncSave, SnapshotMode
 from .open import request_of
 from .stage import StagingLimits
 from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
