@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt.checkpoint.save.async_job import Job
+from torch_hsdp_ckpt.checkpoint.save import async_job, async_save
 
 NEW = torch.arange(100_000.0) + 1
 
@@ -128,7 +128,7 @@ def _in_a_row(rank: int, path: str) -> None:
         p = torch.nn.Parameter(torch.ones(2))
         p.grad = torch.ones(2)
         torch.optim.SGD([p], lr=0.1).step()
-        os._exit(0 if h._async._in_flight.job is None else 1)
+        os._exit(0 if async_save._in_flight.job is None else 1)
     assert os.waitpid(child, 0)[1] == 0
     future.result(60)
 
@@ -309,8 +309,8 @@ def _in_place_in_forward(rank: int, path: str) -> None:
     optimizer.step()
     scale = model.state_dict()["scale"]
     scale._local_tensor.fill_(7.0)
-    begin, passed = Job._begin_copy, threading.Event()
-    Job._begin_copy = lambda job: (passed.wait(60), begin(job))[1]  # type: ignore[method-assign]
+    begin, passed = async_job.begin_copy, threading.Event()
+    async_job.begin_copy = lambda *a: (passed.wait(60), begin(*a))[1]  # type: ignore[func-returns-value]
     saving = h.async_save({"scale": scale}, checkpoint_id=path)
     model(torch.ones(2, 64))
     assert (scale._local_tensor == 1.0).all()

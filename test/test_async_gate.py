@@ -19,8 +19,9 @@ from training import loss_of, mesh_of, wrap
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.checkpoint.save import async_job
 from torch_hsdp_ckpt.checkpoint.save.async_job import Job
-from torch_hsdp_ckpt.common.gate import Snapshot
+from torch_hsdp_ckpt.common.gate import Gate
 
 # seconds before anything is copied behind the gate: whoever does not wait changes what is not
 # copied yet
@@ -31,16 +32,16 @@ class _Late:
     """Copying begins late, in this process."""
 
     def __enter__(self) -> None:
-        self._begin = Job._begin_copy
+        self._begin = async_job.begin_copy
 
-        def late(job: Job) -> None:
+        def late(*arguments: Any) -> None:
             time.sleep(_LATE)
-            self._begin(job)
+            self._begin(*arguments)
 
-        Job._begin_copy = late  # type: ignore[method-assign]
+        async_job.begin_copy = late
 
     def __exit__(self, *_: object) -> None:
-        Job._begin_copy = self._begin  # type: ignore[method-assign]
+        async_job.begin_copy = self._begin
 
 
 def _plain(state: Any) -> list[Any]:
@@ -88,12 +89,12 @@ class _Run:
             assert torch.equal(a, b), path
 
 
-_check_given_up = Job._check_given_up
+_check_given_up = Job.check_given_up
 
 
 def _until_given_up(job: Job) -> None:
     """No rank has voted for the save before it is given up."""
-    while job._writer.path.name == "replaced" and job._given_up is None:
+    while job.path.name == "replaced" and job._given_up is None:
         time.sleep(0.01)
     _check_given_up(job)
 
@@ -189,19 +190,19 @@ def _gates(rank: int, path: str) -> None:
                 future.result(60)
         with pytest.raises(h.CheckpointError, match="it was changed"):
             h.async_save(run.state(), checkpoint_id=f"{path}/step")
-    check = Snapshot._check
+    check = Gate._check
 
-    def write_unseen(snapshot: Snapshot, verify: bool) -> None:
+    def write_unseen(gate: Gate, verify: bool) -> None:
         if rank == 1:  # of the first replica, whose half of the state has all parameters
             for parameter in run.model.parameters():
                 _local(parameter.detach()).numpy()[...] = 3
-        check(snapshot, verify)
+        check(gate, verify)
 
-    Snapshot._check = write_unseen  # type: ignore[method-assign]
+    Gate._check = write_unseen  # type: ignore[method-assign]
     future = h.async_save(run.state(), checkpoint_id=f"{path}/step", snapshot="verify")
     with pytest.raises(h.CheckpointError, match=r"rank 1: .*it was changed"):
         future.result(60)
-    Snapshot._check = check  # type: ignore[method-assign]
+    Gate._check = check  # type: ignore[method-assign]
     with pytest.raises(h.CheckpointError, match="it was changed"):
         h.async_save(run.state(), checkpoint_id=f"{path}/step")
     run.model.load_state_dict(elsewhere["model"])  # replicas are equal again
@@ -222,11 +223,11 @@ def _gates(rank: int, path: str) -> None:
         first.result(60)
         dist.barrier()
         h.async_save(state, checkpoint_id=f"{path}/second", in_flight="raise").result(60)
-        Job._check_given_up = _until_given_up  # type: ignore[method-assign]
+        Job.check_given_up = _until_given_up  # type: ignore[method-assign]
         first = h.async_save(state, checkpoint_id=f"{path}/replaced")
         run.optimizer.step()
         second = h.async_save(run.state(), checkpoint_id=f"{path}/second", in_flight="replace")
-        Job._check_given_up = _check_given_up  # type: ignore[method-assign]
+        Job.check_given_up = _check_given_up  # type: ignore[method-assign]
     with pytest.raises(h.CheckpointError, match="given up for a later one"):
         first.result(60)
     second.result(60)
@@ -434,13 +435,13 @@ def _with_copies_only(rank: int, path: str) -> None:
     """A step waits for the ranks' agreement and for copies: not for the save's own thread, which
     may be behind."""
     run = _Run(rank)
-    stage, stepped = Job._stage, threading.Event()
+    stage, stepped = async_job.stage_late, threading.Event()
 
-    def behind(job: Job) -> None:
+    def behind(*arguments: Any) -> Any:
         assert stepped.wait(60), "the step waits for more than copies"
-        stage(job)
+        return stage(*arguments)
 
-    Job._stage = behind  # type: ignore[method-assign]
+    async_job.stage_late = behind
     for i in range(3):
         stepped.clear()
         run.gradients(i)

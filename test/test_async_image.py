@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt.checkpoint.save.save import Save
-from torch_hsdp_ckpt.common.gate import Snapshot
+from torch_hsdp_ckpt.checkpoint.save import async_job, async_save
+from torch_hsdp_ckpt.common.gate import Gate
 
 _TAIL = 64  # the end of a data file: the save's id and a checksum over it
 _MIB = 1 << 20
@@ -110,7 +110,7 @@ def _same_bytes(rank: int, path: str) -> None:
                 saving.result(60)
                 assert _files(to, rank) == expected, (name, single, mode, limit)
                 assert limit is None or saving.staged_bytes <= limit
-                block = h._async._in_flight.pool._block.numel()
+                block = async_save._in_flight.pool._block.numel()
                 assert saving.staged_bytes <= block and (limit is None or block <= limit), (
                     name,
                     mode,
@@ -127,11 +127,11 @@ class _WritesWait:
     """Nothing is written before training has come to the gate, and that takes its time."""
 
     def __enter__(self) -> None:
-        self._hold, reached = Snapshot.wait_at_gate, threading.Event()
+        self._wait, reached = Gate.wait, threading.Event()
 
-        def hold(snapshot: Snapshot) -> None:
+        def wait(gate: Gate) -> None:
             reached.set()
-            self._hold(snapshot)
+            self._wait(gate)
 
         def slow(op: str, path: str) -> int:
             if op == "pwrite":
@@ -139,11 +139,11 @@ class _WritesWait:
                 time.sleep(0.1)
             return 0
 
-        Snapshot.wait_at_gate = hold  # type: ignore[method-assign]
+        Gate.wait = wait  # type: ignore[method-assign]
         _C._inject_fault(slow)
 
     def __exit__(self, *_: object) -> None:
-        Snapshot.wait_at_gate = self._hold  # type: ignore[method-assign]
+        Gate.wait = self._wait  # type: ignore[method-assign]
         _C._inject_fault(None)
 
 
@@ -193,15 +193,15 @@ def _bounded(rank: int, path: str) -> None:
         run.saved_is(f"{path}/ema", expected, state)
 
     # A write past the gate to what is written from its place: found where everything is read again.
-    check = Save.check_sources
+    check = async_job.check_sources
 
-    def write_unseen(save: Save) -> None:
+    def write_unseen(sources: Any) -> None:
         if rank == 1:
             for parameter in run.model.parameters():
                 parameter.detach()._local_tensor.numpy()[...] = 3
-        check(save)
+        check(sources)
 
-    Save.check_sources = write_unseen  # type: ignore[method-assign]
+    async_job.check_sources = write_unseen
     future = h.async_save(
         run.state(), checkpoint_id=f"{path}/ema", snapshot="verify", max_staging_bytes=0
     )
@@ -209,7 +209,7 @@ def _bounded(rank: int, path: str) -> None:
         h.CheckpointError, match=r"rank 1: .*it was changed while it was being saved"
     ):
         future.result(60)
-    Save.check_sources = check  # type: ignore[method-assign]
+    async_job.check_sources = check
     with pytest.raises(h.CheckpointError, match="it was changed"):
         h.async_save(run.state(), checkpoint_id=f"{path}/ema")
     run.saved_is(f"{path}/ema", expected, state)
@@ -257,8 +257,8 @@ def _memory(rank: int, path: str) -> list[tuple[int, int]]:
     for i, limit in enumerate((None, 20 * _MIB)):
         heights = []
         for _ in range(4):
-            h._async._in_flight.finish(h._async._in_flight.job)
-            h._async._in_flight.pool._block = torch.empty(0, dtype=torch.uint8)
+            async_save._in_flight.finish(async_save._in_flight.job)
+            async_save._in_flight.pool._block = torch.empty(0, dtype=torch.uint8)
             dist.barrier()
             state = run.state()
             Path("/proc/self/clear_refs").write_text("5")

@@ -23,6 +23,8 @@ from training import loss_of, wrap
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.checkpoint.save import async_job, async_save
+from torch_hsdp_ckpt.checkpoint.storage import writer
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
@@ -120,16 +122,16 @@ def _open_and_running() -> tuple[int, int]:
 def _failing(rank: int, path: str) -> None:
     state = {"w": torch.full((300_000,), 1.0), "n": 1}
     h.async_save(state, checkpoint_id=path).result(60)
-    write = h._save.Save.write
+    write = async_job.write
     if rank == 2:
 
-        def no_space(self: Any, on_read: Any) -> bytes:
+        def no_space(staged: Any, on_read: Any) -> Any:
             raise OSError(28, "No space left on device", path)
 
-        h._save.Save.write = no_space  # type: ignore[method-assign]
+        async_job.write = no_space
     future = h.async_save({"w": torch.full((300_000,), 2.0), "n": 2}, checkpoint_id=path)
     assert isinstance(future.exception(60), OSError)
-    h._save.Save.write = write  # type: ignore[method-assign]
+    async_job.write = write
     with pytest.raises(OSError, match="rank 2") as error:  # and at the next call, on every rank
         h.async_save(state, checkpoint_id=path)
     assert error.value.errno == 28
@@ -142,13 +144,13 @@ def _failing(rank: int, path: str) -> None:
 
     # A forked process has nothing in flight, and saves what it likes; the parent's save goes on.
     future = h.async_save(state, checkpoint_id=path)
-    with h._writer._commit_lock:  # the fork may come in the midst of a commit
+    with writer._commit_lock:  # the fork may come in the midst of a commit
         child = os.fork()
         if child == 0:
             signal.alarm(60)
             code = 1
             try:
-                if h._async._in_flight.job is None:
+                if async_save._in_flight.job is None:
                     h.save(state, checkpoint_id=f"{path}-of-child-{rank}", no_dist=True)
                     code = 0
             finally:

@@ -247,23 +247,23 @@ def _raising(rank: int, path: str) -> None:
     h.save(old, checkpoint_id=path)
     unchanged = process_is_as_it_was(path)
     dist.barrier()
-    write, commit = _save.Save.write, _C.commit_checkpoint
+    write, commit = _save.write, _C.commit_checkpoint
 
     def raising(*arguments: Any) -> Any:
         raise ValueError("no idea")
 
-    def written(self: Any) -> bytes:
-        write(self)
+    def written(staged: Any) -> Any:
+        write(staged)
         raise ValueError("no idea")
 
     for failing, point in ((0, "before"), (1, "before"), (0, "after"), (1, "after"), (0, "commit")):
         if rank == failing and point == "commit":
             _C.commit_checkpoint = raising
         elif rank == failing:
-            _save.Save.write = raising if point == "before" else written  # type: ignore[method-assign]
+            _save.write = raising if point == "before" else written
         with pytest.raises(h.CheckpointError, match=rf"rank {failing}: ValueError: no idea"):
             h.save(new, checkpoint_id=path)
-        _save.Save.write, _C.commit_checkpoint = write, commit  # type: ignore[method-assign]
+        _save.write, _C.commit_checkpoint = write, commit
         dist.barrier()
         assert torch.equal(loaded(path), OLD)
         if point == "commit":
@@ -282,15 +282,15 @@ def _dying(rank: int, path: str) -> None:
     group = dist.new_group(timeout=datetime.timedelta(seconds=10))
     h.save({"w": OLD, "v": OLD}, checkpoint_id=path, process_group=group)  # a tensor a rank
     unchanged = process_is_as_it_was()
-    write = _save.Save.write
+    write = _save.write
 
-    def written(self: Any) -> bytes:
-        vote = write(self)
+    def written(staged: Any) -> Any:
+        vote = write(staged)
         os.kill(os.getpid(), signal.SIGKILL)
         return vote
 
     if rank == 1:
-        _save.Save.write = written  # type: ignore[method-assign]
+        _save.write = written
     with pytest.raises(h.CheckpointError, match="gets no answer"):
         h.save({"w": OLD + 1, "v": OLD + 1}, checkpoint_id=path, process_group=group)
     assert unchanged()

@@ -28,7 +28,7 @@ from torch.distributed.tensor import Shard as ShardOn
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 import torch_hsdp_ckpt as h
-from torch_hsdp_ckpt.checkpoint.save import save as _save
+from torch_hsdp_ckpt.checkpoint.save import through_dcp
 
 WRITERS: dict[str, Any] = {"ours": h.FileSystemWriter, "stock": dcp.FileSystemWriter}
 READERS: dict[str, Any] = {"ours": h.FileSystemReader, "stock": dcp.FileSystemReader}
@@ -176,7 +176,7 @@ def says_that_dcp_plans(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], bool]:
     """Whether ``save`` has said so: once a process for each reason, here once a test."""
-    monkeypatch.setattr(_save, "_said", set())
+    monkeypatch.setattr(through_dcp, "_said", set())
     caplog.set_level(logging.INFO, logger="torch_hsdp_ckpt")
     says = (
         "DCP plans this save: the storage writer is a FileSystemWriter or writes through torch's "

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_hsdp_ckpt import _C
-from torch_hsdp_ckpt.checkpoint.save.plan import LocalState, make_static_plan
+from torch_hsdp_ckpt.checkpoint.save.local_state import LocalState
+from torch_hsdp_ckpt.checkpoint.save.static_plan import make_static_plan
 from torch_hsdp_ckpt.common.agreement import _SLOT
 
 REPLICAS, TENSORS = 8, 1000
@@ -49,7 +50,7 @@ def _row(shards: int, rounds: int) -> list[str]:
         planner.set_up_planner({"model": state}, is_coordinator=True)
         local = LocalState(planner)
         local.digests()
-        static = make_static_plan(local, 0, range(world), True, True, True)
+        static = make_static_plan(local, local.names, 0, range(world))
         static.plan.layout(static.pieces, [], True)
         before.append(time.perf_counter() - start)
         start = time.perf_counter()

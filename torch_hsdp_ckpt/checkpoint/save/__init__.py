@@ -2,4 +2,10 @@
 
 May import: ``common``, ``checkpoint.storage`` and ``checkpoint.snapshot``. In come a state dict and
 a process group; out come a committed checkpoint and a ``SaveResult``, or an error on every rank
-with nothing lost."""
+with nothing lost.
+
+A save is read downwards: ``save.py`` calls ``open.py`` (ranks compare what they hold), ``plan.py``
+(what this rank writes), ``stage.py`` (from where), ``write.py`` (its files) and ``commit.py`` (one
+vote, one rename); each takes the frozen value that the one before has made. ``async_save.py`` and
+``async_job.py`` run the same functions on a thread, for a state that ``capture.py`` has looked at
+and ``late_copy.py`` copies behind the gate of ``common.gate``."""

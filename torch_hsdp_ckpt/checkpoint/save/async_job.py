@@ -1,29 +1,44 @@
-"""One asynchronous save of one rank: what the call does of it, and what its threads do."""
+"""One asynchronous save of one rank: what the call does of it, and what its threads do.
 
+The phases are those of ``save``. The call looks at the state (capture.py), and copies what nothing
+guards; a thread opens, plans, stages, writes and commits. Only where there is much to copy in the
+call, or DCP has to plan, does the call open the save itself."""
+
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any, Literal
+import traceback
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from ... import _C
-from ...common.agreement import Agreement
-from ...common.gate import DeviceCopy, Snapshot, find_guarded
-from ...common.tensors import local_of
+from ...common.gate import Gate, find_guarded
 from ...errors import CheckpointError
-from ..snapshot.staged import Objects, Staged
+from ..snapshot.device_copy import DeviceCopy, SnapshotCopy
+from ..snapshot.staged import check_sources
 from ..stateful import values_of
-from ..storage.data_file import StagedRecord
-from ..storage.staging import Image, Layout, StagingPool
-from ..storage.writer import FileSystemWriter
-from .capture import Captured, Part
-from .save import Save, pickled
+from .async_phases import (
+    AsyncRequest,
+    AsyncSave,
+    Call,
+    CallCaptured,
+    CallFailed,
+    CallStaged,
+    LateCopy,
+    Ready,
+    SnapshotMode,
+)
+from .capture import Captured, capture
+from .commit import commit
+from .late_copy import PlacedRecords, copies_of, other_tensors, place_records
+from .open import Opened, PreparedState, open_save, prepare_state
+from .plan import plan, plan_kept
+from .result import SavedMetadata
+from .stage import Staged, stage_copies, stage_image
+from .write import Written, write
 
 _logger = logging.getLogger(__name__)
-SnapshotMode = Literal["lazy", "copy", "verify"]
 
 # What can't be copied late is copied whole if it is no more than this, so that the call need not
 # ask the peers which part of it is this rank's.
@@ -31,102 +46,173 @@ _COPIED_WHOLE = 1 << 20
 _GIVEN_UP = 'given up for a later one with in_flight="replace"'
 
 
-class AsyncSave(Future[Any]):
-    """What :func:`async_save` returns: a future of the ``Metadata`` that ``save`` would have
-    returned, or of its exception.
-
-    ``staging_completion`` and ``upload_completion`` are DCP's pair: when the first is done, anybody
-    may change the state; the second is this future. ``staged_bytes``: what this rank copied, when
-    staging is done; ``step_wait_seconds``: what ``optimizer.step()`` and the like waited for it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.staging_completion: Future[None] = Future()
-        # nobody can cancel what the save is written from
-        self.staging_completion.set_running_or_notify_cancel()
-        self.staged_bytes = 0
-        self.step_wait_seconds = 0.0
-
-    def add_step_wait(self, seconds: float) -> None:
-        self.step_wait_seconds += seconds
-
-    @property
-    def upload_completion(self) -> "AsyncSave":
-        return self
-
-
 class Job:
-    """See the module. :meth:`start` is the call; everything after it happens on threads of the
-    job."""
+    """One save in flight. :meth:`prepare` and :meth:`go_on` are the call; the save itself runs on
+    threads of the job, and ends with ``future``.
 
-    def __init__(
-        self,
-        writer: FileSystemWriter,
-        planner: DefaultSavePlanner,
-        agreement: Agreement,
-        global_ranks: Sequence[int],
-        mode: SnapshotMode,
-        pool: StagingPool,
-        limit: int | None = None,
-    ) -> None:
+    What has to end before the state may change, and the completion of ``staging_completion`` last,
+    stands on one stack, ``_until_copied``: whoever closes it opens the gate."""
+
+    def __init__(self, request: AsyncRequest) -> None:
         self.future = AsyncSave()
         self.future.set_running_or_notify_cancel()
-        self.started = False  # whether the future will be done
-        self._writer, self._planner, self._agreement, self._global_ranks = (
-            writer,
-            planner,
-            agreement,
-            global_ranks,
-        )
-        self._mode, self._pool, self._limit = mode, pool, limit
-        self._error: BaseException | None = (
-            None  # of this rank; travels with the next thing that the ranks tell each other
-        )
+        self.path = request.save.writer.path
+        self._request = request
         self._given_up: CheckpointError | None = None
         # Held while the thread is started: one that runs Python code meanwhile keeps the call
         # waiting for the interpreter's lock, 5 ms each time.
-        self._call = threading.Lock()
-        self._running = False
+        self._call_lock = threading.Lock()
+        self._calls: list[Call] = []  # what the call hands to the thread, which takes it out
         # The thread's too: a new one's is 0, where each rank would take some hundred MiB beside the
         # rank that trains there.
         on_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._device = torch.cuda.current_device() if on_device else None
-        self._opened = self._staged = False
-        # for the gate: what must be copied before the call returns has no place in memory
-        self._call_waits = False
-        self._captured: Captured | None = (
-            None  # where nothing but the ranks' agreement is needed to plan
-        )
-        self._snapshot: Snapshot | None = None
-        self._device_copy: DeviceCopy | None = None
-        self._copy: _C.StagingCopy | None = None
-        self._summed: list[_C.StagingCopy] = []  # the call's, and that one
-        self._eager: list[int] = []  # tensors that have to be copied before the call returns
-        self._eager_bytes = 0
-        self._records: list[StagedRecord | torch.Tensor] = []
-        self._objects: Objects = []
-        self._image: Image | None = None
-        # records, the first ones, that have no place in it: they are written from the tensors
-        # themselves
-        self._in_place = 0
+        self._until_copied = contextlib.ExitStack()
+        self._until_copied.callback(self.future.staging_completion.set_result, None)
 
     # -- the call
 
-    def start(self, state_dict: dict[str, Any]) -> None:
-        """Raises only what every rank raises, and Ctrl-C."""
+    def prepare(self, state_dict: dict[str, Any]) -> Call:
+        """All that the call does itself. Raises only what every rank raises."""
         try:
-            interrupt = self._prepare(state_dict)
-            self.started = True
-        finally:
-            if not self.started:
-                self._open_gate()
-                if self._opened:
-                    self._save.abandon()
+            return self._prepare(state_dict)
+        except BaseException:
+            self._until_copied.close()
+            raise
+
+    def _prepare(self, state_dict: dict[str, Any]) -> Call:
+        request = self._request
+        captured: Captured | None = None
+        gate: Gate | None = None
+        eager: list[int] = []
+        eager_bytes = 0
+        try:
+            values, failure = values_of(state_dict)
+            if failure is not None:
+                raise failure
+            if request.mode != "copy":
+                captured = capture(request.save, values, request.planner)
+            if captured is not None:
+                self._until_copied.callback(captured.drop)
+                captured.freeze_objects()
+                gate, eager, eager_bytes = self._guard(captured)
+        except BaseException as error:
+            return CallFailed(None, error)
+        opened = None
+        # Much to copy: agreed with the ranks first, so that it is 1/R of it.
+        if captured is None:
+            opened = open_save(
+                request.save, lambda: prepare_state(request.save, values, request.planner)
+            )
+        elif eager_bytes > _COPIED_WHOLE:
+            opened = open_save(request.save, captured.prepare)
+        try:
+            if opened is not None and (captured is None or not opened.comparison.agreed):
+                return self._stage_now(opened, gate)
+            assert captured is not None
+            if opened is None:
+                return self._freeze(captured, gate, eager)
+            return self._copy_now(opened, captured, gate, eager)
+        except BaseException as error:
+            self._until_copied.close()
+            return CallFailed(opened, error)
+
+    def _guard(self, captured: Captured) -> tuple[Gate | None, list[int], int]:
+        """The gate, if it guards anything; the tensors that it does not, and their bytes."""
+        watch, eager, eager_bytes = find_guarded(captured.live)
+        if len(watch) == 0:
+            return None, eager, eager_bytes
+        gate = Gate(watch, captured.name, self.future.add_step_wait)
+        self._until_copied.callback(gate.close)
+        return gate, eager, eager_bytes
+
+    def _stage_now(self, opened: Opened, gate: Gate | None) -> CallStaged:
+        copied = stage_copies(plan(opened), self._request.limits)
+        self.future.staged_bytes = copied.copied_bytes
+        waits = copied.staged.reads_state
+        if not waits:
+            self._until_copied.close()
+        return CallStaged(opened, copied.staged, gate, waits)
+
+    def _freeze(self, captured: Captured, gate: Gate | None, eager: list[int]) -> CallCaptured:
+        """Copies what nobody guards whole, in place of the tensors: a thread copies on from
+        there."""
+        # Before the devices' copies are made, which read what is frozen too.
+        captured.freeze_tensors(eager)
+        return CallCaptured(
+            opened=None,
+            captured=captured,
+            gate=gate,
+            late=other_tensors(captured, ()),
+            device=self._device_copy(captured),
+        )
+
+    def _copy_now(
+        self, opened: Opened, captured: Captured, gate: Gate | None, eager: list[int]
+    ) -> CallCaptured:
+        """Copies this rank's part of what nobody guards."""
+        captured.freeze_tensors([i for i in eager if not captured.live.address(i)])
+        device = self._device_copy(captured)
+        late = other_tensors(captured, eager)
+        if not eager:
+            return CallCaptured(opened, captured, gate, late, device)
+        placed = self._place(captured)
+        copies = copies_of(captured, placed, eager)
+        copies.host.finish()
+        if copies.sources:
+            copies.start(device)
+            assert device is not None
+            device.synchronize()
+            device = self._device_copy(captured)
+        live = captured.structure.chunks[: placed.live]
+        return CallCaptured(
+            opened=opened,
+            captured=captured,
+            gate=gate,
+            late=late,
+            device=device,
+            placed=placed,
+            copies=[copies.host],
+            waits=not {chunk.tensor for chunk in live}.isdisjoint(eager),
+        )
+
+    def _device_copy(self, captured: Captured) -> DeviceCopy | None:
+        devices = captured.structure.devices
+        if not devices:
+            return None
+        copy = DeviceCopy(devices)
+        self._until_copied.callback(copy.close)
+        return copy
+
+    def _place(self, captured: Captured) -> PlacedRecords:
+        placed = place_records(self._request.save, captured, self._request.limits)
+        self._until_copied.callback(placed.image.close)
+        self.future.staged_bytes = placed.copied_bytes
+        return placed
+
+    def go_on(self, call: Call) -> None:
+        """Hands the save to a thread. Raises Ctrl-C alone, of which the peers are told."""
+        interrupt = None
+        if isinstance(call, CallFailed) and not isinstance(call.error, Exception):
+            interrupt = call.error
+            told = CheckpointError(
+                f"{self.path}: the call was interrupted ({type(interrupt).__name__})"
+            )
+            call = CallFailed(call.opened, told)
+        waits = call.waits
+        self._calls.append(call)
+        del call  # the thread lets go of it when it can
+        self._start_thread()
+        if waits:
+            self._wait_until_copied()
+        if interrupt is not None:
+            raise interrupt
+
+    def _start_thread(self) -> None:
         # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is
         # finished.
         try:
-            with self._call:
+            with self._call_lock:
                 threading.Thread(
                     target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False
                 ).start()
@@ -136,285 +222,128 @@ class Job:
             self._run()
             if not isinstance(error, RuntimeError):
                 raise
-        if self._call_waits:
-            try:
-                self.future.staging_completion.result()
-            except BaseException:
-                self._given_up = CheckpointError(
-                    f"{self._writer.path}: interrupted while its state was being copied"
-                )
-                raise
-        if interrupt is not None:
-            raise interrupt
 
-    def _prepare(self, state_dict: dict[str, Any]) -> BaseException | None:
-        """All that the call does itself. Returns Ctrl-C, for the caller; the peers, and the next
-        call, are told of it."""
-        agreement = self._agreement
+    def _wait_until_copied(self) -> None:
         try:
-            state_dict, failure = values_of(state_dict)
-            if failure is not None:
-                raise failure
-            if self._mode != "copy":
-                captured = Captured(
-                    state_dict,
-                    self._planner,
-                    agreement.rank,
-                    self._global_ranks,
-                    agreement.is_coordinator,
-                )
-                if captured.structure is not None:
-                    self._captured = captured
-                    self._split(captured)
-        except BaseException as error:
-            self._error = error
-        self._save = Save(
-            state_dict, self._writer, self._planner, agreement, self._global_ranks, self._captured
-        )
-        if self._error is None:
-            # Much to copy: agreed with the ranks first, so that it is 1/R of it.
-            if self._captured is None or self._eager_bytes > _COPIED_WHOLE:
-                try:
-                    self._open()
-                except BaseException:
-                    self._save.abandon()
-                    raise
-            try:
-                self._copy_now()
-            except BaseException as error:
-                self._error = error
-                self._open_gate()
-        if self._error is None or isinstance(self._error, Exception):
-            return None
-        interrupt = self._error
-        self._error = CheckpointError(
-            f"{self._writer.path}: the call was interrupted ({type(interrupt).__name__})"
-        )
-        return interrupt
-
-    def _split(self, captured: Captured) -> None:
-        """Which tensors have to be copied now; the gate for the others. Objects are copied."""
-        captured.freeze_objects()
-        watch, self._eager, self._eager_bytes = find_guarded(captured.live)
-        if len(watch) > 0:
-            self._snapshot = Snapshot(watch, captured.name, self.future.add_step_wait)
-
-    def _open(self) -> None:
-        self._save.open()
-        self._save.plan()
-        self._opened = True
-
-    def _copy_now(self) -> None:
-        captured = self._captured
-        if captured is None or (self._opened and not self._save.agreed):
-            staged = self._save.stage(self._pool, self._limit)
-            self.future.staged_bytes, self._staged = staged.copied_bytes, True
-            self._call_waits = staged.reads_state
-            if not self._call_waits:
-                self._open_gate()
-            return
-        # Before the device's copies are made, which read what is frozen too.
-        captured.freeze_tensors(
-            [i for i in self._eager if not (self._opened and captured.live.address(i))]
-        )
-        if not self._opened:
-            self._eager.clear()
-        assert captured.structure is not None
-        devices = captured.structure.devices
-        if devices:
-            self._device_copy = DeviceCopy(devices)
-        if self._eager:
-            self._make_image(captured)
-            eager = set(self._eager)
-            self._call_waits = any(
-                part.tensor in eager for part in captured.structure.parts[: self._in_place]
+            self.future.staging_completion.result()
+        except BaseException:
+            self._given_up = CheckpointError(
+                f"{self.path}: interrupted while its state was being copied"
             )
-            copy, sources, targets = self._copies(captured, now=True)
-            copy.finish()
-            self._summed.append(copy)
-            if sources:
-                assert self._device_copy is not None
-                self._device_copy.start(sources, targets)
-                self._device_copy.synchronize()
-                self._device_copy = DeviceCopy(devices)
-
-    def _make_image(self, captured: Captured) -> None:
-        """Places for what this rank will write, in the memory that is kept for it; from the end, if
-        it may not hold all."""
-        assert captured.structure is not None
-        parts, static, live = captured.structure.parts, captured.structure.static, captured.live
-        if self._agreement.is_coordinator:
-            self._objects = pickled(static.objects, captured.planner.state_dict)
-        lengths = [len(data) for _, data in self._objects]
-        files = static.plan.layout(static.pieces, lengths, self._writer.single_file_per_rank)
-        layout = Layout(files, len(lengths), self._limit)
-        self._image = self._pool.image(layout, self._device_copy is not None, self._limit)
-        self._in_place = layout.first - len(lengths)
-        for i, part in enumerate(parts):
-            if i >= self._in_place:
-                address = self._image.base + layout.payloads[len(lengths) + i]
-            elif (local := local_of(live.tensor(part.tensor))).is_cuda:
-                self._records.append(_slice(local, part).view(part.shape))
-                continue
-            else:
-                address = live.address(part.tensor) + part.first
-            self._records.append(StagedRecord(part.kind, part.shape, address, part.size))
-        self.future.staged_bytes = sum(part.size for part in parts[self._in_place :])
-
-    def _copies(
-        self, captured: Captured, now: bool
-    ) -> tuple[_C.StagingCopy, list[torch.Tensor], list[torch.Tensor]]:
-        """The copying of what the call copies, or of the rest: what the CPU does, and what devices
-        do, from where to where."""
-        assert captured.structure is not None
-        structure, live = captured.structure, captured.live
-        sources: list[torch.Tensor] = []
-        targets: list[torch.Tensor] = []
-        assert self._image is not None
-        image, eager, places = (
-            self._image,
-            set(self._eager),
-            self._image.layout.payloads[len(self._objects) :],
-        )
-        for i, part in enumerate(structure.parts if structure.devices else ()):
-            local = local_of(live.tensor(part.tensor))
-            if (
-                local.is_cuda
-                and i >= self._in_place
-                and part.size
-                and (part.tensor in eager) == now
-            ):
-                sources.append(_slice(local, part))
-                targets.append(image.view(len(self._objects) + i, sources[-1]))
-        copy = live.copies(
-            structure.copied, self._in_place, image.base, places, self._eager, not now
-        )
-        return copy, sources, targets
+            raise
 
     # -- the threads
 
     def _run(self) -> None:
-        with self._call:
-            if self._running:
-                return
-            self._running = True
-        vote = b""
+        with self._call_lock:
+            calls, self._calls = self._calls, []
+        if not calls:
+            return
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)
-            # Before the CPU copies anything: a peer on this host that is still in its call loses no
-            # time to it. Devices copy meanwhile.
-            self._prepare_copies()
-            if not self._opened:
-                self._save.failed_before = self._error or self._given_up
-                self._open()
-            try:
-                if self._error is None:
-                    if not self._staged:
-                        if self._captured is not None and self._save.agreed:
-                            self._begin_copy()
-                        self._stage()
-                    vote = self._save.write(self._finish_copy)
-                    self._check_given_up()
-            except BaseException as caught:
-                self._error = caught
-            self._open_gate()
-            metadata = self._save.commit(vote, self._error)
+            metadata = self._save(calls.pop())
         except BaseException as failure:
-            self._open_gate()
             try:
-                self._save.abandon()
+                self._until_copied.close()
                 _logger.warning(
                     "an asynchronous save failed; older checkpoints are as they were: %s", failure
                 )
             finally:
+                _clear_frames(failure)
                 self.future.set_exception(failure)
         else:
             self.future.set_result(metadata)
 
-    def _prepare_copies(self) -> None:
-        """As if the ranks agreed, which they mostly do."""
-        captured = self._captured
-        if self._error is not None or self._staged or captured is None:
-            return
+    def _save(self, call: Call) -> SavedMetadata:
+        """The phases of a save, as ``save`` has them."""
+        # Before the CPU copies anything: a peer on this host that is still in its call loses no
+        # time to it. Devices copy meanwhile.
+        ready = self._start_copies(call)
+        opened = call.opened
+        if opened is None:
+            opened = open_save(self._request.save, lambda: self._prepared(ready))
         try:
-            captured.hand_to_planner()
-            if self._image is None:
-                self._make_image(captured)
-            self._copy, sources, targets = self._copies(captured, now=False)
-            self._summed.append(self._copy)
-            if self._device_copy is not None:
-                self._device_copy.start(sources, targets)
+            written = self._write(opened, ready)
+            self._until_copied.close()
+            return commit(opened, written)
+        except BaseException:
+            self._until_copied.close()
+            opened.unfinished.abandon()
+            raise
+
+    def _prepared(self, ready: Ready) -> PreparedState:
+        if isinstance(ready, CallFailed):
+            raise ready.error
+        if self._given_up is not None:
+            raise self._given_up
+        assert isinstance(ready, LateCopy)
+        return ready.call.captured.prepare()
+
+    def _start_copies(self, call: Call) -> Ready:
+        """As if the ranks agreed, which they mostly do."""
+        if not isinstance(call, CallCaptured):
+            return call
+        try:
+            call.captured.hand_to_planner()
+            placed = self._place(call.captured) if call.placed is None else call.placed
+            copies = copies_of(call.captured, placed, call.late)
+            self._until_copied.callback(_end_copy, copies.host)
+            return LateCopy(call, placed, copies.start(call.device))
         except BaseException as error:
-            self._error = error
+            return CallFailed(call.opened, error)
 
-    def _begin_copy(self) -> None:
-        assert self._copy is not None
-        if self._snapshot is not None:
-            self._snapshot.begin(
-                self._copy, self._device_copy, self._mode == "lazy" and self._in_place == 0
-            )
-        # Beside this one, which may have to write some in its place first.
-        threading.Thread(target=self._copy.run, name="torch_hsdp_ckpt_copy").start()
+    def _write(self, opened: Opened, ready: Ready) -> Written | BaseException:
+        """Stages and writes; what is raised travels with this rank's vote."""
+        try:
+            if isinstance(ready, CallFailed):
+                return ready.error
+            if isinstance(ready, CallStaged):
+                written = write(ready.staged, lambda: self._settle(ready.staged, ready.gate, None))
+            elif opened.comparison.agreed:
+                begin_copy(ready, self._request.mode)
+                staged = stage_late(opened, ready, self._request.mode)
+                gate, copy = ready.call.gate, ready.copy
+                written = write(staged, lambda: self._settle(staged, gate, copy))
+            else:
+                written = self._write_otherwise(opened, ready)
+            self.check_given_up()
+            return written
+        except BaseException as error:
+            return error
 
-    def _stage(self) -> None:
-        verify = (
-            self._mode == "verify" and self._snapshot is not None
-        )  # else there is no gate, and nothing is read again
-        if self._save.agreed:
-            assert self._image is not None
-            if self._in_place and self._device_copy is not None:
-                self._device_copy.wait_ready()
-            staged = Staged(self._records, self._image, self._in_place, copies=self._summed)
-            self._save.stage_captured(staged, self._objects, verify)
-        else:  # planned otherwise than this rank has assumed; the gate is still shut
-            if self._device_copy is not None:
-                self._device_copy.wait_ready()
-                self._device_copy.synchronize()  # its memory is used again
-            self._copy = self._device_copy = self._image = None
-            self.future.staged_bytes = self._save.stage(
-                self._pool, self._limit, verify
-            ).copied_bytes
+    def _write_otherwise(self, opened: Opened, late: LateCopy) -> Written:
+        """Planned otherwise than this rank has assumed; the gate is still shut."""
+        if late.copy.device is not None:
+            late.copy.device.wait_ready()
+            late.copy.device.synchronize()  # its memory is used again
+        gate = late.call.gate
+        watch = self._request.mode == "verify" and gate is not None
+        copied = stage_copies(plan(opened), self._request.limits, watch)
+        self.future.staged_bytes = copied.copied_bytes
+        return write(copied.staged, lambda: self._settle(copied.staged, gate, None))
 
-    def _finish_copy(self) -> None:
+    def _settle(self, staged: Staged, gate: Gate | None, copy: SnapshotCopy | None) -> None:
         """What was to be read in its place has been; waits for the copies, and opens the gate."""
         if not self.future.staging_completion.done():
-            if self._snapshot is not None:
-                self._snapshot.settle(
-                    self._mode == "verify" and self._copy is not None, self._save.check_sources
-                )
-            elif self._copy is not None:
-                self._copy.finish()
-            if self._device_copy is not None:
-                self._device_copy.synchronize()
-                if self._snapshot is not None:
-                    self._snapshot.check_unless_passed()
-            self._open_gate()
-        self._check_given_up()
-
-    def _open_gate(self) -> None:
-        """Everything is copied, or will not be."""
-        if self._copy is not None:
-            self._copy.cancel()
-            self._copy.finish()
-        if self._device_copy is not None:
-            self._device_copy.synchronize()  # the next save uses the same memory
-        if self._snapshot is not None:
-            self._snapshot.release()
-            self._snapshot.close()
-        if self._captured is not None:
-            self._captured.drop()
-        self._copy = self._snapshot = self._captured = self._device_copy = self._image = None
-        self._records, self._objects = [], []
-        if not self.future.staging_completion.done():
-            self.future.staging_completion.set_result(None)
+            if gate is not None:
+                verify = self._request.mode == "verify" and copy is not None
+                gate.settle(verify, lambda: check_sources(staged.sources))
+            elif copy is not None:
+                copy.finish()
+            if copy is not None and copy.device is not None:
+                copy.device.synchronize()
+                if gate is not None:
+                    gate.check_unless_passed()
+            self._until_copied.close()
+        self.check_given_up()
 
     # -- a later save
 
     def give_up(self) -> None:
         """Ends the save, on all ranks, unless all of them have voted for it by now. Returns when
         its outcome is known."""
-        self._given_up = CheckpointError(f"{self._writer.path}: {_GIVEN_UP}")
+        self._given_up = CheckpointError(f"{self.path}: {_GIVEN_UP}")
         self.future.exception()
 
     def was_given_up(self, error: BaseException) -> bool:
@@ -423,12 +352,39 @@ class Job:
             "rank "
         )
 
-    def _check_given_up(self) -> None:
+    def check_given_up(self) -> None:
         if self._given_up is not None:
             raise self._given_up
 
 
-def _slice(local: torch.Tensor, part: Part) -> torch.Tensor:
-    """A record's elements, on the device."""
-    first = part.first // local.itemsize
-    return local.detach().view(-1)[first : first + part.size // local.itemsize]
+def begin_copy(late: LateCopy, mode: SnapshotMode) -> None:
+    """Shows the copies to who waits at the gate, and starts a thread that makes them."""
+    if late.call.gate is not None:
+        late.call.gate.begin(late.copy, mode == "lazy" and late.placed.live == 0)
+    # Beside the save's own thread, which may have to write some in its place first.
+    threading.Thread(target=late.copy.run, name="torch_hsdp_ckpt_copy").start()
+
+
+def stage_late(opened: Opened, late: LateCopy, mode: SnapshotMode) -> Staged:
+    """What is written from the copies, which may still be on their way."""
+    placed, call = late.placed, late.call
+    if placed.live and late.copy.device is not None:
+        late.copy.device.wait_ready()
+    planned = plan_kept(opened, call.captured.structure.static, placed.objects, placed.files)
+    # Without a gate nothing is read again.
+    watch = mode == "verify" and call.gate is not None
+    return stage_image(planned, placed.staged([*call.copies, late.copy.host]), watch)
+
+
+def _end_copy(copy: _C.StagingCopy) -> None:
+    """Nothing is read any more when it returns, whether it was copied or not."""
+    copy.cancel()
+    copy.finish()
+
+
+def _clear_frames(failure: BaseException) -> None:
+    """The caller may keep an exception, whose frames would keep the state of the save alive."""
+    error: BaseException | None = failure
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

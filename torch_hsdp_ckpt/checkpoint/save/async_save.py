@@ -9,7 +9,6 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -20,8 +19,11 @@ from ...common.agreement import NestedCallError, agreement_of
 from ...errors import CheckpointError
 from ..storage.staging import StagingPool
 from ..storage.writer import FileSystemWriter
-from .async_job import AsyncSave, Job, SnapshotMode
-from .save import _global_ranks, _say_once, _who_plans
+from .async_job import Job
+from .async_phases import AsyncRequest, AsyncSave, SnapshotMode
+from .open import request_of
+from .stage import StagingLimits
+from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
 
 InFlight = Literal["wait", "raise", "replace"]
 _P = ParamSpec("_P")
@@ -32,9 +34,8 @@ class _InFlight:
     """The process's save in flight, and the memory that it writes from."""
 
     def __init__(self) -> None:
-        self.call = (
-            threading.RLock()
-        )  # a call of another thread would take the memory of a save that has yet to be in flight
+        # A call of another thread would take the memory of a save that has yet to be in flight.
+        self.call = threading.RLock()
         self.calling = False
         self.pool = StagingPool()
         self.job: Job | None = None
@@ -70,6 +71,7 @@ class _InFlight:
                 raise error
 
 
+# A process has one save in flight, and one block of memory to write it from.
 _in_flight = _InFlight()
 
 
@@ -162,33 +164,19 @@ def async_save(
             negative, or set where torch's own code saves, which has no such bound.
         RuntimeError: called within a call of its own, by a signal handler or a ``Stateful`` object.
     """
-    if snapshot not in ("lazy", "copy", "verify"):
-        raise ValueError(f'snapshot={snapshot!r}: one of "lazy", "copy", "verify"')
-    if in_flight not in ("wait", "raise", "replace"):
-        raise ValueError(f'in_flight={in_flight!r}: one of "wait", "raise", "replace"')
-    if max_staging_bytes is not None and max_staging_bytes < 0:
-        raise ValueError(f"max_staging_bytes={max_staging_bytes}: bytes, 0 or more")
-    reason, writer = _who_plans(storage_writer, checkpoint_id, planner, use_collectives)
-    if async_stager is not None:
-        reason = "an async_stager was passed"
-    elif async_checkpointer_type != AsyncCheckpointerType.THREAD:
-        reason = f"async_checkpointer_type is {async_checkpointer_type}"
+    _check_options(snapshot, in_flight, max_staging_bytes)
+    writer = writer_for(storage_writer, checkpoint_id)
+    reason = _why_torch_saves(
+        async_stager, async_checkpointer_type, why_dcp_plans(writer, planner, use_collectives)
+    )
     if max_staging_bytes is not None and reason:
         raise ValueError(
             "max_staging_bytes is set, and torch's own code makes this save, without such a "
             f"bound: {reason}"
         )
-    if in_flight == "raise":
-        asked = agreement_of(process_group, "async_save in flight", no_dist)
-        if b"y" in asked.exchange("in flight", b"y" if _in_flight.running else b"n"):
-            raise CheckpointError(
-                'the asynchronous save before is still in flight, and in_flight="raise"'
-            )
-    if in_flight == "replace":
-        _in_flight.replace()
-    _in_flight.finish(_in_flight.job)
+    _end_save_before(in_flight, process_group, no_dist)
     if reason:
-        _say_once(f"torch makes this asynchronous save: {reason}")
+        say_once(f"torch makes this asynchronous save: {reason}")
         options: dict[str, Any] = {} if async_stager is None else {"async_stager": async_stager}
         return dcp.async_save(
             state_dict,
@@ -204,23 +192,56 @@ def async_save(
     assert isinstance(writer, FileSystemWriter)
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
-    agreement = agreement_of(process_group, "async_save", no_dist)
-    planner = planner if isinstance(planner, DefaultSavePlanner) else DefaultSavePlanner()
-    job = Job(
-        writer,
-        planner,
-        agreement,
-        _global_ranks(process_group, no_dist),
-        snapshot,
-        _in_flight.pool,
-        max_staging_bytes,
+    request = AsyncRequest(
+        save=request_of(writer, process_group, "async_save", no_dist),
+        planner=default_planner(planner),
+        mode=snapshot,
+        limits=StagingLimits(_in_flight.pool, max_staging_bytes),
     )
-    try:
-        job.start(state_dict)
-    finally:
-        if job.started:
-            _in_flight.job = job
+    job = Job(request)
+    call = job.prepare(state_dict)
+    _in_flight.job = job
+    job.go_on(call)
     return job.future
+
+
+def _check_options(
+    snapshot: SnapshotMode, in_flight: InFlight, max_staging_bytes: int | None
+) -> None:
+    if snapshot not in ("lazy", "copy", "verify"):
+        raise ValueError(f'snapshot={snapshot!r}: one of "lazy", "copy", "verify"')
+    if in_flight not in ("wait", "raise", "replace"):
+        raise ValueError(f'in_flight={in_flight!r}: one of "wait", "raise", "replace"')
+    if max_staging_bytes is not None and max_staging_bytes < 0:
+        raise ValueError(f"max_staging_bytes={max_staging_bytes}: bytes, 0 or more")
+
+
+def _why_torch_saves(
+    async_stager: AsyncStager | None, checkpointer_type: AsyncCheckpointerType, planning: str
+) -> str:
+    """Why torch's own code makes a save; "" if this package does. ``planning``: what
+    ``why_dcp_plans`` says."""
+    if async_stager is not None:
+        return "an async_stager was passed"
+    if checkpointer_type != AsyncCheckpointerType.THREAD:
+        return f"async_checkpointer_type is {checkpointer_type}"
+    return planning
+
+
+def _end_save_before(
+    in_flight: InFlight, process_group: dist.ProcessGroup | None, no_dist: bool
+) -> None:
+    """Deals with the save before as the caller wants it; raises its exception, once."""
+    if in_flight == "raise":
+        agreement = agreement_of(process_group, "async_save in flight", no_dist)
+        answers = agreement.exchange("in flight", b"y" if _in_flight.running else b"n")
+        if b"y" in answers:
+            raise CheckpointError(
+                'the asynchronous save before is still in flight, and in_flight="raise"'
+            )
+    if in_flight == "replace":
+        _in_flight.replace()
+    _in_flight.finish(_in_flight.job)
 
 
 __all__ = ["AsyncSave", "async_save"]

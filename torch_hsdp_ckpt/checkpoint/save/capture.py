@@ -8,8 +8,8 @@ looks at everything in one pass."""
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from ... import _C
 from ...common.tensors import RECORD_DTYPES, local_of
-from .plan import LocalState, StaticPlan, make_static_plan
+from .local_state import LocalState
+from .open import PreparedState, SaveRequest
+from .plan import Pickled
+from .static_plan import StaticPlan, make_static_plan
 
 _KEPT = 4  # structures; a job has one or two
 _PLAIN = frozenset(
@@ -27,24 +30,17 @@ _PLAIN = frozenset(
 )
 
 
-class Pickled(NamedTuple):
-    """An object that may change, as the record that it will be."""
-
-    data: bytes
-
-
 class FrozenPlanner(DefaultSavePlanner):
-    """DCP's planner, for a state dict whose objects are :class:`Pickled` where they may change."""
+    """DCP's planner, for a state dict whose objects are ``Pickled`` where they may change."""
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        return (
-            io.BytesIO(object.data)
-            if isinstance(object, Pickled)
-            else super().transform_object(write_item, object)
-        )
+        if isinstance(object, Pickled):
+            return io.BytesIO(object.data)
+        return super().transform_object(write_item, object)
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocalChunk:
     """A record of this rank: bytes [first, first + size) of a tensor's, contiguous in its local
     memory."""
 
@@ -55,95 +51,65 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Structure:
-    """All of a save that repeats while keys, types, shapes, devices and meshes stay."""
+    """All of a save that repeats while keys, types, shapes, devices and meshes stay.
+
+    ``key`` and ``fingerprint`` say what it fits. ``kept``: types and specs, so that their
+    addresses, which are in the fingerprint, mean the same objects. ``places``: of the tensors among
+    the values. ``objects``: values that may change and are no tensors. ``devices``: CUDA's.
+    ``copied``: the chunks again, as C++ takes them."""
 
     fingerprint: bytes
     key: Any
-    kept: list[
-        Any
-        # types and specs, so that their addresses, which are in the fingerprint, mean the same objects
-    ]
-    names: list[str]
+    kept: Sequence[Any]
+    names: Sequence[str]
     paths: dict[str, Any]
-    places: list[int]  # of the tensors among the values
-    objects: list[int]  # values that may change and are no tensors
-    devices: set[torch.device]  # CUDA's
+    places: Sequence[int]
+    objects: Sequence[int]
+    devices: frozenset[torch.device]
     digests: bytes
     static: StaticPlan
-    parts: list[Part]
-    copied: _C.StagingParts  # the parts again
+    chunks: Sequence[LocalChunk]
+    copied: _C.StagingParts
 
 
+# A process has one list: what is kept fits every save of the same state, whoever makes it.
 _structures: list[Structure] = []
 
 
 class Captured:
-    """A rank's state dict, flat. ``structure`` is None where DCP has to plan a part of it."""
+    """A rank's state dict, flat, and the plan that is kept for it; it holds the live values until
+    :meth:`drop`.
 
-    def __init__(
-        self,
-        state_dict: dict[str, Any],
-        planner: DefaultSavePlanner,
-        rank: int,
-        group_ranks: Sequence[int],
-        coordinator: bool,
-    ) -> None:
-        self.planner = FrozenPlanner(planner.flatten_state_dict, planner.flatten_sharded_tensors)
-        self.live = _C.LiveState(state_dict)
-        self.structure: Structure | None = None
-        key = (tuple(group_ranks), rank, coordinator)
-        if planner.flatten_state_dict:
-            for known in _structures:
-                if known.key == key and self.live.has_fingerprint(known.fingerprint):
-                    self.structure = known
-        self._values = self.live.values
-        if self.structure is not None:
-            self.planner.mappings = self.structure.paths
-            self.planner.is_coordinator = coordinator
-        else:
-            self.planner.set_up_planner(state_dict, is_coordinator=coordinator)
-            local = LocalState(self.planner)
-            walked = list(self.planner.state_dict.values())
-            same = len(walked) == len(self._values) and all(
-                a is b for a, b in zip(walked, self._values, strict=True)
-            )
-            if planner.flatten_state_dict and same and not local.rest:
-                self.structure = _structure_of(
-                    local, self.live, key, rank, group_ranks, coordinator
-                )
-                _structures.insert(0, self.structure)
-                del _structures[_KEPT:]
+    Values that may change are replaced by copies, "frozen", one by one."""
+
+    def __init__(self, live: _C.LiveState, structure: Structure, planner: FrozenPlanner) -> None:
+        self.live, self.structure, self.planner = live, structure, planner
+        self._values = live.values
 
     def freeze_objects(self) -> None:
         """Values that are no tensors no longer change."""
-        assert self.structure is not None
         for i in self.structure.objects:
             self._values[i] = _frozen(self._values[i])
 
     def freeze_tensors(self, which: Sequence[int]) -> None:
         """Copies some of the tensors, in whose places the copies then are."""
-        assert self.structure is not None
         for i in which:
-            tensor = self.live.tensor(i)
-            with torch.no_grad():
-                copy = (
-                    local_of(tensor)
-                    .detach()
-                    .resolve_conj()
-                    .resolve_neg()
-                    .clone(memory_format=torch.contiguous_format)
-                )
-            if isinstance(tensor, DTensor):
-                copy = DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+            copy = _copy_of(self.live.tensor(i))
             self.live.replace(i, copy)
             self._values[self.structure.places[i]] = copy
+
+    def prepare(self) -> PreparedState:
+        """The state for ``open_save``, with what is frozen by now."""
+        self.hand_to_planner()
+        return PreparedState(
+            LocalState(self.planner), self.structure.digests, needs_gathering=False
+        )
 
     def hand_to_planner(self) -> None:
         """The planner's state dict by name, with what is frozen. Not in the call: 4,000 values take
         half a millisecond."""
-        assert self.structure is not None
         self.planner.state_dict = dict(zip(self.structure.names, self._values, strict=True))
 
     def drop(self) -> None:
@@ -152,37 +118,59 @@ class Captured:
         self._values = []
 
     def name(self, tensor: int) -> str:
-        assert self.structure is not None
         return self.structure.names[self.structure.places[tensor]]
 
 
+def capture(
+    request: SaveRequest, state_dict: dict[str, Any], planner: DefaultSavePlanner
+) -> Captured | None:
+    """Looks at a state dict; None where DCP has to plan a part of it."""
+    live = _C.LiveState(state_dict)
+    frozen_planner = FrozenPlanner(planner.flatten_state_dict, planner.flatten_sharded_tensors)
+    if not planner.flatten_state_dict:
+        return None
+    agreement = request.agreement
+    key = (tuple(request.global_ranks), agreement.rank, agreement.is_coordinator)
+    structure = _kept_structure(key, live)
+    if structure is not None:
+        frozen_planner.mappings = structure.paths
+        frozen_planner.is_coordinator = agreement.is_coordinator
+        return Captured(live, structure, frozen_planner)
+    frozen_planner.set_up_planner(state_dict, is_coordinator=agreement.is_coordinator)
+    local = LocalState(frozen_planner)
+    if local.names.gathered or not _same_values(local.values.values(), live.values):
+        return None
+    structure = _structure_of(request, local, live, key)
+    _structures.insert(0, structure)
+    del _structures[_KEPT:]
+    return Captured(live, structure, frozen_planner)
+
+
+def _kept_structure(key: Any, live: _C.LiveState) -> Structure | None:
+    for known in _structures:
+        if known.key == key and live.has_fingerprint(known.fingerprint):
+            return known
+    return None
+
+
+def _same_values(walked: Iterable[Any], values: Sequence[Any]) -> bool:
+    """Whether DCP's flattening finds the same objects in the same order."""
+    flat = list(walked)
+    if len(flat) != len(values):
+        return False
+    return all(a is b for a, b in zip(flat, values, strict=True))
+
+
 def _structure_of(
-    local: LocalState,
-    live: _C.LiveState,
-    key: Any,
-    rank: int,
-    group_ranks: Sequence[int],
-    coordinator: bool,
+    request: SaveRequest, local: LocalState, live: _C.LiveState, key: Any
 ) -> Structure:
-    static = make_static_plan(local, rank, group_ranks, True, True, coordinator)
-    state, places = local.state, live.places
-    names, objects = list(state), set(local.objects)
-    number = {names[place]: i for i, place in enumerate(places)}
-    parts = []
-    for index, offsets, sizes in static.pieces:
-        whole = static.locals[index]
-        first = 0
-        for offset, start, extent in zip(
-            offsets, static.shard_start(index), whole.shape, strict=True
-        ):
-            first = first * extent + offset - start
-        size = math.prod(sizes) * whole.itemsize
-        kind = RECORD_DTYPES[whole.dtype]
-        parts.append(
-            Part(number[static.names[index]], first * whole.itemsize, size, kind, tuple(sizes))
-        )
-    static.locals = []
+    static = make_static_plan(local, local.names, request.agreement.rank, request.global_ranks)
+    state, places = local.values, live.places
+    names = list(state)
+    tensor_numbers = {names[place]: i for i, place in enumerate(places)}
+    chunks = list(_local_chunks(static, tensor_numbers))
     assert local.paths is not None
+    tensors = [live.tensor(i) for i in range(len(places))]
     return Structure(
         fingerprint=live.fingerprint,
         key=key,
@@ -190,21 +178,50 @@ def _structure_of(
         names=names,
         paths=dict(local.paths),
         places=places,
-        objects=[
-            i
-            for i, (name, value) in enumerate(state.items())
-            if name in objects and type(value) not in _PLAIN
-        ],
-        devices={
-            tensor.device
-            for tensor in state.values()
-            if isinstance(tensor, Tensor) and tensor.is_cuda
-        },
+        objects=_changeable_objects(local),
+        devices=frozenset(tensor.device for tensor in tensors if tensor.is_cuda),
         digests=local.digests(),
-        static=static,
-        parts=parts,
-        copied=_C.StagingParts([part[:3] for part in parts]),
+        static=static.without_tensors(),
+        chunks=chunks,
+        copied=_C.StagingParts([(chunk.tensor, chunk.first, chunk.size) for chunk in chunks]),
     )
+
+
+def _changeable_objects(local: LocalState) -> list[int]:
+    """Which values are no tensors, and may change."""
+    objects = set(local.names.objects)
+    return [
+        i
+        for i, (name, value) in enumerate(local.values.items())
+        if name in objects and type(value) not in _PLAIN
+    ]
+
+
+def _local_chunks(static: StaticPlan, tensor_numbers: dict[str, int]) -> Iterator[LocalChunk]:
+    """Where this rank's chunks lie in the memory of its shards."""
+    for index, offsets, sizes in static.pieces:
+        shard = static.locals[index]
+        starts = static.shard_start(index)
+        first = 0  # elements of the shard before the chunk, in row-major order
+        for offset, start, extent in zip(offsets, starts, shard.shape, strict=True):
+            first = first * extent + offset - start
+        yield LocalChunk(
+            tensor=tensor_numbers[static.names[index]],
+            first=first * shard.itemsize,
+            size=math.prod(sizes) * shard.itemsize,
+            kind=RECORD_DTYPES[shard.dtype],
+            shape=tuple(sizes),
+        )
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    """A copy that lies contiguous, with the tensor's own placement."""
+    with torch.no_grad():
+        local = local_of(tensor).detach().resolve_conj().resolve_neg()
+        copy = local.clone(memory_format=torch.contiguous_format)
+    if isinstance(tensor, DTensor):
+        return DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return copy
 
 
 def _frozen(value: Any) -> Any:
@@ -223,15 +240,18 @@ def _plain_copy(value: Any) -> Any:
     if kind in _PLAIN:
         return value
     if kind is list or kind is tuple:
-        if _PLAIN.issuperset(map(type, value)):  # the names of all parameters, say
-            return kind(value)
-        items = [_plain_copy(item) for item in value]
-        return NotImplemented if any(item is NotImplemented for item in items) else kind(items)
+        items = _plain_copies(value)
+        return NotImplemented if items is None else kind(items)
     if kind is dict:
-        keys, items = [_plain_copy(k) for k in value], [_plain_copy(v) for v in value.values()]
-        return (
-            NotImplemented
-            if any(i is NotImplemented for i in (*keys, *items))
-            else dict(zip(keys, items, strict=True))
-        )
+        keys, items = _plain_copies(value), _plain_copies(value.values())
+        if keys is None or items is None:
+            return NotImplemented
+        return dict(zip(keys, items, strict=True))
     return NotImplemented
+
+
+def _plain_copies(values: Collection[Any]) -> list[Any] | None:
+    if _PLAIN.issuperset(map(type, values)):  # the names of all parameters, say
+        return list(values)
+    copies = [_plain_copy(value) for value in values]
+    return None if any(copy is NotImplemented for copy in copies) else copies

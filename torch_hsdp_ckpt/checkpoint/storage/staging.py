@@ -41,32 +41,47 @@ class Layout:
         self, files: Sequence[_C.PlannedFile], objects: int, limit: int | None = None
     ) -> None:
         self.files = files
-        # From the end: what comes last in the files is written last.
-        self.first = records = sum(map(len, files))
-        offsets = [-(-file.size // PAGE) * PAGE for file in files]
-        room: float = float("inf") if limit is None else limit - PAGE
-        full = False
-        for number in reversed(range(len(files))):
-            end = offsets[number]
-            for offset, _ in reversed(files[number].places()):
-                records -= 1
-                full = full or records < objects or end - offset // PAGE * PAGE > room
-                if full:
-                    break
-                self.first, offsets[number] = records, offset // PAGE * PAGE
-            room -= end - offsets[number]
-            if full:
-                break
-        self.first = max(self.first, objects)
+        fit = _fit_from_the_end(files, objects, limit)
+        self.first = max(fit.first, objects)
         self.images: list[FileImage] = []
         self.payloads: list[int] = []
         self.size = 0
-        for offset, file in zip(offsets, files, strict=True):
-            if offset < _FEW and limit is None:
-                offset = 0
-            self.images.append(FileImage(offset, self.size, -(-file.size // PAGE) * PAGE - offset))
+        for begin, file in zip(fit.begins, files, strict=True):
+            offset = 0 if begin < _FEW and limit is None else begin
+            size = _round_up(file.size) - offset
+            self.images.append(FileImage(offset, self.size, size))
             self.payloads += [self.size + payload - offset for payload in file.payloads]
-            self.size += self.images[-1].size
+            self.size += size
+
+
+class _Fit(NamedTuple):
+    """What finds room in memory: records from ``first`` on, each file from ``begins`` on."""
+
+    first: int
+    begins: list[int]
+
+
+def _fit_from_the_end(files: Sequence[_C.PlannedFile], objects: int, limit: int | None) -> _Fit:
+    """What comes last in the files is written last, so it is what is copied."""
+    first = sum(map(len, files))
+    begins = [_round_up(file.size) for file in files]
+    room: float = float("inf") if limit is None else limit - PAGE
+    for number in reversed(range(len(files))):
+        end, begin = begins[number], begins[number]
+        for offset, _ in reversed(files[number].places()):
+            page = offset // PAGE * PAGE
+            if first == objects or end - page > room:
+                begins[number] = begin
+                return _Fit(first, begins)
+            first, begin = first - 1, page
+        begins[number] = begin
+        room -= end - begin
+    return _Fit(first, begins)
+
+
+def _round_up(size: int) -> int:
+    """To the end of a page."""
+    return -(-size // PAGE) * PAGE
 
 
 class Image:
@@ -85,6 +100,10 @@ class Image:
         """A record's place, as a contiguous tensor of the dtype and the shape of ``like``."""
         start = self._start + self.layout.payloads[record]
         return self._block[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    def close(self) -> None:
+        """Lets go of the memory, which the pool keeps, or gives back when it makes more."""
+        self._block = self._block[:0]
 
 
 class StagingPool:
@@ -105,18 +124,13 @@ class StagingPool:
         ``limit``: bytes; an older block that is larger is given back.
         """
         size = layout.size + PAGE if layout.size else 0
-        small = self._block.numel() < size or (pinned and size > 0 and not self._pinned)
-        if small or (limit is not None and self._block.numel() > limit):
+        is_small = self._block.numel() < size or (pinned and size > 0 and not self._pinned)
+        is_large = limit is not None and self._block.numel() > limit
+        if is_small or is_large:
             self._free()  # the old one goes first: never two at a time
             if pinned and size:
-                # Not torch's: that comes in powers of two, up to twice of what is asked for, and
-                # never goes back. Shared: after a fork, a write to private memory would leave the
-                # device with pages that this process no longer has.
-                self._block = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-                cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-                torch.cuda.check_error(
-                    cudart.cudaHostRegister(self._block.data_ptr(), size, 1)
-                )  # 1: for all devices
+                self._block = _shared_memory(size)
+                _register(self._block)
                 self._pinned = True
             elif size:
                 self._block = scratch(size, huge=True)
@@ -125,6 +139,27 @@ class StagingPool:
     def _free(self) -> None:
         if self._pinned:
             self._pinned = False
-            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            torch.cuda.check_error(cudart.cudaHostUnregister(self._block.data_ptr()))
+            _unregister(self._block)
         self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def _shared_memory(size: int) -> Tensor:
+    """Memory to be pinned. Not torch's own: that comes in powers of two, up to twice of what is
+    asked for, and never goes back. Shared: after a fork, a write to private memory would leave the
+    device with pages that this process no longer has."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
+_FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
+
+
+def _register(block: Tensor) -> None:
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(
+        cudart.cudaHostRegister(block.data_ptr(), block.numel(), _FOR_ALL_DEVICES)
+    )
+
+
+def _unregister(block: Tensor) -> None:
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(cudart.cudaHostUnregister(block.data_ptr()))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
 import os
 import threading
@@ -28,6 +29,8 @@ _logger = logging.getLogger(__name__)
 # One commit at a time in a process: the second sees what the first left, and its files are checked
 # after that.
 _commit_lock = threading.Lock()
+# A process's own: a planner that caches plans brings back the first save's id, and no two saves of
+# a process may write files of the same names.
 _used_save_ids: set[int] = set()
 
 
@@ -50,12 +53,11 @@ class _SaveStorage:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FileWriteResult(WriteResult):
+class FileWriteResult(WriteResult):
     """A ``WriteResult`` that also carries the data file's size to the coordinator, which checks it
     before the commit."""
 
     file_size: int = 0
-    exact: bool = True
 
 
 def _torch_saved(tensor: Tensor) -> memoryview:
@@ -137,8 +139,6 @@ class FileSystemWriter(_stock.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
         storage: _SaveStorage = plan.storage_data
         save_id = storage.save_id
-        # A planner that caches plans brings back the first save's: file names must be new all the
-        # same.
         if save_id in _used_save_ids:
             save_id = _C.new_save_id()
         _used_save_ids.add(save_id)
@@ -162,9 +162,9 @@ class FileSystemWriter(_stock.FileSystemWriter):
     def _write_files(
         self, items: list[WriteItem], planner: SavePlanner, rank: int, save_id: int
     ) -> list[WriteResult]:
-        groups = (
-            ([items] if items else []) if self.single_file_per_rank else [[item] for item in items]
-        )
+        groups = [[item] for item in items]
+        if self.single_file_per_rank:
+            groups = [items] if items else []
         results: list[WriteResult] = []
         written: list[str] = []
         try:
@@ -237,29 +237,32 @@ class FileSystemWriter(_stock.FileSystemWriter):
         for result in results:
             info = result.storage_data
             size = os.stat(os.path.join(self.path, info.relative_path)).st_size
-            out.append(_FileWriteResult(result.index, result.size_in_bytes, info, size))
+            out.append(FileWriteResult(result.index, result.size_in_bytes, info, size))
         return out
 
     def _claim_directory(self) -> int:
         """Makes this the save that may commit here; the id of the save."""
+        save_id, self._claim = self._claim_for_save()
+        return save_id
+
+    def _claim_for_save(self) -> tuple[int, str]:
+        """Makes a new save the one that may commit here: its id, and the claim."""
         save_id = _C.new_save_id()
         name = self._own_metadata_path().name
-        self._claim = _C.claim_directory(str(self.path), name, save_id, self.overwrite)
-        return save_id
+        return save_id, _C.claim_directory(str(self.path), name, save_id, self.overwrite)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, tuple[str, int, bool]] = {}
         storage_data = {}
-        for result in (result for rank_results in results for result in rank_results):
+        for result in itertools.chain.from_iterable(results):
             info = result.storage_data
             storage_data[result.index] = info
-            size, exact = getattr(result, "file_size", None), True
-            if size is None:  # a subclass that writes in its own way
-                size, exact = (
-                    max(info.offset + info.length, files.get(info.relative_path, ("", 0))[1]),
-                    False,
-                )
-            files[info.relative_path] = (info.relative_path, size, exact)
+            name = info.relative_path
+            if isinstance(result, FileWriteResult):
+                files[name] = (name, result.file_size, True)
+            else:  # a subclass writes in its own way: a file is as long as its records, or more
+                _, known, _ = files.get(name, (name, 0, False))
+                files[name] = (name, max(info.offset + info.length, known), False)
         metadata.version = _stock.CURRENT_DCP_VERSION
         metadata.storage_data = storage_data
         metadata.storage_meta = self.storage_meta()
@@ -309,45 +312,47 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
 def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteItem]:
     """Adds a plan's items, objects first; the items in the order of their records."""
-    written: list[WriteItem] = []
-    objects: list[tuple[str, memoryview]] = []
-    for item in items:
-        if item.type == WriteItemType.BYTE_IO:
-            stream = planner.resolve_data(item)
-            if not isinstance(stream, io.BytesIO):
-                raise CheckpointError(
-                    f"{item.index.fqn}: the planner gave {type(stream).__name__} for an object, "
-                    "not BytesIO"
-                )
-            objects.append((item.index.fqn, stream.getbuffer()))
-            written.append(item)
+    objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
+    tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
     if objects:
-        file.add_objects(objects)
-    for item in items:
-        if item.type == WriteItemType.BYTE_IO:
-            continue
-        data = planner.resolve_data(item)
-        if not isinstance(data, Tensor):
-            raise CheckpointError(
-                f"{item.index.fqn}: the planner gave {type(data).__name__} for a tensor"
-            )
-        data = data.detach()
-        if isinstance(data, torch.nn.Parameter):
-            data = data.data
-        check_storage(data, item.index.fqn)
-        if is_plain(data):
-            file.add_tensor(item.index.fqn, data)
-        else:
-            file.add_objects([(item.index.fqn, _torch_saved(data))])
-        written.append(item)
-    return written
+        file.add_objects([(item.index.fqn, _object_of(item, planner)) for item in objects])
+    for item in tensors:
+        _add_tensor(file, item.index.fqn, _tensor_of(item, planner))
+    return objects + tensors
 
 
-def write_result(item: WriteItem, name: str, place: tuple[int, int], file_size: int) -> WriteResult:
+def _object_of(item: WriteItem, planner: SavePlanner) -> memoryview:
+    stream = planner.resolve_data(item)
+    if not isinstance(stream, io.BytesIO):
+        raise CheckpointError(
+            f"{item.index.fqn}: the planner gave {type(stream).__name__} for an object, not BytesIO"
+        )
+    return stream.getbuffer()
+
+
+def _tensor_of(item: WriteItem, planner: SavePlanner) -> Tensor:
+    data = planner.resolve_data(item)
+    if not isinstance(data, Tensor):
+        raise CheckpointError(
+            f"{item.index.fqn}: the planner gave {type(data).__name__} for a tensor"
+        )
+    data = data.detach()
+    return data.data if isinstance(data, torch.nn.Parameter) else data
+
+
+def _add_tensor(file: DataFile, name: str, tensor: Tensor) -> None:
+    check_storage(tensor, name)
+    if is_plain(tensor):
+        file.add_tensor(name, tensor)
+    else:
+        file.add_objects([(name, _torch_saved(tensor))])
+
+
+def write_result(
+    item: WriteItem, name: str, place: tuple[int, int], file_size: int
+) -> FileWriteResult:
     offset, length = place
-    return _FileWriteResult(
-        item.index, length, _stock._StorageInfo(name, offset, length), file_size
-    )
+    return FileWriteResult(item.index, length, _stock._StorageInfo(name, offset, length), file_size)
 
 
 def _reserve(tensors: Iterable[WriteItem]) -> int:

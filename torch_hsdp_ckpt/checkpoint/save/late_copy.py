@@ -1,0 +1,115 @@
+"""Where a captured state is copied to, and the copies: some in the call, the others behind the
+gate."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+
+import torch
+
+from ... import _C
+from ...common.tensors import local_of
+from ..snapshot.device_copy import DeviceCopy, SnapshotCopy
+from ..snapshot.staged import Objects, Source, StagedRecords
+from ..storage.data_file import StagedRecord
+from ..storage.staging import Image, Layout
+from .capture import Captured, LocalChunk
+from .open import SaveRequest
+from .plan import lay_out, pickled
+from .stage import StagingLimits
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedRecords:
+    """A place in memory for each record that this rank will write, but for the first ones, if the
+    limit is too small for all.
+
+    ``live``: how many of the tensors' records have none: they are written from the tensors
+    themselves. ``records``: of tensors; their bytes may have still to come."""
+
+    objects: Objects
+    files: Sequence[_C.PlannedFile]
+    image: Image
+    live: int
+    records: Sequence[Source]
+
+    @property
+    def copied_bytes(self) -> int:
+        copied = self.records[self.live :]
+        return sum(record.size for record in copied if isinstance(record, StagedRecord))
+
+    def staged(self, copies: Sequence[_C.StagingCopy]) -> StagedRecords:
+        return StagedRecords(self.records, self.image.files, self.live, copies)
+
+
+def place_records(request: SaveRequest, captured: Captured, limits: StagingLimits) -> PlacedRecords:
+    """Places for what this rank will write, in the pool's memory. The planner must have the
+    values."""
+    structure = captured.structure
+    objects: Objects = []
+    if request.agreement.is_coordinator:
+        objects = pickled(structure.static.objects, captured.planner.state_dict)
+    files = lay_out(request, structure.static, objects)
+    layout = Layout(files, len(objects), limits.limit)
+    image = limits.pool.image(layout, bool(structure.devices), limits.limit)
+    live = layout.first - len(objects)
+    records: list[Source] = [_live_record(captured, chunk) for chunk in structure.chunks[:live]]
+    for i, chunk in enumerate(structure.chunks[live:], start=live):
+        address = image.base + layout.payloads[len(objects) + i]
+        records.append(StagedRecord(chunk.kind, chunk.shape, address, chunk.size))
+    return PlacedRecords(objects, files, image, live, records)
+
+
+def _live_record(captured: Captured, chunk: LocalChunk) -> Source:
+    """A record that is read from the tensor itself."""
+    local = local_of(captured.live.tensor(chunk.tensor))
+    if local.is_cuda:
+        return _elements(local, chunk).view(chunk.shape)
+    address = captured.live.address(chunk.tensor) + chunk.first
+    return StagedRecord(chunk.kind, chunk.shape, address, chunk.size)
+
+
+def _elements(local: torch.Tensor, chunk: LocalChunk) -> torch.Tensor:
+    """A record's elements, on the device, in one dimension."""
+    first = chunk.first // local.itemsize
+    return local.detach().view(-1)[first : first + chunk.size // local.itemsize]
+
+
+@dataclasses.dataclass(frozen=True)
+class CopiesToMake:
+    """Copies of some tensors' records: what the CPU does, and what devices do, from where to
+    where."""
+
+    host: _C.StagingCopy
+    sources: Sequence[torch.Tensor]
+    targets: Sequence[torch.Tensor]
+
+    def start(self, device: DeviceCopy | None) -> SnapshotCopy:
+        """Queues the devices' copies; the CPU's are done by who runs the result."""
+        if device is not None:
+            device.start(self.sources, self.targets)
+        return SnapshotCopy(self.host, device)
+
+
+def copies_of(captured: Captured, placed: PlacedRecords, tensors: Iterable[int]) -> CopiesToMake:
+    """The copies of these tensors of the state, to the places of their records."""
+    structure, wanted = captured.structure, set(tensors)
+    places = placed.image.layout.payloads[len(placed.objects) :]
+    sources: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    if structure.devices:
+        for i in range(placed.live, len(structure.chunks)):
+            chunk = structure.chunks[i]
+            local = local_of(captured.live.tensor(chunk.tensor))
+            if local.is_cuda and chunk.size and chunk.tensor in wanted:
+                sources.append(_elements(local, chunk))
+                targets.append(placed.image.view(len(placed.objects) + i, sources[-1]))
+    host = captured.live.copies(
+        structure.copied, placed.live, placed.image.base, places, sorted(wanted), False
+    )
+    return CopiesToMake(host, sources, targets)
+
+
+def other_tensors(captured: Captured, tensors: Collection[int]) -> list[int]:
+    """The tensors of the state that are not among these."""
+    excluded = set(tensors)
+    return [i for i in range(len(captured.structure.places)) if i not in excluded]

@@ -1,0 +1,173 @@
+"""A rank's flattened state dict: who can plan each value, and two digests to compare ranks by."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint.planner_helpers as _helpers
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from ...common.tensors import check_storage, is_plain
+from ...errors import CheckpointError
+
+DIGEST_BYTES = 16
+# torch 2.15's tensors that say themselves which chunks of a larger one they hold.
+_is_checkpointable = getattr(_helpers, "_is_checkpointable_tensor", lambda value: False)
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedNames:
+    """A state's names, by who can plan their values.
+
+    ``dtensors`` and ``tensors``: what the static plan takes; each plain tensor is written by one
+    rank, whole. ``objects``: everything that is pickled. ``gathered``: what only DCP's planning
+    knows how to divide: ShardedTensors, tensor subclasses, placements other than Shard and
+    Replicate, a dimension cut twice."""
+
+    dtensors: list[str] = dataclasses.field(default_factory=list)
+    tensors: list[str] = dataclasses.field(default_factory=list)
+    objects: list[str] = dataclasses.field(default_factory=list)
+    gathered: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh and, for each of its dimensions, the tensor dimension that it cuts, or -1."""
+
+    mesh: DeviceMesh
+    dims: tuple[int, ...]
+
+
+class LocalState:
+    """A rank's flattened state dict, from DCP's planner; it holds the live values until
+    :meth:`release`."""
+
+    def __init__(self, planner: DefaultSavePlanner) -> None:
+        self.planner = planner
+        self.values: Mapping[str, Any] = planner.state_dict
+        self.paths: Mapping[str, Any] | None = (
+            planner.mappings if planner.flatten_state_dict else None
+        )
+        # Some thousand tensors share a few meshes and placements: what follows from one is kept.
+        self._mesh_keys: dict[int, tuple[Any, ...]] = {}
+        self._shardings: dict[tuple[int, tuple[Placement, ...]], Sharding | None] = {}
+
+    @functools.cached_property
+    def names(self) -> SortedNames:
+        """Raises CheckpointError for a name without UTF-8, and for a tensor without memory."""
+        names = SortedNames()
+        for name, value in self.values.items():
+            self._planners_of(names, name, value).append(name)
+        return names
+
+    def _planners_of(self, names: SortedNames, name: str, value: Any) -> list[str]:
+        """The list that a value belongs to."""
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{name!r}: a name that has no UTF-8 can't be saved") from None
+        if isinstance(value, DTensor):
+            return names.dtensors if self._is_plain_dtensor(value) else names.gathered
+        if isinstance(value, Tensor):
+            plain = value.data if type(value) is torch.nn.Parameter else value
+            if not is_plain(plain) or _is_checkpointable(value):
+                return names.gathered
+            check_storage(plain, name)
+            return names.tensors
+        if isinstance(value, ShardedTensor) or hasattr(value, "__create_write_items__"):
+            return names.gathered
+        return names.objects
+
+    def _is_plain_dtensor(self, value: DTensor) -> bool:
+        if type(value) is not DTensor or self.sharding_of(value) is None:
+            return False
+        return is_plain(value._local_tensor)
+
+    def sharding_of(self, tensor: DTensor) -> Sharding | None:
+        """None if the tensor's placements are not all there is to be said of how it is cut."""
+        spec = tensor._spec
+        key = (id(spec.mesh), spec.placements)
+        if key not in self._shardings:
+            self._shardings[key] = _sharding_by(spec.mesh, spec.placements)
+        return self._shardings[key]
+
+    def digests(self) -> bytes:
+        """Two digests: equal on two ranks if they hold the same DTensors, and if they hold the same
+        other values."""
+        return _digest(self._dtensor_keys()) + _digest(self._other_keys())
+
+    def _dtensor_keys(self) -> Iterator[tuple[Any, ...]]:
+        for name in self.names.dtensors:
+            t = self.values[name]
+            sharding = self.sharding_of(t)
+            assert sharding is not None
+            mesh_key = self._mesh_key(sharding.mesh)
+            yield name, str(t.dtype), tuple(t.shape), *mesh_key, sharding.dims, self._path(name)
+
+    def _other_keys(self) -> Iterator[tuple[Any, ...]]:
+        for name in self.names.tensors:
+            t = self.values[name]
+            yield name, str(t.dtype), tuple(t.shape), self._path(name)
+        for name in self.names.objects:
+            yield name, type(self.values[name]).__qualname__, (), self._path(name)
+
+    def _mesh_key(self, mesh: DeviceMesh) -> tuple[Any, ...]:
+        if (key := self._mesh_keys.get(id(mesh))) is None:
+            ranks = mesh.mesh
+            digest = hashlib.blake2b(ranks.numpy().tobytes(), digest_size=DIGEST_BYTES).digest()
+            key = self._mesh_keys[id(mesh)] = (tuple(ranks.shape), digest)
+        return key
+
+    def _path(self, name: str) -> Any:
+        return None if self.paths is None else self.paths[name]
+
+    def paths_of(self, names: Iterable[str]) -> dict[str, Any] | None:
+        return None if self.paths is None else {name: self.paths[name] for name in names}
+
+    def items_of(self, names: Iterable[str]) -> list[WriteItem]:
+        """What DCP's planner would have this rank write, before ranks that hold the same are told
+        apart."""
+        items: list[WriteItem] = []
+        for name in names:
+            value = self.values[name]
+            # A DTensor of a mesh without this rank has nothing here.
+            if not isinstance(value, DTensor) or value.device_mesh.get_coordinate() is not None:
+                items += _helpers._create_write_items(name, value)
+        return items
+
+    def release(self, keep: Iterable[str] = ()) -> None:
+        """Lets go of the values, but for those named, which the planner will be asked for.
+
+        The live state goes when the caller lets it go, not when the save is done."""
+        kept = {name: self.values[name] for name in keep if name in self.values}
+        self.planner.state_dict, self.planner.mappings = kept, {}
+        self.values, self.paths = {}, None
+        self._shardings.clear()
+
+
+def _sharding_by(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Sharding | None:
+    dims: list[int] = []
+    for placement in placements:
+        if type(placement) is Replicate:
+            dims.append(-1)
+        elif type(placement) is Shard and placement.dim not in dims:
+            dims.append(placement.dim)
+        else:
+            return None
+    return Sharding(mesh, tuple(dims))
+
+
+def _digest(values: Iterable[Any]) -> bytes:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogatepass"))
+    return digest.digest()

@@ -1,0 +1,168 @@
+"""What each rank writes in a save, from the shapes, meshes and placements of its own state dict.
+
+Ranks compare two digests: of the DTensors' specs, and of the keys, types and shapes of all the
+other values. Where they are equal nobody has to be told anything; ``csrc/checkpoint/save`` then has
+every rank's records and all their places."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.tensor import DTensor
+
+from ... import _C
+from ...common.tensors import RECORD_DTYPES, check_storage
+from ...errors import CheckpointError
+from .local_state import LocalState, Sharding, SortedNames
+
+# Before torch 2.15 the metadata says nothing of strides.
+_HAS_STRIDES = any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
+
+Chunk = tuple[int, list[int], list[int]]  # tensor, offsets in the whole tensor, sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticPlan:
+    """The part of a save that needs no talk. ``plan`` knows all ranks' records, ``pieces`` are this
+    rank's."""
+
+    plan: _C.SavePlan
+    pieces: _C.PieceList
+    names: Sequence[str]  # of the plan's tensors
+    locals: Sequence[Tensor]  # this rank's shard of each, which may need a gradient
+    rank: int
+    objects: Sequence[str]  # pickled by the coordinator
+
+    def shard_start(self, tensor: int) -> list[int]:
+        """Where this rank's shard begins in the whole tensor."""
+        return self.plan.shard_offsets(self.rank, tensor)
+
+    def tensor_of(self, chunk: Chunk) -> Tensor:
+        """The bytes of a chunk: the local shard, or a part of it."""
+        index, offsets, sizes = chunk
+        tensor = self.locals[index].detach()
+        if list(tensor.shape) == list(sizes):
+            return tensor
+        starts = self.shard_start(index)
+        for dim, (offset, size, start) in enumerate(zip(offsets, sizes, starts, strict=True)):
+            tensor = tensor.narrow(dim, offset - start, size)
+        return tensor
+
+    def chunk_names(self) -> Iterator[str]:
+        """The name of the tensor of each chunk that this rank writes."""
+        return (self.names[chunk[0]] for chunk in self.pieces)
+
+    def without_tensors(self) -> "StaticPlan":
+        """The plan alone, which keeps no tensor alive."""
+        return dataclasses.replace(self, locals=())
+
+
+class ChunkTensors(Sequence[Tensor]):
+    """The live tensors of a plan's chunks, each made when it is asked for."""
+
+    def __init__(self, static: StaticPlan) -> None:
+        self._static = static
+
+    def __len__(self) -> int:
+        return len(self._static.pieces)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices are taken
+        return self._static.tensor_of(self._static.pieces[index])
+
+
+def make_static_plan(
+    state: LocalState, names: SortedNames, rank: int, global_ranks: Sequence[int]
+) -> StaticPlan:
+    """Plans the DTensors, tensors and objects of these names, on which all ranks agree.
+
+    ``rank``: this one's in the saving process group, whose ranks ``global_ranks`` are. Raises
+    CheckpointError, naming the tensor, for a shard that no rank of the group holds and for a local
+    shard of another shape than mesh and placements give it."""
+    shardings = _Shardings(global_ranks)
+    tensors = [_planned_dtensor(state, name, shardings) for name in names.dtensors]
+    tensors += [_planned_tensor(state, name, shardings) for name in names.tensors]
+    with_details = rank == 0  # what DCP's metadata says of a tensor, by the coordinator's
+    plan = _C.SavePlan(shardings.arguments, (_argument(it, with_details) for it in tensors))
+    locals_ = [tensor.local for tensor in tensors]
+    for index, _, sizes in plan.local_shards(rank):
+        if sizes != list(locals_[index].shape):
+            raise CheckpointError(
+                f"{tensors[index].name}: rank {rank} holds a shard of shape "
+                f"{list(locals_[index].shape)}; its mesh and placements "
+                f"make it {sizes} of {list(tensors[index].whole.shape)}"
+            )
+    return StaticPlan(
+        plan=plan,
+        pieces=plan.pieces(rank),
+        names=[tensor.name for tensor in tensors],
+        locals=locals_,
+        rank=rank,
+        objects=list(names.objects),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _PlannedTensor:
+    name: str
+    whole: Tensor  # a DTensor, or the same as ``local``
+    local: Tensor
+    sharding: int
+
+
+class _Shardings:
+    """The distinct shardings of a plan's tensors, numbered as they come."""
+
+    def __init__(self, global_ranks: Sequence[int]) -> None:
+        self._size = len(global_ranks)
+        self._rank_in_group = {rank: i for i, rank in enumerate(global_ranks)}
+        self._numbers: dict[tuple[int, tuple[int, ...]] | None, int] = {}
+        self.arguments: list[tuple[Sequence[int], Sequence[int], Sequence[int], bool]] = []
+
+    def of_dtensor(self, sharding: Sharding) -> int:
+        key = (id(sharding.mesh), sharding.dims)
+        if (number := self._numbers.get(key)) is not None:
+            return number
+        mesh = sharding.mesh.mesh
+        ranks = [self._rank_in_group.get(rank, -1) for rank in mesh.flatten().tolist()]
+        return self._add(key, (list(mesh.shape), ranks, sharding.dims, False))
+
+    def of_plain_tensor(self) -> int:
+        """Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is
+        one rank's, as in DCP."""
+        if (number := self._numbers.get(None)) is not None:
+            return number
+        return self._add(None, ([self._size], range(self._size), (-1,), True))
+
+    def _add(
+        self,
+        key: tuple[int, tuple[int, ...]] | None,
+        argument: tuple[Sequence[int], Sequence[int], Sequence[int], bool],
+    ) -> int:
+        self.arguments.append(argument)
+        number = self._numbers[key] = len(self.arguments) - 1
+        return number
+
+
+def _planned_dtensor(state: LocalState, name: str, shardings: _Shardings) -> _PlannedTensor:
+    value: DTensor = state.values[name]
+    sharding = state.sharding_of(value)
+    assert sharding is not None
+    local = value._local_tensor
+    check_storage(local.detach(), name)
+    return _PlannedTensor(name, value, local, shardings.of_dtensor(sharding))
+
+
+def _planned_tensor(state: LocalState, name: str, shardings: _Shardings) -> _PlannedTensor:
+    value: Tensor = state.values[name]
+    return _PlannedTensor(name, value, value, shardings.of_plain_tensor())
+
+
+def _argument(
+    tensor: _PlannedTensor, with_details: bool
+) -> tuple[str, str, Sequence[int], int, Sequence[int] | None, bool]:
+    local = tensor.local
+    strides = local.stride() if with_details and _HAS_STRIDES else None
+    pinned = with_details and local.is_pinned()
+    dtype = RECORD_DTYPES[local.dtype]
+    return tensor.name, dtype, tensor.whole.shape, tensor.sharding, strides, pinned

@@ -1,0 +1,121 @@
+"""The copies of one snapshot that are on their way: by the CPU, and from devices."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import torch
+
+from ... import _C
+
+# Bytes of one copy: on the way to the host a collective's own transfer waits for no more than this.
+_PIECE = 16 << 20
+# One stream for each device of the process, kept: streams come from a small pool that all share.
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class DeviceCopy:
+    """Copies from CUDA devices into pinned memory, on side streams; made where and when the state
+    is to be copied."""
+
+    def __init__(self, devices: Collection[torch.device]) -> None:
+        self._ready = {}
+        for device in devices:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            self._ready[device] = event
+        self._done: list[torch.cuda.Event] = []
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def start(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """Queues the copies, of tensors of one dimension; the sources, of any of the devices, are
+        what they were when this object was made."""
+        self._pairs = list(zip(sources, targets, strict=True))
+        for device, ready in self._ready.items():
+            pairs = [pair for pair in self._pairs if pair[0].device == device]
+            # One event for each device, in the devices' order.
+            self._done.append(_queue(device, ready, pairs) if pairs else ready)
+
+    def wait_ready(self) -> None:
+        """Returns when the sources are what they were when this object was made."""
+        for ready in self._ready.values():
+            ready.synchronize()
+
+    def join_streams(self) -> None:
+        """What is queued on the devices from here on runs after the copies; the host does not
+        wait."""
+        for device, done in zip(self._ready, self._done, strict=False):
+            torch.cuda.current_stream(device).wait_event(done)
+
+    def synchronize(self) -> None:
+        """Returns when nothing is copied any more, also of what a failed :meth:`start` has
+        queued."""
+        for device in self._ready:
+            _side_stream(device).synchronize()
+
+    def unchanged(self) -> bool:
+        """Whether the sources still are what was copied."""
+        self.synchronize()
+        return all(
+            bool(torch.equal(source, target.to(source.device))) for source, target in self._pairs
+        )
+
+    def close(self) -> None:
+        """Waits for the copies, whose memory the next save uses, and lets go of the tensors."""
+        self.synchronize()
+        self._pairs = []
+
+
+def _queue(
+    device: torch.device,
+    ready: torch.cuda.Event,
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.cuda.Event:
+    """Queues the copies of one device behind ``ready``; the event at their end."""
+    stream = _side_stream(device)
+    sources: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    for source, target in pairs:
+        limit = _PIECE // source.itemsize
+        sources += torch.split(source, limit)
+        targets += torch.split(target, limit)
+    with torch.cuda.stream(stream), torch.no_grad():
+        stream.wait_event(ready)
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(stream)
+    return done
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+    return _streams[device]
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapshotCopy:
+    """What is copied after a call has returned: what a gate waits for (``PendingCopy`` there)."""
+
+    host: _C.StagingCopy
+    device: DeviceCopy | None
+
+    def run(self) -> None:
+        """Helps to copy until there is nothing left to take on."""
+        self.host.run()
+
+    def finish(self) -> None:
+        """Returns when the CPU's copies are done."""
+        self.host.finish()
+
+    def join_streams(self) -> None:
+        if self.device is not None:
+            self.device.join_streams()
+
+    def find_change(self) -> str:
+        """See ``PendingCopy``; reads everything."""
+        changed = self.host.first_change(2)
+        if changed >= 0:
+            return f"copied piece {changed}"
+        if self.device is not None and not self.device.unchanged():
+            return "a tensor on a device"
+        return ""
