@@ -153,12 +153,6 @@ PARSED: dict[str, Callable[[list[str]], None]] = {
 # Those that other tests of this file run.
 BENCH = ("python test/bench/run.py", "python test/bench/plot.py")
 RUN_BELOW = ("hsdp-ckpt", "python -c", "cmake", *BENCH)
-    "hsdp-ckpt",
-    "python -c",
-    "python test/bench/run.py",
-    "python test/bench/plot.py",
-    "cmake",
-)
 
 
 def _rule(command: str) -> Callable[[list[str]], None] | None:

@@ -17,15 +17,6 @@ struct ProcessIdentity {
   friend bool operator==(const ProcessIdentity&, const ProcessIdentity&) = default;
 };
 
-/// The calling process. Read from /proc; a part that can't be read is 0, and nothing is ever proven
-/// of it.
-ProcessIdentity ThisProcess();
-
-/// Whether the process that wrote a file is provably gone: of this boot and PID namespace and not
-/// running any more, or of this host before it booted, by a file that nobody has touched since.
-/// Anything else may be alive. `modified`: the file's modification time, seconds since the epoch.
-bool IsProvablyDead(const ProcessIdentity& process, int64_t modified);
-
 /// A data file's name: __{rank}_{save id}_{host}_{boot}_{pid}_{start}[_torch]_{number}.distcp, the
 /// first four of them after the rank as 16, 8 and 8 lower-case hex digits, the others decimal.
 /// Never used twice: the save id is random and of 64 bits.

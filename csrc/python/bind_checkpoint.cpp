@@ -1,12 +1,12 @@
-// The checkpoint engine for torch_hsdp_ckpt/filesystem.py. Tensors cross as (name, dtype, shape,
-// address, first byte, bytes): the caller keeps them alive and contiguous during the call. An image
-// crosses as (offset in the file, address, bytes). The GIL is released for all that reads, writes
-// or waits.
+// What writes a checkpoint: data files, the claim on a directory, the commit. Memory crosses as
+// addresses: the caller keeps it alive and contiguous during the call. The GIL is released for all
+// that reads, writes or waits.
 
 #include "base/crc32.h"
 #include "base/error.h"
 #include "checkpoint/commit/claim.h"
 #include "checkpoint/commit/commit.h"
+#include "checkpoint/commit/process_identity.h"
 #include "checkpoint/save/shard_file_writer.h"
 #include "format/data_file_name.h"
 #include "format/record.h"
@@ -21,9 +21,14 @@ namespace hsdp_ckpt::python {
 namespace {
 
 using Shape = std::vector<int64_t>;
-using TensorArgument = std::tuple<std::string, std::string, Shape, uintptr_t, int64_t, int64_t>;
 using PlaceResult = std::pair<int64_t, int64_t>;
-using ImageArgument = std::tuple<int64_t, uintptr_t, int64_t>;
+
+// Memory that is laid out as a data file is from `offset` on.
+struct ImageMemory {
+  int64_t offset = 0;
+  uintptr_t address = 0;
+  int64_t size = 0;
+};
 
 const format::DType& KnownDType(const std::string& name) {
   const format::DType* dtype = format::FindDType(std::string_view(name));
@@ -39,15 +44,19 @@ std::vector<PlaceResult> WriteAll(checkpoint::ShardFileWriter& writer,
   return places;
 }
 
+// A payload, or the part of one that begins at its byte `first`: `size` bytes at `address`.
+checkpoint::RecordSource MakeRecordPart(std::string name, const std::string& dtype, Shape shape,
+                                        uintptr_t address, int64_t first, size_t size) {
+  return {std::move(name),
+          &KnownDType(dtype),
+          std::move(shape),
+          {reinterpret_cast<const std::byte*>(address), size},
+          first};
+}
+
 std::vector<PlaceResult> WriteTensors(checkpoint::ShardFileWriter& writer,
-                                      const std::vector<TensorArgument>& tensors) {
-  std::vector<checkpoint::RecordSource> records;
-  for (const auto& [name, dtype_name, shape, address, first, size] : tensors) {
-    const auto* data = reinterpret_cast<const std::byte*>(address);
-    records.push_back(
-        {name, &KnownDType(dtype_name), shape, {data, static_cast<size_t>(size)}, first});
-  }
-  return WriteAll(writer, records);
+                                      const std::vector<checkpoint::RecordSource>& parts) {
+  return WriteAll(writer, parts);
 }
 
 std::vector<PlaceResult> WriteObjects(
@@ -68,22 +77,21 @@ std::vector<PlaceResult> WriteObjects(
 }
 
 std::string MakeFileName(int64_t rank, uint64_t save_id, int64_t number) {
-  return format::DataFileName{rank, save_id, format::ThisProcess(), false, number}.ToString();
+  return format::DataFileName{rank, save_id, checkpoint::ThisProcess(), false, number}.ToString();
 }
 
 std::string MakeTorchPrefix(int64_t rank, uint64_t save_id) {
   const std::string name =
-      format::DataFileName{rank, save_id, format::ThisProcess(), true, 0}.ToString();
+      format::DataFileName{rank, save_id, checkpoint::ThisProcess(), true, 0}.ToString();
   return name.substr(0, name.rfind('_') + 1);
 }
 
 std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
     const std::string& directory, const std::string& name, int threads, bool sync, int64_t reserve,
-    const ImageArgument& image, std::vector<std::shared_ptr<snapshot::StagingCopy>> copies) {
+    const ImageMemory& image, std::vector<std::shared_ptr<snapshot::StagingCopy>> copies) {
   const auto parsed = format::DataFileName::Parse(name);
   if (!parsed) throw py::value_error("not a data file's name: " + name);
   const py::gil_scoped_release release;
-  const auto& [offset, address, size] = image;
   const auto checksums = [copies = std::move(copies)](const std::byte* payload) {
     std::span<const uint32_t> found;
     for (size_t i = 0; i < copies.size() && found.empty(); ++i)
@@ -96,18 +104,12 @@ std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
           .threads = threads,
           .sync = sync,
           .reserve = reserve,
-          .image = {offset,
-                    {reinterpret_cast<std::byte*>(address), static_cast<size_t>(size)},
+          .image = {image.offset,
+                    {reinterpret_cast<std::byte*>(image.address), static_cast<size_t>(image.size)},
                     checksums}});
 }
 
-std::pair<int64_t, bool> Finish(checkpoint::ShardFileWriter& writer) {
-  const py::gil_scoped_release release;
-  const checkpoint::WrittenFile written = writer.Finish();
-  return {written.size, written.direct};
-}
-
-std::pair<std::vector<std::string>, std::vector<std::string>> CommitCheckpoint(
+checkpoint::CommitResult CommitCheckpoint(
     const std::string& directory, const std::string& metadata_name, const std::string& claim,
     const py::buffer& metadata, const std::vector<std::tuple<std::string, int64_t, bool>>& files,
     const std::vector<std::string>& superseded, bool sync) {
@@ -117,8 +119,7 @@ std::pair<std::vector<std::string>, std::vector<std::string>> CommitCheckpoint(
   checkpoint::CommitRequest request{directory, metadata_name, claim, bytes, {}, superseded, sync};
   for (const auto& [name, size, exact] : files) request.files.push_back({name, size, exact});
   const py::gil_scoped_release release;
-  auto result = checkpoint::Commit(io::PosixFileSystem(), request, format::IsProvablyDead);
-  return {std::move(result.removed), std::move(result.left)};
+  return checkpoint::Commit(io::PosixFileSystem(), request, checkpoint::IsProvablyDead);
 }
 
 int64_t RecordBytes(const std::string& dtype, const Shape& shape) {
@@ -135,12 +136,29 @@ std::vector<std::string> RecordDTypes() {
 
 void BindCheckpoint(py::module_& module) {
   const auto released = py::call_guard<py::gil_scoped_release>();
+  py::class_<ImageMemory>(module, "FileImage")
+      .def(py::init([](int64_t offset, uintptr_t address, int64_t size) {
+             return ImageMemory{offset, address, size};
+           }),
+           py::arg("offset") = 0, py::arg("address") = 0, py::arg("size") = 0)
+      .def_readonly("offset", &ImageMemory::offset)
+      .def_readonly("address", &ImageMemory::address)
+      .def_readonly("size", &ImageMemory::size);
+  py::class_<checkpoint::RecordSource>(module, "RecordPart")
+      .def(py::init(&MakeRecordPart), py::arg("name"), py::arg("dtype"), py::arg("shape"),
+           py::arg("address"), py::arg("first"), py::arg("size"));
+  py::class_<checkpoint::WrittenFile>(module, "WrittenFile")
+      .def_readonly("size", &checkpoint::WrittenFile::size)
+      .def_readonly("direct", &checkpoint::WrittenFile::direct);
+  py::class_<checkpoint::CommitResult>(module, "CommitResult")
+      .def_readonly("removed", &checkpoint::CommitResult::removed)
+      .def_readonly("left", &checkpoint::CommitResult::left);
   py::class_<checkpoint::ShardFileWriter>(module, "ShardFileWriter")
       .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"),
            py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"))
-      .def("write_tensors", &WriteTensors, py::arg("tensors"))
+      .def("write_tensors", &WriteTensors, py::arg("parts"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
-      .def("finish", &Finish);
+      .def("finish", &checkpoint::ShardFileWriter::Finish, released);
   module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"),
              py::arg("claim"), py::arg("metadata"), py::arg("files"), py::arg("superseded"),
              py::arg("sync"));

@@ -4,6 +4,7 @@
 
 #include <map>
 
+#include "checkpoint/commit/process_identity.h"
 #include "checkpoint/save/save_plan.h"
 #include "python/metadata_from_python.h"
 #include "python/module.h"
@@ -13,21 +14,28 @@ namespace py = pybind11;
 namespace hsdp_ckpt::python {
 namespace {
 
-using ShardingArgument =
-    std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, bool>;
-using TensorArgument =
-    std::tuple<std::string, std::string, format::Shape, size_t, std::optional<format::Shape>, bool>;
-using PieceResult = std::tuple<size_t, format::Shape, format::Shape>;
 using PlaceResult = std::pair<int64_t, int64_t>;
-using IdentityArgument = std::tuple<uint32_t, uint32_t, int64_t, uint64_t>;
-using WriterArgument = std::pair<IdentityArgument, std::vector<std::pair<std::string, int64_t>>>;
+
+// A tensor as Python gives it: its shapes are shared with other tensors' only in the plan.
+struct TensorToPlan {
+  std::string name;
+  const format::DType* dtype;
+  format::Shape shape;
+  size_t sharding;
+  std::optional<format::Shape> strides;
+  bool pinned;
+};
+
+TensorToPlan MakeTensor(std::string name, const std::string& dtype_name, format::Shape shape,
+                        size_t sharding, std::optional<format::Shape> strides, bool pinned) {
+  const format::DType* dtype = format::FindDType(std::string_view(dtype_name));
+  if (dtype == nullptr) throw py::value_error("no record format for dtype " + dtype_name);
+  return {std::move(name), dtype, std::move(shape), sharding, std::move(strides), pinned};
+}
 
 // The tensors come one by one, so that there is no list of them besides the plan.
-std::unique_ptr<checkpoint::SavePlan> MakePlan(const std::vector<ShardingArgument>& shardings,
+std::unique_ptr<checkpoint::SavePlan> MakePlan(std::vector<checkpoint::Sharding> shardings,
                                                const py::iterable& tensors) {
-  std::vector<checkpoint::Sharding> plan_shardings;
-  for (const auto& [mesh_shape, ranks, dims, whole] : shardings)
-    plan_shardings.push_back({mesh_shape, ranks, dims, whole});
   std::vector<checkpoint::PlannedTensor> plan_tensors;
   std::map<format::Shape, checkpoint::SharedShape> shapes;
   const auto shared = [&](const format::Shape& shape) {
@@ -35,21 +43,19 @@ std::unique_ptr<checkpoint::SavePlan> MakePlan(const std::vector<ShardingArgumen
     if (!known) known = std::make_shared<const format::Shape>(shape);
     return known;
   };
-  for (const py::handle tensor : tensors) {
-    auto [fqn, dtype_name, size, sharding, strides, pinned] = tensor.cast<TensorArgument>();
-    const format::DType* dtype = format::FindDType(std::string_view(dtype_name));
-    if (dtype == nullptr) throw py::value_error("no record format for dtype " + dtype_name);
-    plan_tensors.push_back({std::move(fqn), dtype, shared(size), sharding,
-                            strides ? shared(*strides) : checkpoint::SharedShape(), pinned});
+  for (const py::handle each : tensors) {
+    const auto& tensor = each.cast<const TensorToPlan&>();
+    plan_tensors.push_back({tensor.name, tensor.dtype, shared(tensor.shape), tensor.sharding,
+                            tensor.strides ? shared(*tensor.strides) : checkpoint::SharedShape(),
+                            tensor.pinned});
   }
   const py::gil_scoped_release release;
-  return std::make_unique<checkpoint::SavePlan>(std::move(plan_shardings), std::move(plan_tensors));
+  return std::make_unique<checkpoint::SavePlan>(std::move(shardings), std::move(plan_tensors));
 }
 
-PieceResult PieceAt(const checkpoint::PieceList& pieces, size_t i) {
-  if (i >= pieces.size()) throw py::index_error();
-  checkpoint::Piece piece = pieces[i];
-  return {piece.tensor, std::move(piece.offsets), std::move(piece.sizes)};
+checkpoint::PlannedChunk ChunkAt(const checkpoint::ChunkList& chunks, size_t i) {
+  if (i >= chunks.size()) throw py::index_error();
+  return chunks[i];
 }
 
 std::vector<PlaceResult> Places(const checkpoint::PlannedFile& file, size_t first, size_t count) {
@@ -93,7 +99,7 @@ bool AddPath(checkpoint::PlannedPaths& paths, std::string_view name, const py::h
   return at == name.size();
 }
 
-// Of the plan's tensors, then of the objects. None for paths that no plan has.
+// The paths of the plan's tensors, then those of the objects. None for paths that no plan has.
 std::optional<checkpoint::PlannedPaths> Paths(const checkpoint::SavePlan& plan,
                                               const std::vector<std::string>& objects,
                                               const py::iterable& paths) {
@@ -109,33 +115,39 @@ std::optional<checkpoint::PlannedPaths> Paths(const checkpoint::SavePlan& plan,
   return planned;
 }
 
-py::object CompleteMetadata(const checkpoint::SavePlan& plan, const py::object& skeleton,
-                            const checkpoint::PlannedPaths* paths,
-                            const std::vector<WriterArgument>& writers, uint64_t save_id,
-                            bool single_file) {
+// The metadata of a save: the bytes of `.metadata`, and the files that it names with their sizes.
+struct CompleteMetadataResult {
+  py::memoryview encoded;
+  std::vector<std::pair<std::string, int64_t>> files;
+};
+
+CompleteMetadataResult CompleteMetadata(const checkpoint::SavePlan& plan,
+                                        const py::object& skeleton,
+                                        const checkpoint::PlannedPaths* paths,
+                                        const std::vector<checkpoint::SavePlan::Writer>& writers,
+                                        uint64_t save_id, bool single_file) {
   const std::optional<format::Metadata> metadata = MetadataFromPython(skeleton);
-  if (!metadata) return py::none();
-  std::vector<checkpoint::SavePlan::Writer> all;
-  for (const auto& [identity, objects] : writers) {
-    const auto& [host, boot, pid, start] = identity;
-    all.push_back({{host, boot, pid, start}, objects});
-  }
+  if (!metadata) throw py::value_error("the skeleton is more than a version and a storage's meta");
   checkpoint::SavePlan::Encoded encoded;
   {
     const py::gil_scoped_release release;
-    encoded =
-        plan.Encode(all, save_id, single_file, paths, metadata->storage_meta, metadata->version);
+    encoded = plan.Encode(writers, save_id, single_file, paths, metadata->storage_meta,
+                          metadata->version);
   }
   const py::object file = py::cast(EncodedMetadata{std::move(encoded.metadata)});
-  return py::make_tuple(py::memoryview(file), encoded.files);
+  return {py::memoryview(file), std::move(encoded.files)};
 }
 
 }  // namespace
 
 void BindPlan(py::module_& module) {
-  py::class_<checkpoint::PieceList>(module, "PieceList")
-      .def("__len__", &checkpoint::PieceList::size)
-      .def("__getitem__", &PieceAt)
+  py::class_<checkpoint::PlannedChunk>(module, "PlannedChunk")
+      .def_readonly("tensor", &checkpoint::PlannedChunk::tensor)
+      .def_readonly("offsets", &checkpoint::PlannedChunk::offsets)
+      .def_readonly("sizes", &checkpoint::PlannedChunk::sizes);
+  py::class_<checkpoint::ChunkList>(module, "ChunkList")
+      .def("__len__", &checkpoint::ChunkList::size)
+      .def("__getitem__", &ChunkAt)
       .def("__iter__", [](const py::object& self) {
         return py::reinterpret_steal<py::object>(PySeqIter_New(self.ptr()));
       });
@@ -150,20 +162,45 @@ void BindPlan(py::module_& module) {
                                static_cast<py::ssize_t>(file.bytes.size()));
       });
   py::class_<checkpoint::PlannedPaths>(module, "PlannedPaths");
+  py::class_<checkpoint::Sharding>(module, "Sharding")
+      .def(py::init([](std::vector<int64_t> mesh_shape, std::vector<int64_t> ranks,
+                       std::vector<int64_t> shard_dims, bool whole) {
+             return checkpoint::Sharding{std::move(mesh_shape), std::move(ranks),
+                                         std::move(shard_dims), whole};
+           }),
+           py::arg("mesh_shape"), py::arg("ranks"), py::arg("shard_dims"), py::arg("whole"));
+  py::class_<TensorToPlan>(module, "TensorToPlan")
+      .def(py::init(&MakeTensor), py::arg("name"), py::arg("dtype"), py::arg("shape"),
+           py::arg("sharding"), py::arg("strides"), py::arg("pinned"));
+  py::class_<format::ProcessIdentity>(module, "ProcessIdentity")
+      .def(py::init([](uint32_t host, uint32_t boot, int64_t pid, uint64_t start) {
+             return format::ProcessIdentity{host, boot, pid, start};
+           }),
+           py::arg("host"), py::arg("boot"), py::arg("pid"), py::arg("start"))
+      .def_readonly("host", &format::ProcessIdentity::host)
+      .def_readonly("boot", &format::ProcessIdentity::boot)
+      .def_readonly("pid", &format::ProcessIdentity::pid)
+      .def_readonly("start", &format::ProcessIdentity::start);
+  py::class_<checkpoint::SavePlan::Writer>(module, "SaveWriter")
+      .def(py::init([](const format::ProcessIdentity& process,
+                       std::vector<std::pair<std::string, int64_t>> objects) {
+             return checkpoint::SavePlan::Writer{process, std::move(objects)};
+           }),
+           py::arg("process"), py::arg("objects"));
+  py::class_<CompleteMetadataResult>(module, "CompleteMetadata")
+      .def_readonly("encoded", &CompleteMetadataResult::encoded)
+      .def_readonly("files", &CompleteMetadataResult::files);
   py::class_<checkpoint::SavePlan>(module, "SavePlan")
       .def(py::init(&MakePlan), py::arg("shardings"), py::arg("tensors"))
       .def("paths", &Paths, py::arg("objects"), py::arg("paths"))
-      .def("pieces", &checkpoint::SavePlan::PiecesOf, py::arg("rank"))
+      .def("chunks", &checkpoint::SavePlan::ChunksOf, py::arg("rank"))
       .def("local_shards", &checkpoint::SavePlan::LocalShards, py::arg("rank"))
       .def("shard_offsets", &checkpoint::SavePlan::ShardOffsets, py::arg("rank"), py::arg("tensor"))
-      .def("layout", &checkpoint::SavePlan::Layout, py::arg("pieces"), py::arg("objects"),
+      .def("layout", &checkpoint::SavePlan::Layout, py::arg("chunks"), py::arg("objects"),
            py::arg("single_file"))
       .def("complete_metadata", &CompleteMetadata, py::arg("skeleton"), py::arg("paths"),
            py::arg("writers"), py::arg("save_id"), py::arg("single_file"));
-  module.def("process_identity", [] {
-    const format::ProcessIdentity self = format::ThisProcess();
-    return py::make_tuple(self.host, self.boot, self.pid, self.start);
-  });
+  module.def("process_identity", &checkpoint::ThisProcess);
 }
 
 }  // namespace hsdp_ckpt::python

@@ -33,6 +33,10 @@ void BindSnapshot(py::module_& module) {
   py::class_<Watch, std::shared_ptr<Watch>>(module, "Watch")
       .def("changed", &Watch::Changed)
       .def("__len__", &Watch::size);
+  py::class_<LiveState::Guarded>(module, "Guarded")
+      .def_readonly("watch", &LiveState::Guarded::watch)
+      .def_readonly("unguarded", &LiveState::Guarded::unguarded)
+      .def_readonly("unguarded_bytes", &LiveState::Guarded::unguarded_bytes);
   py::class_<LiveState>(module, "LiveState")
       .def(py::init<const py::object&>(), py::arg("state_dict"))
       .def_property_readonly("fingerprint",
@@ -46,15 +50,9 @@ void BindSnapshot(py::module_& module) {
       .def("tensor", &LiveState::Tensor, py::arg("index"))
       .def("address", &LiveState::address, py::arg("index"))
       .def("replace", &LiveState::Replace, py::arg("index"), py::arg("tensor"))
-      .def(
-          "find_guarded",
-          [](const LiveState& state, const py::object& parameters, const py::object& optimizers) {
-            LiveState::Guarded guarded = state.FindGuarded(parameters, optimizers);
-            return py::make_tuple(guarded.watch, guarded.unguarded, guarded.unguarded_bytes);
-          },
-          py::arg("parameters"), py::arg("optimizers"))
+      .def("find_guarded", &LiveState::FindGuarded, py::arg("parameters"), py::arg("optimizers"))
       .def("copies", &LiveState::Copies, py::arg("parts"), py::arg("skip"), py::arg("image"),
-           py::arg("places"), py::arg("unguarded"), py::arg("others"));
+           py::arg("places"), py::arg("tensors"));
 }
 
 }  // namespace hsdp_ckpt::python

@@ -220,7 +220,7 @@ void LiveState::Take(py::object owned) {
     return Walk(value, kind == Kind::kMapping);
   values_.push_back(std::move(owned));
   if (kind == Kind::kTensor) {
-    tensors_.push_back(Look(value, &fingerprint_));
+    tensors_.push_back(PlaceOf(value, &fingerprint_));
     tensors_.back().value = values_.size() - 1;
   } else {
     Append(fingerprint_, 'O');
@@ -228,7 +228,7 @@ void LiveState::Take(py::object owned) {
   }
 }
 
-LiveState::Place LiveState::Look(PyObject* tensor, std::string* fingerprint) const {
+LiveState::Place LiveState::PlaceOf(PyObject* tensor, std::string* fingerprint) const {
   static PyObject* const name = Name("_spec");
   const py::object inner = LocalOf(tensor);
   PyObject* const holder = inner ? inner.ptr() : tensor;
@@ -276,69 +276,97 @@ void LiveState::Replace(size_t index, const py::object& tensor) {
   if (!THPVariable_Check(tensor.ptr())) throw py::type_error("replace takes a tensor");
   Place& place = tensors_.at(index);
   const size_t value = place.value;
-  place = Look(tensor.ptr(), nullptr);
+  place = PlaceOf(tensor.ptr(), nullptr);
   place.value = value;
   values_[value] = tensor;
 }
 
-LiveState::Guarded LiveState::FindGuarded(const py::object& parameters,
-                                          const py::object& optimizers) const {
+// For each address among a state's tensors, the largest tensor that a guarded step updates.
+class LiveState::Owners {
+ public:
   struct Owner {
     py::object tensor;
     int64_t bytes = -1;
     Versions versions;
   };
-  ByAddress numbers(tensors_.size()), objects(tensors_.size());
-  std::vector<size_t> owner_of(tensors_.size()), tensor_of;  // by tensor; by object
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    owner_of[i] = numbers.Add(tensors_[i].address);
-    if (objects.Add(reinterpret_cast<uintptr_t>(values_[tensors_[i].value].ptr())) ==
-        tensor_of.size())
-      tensor_of.push_back(i);
+
+  explicit Owners(const LiveState& state)
+      : state_(state),
+        numbers_(state.tensors_.size()),
+        objects_(state.tensors_.size()),
+        owner_of_(state.tensors_.size()) {
+    for (size_t i = 0; i < state.tensors_.size(); ++i) {
+      const Place& tensor = state.tensors_[i];
+      owner_of_[i] = numbers_.Add(tensor.address);
+      PyObject* const object = state.values_[tensor.value].ptr();
+      if (objects_.Add(reinterpret_cast<uintptr_t>(object)) == tensor_of_.size())
+        tensor_of_.push_back(i);
+    }
+    owners_.resize(numbers_.size());
   }
-  std::vector<Owner> owners(
-      numbers.size());  // of each address among the state's tensors, the largest
-  const auto add = [&](const py::object& tensor) {
-    // An optimizer's state is mostly the same objects, which have been looked at. What costs is to
-    // bring each from memory.
-    const size_t object = objects.Find(reinterpret_cast<uintptr_t>(tensor.ptr()));
-    const Place place =
-        object != ByAddress::kNone ? tensors_[tensor_of[object]] : Look(tensor.ptr(), nullptr);
-    const size_t number = numbers.Find(place.address);
-    if (number == ByAddress::kNone || owners[number].bytes >= place.bytes) return;
-    owners[number] = {tensor, place.bytes, place.versions};
-  };
-  std::unordered_set<PyObject*> ours;
-  for (const py::handle list : parameters) {
-    for (const py::handle parameter : list) ours.insert(parameter.ptr());
-  }
-  for (const py::handle optimizer : optimizers) {
+
+  // The parameters of the optimizer that are among `ours`, and the tensors of its state.
+  void AddOptimizer(const py::handle& optimizer, const std::unordered_set<PyObject*>& ours) {
     for (const py::handle group : optimizer.attr("param_groups")) {
       for (const py::handle parameter : group["params"]) {
-        if (ours.count(parameter.ptr()) != 0) add(py::reinterpret_borrow<py::object>(parameter));
+        if (ours.count(parameter.ptr()) != 0) Add(py::reinterpret_borrow<py::object>(parameter));
       }
     }
     for (const py::handle state : optimizer.attr("state").attr("values")()) {
       if (!py::isinstance<py::dict>(state)) continue;
       for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(state)) {
         const py::object kept = py::reinterpret_borrow<py::object>(value);
-        if (KindOf(kept.ptr()) == Kind::kTensor) add(kept);
+        if (KindOf(kept.ptr()) == Kind::kTensor) Add(kept);
       }
     }
   }
+
+  // The one that guards a tensor of the state, or null.
+  const Owner* Of(size_t tensor) const {
+    const Place& place = state_.tensors_[tensor];
+    const Owner& owner = owners_[owner_of_[tensor]];
+    return place.address != 0 && place.bytes <= owner.bytes ? &owner : nullptr;
+  }
+
+ private:
+  void Add(const py::object& tensor) {
+    // An optimizer's state is mostly the same objects, which have been looked at. What costs is to
+    // bring each from memory.
+    const size_t object = objects_.Find(reinterpret_cast<uintptr_t>(tensor.ptr()));
+    const Place place = object != ByAddress::kNone ? state_.tensors_[tensor_of_[object]]
+                                                   : state_.PlaceOf(tensor.ptr(), nullptr);
+    const size_t number = numbers_.Find(place.address);
+    if (number == ByAddress::kNone || owners_[number].bytes >= place.bytes) return;
+    owners_[number] = {tensor, place.bytes, place.versions};
+  }
+
+  const LiveState& state_;
+  ByAddress numbers_;              // of the tensors' addresses
+  ByAddress objects_;              // of the tensors themselves
+  std::vector<size_t> owner_of_;   // by tensor
+  std::vector<size_t> tensor_of_;  // by object
+  std::vector<Owner> owners_;      // by the number of an address
+};
+
+LiveState::Guarded LiveState::FindGuarded(const py::object& parameters,
+                                          const py::object& optimizers) const {
+  std::unordered_set<PyObject*> ours;
+  for (const py::handle list : parameters) {
+    for (const py::handle parameter : list) ours.insert(parameter.ptr());
+  }
+  Owners owners(*this);
+  for (const py::handle optimizer : optimizers) owners.AddOptimizer(optimizer, ours);
   Guarded out{std::make_shared<Watch>(), {}, 0};
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    const Place& tensor = tensors_[i];
-    if (const Owner& owner = owners[owner_of[i]];
-        tensor.address != 0 && tensor.bytes <= owner.bytes) {
-      out.watch->Add(owner.tensor, i, owner.versions);
-    } else {
-      out.unguarded.push_back(i);
-      PyObject* const value = values_[tensor.value].ptr();
-      const py::object local = LocalOf(value);
-      out.unguarded_bytes +=
-          static_cast<int64_t>(THPVariable_Unpack(local ? local.ptr() : value).nbytes());
+    if (const Owners::Owner* owner = owners.Of(i)) {
+      out.watch->Add(owner->tensor, i, owner->versions);
+      continue;
     }
+    out.unguarded.push_back(i);
+    PyObject* const value = values_[tensors_[i].value].ptr();
+    const py::object local = LocalOf(value);
+    out.unguarded_bytes +=
+        static_cast<int64_t>(THPVariable_Unpack(local ? local.ptr() : value).nbytes());
   }
   return out;
 }
@@ -346,17 +374,16 @@ LiveState::Guarded LiveState::FindGuarded(const py::object& parameters,
 std::shared_ptr<snapshot::StagingCopy> LiveState::Copies(const StagingParts& parts, size_t skip,
                                                          uintptr_t image,
                                                          const std::vector<int64_t>& places,
-                                                         const std::vector<size_t>& unguarded,
-                                                         bool others) const {
-  std::vector<char> wanted(tensors_.size(), others ? 1 : 0);
-  for (const size_t tensor : unguarded) wanted.at(tensor) = others ? 0 : 1;
+                                                         const std::vector<size_t>& tensors) const {
+  std::vector<bool> wanted(tensors_.size());
+  for (const size_t tensor : tensors) wanted.at(tensor) = true;
   TORCH_CHECK(places.size() == parts.parts.size(), "each part has a place");
   std::vector<snapshot::CopyPiece> pieces;
   pieces.reserve(places.size());
   for (size_t i = skip; i < places.size(); ++i) {
     const StagingParts::Part& part = parts.parts[i];
     const Place& tensor = tensors_.at(part.tensor);
-    if (wanted[part.tensor] == 0 || part.size == 0 || !tensor.on_cpu) continue;
+    if (!wanted[part.tensor] || part.size == 0 || !tensor.on_cpu) continue;
     TORCH_INTERNAL_ASSERT(part.first + part.size <= tensor.bytes);
     pieces.push_back(
         {reinterpret_cast<const std::byte*>(tensor.address + static_cast<uintptr_t>(part.first)),

@@ -61,8 +61,8 @@ class LiveState {
   std::vector<size_t> places() const;  ///< of the tensors among the values
 
   pybind11::object Tensor(size_t index) const;
-  /// Of the tensor's bytes, one after the other in row-major order; 0 where they do not lie like
-  /// that.
+  /// Where the tensor's bytes lie, one after the other in row-major order; 0 where they do not lie
+  /// like that.
   uintptr_t address(size_t index) const { return tensors_.at(index).address; }
   void Replace(size_t index, const pybind11::object& tensor);
 
@@ -76,12 +76,11 @@ class LiveState {
   /// detached aliases.
   Guarded FindGuarded(const pybind11::object& parameters, const pybind11::object& optimizers) const;
 
-  /// The copying of the parts of the tensors in `unguarded`, or of all others, into an image at
-  /// `image`, in which each part, but for the first `skip` ones, has its place; on the CPU alone.
+  /// The copying of the parts of these tensors into an image at `image`, in which each part, but
+  /// for the first `skip` ones, has its place; on the CPU alone.
   std::shared_ptr<snapshot::StagingCopy> Copies(const StagingParts& parts, size_t skip,
                                                 uintptr_t image, const std::vector<int64_t>& places,
-                                                const std::vector<size_t>& unguarded,
-                                                bool others) const;
+                                                const std::vector<size_t>& tensors) const;
 
  private:
   struct Place {
@@ -91,10 +90,13 @@ class LiveState {
     bool on_cpu;
     Versions versions;
   };
+  class Owners;
+
   void Walk(PyObject* container, bool mapping);
-  void Take(pybind11::object owned);  // KindOf may run anybody's code, which may take the value out
-                                      // of its container
-  Place Look(PyObject* tensor, std::string* fingerprint) const;
+  /// Adds a value. It is owned since KindOf may run anybody's code, which may take the value out of
+  /// its container.
+  void Take(pybind11::object owned);
+  Place PlaceOf(PyObject* tensor, std::string* fingerprint) const;
 
   std::vector<pybind11::object> values_;
   std::vector<Place> tensors_;

@@ -11,6 +11,7 @@
 #include "base/bytes.h"
 #include "base/error.h"
 #include "checkpoint/commit/claim.h"
+#include "checkpoint/commit/process_identity.h"
 #include "checkpoint/load/read_plan.h"
 #include "checkpoint/save/shard_file_writer.h"
 #include "fault_file_system.h"
@@ -339,20 +340,21 @@ TEST(DataFileNameTest, ParsesWhatItWritesAndNothingElse) {
   }
 }
 
-TEST(DataFileNameTest, ThisProcessIsAliveAndAnEarlierOneOfItsPidIsDead) {
-  const auto self = format::ThisProcess();
-  EXPECT_FALSE(format::IsProvablyDead(self, 0));
+TEST(ProcessIdentityTest, ThisProcessIsAliveAndAnEarlierOneOfItsPidIsDead) {
+  const auto self = checkpoint::ThisProcess();
+  EXPECT_FALSE(checkpoint::IsProvablyDead(self, 0));
   auto earlier = self;
   earlier.start -= 1;
-  EXPECT_TRUE(format::IsProvablyDead(earlier, 0));
+  EXPECT_TRUE(checkpoint::IsProvablyDead(earlier, 0));
   auto elsewhere = earlier;
   elsewhere.host ^= 1;
-  EXPECT_FALSE(format::IsProvablyDead(elsewhere, 0));
+  EXPECT_FALSE(checkpoint::IsProvablyDead(elsewhere, 0));
   auto before_boot = self;
   before_boot.boot ^= 1;
-  EXPECT_TRUE(format::IsProvablyDead(before_boot, 1));  // untouched since 1970
-  EXPECT_FALSE(format::IsProvablyDead(before_boot,
-                                      INT64_MAX));  // written since this boot: another container's
+  EXPECT_TRUE(checkpoint::IsProvablyDead(before_boot, 1));  // untouched since 1970
+  EXPECT_FALSE(
+      checkpoint::IsProvablyDead(before_boot,
+                                 INT64_MAX));  // written since this boot: another container's
 }
 
 }  // namespace

@@ -34,10 +34,10 @@ checkpoint::SharedShape Shared(format::Shape shape) {
   return std::make_shared<const format::Shape>(std::move(shape));
 }
 
-int64_t BytesOf(const checkpoint::SavePlan& plan, const checkpoint::PieceList& pieces) {
+int64_t BytesOf(const checkpoint::SavePlan& plan, const checkpoint::ChunkList& pieces) {
   int64_t bytes = 0;
-  for (const checkpoint::Piece& piece : pieces)
-    bytes += format::TensorBytes(*plan.tensors()[piece.tensor].dtype, piece.sizes);
+  for (const checkpoint::PlannedChunk& chunk : pieces)
+    bytes += format::TensorBytes(*plan.tensors()[chunk.tensor].dtype, chunk.sizes);
   return bytes;
 }
 
@@ -45,21 +45,21 @@ int64_t BytesOf(const checkpoint::SavePlan& plan, const checkpoint::PieceList& p
 void ExpectCovered(const checkpoint::SavePlan& plan, int64_t ranks) {
   std::map<size_t, std::vector<int>> counts;
   for (int64_t rank = 0; rank < ranks; ++rank) {
-    for (const checkpoint::Piece& piece : plan.PiecesOf(rank)) {
-      const format::Shape& size = *plan.tensors()[piece.tensor].size;
-      auto& count = counts[piece.tensor];
+    for (const checkpoint::PlannedChunk& chunk : plan.ChunksOf(rank)) {
+      const format::Shape& size = *plan.tensors()[chunk.tensor].size;
+      auto& count = counts[chunk.tensor];
       count.resize(static_cast<size_t>(
           format::TensorBytes(*format::FindDType(std::string_view("uint8")), size)));
-      format::Shape at = piece.offsets;
+      format::Shape at = chunk.offsets;
       const int64_t elements =
-          format::TensorBytes(*format::FindDType(std::string_view("uint8")), piece.sizes);
+          format::TensorBytes(*format::FindDType(std::string_view("uint8")), chunk.sizes);
       for (int64_t n = 0; n < elements; ++n) {
         int64_t flat = 0;
         for (size_t d = 0; d < size.size(); ++d) flat = flat * size[d] + at[d];
         ++count.at(static_cast<size_t>(flat));
         for (size_t d = at.size();
-             d > 0 && ++at[d - 1] == piece.offsets[d - 1] + piece.sizes[d - 1]; --d) {
-          at[d - 1] = piece.offsets[d - 1];
+             d > 0 && ++at[d - 1] == chunk.offsets[d - 1] + chunk.sizes[d - 1]; --d) {
+          at[d - 1] = chunk.offsets[d - 1];
         }
       }
     }
@@ -100,9 +100,9 @@ TEST(SavePlanTest, RowsLargerThanAGrainAreCutInside) {
     ExpectCovered(plan, 4);
     const int64_t total = format::TensorBytes(*kFloat, size);
     for (int64_t rank = 0; rank < 4; ++rank) {
-      EXPECT_NEAR(static_cast<double>(BytesOf(plan, plan.PiecesOf(rank))),
+      EXPECT_NEAR(static_cast<double>(BytesOf(plan, plan.ChunksOf(rank))),
                   static_cast<double>(total) / 4.0, kMiB);
-      EXPECT_LE(plan.PiecesOf(rank).size(), 5u);
+      EXPECT_LE(plan.ChunksOf(rank).size(), 5u);
     }
   }
 }
@@ -116,11 +116,11 @@ TEST(SavePlanTest, TensorsWhoseReplicasMayDifferAreNotCut) {
     const checkpoint::SavePlan plan({{{ranks}, Ranks(ranks), {-1}, true}}, tensors);
     ExpectCovered(plan, ranks);
     if (ranks <= 3) {
-      EXPECT_FALSE(plan.PiecesOf(ranks - 1).empty()) << "nothing is left for the last rank";
+      EXPECT_FALSE(plan.ChunksOf(ranks - 1).empty()) << "nothing is left for the last rank";
     }
     for (int64_t rank = 0; rank < ranks; ++rank) {
-      for (const checkpoint::Piece& piece : plan.PiecesOf(rank))
-        EXPECT_EQ(piece.sizes, *tensors[piece.tensor].size);
+      for (const checkpoint::PlannedChunk& chunk : plan.ChunksOf(rank))
+        EXPECT_EQ(chunk.sizes, *tensors[chunk.tensor].size);
     }
   }
 }
@@ -142,12 +142,12 @@ TEST(SavePlanTest, RanksAreBalancedAndTheMetadataHardlyGrows) {
       size_t pieces = 0, shards = 0;
       for (int64_t shard = 0; shard < 4; ++shard) {
         int64_t whole = 0;
-        for (const checkpoint::Piece& local : plan.LocalShards(shard)) {
+        for (const checkpoint::PlannedChunk& local : plan.LocalShards(shard)) {
           whole += format::TensorBytes(*kFloat, local.sizes);
           shards += format::TensorBytes(*kFloat, local.sizes) > 0 ? 1 : 0;
         }
         for (int64_t replica = 0; replica < replicas; ++replica) {
-          const auto mine = plan.PiecesOf(replica * 4 + shard);
+          const auto mine = plan.ChunksOf(replica * 4 + shard);
           const double share = static_cast<double>(whole) / static_cast<double>(replicas);
           EXPECT_NEAR(static_cast<double>(BytesOf(plan, mine)), share,
                       std::max<double>(kMiB, 0.02 * share));
@@ -165,9 +165,9 @@ TEST(SavePlanTest, OnlyRanksOfTheGroupWriteAndAShardNobodyHoldsIsAnError) {
   checkpoint::Sharding half = Hybrid(2, 2);
   half.ranks = {0, 1, -1, -1};  // one shard group saves
   const checkpoint::SavePlan plan({half}, {{"w", kFloat, Shared({1000, 1000}), 0}});
-  EXPECT_EQ(BytesOf(plan, plan.PiecesOf(0)), 2000000);
-  EXPECT_EQ(BytesOf(plan, plan.PiecesOf(1)), 2000000);
-  EXPECT_TRUE(plan.PiecesOf(2).empty());
+  EXPECT_EQ(BytesOf(plan, plan.ChunksOf(0)), 2000000);
+  EXPECT_EQ(BytesOf(plan, plan.ChunksOf(1)), 2000000);
+  EXPECT_TRUE(plan.ChunksOf(2).empty());
   half.ranks = {0, -1, 1, -1};  // one replica group does
   try {
     checkpoint::SavePlan({half}, {{"w", kFloat, Shared({1000, 1000}), 0}});
@@ -207,11 +207,11 @@ TEST(SavePlanTest, FilesAreLaidOutAsTheWriterWritesThem) {
     for (int64_t rank = 0; rank < 4; ++rank) {
       std::vector<checkpoint::RecordSource> records;
       if (rank == 0) records.push_back({"object", nullptr, {}, std::span(zeros).first(777)});
-      const auto pieces = plan.PiecesOf(rank);
-      for (const checkpoint::Piece& piece : pieces) {
-        const auto& tensor = plan.tensors()[piece.tensor];
-        const auto bytes = static_cast<size_t>(format::TensorBytes(*tensor.dtype, piece.sizes));
-        records.push_back({tensor.fqn, tensor.dtype, piece.sizes, std::span(zeros).first(bytes)});
+      const auto pieces = plan.ChunksOf(rank);
+      for (const checkpoint::PlannedChunk& chunk : pieces) {
+        const auto& tensor = plan.tensors()[chunk.tensor];
+        const auto bytes = static_cast<size_t>(format::TensorBytes(*tensor.dtype, chunk.sizes));
+        records.push_back({tensor.fqn, tensor.dtype, chunk.sizes, std::span(zeros).first(bytes)});
       }
       const auto layout = plan.Layout(
           pieces, rank == 0 ? std::vector<int64_t>{777} : std::vector<int64_t>{}, single);

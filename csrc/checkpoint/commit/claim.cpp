@@ -2,8 +2,7 @@
 //   a. The directory is listed; the new claim's number is one above the highest there.
 //   b. The claim is made, under a name that no other save can have.
 //   c. The directory is listed again. Lower claims are removed. A higher one belongs to a save that
-//   began at the same time:
-//      this one gives up. So does a save whose claim is gone by then.
+//      began at the same time: this one gives up. So does a save whose claim is gone by then.
 // Of two saves the one that comes to c last sees the other's claim. If it is the lower one, it
 // gives up; if not, it removes the other's. The highest claim is nobody's to remove, so one save
 // always goes on. A save that begins when another one is past b sees its claim in a and takes a
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "checkpoint/commit/process_identity.h"
 #include "io/file.h"
 
 namespace hsdp_ckpt::checkpoint {
@@ -66,7 +66,7 @@ std::string ClaimDirectory(io::FileSystem& fs, const std::string& directory,
   int64_t number = 1;
   for (const auto& [name, order] : Claims(fs, directory, metadata_name))
     number = std::max(number, order.first + 1);  // a
-  const ClaimName own{metadata_name, {0, save_id, format::ThisProcess(), false, number}};
+  const ClaimName own{metadata_name, {0, save_id, ThisProcess(), false, number}};
   const std::string own_name = metadata_name + own.writer.ToString() + std::string(kSuffix);
   io::File file =
       io::File::Open(fs, io::JoinPath(directory, own_name), io::OpenMode::kCreate);  // b

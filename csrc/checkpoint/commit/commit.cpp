@@ -1,25 +1,24 @@
 // The commit protocol. At every instant the directory holds a complete older checkpoint, a complete
 // new one, or plainly none.
 //
-// On every rank, before its vote (checkpoint/shard_file_writer, io/file):
+// On every rank, before its vote (checkpoint/save/shard_file_writer, io/file):
 //   1. Missing directories are made, and each one's parent is synced.
 //   2. Data files are written under names that no other save ever used. Nothing that exists is
-//   opened for writing.
+//      opened for writing.
 //   3. Each data file is synced, then the directory, so that both bytes and names survive a power
-//   loss.
+//      loss.
 // On the coordinator, once all ranks have voted (here):
 //   4. Every data file that the new metadata names exists and has the size its rank voted for.
-//   5. The metadata is written into the save's claim (checkpoint/commit/claim) and synced. Nothing reads
-//   that name.
+//   5. The metadata is written into the save's claim (checkpoint/commit/claim) and synced. Nothing
+//      reads that name.
 //   6. The claim is renamed to the metadata's name: the commit. The older metadata is replaced in
-//   the same instant. If a
-//      later save has taken the directory over, the claim is not there any more and the rename
-//      fails.
+//      the same instant. If a later save has taken the directory over, the claim is not there any
+//      more and the rename fails.
 //   7. The directory is synced. From here on a power loss finds the new checkpoint.
 //   8. Data files of the older checkpoint and of saves whose process is provably dead are removed.
-//   Not before 7: until the
-//      rename is durable, a power loss may bring the older metadata back. Never one that another
-//      metadata here may name, or that a save which is still under way has written.
+//      Not before 7: until the rename is durable, a power loss may bring the older metadata back.
+//      Never one that another metadata here may name, or that a save which is still under way has
+//      written.
 #include "checkpoint/commit/commit.h"
 
 #include <algorithm>
@@ -134,9 +133,9 @@ bool IsCurrent(io::FileSystem& fs, const CommitRequest& request) {
   return true;
 }
 
-// Whose files may still be committed by another save: its claim is here and nobody has shown its
-// coordinator to be dead. A rank's for a save of that rank's own metadata, null for all ranks'. By
-// save ids they can't be told: the files of a planner that caches plans have others than their
+// The ranks with files that another save may still commit: its claim is here and nobody has shown
+// its coordinator to be dead. It is one rank for a save of that rank's own metadata, null for all
+// ranks. Save ids can't tell: the files of a planner that caches plans have others than their
 // claim.
 std::set<std::optional<int64_t>> RanksUnderWay(io::FileSystem& fs, const CommitRequest& request,
                                                const OwnerIsDead& owner_is_dead) {
@@ -152,59 +151,108 @@ std::set<std::optional<int64_t>> RanksUnderWay(io::FileSystem& fs, const CommitR
   return ranks;
 }
 
+// What the directory holds when a save has been committed there.
+struct Listing {
+  std::vector<std::string> names;
+  std::set<std::optional<int64_t>> under_way;  // see RanksUnderWay
+};
+
+// Nothing if another save has committed meanwhile: what is old is then its to say.
+std::optional<Listing> ListCommitted(io::FileSystem& fs, const CommitRequest& request,
+                                     const OwnerIsDead& owner_is_dead) {
+  Listing listing;
+  // Candidates first: a save claims before it writes, so the claim of a candidate's save is in the
+  // second listing.
+  listing.names = io::ListDirectory(fs, request.directory);
+  listing.under_way = RanksUnderWay(fs, request, owner_is_dead);
+  // Asked last. A save that has committed by now is noticed here; the claim of one that commits
+  // later was listed above.
+  if (!IsCurrent(fs, request)) return std::nullopt;
+  return listing;
+}
+
+// Says of each name in a directory whether it is a file of no use since a save was committed there.
+class OldFiles {
+ public:
+  OldFiles(io::FileSystem& fs, const CommitRequest& request, const OwnerIsDead& owner_is_dead,
+           const Listing& listing)
+      : fs_(fs),
+        request_(request),
+        owner_is_dead_(owner_is_dead),
+        under_way_(listing.under_way),
+        own_rank_(RankOfMetadata(request.metadata_name)),
+        superseded_(request.superseded.begin(), request.superseded.end()) {
+    std::copy_if(listing.names.begin(), listing.names.end(), std::back_inserter(metadata_names_),
+                 [](const std::string& name) { return name.ends_with(".metadata"); });
+    for (const ExpectedFile& file : request.files) {
+      committed_.insert(file.name);
+      if (const auto parsed = format::DataFileName::Parse(file.name))
+        owners_.push_back(parsed->owner);
+    }
+  }
+
+  // A plain name from the directory's own listing: whatever a metadata may say, nothing outside is
+  // ever touched. Throws IoError if the file's time can't be read.
+  bool Contains(const std::string& name) const {
+    if (committed_.contains(name)) return false;
+    const auto data = format::DataFileName::Parse(name);
+    if (superseded_.contains(name) && (data || IsStockName(name))) return true;
+    if (data) return MayBeRemoved(*data) && (IsOfThisSave(*data) || IsOfTheDead(name, data->owner));
+    const auto claim = ParseClaim(name);
+    return claim && claim->metadata_name == request_.metadata_name &&
+           IsOfTheDead(name, claim->writer.owner);
+  }
+
+ private:
+  // Whether nobody is certain to miss a data file.
+  bool MayBeRemoved(const format::DataFileName& data) const {
+    // A file of another rank than a rank's own metadata is about: its rank's next save sees to it.
+    if (own_rank_ && *own_rank_ != data.rank) return false;
+    if (under_way_.contains(std::nullopt) || under_way_.contains(data.rank)) return false;
+    return !OthersMayName(data.rank, request_.metadata_name, metadata_names_);
+  }
+
+  // What else this save's processes left here, from a save that failed, is of no use.
+  bool IsOfThisSave(const format::DataFileName& data) const {
+    return std::find(owners_.begin(), owners_.end(), data.owner) != owners_.end();
+  }
+
+  bool IsOfTheDead(const std::string& name, const format::ProcessIdentity& owner) const {
+    io::FileStatus status;
+    return io::GetStatus(fs_, io::JoinPath(request_.directory, name), &status) &&
+           owner_is_dead_(owner, status.modified);
+  }
+
+  io::FileSystem& fs_;
+  const CommitRequest& request_;
+  const OwnerIsDead& owner_is_dead_;
+  const std::set<std::optional<int64_t>>& under_way_;
+  const std::optional<int64_t> own_rank_;
+  const std::set<std::string> superseded_;
+  std::set<std::string> committed_;
+  std::vector<std::string> metadata_names_;
+  std::vector<format::ProcessIdentity> owners_;
+};
+
 CommitResult RemoveOld(io::FileSystem& fs, const CommitRequest& request,
                        const OwnerIsDead& owner_is_dead) {
   CommitResult result;
-  std::set<std::string> keep, superseded(request.superseded.begin(), request.superseded.end());
-  std::vector<format::ProcessIdentity>
-      owners;  // of this save: what else they left here, from a save that failed, is of no use
-  for (const ExpectedFile& file : request.files) {
-    keep.insert(file.name);
-    if (const auto parsed = format::DataFileName::Parse(file.name)) owners.push_back(parsed->owner);
-  }
-  std::vector<std::string> names;
-  std::set<std::optional<int64_t>> under_way;
+  std::optional<Listing> listing;
   try {
-    // Candidates first: a save claims before it writes, so the claim of a candidate's save is in
-    // the second listing.
-    names = io::ListDirectory(fs, request.directory);
-    under_way = RanksUnderWay(fs, request, owner_is_dead);
-    // Asked last. A save that has committed by now is noticed here; the claim of one that commits
-    // later was listed above.
-    if (!IsCurrent(fs, request)) return result;
+    listing = ListCommitted(fs, request, owner_is_dead);
   } catch (const base::IoError& error) {
     result.left.push_back(error.what());
-    return result;
   }
-  std::vector<std::string> metadata_names;
-  std::copy_if(names.begin(), names.end(), std::back_inserter(metadata_names),
-               [](const std::string& name) { return name.ends_with(".metadata"); });
-  const std::optional<int64_t> own_rank = RankOfMetadata(request.metadata_name);
-  for (const std::string& name : names) {
-    if (keep.contains(name)) continue;
-    // A plain name from the directory's own listing: whatever a metadata may say, nothing outside
-    // is ever touched.
-    const auto data = format::DataFileName::Parse(name);
-    const auto claim = ParseClaim(name);
-    bool old = superseded.contains(name) && (data || IsStockName(name));
-    if (!old && data) {
-      // Nobody is certain to miss a file of another rank than a rank's own metadata is about: its
-      // rank's next save sees to it.
-      if (own_rank && *own_rank != data->rank) continue;
-      if (under_way.contains(std::nullopt) || under_way.contains(data->rank)) continue;
-      if (OthersMayName(data->rank, request.metadata_name, metadata_names)) continue;
-      old = std::find(owners.begin(), owners.end(), data->owner) != owners.end();
+  if (!listing) return result;
+  const OldFiles old(fs, request, owner_is_dead, *listing);
+  for (const std::string& name : listing->names) {
+    try {
+      if (!old.Contains(name)) continue;
+    } catch (const base::IoError& error) {
+      result.left.push_back(error.what());
+      continue;
     }
-    if (!old && (data || (claim && claim->metadata_name == request.metadata_name))) {
-      io::FileStatus status;
-      try {
-        old = io::GetStatus(fs, io::JoinPath(request.directory, name), &status) &&
-              owner_is_dead(data ? data->owner : claim->writer.owner, status.modified);
-      } catch (const base::IoError& error) {
-        result.left.push_back(error.what());
-      }
-    }
-    if (old) TryRemove(fs, request.directory, name, &result);
+    TryRemove(fs, request.directory, name, &result);
   }
   return result;
 }

@@ -7,8 +7,10 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoint/save/chunk_list.h"
+#include "checkpoint/save/file_layout.h"
+#include "checkpoint/save/planned_tensor.h"
 #include "format/data_file_name.h"
-#include "format/dtype.h"
 #include "format/metadata.h"
 
 namespace hsdp_ckpt::checkpoint {
@@ -25,57 +27,6 @@ struct Sharding {
                        ///< from two of them
 };
 
-/// A shape that many tensors have: a model has few. Null for none.
-using SharedShape = std::shared_ptr<const format::Shape>;
-
-struct PlannedTensor {
-  std::string fqn;
-  const format::DType* dtype = nullptr;
-  SharedShape size;     ///< of the whole tensor, in elements
-  size_t sharding = 0;  ///< which of the plan's
-  /// What the metadata says of the coordinator's local tensor.
-  SharedShape strides{};
-  bool pinned = false;
-};
-
-/// A box of a tensor that one rank writes as one record. It is contiguous in the rank's local
-/// shard.
-struct Piece {
-  size_t tensor = 0;
-  format::Shape offsets;  ///< in the whole tensor
-  format::Shape sizes;
-};
-
-/// Pieces, without a block of memory for each.
-class PieceList {
- public:
-  void Add(size_t tensor, const format::Shape& offsets, const format::Shape& sizes);
-  void Append(const PieceList& other);
-  size_t size() const { return heads_.size(); }
-  bool empty() const { return heads_.empty(); }
-  size_t tensor(size_t i) const { return heads_[i].tensor; }
-  Piece operator[](size_t i) const;
-
-  struct Iterator {
-    const PieceList* list;
-    size_t at;
-    Piece operator*() const { return (*list)[at]; }
-    Iterator& operator++() { return ++at, *this; }
-    bool operator!=(const Iterator& other) const { return at != other.at; }
-  };
-  Iterator begin() const { return {this, 0}; }
-  Iterator end() const { return {this, size()}; }
-
- private:
-  struct Head {
-    uint32_t tensor;
-    uint32_t dimensions;
-    size_t first;
-  };
-  std::vector<Head> heads_;
-  std::vector<int64_t> numbers_;  // offsets, then sizes
-};
-
 /// For each tensor, then for each object, the way to its value in the nested state dict. A name is
 /// the parts of its path, joined by dots, so these are kept as their lengths in it.
 struct PlannedPaths {
@@ -85,18 +36,6 @@ struct PlannedPaths {
   };
   std::vector<Part> parts;
   std::vector<uint32_t> counts;  ///< of the parts of each path
-};
-
-/// A record's place in its data file.
-struct PlannedRecord {
-  int64_t offset = 0;
-  int64_t length = 0;
-  int64_t payload = 0;  ///< where its payload begins in the file
-};
-
-struct PlannedFile {
-  std::vector<PlannedRecord> records;
-  int64_t size = 0;  ///< of the whole file, index included
 };
 
 /// Who writes what, from shapes, meshes and placements alone: every rank computes its own part, the
@@ -109,26 +48,21 @@ struct PlannedFile {
 /// holder that would have had the larger part. Immutable; thread-safe.
 class SavePlan {
  public:
-  /// A cut may be off the exact 1/R by half of this, and tensors are never cut closer to their ends
-  /// than kCutMargin.
-  static constexpr int64_t kCutGrain = int64_t{1} << 20;
-  static constexpr int64_t kCutMargin = int64_t{64} << 10;
-
   /// Throws Error, naming a tensor, for a shard that no rank of the saving group holds.
   SavePlan(std::vector<Sharding> shardings, std::vector<PlannedTensor> tensors);
 
   const std::vector<PlannedTensor>& tensors() const { return tensors_; }
   /// What `rank` writes, in the order of its records. Takes time in proportion to the tensors, not
   /// to the ranks.
-  PieceList PiecesOf(int64_t rank) const;
+  ChunkList ChunksOf(int64_t rank) const;
   /// The local shards on `rank` of the tensors whose mesh has it.
-  PieceList LocalShards(int64_t rank) const;
+  ChunkList LocalShards(int64_t rank) const;
   /// Where the local shard on `rank` begins in the whole tensor. Throws Error for a tensor whose
   /// mesh does not have it.
   format::Shape ShardOffsets(int64_t rank, size_t tensor) const;
   /// A rank's data files: `objects` are the sizes in bytes of the objects before the tensors; one
   /// file, or one a record.
-  std::vector<PlannedFile> Layout(const PieceList& pieces, const std::vector<int64_t>& objects,
+  std::vector<PlannedFile> Layout(const ChunkList& chunks, const std::vector<int64_t>& objects,
                                   bool single_file) const;
 
   struct Writer {
@@ -151,11 +85,11 @@ class SavePlan {
   using Coordinates = std::vector<int64_t>;
 
   static std::optional<Coordinates> CoordinatesOf(const Sharding& sharding, int64_t rank);
-  void Box(const PlannedTensor& tensor, const Coordinates& at, format::Shape* offsets,
-           format::Shape* sizes) const;
+  /// A tensor's shard; `box` is reused, since there are millions in a large job.
+  void Box(size_t tensor, const Coordinates& at, PlannedChunk* box) const;
   std::vector<int64_t> Holders(const Sharding& sharding, const Coordinates& at) const;
-  std::vector<PieceList> Split(size_t sharding, const Coordinates& at, size_t holders) const;
-  std::vector<PieceList> PiecesByRank(size_t ranks) const;
+  std::vector<ChunkList> Split(size_t sharding, const Coordinates& at, size_t holders) const;
+  std::vector<ChunkList> ChunksByRank(size_t ranks) const;
 
   std::vector<Sharding> shardings_;
   std::vector<PlannedTensor> tensors_;

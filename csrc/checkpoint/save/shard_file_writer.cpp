@@ -67,6 +67,20 @@ struct ShardFileWriter::Batch {
     if (size > 0) extents.push_back({end, size, kind, record, bytes, first});
     end += size;
   }
+
+  // The extent that has byte `at` of the file.
+  std::vector<Extent>::const_iterator ExtentAt(int64_t at) const {
+    return std::upper_bound(
+        extents.begin(), extents.end(), at,
+        [](int64_t byte, const Extent& extent) { return byte < extent.offset + extent.size; });
+  }
+
+  // A worker has failed: others may be waiting for a checksum that now never comes.
+  void Fail() {
+    const std::lock_guard lock(mutex);
+    failed = true;
+    tail_ready.notify_all();
+  }
 };
 
 ShardFileWriter::ShardFileWriter(io::FileSystem& fs, const std::string& directory,
@@ -157,7 +171,7 @@ std::vector<ShardFileWriter::Place> ShardFileWriter::Write(std::span<const Recor
     if (entry.payload == 0) PayloadDone(batch, *record, 0, {}, {});
     batch.records.push_back(std::move(open_));
   }
-  Flush(batch, /*last=*/false);
+  Flush(batch, Flushing::kMoreFollows);
   for (const auto& record : batch.records) index_.Add(record->entry);
   position_ = batch.end;
   return places;
@@ -173,7 +187,7 @@ WrittenFile ShardFileWriter::Finish() {
   batch.end = position_;
   batch.Add(start - position_, Kind::kZeros, nullptr, {});
   batch.Add(static_cast<int64_t>(bytes.size()), Kind::kBytes, nullptr, bytes);
-  Flush(batch, /*last=*/true);
+  Flush(batch, Flushing::kEnd);
   file_->Truncate(batch.end);  // a direct file's last block was written to its end; a reservation
                                // may have been longer
   if (options_.sync) file_->Sync();
@@ -183,79 +197,100 @@ WrittenFile ShardFileWriter::Finish() {
   return result;
 }
 
-void ShardFileWriter::Flush(Batch& batch, bool last) {
-  const auto block = static_cast<int64_t>(options_.block);
+namespace {
+
+// Bytes [begin, end) of a file, in blocks that end at multiples of the block's size.
+struct BlockRange {
+  int64_t begin;
+  int64_t end;
+  int64_t block;
+
+  int64_t first() const { return begin / block; }
+  size_t count() const {
+    return static_cast<size_t>(end > begin ? (end - 1) / block - first() + 1 : 0);
+  }
+  int64_t BeginOf(size_t i) const {
+    return std::max(begin, (first() + static_cast<int64_t>(i)) * block);
+  }
+  int64_t EndOf(size_t i) const {
+    return std::min(end, (first() + static_cast<int64_t>(i) + 1) * block);
+  }
+};
+
+constexpr auto kPage = static_cast<int64_t>(base::AlignedBuffer::kAlignment);
+
+int64_t RoundUpToPage(int64_t size) { return (size + kPage - 1) / kPage * kPage; }
+
+}  // namespace
+
+void ShardFileWriter::Flush(Batch& batch, Flushing flushing) {
+  const BlockRange range{flushed_, batch.end, static_cast<int64_t>(options_.block)};
   // A direct file is written in whole blocks: what is left over stays in memory until the next call
   // or the end.
-  const bool carry = options_.direct && file_->direct();
-  const int64_t begin = flushed_;
-  const int64_t end = batch.end;
-  const int64_t first = begin / block;
-  const auto count = static_cast<size_t>(end > begin ? (end - 1) / block - first + 1 : 0);
+  const bool carries = options_.direct && file_->direct() && flushing == Flushing::kMoreFollows;
   base::AlignedBuffer prefix = std::move(carry_);  // begins where the first block does
-  const bool blocks = carry || prefix || begin < position_;
-  const auto work = [&](size_t i) {
-    const int64_t from = std::max(begin, (first + static_cast<int64_t>(i)) * block);
-    const int64_t to = std::min(end, (first + static_cast<int64_t>(i) + 1) * block);
+  const bool in_blocks = (options_.direct && file_->direct()) || prefix || range.begin < position_;
+  base::ParallelFor(range.count(), options_.threads, [&](size_t i) {
+    const int64_t from = range.BeginOf(i), to = range.EndOf(i);
     try {
-      if (blocks) {
-        WriteBlock(batch, from, to, i == 0 ? std::move(prefix) : base::AlignedBuffer(),
-                   !last && carry && to % block != 0);
-      } else {
+      if (!in_blocks) {
         WriteBlockBuffered(batch, from, to);
+      } else if (carries && to % range.block != 0) {
+        KeepBlock(batch, from, to, i == 0 ? std::move(prefix) : base::AlignedBuffer());
+      } else {
+        WriteBlock(batch, from, to, i == 0 ? std::move(prefix) : base::AlignedBuffer());
       }
     } catch (...) {
-      // Others may be waiting for a checksum that now never comes.
-      const std::lock_guard lock(batch.mutex);
-      batch.failed = true;
-      batch.tail_ready.notify_all();
+      batch.Fail();
       throw;
     }
-  };
-  base::ParallelFor(count, options_.threads, work);
-  if (count == 0) carry_ = std::move(prefix);
-  flushed_ = carry && !last ? end / block * block : end;
+  });
+  if (range.count() == 0) carry_ = std::move(prefix);
+  flushed_ = carries ? range.end / range.block * range.block : range.end;
+}
+
+// Puts bytes [begin, end) of the file into one piece of memory: the image's, or a buffer's.
+ShardFileWriter::AssembledBlock ShardFileWriter::AssembleBlock(Batch& batch, int64_t begin,
+                                                               int64_t end,
+                                                               base::AlignedBuffer prefix) {
+  // What earlier calls left over is in the first block already.
+  int64_t have = std::max(begin, position_);
+  AssembledBlock block{std::move(prefix), {}};
+  block.memory = block.buffer ? block.buffer.span() : InImage(begin, RoundUpToPage(end));
+  if (block.memory.empty()) {
+    block.buffer = TakeBuffer();
+    block.memory = block.buffer.span();
+    // Left over in the image, whose end is in the midst of this block.
+    if (have > begin)
+      std::memcpy(block.memory.data(), InImage(begin, have).data(),
+                  static_cast<size_t>(have - begin));
+  }
+  for (auto extent = batch.ExtentAt(have); have < end; ++extent) {
+    const int64_t to = std::min(end, extent->offset + extent->size);
+    const auto at = static_cast<size_t>(have - begin);
+    Assemble(batch, *extent, have, block.memory.subspan(at, static_cast<size_t>(to - have)));
+    have = to;
+  }
+  return block;
+}
+
+// The file's last block by now, which is not full: it is written when more has come.
+void ShardFileWriter::KeepBlock(Batch& batch, int64_t begin, int64_t end,
+                                base::AlignedBuffer prefix) {
+  carry_ = AssembleBlock(batch, begin, end, std::move(prefix)).buffer;
 }
 
 void ShardFileWriter::WriteBlock(Batch& batch, int64_t begin, int64_t end,
-                                 base::AlignedBuffer prefix, bool keep) {
-  constexpr auto kPage = static_cast<int64_t>(base::AlignedBuffer::kAlignment);
-  int64_t have =
-      std::max(begin, position_);  // what earlier calls left over is in the first block already
-  base::AlignedBuffer buffer = std::move(prefix);
-  std::span<std::byte> block =
-      buffer ? buffer.span() : InImage(begin, (end + kPage - 1) / kPage * kPage);
-  if (block.empty()) {
-    buffer = TakeBuffer();
-    block = buffer.span();
-    // Left over in the image, whose end is in the midst of this block.
-    if (have > begin)
-      std::memcpy(block.data(), InImage(begin, have).data(), static_cast<size_t>(have - begin));
-  }
-  auto extent =
-      std::upper_bound(batch.extents.begin(), batch.extents.end(), have,
-                       [](int64_t at, const Extent& e) { return at < e.offset + e.size; });
-  while (have < end) {
-    const int64_t to = std::min(end, extent->offset + extent->size);
-    Assemble(batch, *extent, have,
-             block.subspan(static_cast<size_t>(have - begin), static_cast<size_t>(to - have)));
-    have = to;
-    ++extent;
-  }
-  if (keep) {
-    carry_ = std::move(buffer);
-    return;
-  }
-  auto size = static_cast<size_t>(end - begin);
-  if (file_->direct() &&
-      size % base::AlignedBuffer::kAlignment != 0) {  // the file's last block: nothing is behind it
-    const size_t whole = (size + base::AlignedBuffer::kAlignment - 1) /
-                         base::AlignedBuffer::kAlignment * base::AlignedBuffer::kAlignment;
-    std::memset(block.data() + size, 0, whole - size);
+                                 base::AlignedBuffer prefix) {
+  AssembledBlock block = AssembleBlock(batch, begin, end, std::move(prefix));
+  int64_t size = end - begin;
+  if (file_->direct() && size % kPage != 0) {  // the file's last block: nothing is behind it
+    const int64_t whole = RoundUpToPage(size);
+    std::memset(block.memory.data() + size, 0, static_cast<size_t>(whole - size));
     size = whole;
   }
-  file_->WriteAt(block.first(size), begin);
-  if (buffer) GiveBuffer(std::move(buffer));
+  file_->WriteAt(block.memory.first(static_cast<size_t>(size)), begin);
+  if (block.buffer) GiveBuffer(std::move(block.buffer));
 }
 
 void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end) {
@@ -273,10 +308,7 @@ void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t en
     if (have > gathered) file_->WriteAt(memory(gathered, have), gathered);
     gathered = have;
   };
-  auto extent =
-      std::upper_bound(batch.extents.begin(), batch.extents.end(), have,
-                       [](int64_t at, const Extent& e) { return at < e.offset + e.size; });
-  while (have < end) {
+  for (auto extent = batch.ExtentAt(have); have < end; ++extent) {
     const int64_t to = std::min(end, extent->offset + extent->size);
     if (extent->kind == Kind::kPayload && to - have >= kGather) {
       write_gathered();
@@ -286,7 +318,6 @@ void ShardFileWriter::WriteBlockBuffered(Batch& batch, int64_t begin, int64_t en
       Assemble(batch, *extent, have, memory(have, to));
     }
     have = to;
-    ++extent;
   }
   write_gathered();
   if (buffer) GiveBuffer(std::move(buffer));
@@ -323,41 +354,46 @@ void ShardFileWriter::Assemble(Batch& batch, const Extent& extent, int64_t from,
     case Kind::kBytes:
       std::memcpy(target.data(), extent.bytes.data() + at, target.size());
       return;
-    case Kind::kTail: {
-      std::unique_lock lock(batch.mutex);
-      batch.tail_ready.wait(lock, [&] { return batch.failed || !extent.record->tail.empty(); });
-      if (batch.failed)
-        throw base::Error(path_ +
-                          ": another worker failed");  // never seen: the first error is thrown
+    case Kind::kTail:
+      WaitForTail(batch, *extent.record);
       std::memcpy(target.data(), extent.record->tail.data() + at, target.size());
       return;
-    }
-    case Kind::kPayload: {
-      const auto size = static_cast<int64_t>(target.size());
-      if (extent.record->summed) {
-        const auto source = extent.bytes.subspan(static_cast<size_t>(at), target.size());
-        if (target.data() != source.data())
-          std::memcpy(target.data(), source.data(), source.size());
-        return;
-      }
-      std::vector<uint32_t> crcs;
-      std::vector<int64_t> sizes;
-      for (int64_t done = 0; done < size;) {
-        const int64_t step = std::min(
-            size - done, base::kChecksumBlock - (extent.first + at + done) % base::kChecksumBlock);
-        const auto source =
-            extent.bytes.subspan(static_cast<size_t>(at + done), static_cast<size_t>(step));
-        const auto there = target.subspan(static_cast<size_t>(done), static_cast<size_t>(step));
-        crcs.push_back(there.data() == source.data()
-                           ? base::Crc32(source)
-                           : base::CopyAndCrc32(there, source));  // an image's is there
-        sizes.push_back(step);
-        done += step;
-      }
-      PayloadDone(batch, *extent.record, extent.first + at, crcs, sizes);
+    case Kind::kPayload:
+      AssemblePayload(batch, extent, at, target);
       return;
-    }
   }
+}
+
+// Returns when the payload's checksum is known, and with it the tail.
+void ShardFileWriter::WaitForTail(Batch& batch, const Record& record) const {
+  std::unique_lock lock(batch.mutex);
+  batch.tail_ready.wait(lock, [&] { return batch.failed || !record.tail.empty(); });
+  // Never seen: the first error is thrown.
+  if (batch.failed) throw base::Error(path_ + ": another worker failed");
+}
+
+// Copies a part of a payload, from byte `at` of the extent on, and sums it, unless it is there or
+// is summed already.
+void ShardFileWriter::AssemblePayload(Batch& batch, const Extent& extent, int64_t at,
+                                      std::span<std::byte> target) {
+  const auto payload = extent.bytes.subspan(static_cast<size_t>(at), target.size());
+  const bool is_there = target.data() == payload.data();  // in the image
+  if (extent.record->summed) {
+    if (!is_there) std::memcpy(target.data(), payload.data(), payload.size());
+    return;
+  }
+  std::vector<uint32_t> crcs;
+  std::vector<int64_t> sizes;
+  const auto size = static_cast<int64_t>(target.size());
+  for (int64_t done = 0; done < size; done += sizes.back()) {
+    const int64_t in_block = (extent.first + at + done) % base::kChecksumBlock;
+    const int64_t step = std::min(size - done, base::kChecksumBlock - in_block);
+    const auto source = payload.subspan(static_cast<size_t>(done), static_cast<size_t>(step));
+    const auto there = target.subspan(static_cast<size_t>(done), static_cast<size_t>(step));
+    crcs.push_back(is_there ? base::Crc32(source) : base::CopyAndCrc32(there, source));
+    sizes.push_back(step);
+  }
+  PayloadDone(batch, *extent.record, extent.first + at, crcs, sizes);
 }
 
 // Notes the checksums of payload bytes from `from` on, in consecutive pieces; with the last ones

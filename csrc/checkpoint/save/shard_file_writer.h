@@ -96,11 +96,23 @@ class ShardFileWriter {
   struct Extent;
   struct Batch;
 
-  void Flush(Batch& batch, bool last);
-  void WriteBlock(Batch& batch, int64_t begin, int64_t end, base::AlignedBuffer prefix, bool keep);
+  enum class Flushing { kMoreFollows, kEnd };
+  /// A block's memory: in the image, or in `buffer`, which is null otherwise.
+  struct AssembledBlock {
+    base::AlignedBuffer buffer;
+    std::span<std::byte> memory;
+  };
+
+  void Flush(Batch& batch, Flushing flushing);
+  AssembledBlock AssembleBlock(Batch& batch, int64_t begin, int64_t end,
+                               base::AlignedBuffer prefix);
+  void KeepBlock(Batch& batch, int64_t begin, int64_t end, base::AlignedBuffer prefix);
+  void WriteBlock(Batch& batch, int64_t begin, int64_t end, base::AlignedBuffer prefix);
   void WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end);
   void WritePayload(Batch& batch, const Extent& extent, int64_t from, int64_t to);
   void Assemble(Batch& batch, const Extent& extent, int64_t from, std::span<std::byte> target);
+  void WaitForTail(Batch& batch, const Record& record) const;
+  void AssemblePayload(Batch& batch, const Extent& extent, int64_t at, std::span<std::byte> target);
   void TakeChecksums(Batch& batch, Record& record, const RecordSource& source);
   Record* Begin(Batch& batch, const RecordSource& source, std::vector<Place>& places);
   void PayloadDone(Batch& batch, Record& record, int64_t from, std::span<const uint32_t> crcs,
