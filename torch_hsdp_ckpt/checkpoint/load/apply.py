@@ -4,9 +4,8 @@ have their state."""
 import dataclasses
 from typing import Any
 
-from torch.distributed.checkpoint.stateful import Stateful
-
 from ...errors import CheckpointError
+from ..stateful import is_stateful
 from ..storage.tensor_reads import written_in_part
 from .read import Read
 
@@ -38,7 +37,7 @@ def hand_over(applied: Applied, state_dict: dict[str, Any]) -> None:
     planner that adds them."""
     for key, loaded in applied.values.items():
         value = state_dict.get(key)
-        if isinstance(value, Stateful):
+        if is_stateful(value):
             value.load_state_dict(loaded)
         else:
             state_dict[key] = loaded
