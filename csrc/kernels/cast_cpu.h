@@ -170,12 +170,12 @@ __attribute__((target("avx2,f16c"))) void CastRunAvx2(const Src* src, Dst* dst, 
   using C = ComputeType<Src, Dst>;
   const C s = static_cast<C>(scale);
   const auto cast = [s](const Src* from, Dst* to)
-      __attribute__((target("avx2,f16c"), always_inline)) {
-    Packed<Dst> out;
-    CastSixteen<Src, Dst, kScale, kAccumulate>(from, to, s, out);
-    for (size_t v = 0; v < std::size(out.v); ++v)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + v, out.v[v]);
-  };
+                        __attribute__((target("avx2,f16c"), always_inline)) {
+                          Packed<Dst> out;
+                          CastSixteen<Src, Dst, kScale, kAccumulate>(from, to, s, out);
+                          for (size_t v = 0; v < std::size(out.v); ++v)
+                            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + v, out.v[v]);
+                        };
   int64_t i = 0;
   if (!kAccumulate && stream && n >= 32) {
     // Sixteen that end behind the first whole vector; what is left goes the usual way.

@@ -95,14 +95,14 @@ void BindReads(py::module_& module) {
       .def_readonly("offset", &RecordPlace::offset)
       .def_readonly("length", &RecordPlace::length);
   py::class_<BoxRead>(module, "BoxRead")
-      .def(
-          py::init([](const RecordPlace& record, format::Shape offsets, format::Shape lengths,
-                      const std::optional<std::string>& dtype, uintptr_t address) {
-            const format::DType* known = dtype ? format::FindDType(*dtype) : nullptr;
-            return BoxRead{record, std::move(offsets), std::move(lengths), known, Pointer(address)};
-          }),
-          py::arg("record"), py::arg("offsets"), py::arg("lengths"), py::arg("dtype"),
-          py::arg("address"));
+      .def(py::init([](const RecordPlace& record, format::Shape offsets, format::Shape lengths,
+                       const std::optional<std::string>& dtype, uintptr_t address) {
+             const format::DType* known = dtype ? format::FindDType(*dtype) : nullptr;
+             return BoxRead{record, std::move(offsets), std::move(lengths), known,
+                            Pointer(address)};
+           }),
+           py::arg("record"), py::arg("offsets"), py::arg("lengths"), py::arg("dtype"),
+           py::arg("address"));
   py::class_<RangeRead>(module, "RangeRead")
       .def(py::init([](const RecordPlace& record, int64_t first, int64_t size, uintptr_t address) {
              return RangeRead{record, first, size, Pointer(address)};
