@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from .cut import broadcast, broadcast_object, scatter
-from .mismatch import DENSE, StorageFormat
+from .mismatch import is_dense
 from .nested import map_leaves
 from .placement import is_first, shards_rows_only
 
@@ -77,7 +77,7 @@ def _placeholder(value: Any, tensors: list[torch.Tensor]) -> Any:
         return value
     if isinstance(value, DTensor):
         return DTensorOnFirstRank(tuple(value.shape), value.dtype)
-    if not value.ndim or StorageFormat.of(value) != DENSE:
+    if not value.ndim or not is_dense(value):
         return value.cpu()
     tensors.append(value)
     return TensorOnFirstRank(len(tensors) - 1, tuple(value.shape), value.dtype)

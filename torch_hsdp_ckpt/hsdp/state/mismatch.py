@@ -2,7 +2,6 @@
 that every rank raises for what any rank has found, before anything has changed on one of them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,19 +13,17 @@ from ...common.tensors import local_of
 _SHOWN = 50  # problems in one error message
 
 
-class StorageFormat(NamedTuple):
-    """What tensors need to have in common to be copied into each other."""
-
-    layout: torch.layout
-    is_quantized: bool
-    is_nested: bool
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> "StorageFormat":
-        return StorageFormat(tensor.layout, tensor.is_quantized, tensor.is_nested)
+def have_same_format(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the tensors have in common what a copy of one into the other needs, shapes apart."""
+    return (
+        one.layout == other.layout
+        and one.is_quantized == other.is_quantized
+        and one.is_nested == other.is_nested
+    )
 
 
-DENSE = StorageFormat(torch.strided, is_quantized=False, is_nested=False)
+def is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def placement_mismatch(what: str, value: DTensor, expected: DTensor, intro: str) -> str:
@@ -39,12 +36,15 @@ def placement_mismatch(what: str, value: DTensor, expected: DTensor, intro: str)
     )
 
 
-def local_shape_mismatch(what: str, value: DTensor, expected: DTensor, owner: str) -> str | None:
-    """The message for a DTensor with another local shape than ``expected``; None if it is the
-    same. A copy of one row would go into all of them without a word."""
+def have_same_local_shape(one: DTensor, other: DTensor) -> bool:
+    """Whether the shards have one shape, as their placements alone do not ensure. A copy of one row
+    would go into all of them without a word."""
+    return local_of(one).shape == local_of(other).shape
+
+
+def local_shape_mismatch(what: str, value: DTensor, expected: DTensor, owner: str) -> str:
+    """The message for a DTensor with another local shape than ``expected``."""
     given, needed = tuple(local_of(value).shape), tuple(local_of(expected).shape)
-    if given == needed:
-        return None
     return (
         f"size mismatch for {what}: this rank's shard has the shape {given}, the {owner}'s {needed}"
     )

@@ -1,7 +1,7 @@
 """What a tree of modules takes from a state dict: its keys, the tensors that loading fills, and
 whether code other than this package's and ``nn.Module``'s has a say in it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -56,12 +56,13 @@ class ModuleEntries:
 
     @staticmethod
     def of(root: nn.Module, prefix: str = "") -> "ModuleEntries":
-        result = ModuleEntries([], [], [], any(map(_runs_custom_code, root.modules())))
-        for path, module in _modules_by_prefix(root, prefix):
+        modules = _modules_by_prefix(root, prefix)
+        result = ModuleEntries([], [], [], _runs_custom_code([module for _, module in modules]))
+        for path, module in modules:
             entries = entries_of(module, path)
             if _has_extra_state(module):
                 result.keys.append(path + _EXTRA_STATE_KEY_SUFFIX)
-            result.keys.extend(entry.key for entry in entries)
+            result.keys.extend([entry.key for entry in entries])
             if _fills_itself(module):
                 result.custom_leaves.append(CustomLeaf(path, module))
             else:
@@ -69,13 +70,19 @@ class ModuleEntries:
         return result
 
 
-def _modules_by_prefix(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _modules_by_prefix(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     """Every module with the prefix of its keys, parents first; a module in two places comes
     twice."""
-    yield prefix, root
-    for name, child in root._modules.items():
-        if child is not None:
-            yield from _modules_by_prefix(child, child_prefix(prefix, name))
+    found: list[tuple[str, nn.Module]] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        found.append((prefix, module))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, child_prefix(prefix, name))
+
+    visit(root, prefix)
+    return found
 
 
 def child_prefix(prefix: str, name: str) -> str:
@@ -108,17 +115,22 @@ def checks_first(function: _Function) -> _Function:
     return function
 
 
-def _runs_custom_code(module: nn.Module) -> bool:
-    return (
+def _runs_custom_code(modules: list[nn.Module]) -> bool:
+    # Classes are asked once each: a model has few of them, and thousands of modules.
+    if any(map(_overrides_load_state_dict, {type(module) for module in modules})):
+        return True
+    return any(
         _has_custom_hooks(module._load_state_dict_pre_hooks)
         or _has_custom_hooks(module._load_state_dict_post_hooks)
-        or _overrides_load_state_dict(type(module))
         or _has_extra_state(module)
-        or (_fills_itself(module) and bool(module._modules))
+        or (_fills_itself(module) and module._modules)
+        for module in modules
     )
 
 
 def _has_custom_hooks(hooks: Mapping[int, Any]) -> bool:
+    if not hooks:
+        return False
     functions = [getattr(hook, "hook", hook) for hook in hooks.values()]
     return not all(
         getattr(function, _CHECKS_FIRST, False)

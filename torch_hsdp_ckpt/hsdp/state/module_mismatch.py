@@ -7,7 +7,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..precision import saved_dtype
-from .mismatch import StorageFormat, local_shape_mismatch, placement_mismatch
+from .mismatch import (
+    have_same_format,
+    have_same_local_shape,
+    local_shape_mismatch,
+    placement_mismatch,
+)
 from .module_entries import Entry
 
 
@@ -27,7 +32,7 @@ def tensor_mismatch(entry: Entry, value: Any, same_dtype: bool) -> str | None:
 
 def _format_mismatch(entry: Entry, value: torch.Tensor) -> str | None:
     target = entry.tensor
-    if StorageFormat.of(value) == StorageFormat.of(target):
+    if have_same_format(value, target):
         return None
     return (
         f'"{entry.key}" is of another kind ({value.layout}, {value.dtype}) than the module\'s '
@@ -64,18 +69,20 @@ def _lack_of_values(entry: Entry, value: torch.Tensor) -> str | None:
 
 
 def _sharding_mismatch(entry: Entry, value: torch.Tensor) -> str | None:
-    name, target = f'"{entry.key}"', entry.tensor
+    key, target = entry.key, entry.tensor
     if not isinstance(target, DTensor):
         if not isinstance(value, DTensor):
             return None
-        return f"{name} is a DTensor and the module has a plain tensor: pass value.full_tensor()"
+        return f'"{key}" is a DTensor and the module has a plain tensor: pass value.full_tensor()'
     if not isinstance(value, DTensor):
         return (
-            f"{name} is a plain tensor and the module has a sharded one: to load whole tensors use "
-            "set_model_state_dict with full_state_dict=True, or FullyShardedDataParallel's "
+            f'"{key}" is a plain tensor and the module has a sharded one: to load whole tensors '
+            "use set_model_state_dict with full_state_dict=True, or FullyShardedDataParallel's "
             "FULL_STATE_DICT"
         )
     given, needed = value._spec, target._spec
     if given.placements != needed.placements or given.mesh != needed.mesh:
-        return placement_mismatch(name, value, target, "the module has")
-    return local_shape_mismatch(name, value, target, "module")
+        return placement_mismatch(f'"{key}"', value, target, "the module has")
+    if not have_same_local_shape(value, target):
+        return local_shape_mismatch(f'"{key}"', value, target, "module")
+    return None

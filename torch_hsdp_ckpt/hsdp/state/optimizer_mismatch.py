@@ -2,15 +2,21 @@
 reason."""
 
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from .from_first_rank import DTensorOnFirstRank, TensorOnFirstRank
-from .mismatch import DENSE, StorageFormat, local_shape_mismatch, placement_mismatch
+from .mismatch import (
+    have_same_local_shape,
+    is_dense,
+    local_shape_mismatch,
+    placement_mismatch,
+)
 
 _ShapedValue = torch.Tensor | TensorOnFirstRank | DTensorOnFirstRank
+_SHAPED = (torch.Tensor, TensorOnFirstRank, DTensorOnFirstRank)
 
 
 @dataclass(frozen=True)
@@ -32,35 +38,21 @@ class ParameterState:
 
 def has_dimensions(value: Any) -> TypeGuard[_ShapedValue]:
     """Whether it is a tensor, here or on the first rank, that is not a single value."""
-    return isinstance(value, _ShapedValue) and len(value.shape) > 0
+    return isinstance(value, _SHAPED) and len(value.shape) > 0
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """``value``, which has dimensions, beside what the optimizer has or would make."""
+class _Comparison(NamedTuple):
+    """``value``, which has dimensions, beside what the optimizer has or would make. ``is_known``:
+    the optimizer has a tensor there to compare with, which is ``current``."""
 
     where: str
     value: Any
     target: ParameterState
     current: Any
+    is_known: bool
+    shape: tuple[int, ...]
+    expected_shape: tuple[int, ...]
     converted_to: torch.dtype | None
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the optimizer has a tensor there to compare with."""
-        return has_dimensions(self.current)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
-    @property
-    def expected_shape(self) -> tuple[int, ...]:
-        return tuple(self.current.shape if self.is_known else self.target.parameter.shape)
-
-    @property
-    def expected_dtype(self) -> torch.dtype | None:
-        return self.current.dtype if self.is_known else self.converted_to
 
     @property
     def is_end_to_end(self) -> bool:
@@ -85,13 +77,28 @@ def state_mismatch(where: str, key: Any, value: Any, target: ParameterState) -> 
         return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
     if not has_dimensions(value):
         return _lack_of_dimensions(where, value, current)
-    converted_to = None if key == "step" else target.converted_to
-    comparison = _Comparison(where, value, target, current, converted_to)
+    comparison = _compare(where, key, value, target)
     return (
         _format_mismatch(comparison)
         or _shape_mismatch(comparison)
         or _dtype_mismatch(comparison)
         or _sharding_mismatch(comparison)
+    )
+
+
+def _compare(where: str, key: Any, value: Any, target: ParameterState) -> _Comparison:
+    current = target.current.get(key)
+    is_known = has_dimensions(current)
+    expected: Any = current if is_known else target.parameter
+    return _Comparison(
+        where=where,
+        value=value,
+        target=target,
+        current=current,
+        is_known=is_known,
+        shape=tuple(value.shape),
+        expected_shape=tuple(expected.shape),
+        converted_to=None if key == "step" else target.converted_to,
     )
 
 
@@ -105,7 +112,7 @@ def _lack_of_dimensions(where: str, value: Any, current: Any) -> str | None:
 
 def _format_mismatch(it: _Comparison) -> str | None:
     value = it.value
-    if isinstance(value, torch.Tensor) and StorageFormat.of(value) != DENSE:
+    if isinstance(value, torch.Tensor) and not is_dense(value):
         return (
             f"{it.where} is of another kind ({value.layout}, {value.dtype}) than the parameter's "
             "shards"
@@ -136,9 +143,10 @@ def _shape_mismatch(it: _Comparison) -> str | None:
 
 def _dtype_mismatch(it: _Comparison) -> str | None:
     dtype: torch.dtype = it.value.dtype
-    if it.expected_dtype in (None, dtype) or not dtype.is_floating_point:
+    expected = it.current.dtype if it.is_known else it.converted_to
+    if expected is None or dtype == expected or not dtype.is_floating_point:
         return None
-    return f"{it.where} is {dtype}, the optimizer has {it.expected_dtype}: convert it"
+    return f"{it.where} is {dtype}, the optimizer has {expected}: convert it"
 
 
 def _sharding_mismatch(it: _Comparison) -> str | None:
@@ -164,6 +172,6 @@ def _placement_mismatch(it: _Comparison, parameter: DTensor) -> str | None:
     is_placed_so = it.value.placements == like.placements or not has_its_shape
     if it.value.device_mesh != parameter.device_mesh or not is_placed_so:
         return placement_mismatch(it.where, it.value, like, "the parameter")
-    if not has_its_shape:
-        return None
-    return local_shape_mismatch(it.where, it.value, like, "optimizer")
+    if has_its_shape and not have_same_local_shape(it.value, like):
+        return local_shape_mismatch(it.where, it.value, like, "optimizer")
+    return None
