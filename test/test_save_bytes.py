@@ -87,18 +87,16 @@ def test_the_metadata_hardly_grows_with_the_replicas(tmp_path: Path) -> None:
     for replicas in (1, 2, 8):
         ranks = range(replicas * 8)
         plan = _C.SavePlan(
-            [([replicas, 8], ranks, (-1, 0), False)],
+            [_C.Sharding([replicas, 8], ranks, (-1, 0), whole=False)],
             [
-                (name, "float32", shape, 0, None, False)
+                _C.TensorToPlan(name, "float32", shape, 0, None, pinned=False)
                 for name, shape in zip(names, shapes, strict=True)
             ],
         )
-        built = plan.complete_metadata(
-            Metadata({}), None, [((1, 2, rank, 4), []) for rank in ranks], 1, True
-        )
-        assert built is not None
-        assert len(built[1]) == len(ranks)
-        sizes[replicas] = len(built[0])
+        writers = [_C.SaveWriter(_C.ProcessIdentity(1, 2, rank, 4), []) for rank in ranks]
+        built = plan.complete_metadata(Metadata({}), None, writers, 1, True)
+        assert len(built.files) == len(ranks)
+        sizes[replicas] = len(built.encoded)
     assert sizes[1] < sizes[2] <= sizes[8] <= 1.1 * sizes[1], sizes
 
 

@@ -23,7 +23,7 @@ struct SavedEntry {
 };
 
 /// A ChunkRead that owns its record's place, for the time after the planner's.
-struct PlannedChunk {
+struct ChunkToRead {
   checkpoint::RecordPlace record;
   format::Shape in_record;
   format::Shape in_box;
@@ -55,9 +55,9 @@ std::vector<std::optional<SavedEntry>> Describe(const checkpoint::LoadPlanner& p
   return out;
 }
 
-std::vector<PlannedChunk> PlanBox(const checkpoint::LoadPlanner& planner, const BoxArgument& box) {
+std::vector<ChunkToRead> PlanBox(const checkpoint::LoadPlanner& planner, const BoxArgument& box) {
   const auto& [name, offsets, sizes] = box;
-  std::vector<PlannedChunk> chunks;
+  std::vector<ChunkToRead> chunks;
   for (checkpoint::ChunkRead& read : planner.Plan(name, {offsets, sizes})) {
     chunks.push_back({PlaceOf(name, *read.place), std::move(read.in_record), std::move(read.in_box),
                       std::move(read.sizes)});
@@ -65,9 +65,9 @@ std::vector<PlannedChunk> PlanBox(const checkpoint::LoadPlanner& planner, const 
   return chunks;
 }
 
-std::vector<std::vector<PlannedChunk>> Plan(const checkpoint::LoadPlanner& planner,
-                                            const std::vector<BoxArgument>& boxes) {
-  std::vector<std::vector<PlannedChunk>> out;
+std::vector<std::vector<ChunkToRead>> Plan(const checkpoint::LoadPlanner& planner,
+                                           const std::vector<BoxArgument>& boxes) {
+  std::vector<std::vector<ChunkToRead>> out;
   out.reserve(boxes.size());
   for (const BoxArgument& box : boxes) out.push_back(PlanBox(planner, box));
   return out;
@@ -98,12 +98,12 @@ void BindPlanner(py::module_& module) {
   py::class_<SavedEntry>(module, "SavedEntry")
       .def_readonly("is_tensor", &SavedEntry::is_tensor)
       .def_readonly("size", &SavedEntry::size);
-  py::class_<PlannedChunk>(module, "PlannedChunk")
+  py::class_<ChunkToRead>(module, "ChunkToRead")
       // A copy, for a reference would keep the chunk alive, at some cost a record.
-      .def_property_readonly("record", [](const PlannedChunk& chunk) { return chunk.record; })
-      .def_readonly("in_record", &PlannedChunk::in_record)
-      .def_readonly("in_box", &PlannedChunk::in_box)
-      .def_readonly("sizes", &PlannedChunk::sizes);
+      .def_property_readonly("record", [](const ChunkToRead& chunk) { return chunk.record; })
+      .def_readonly("in_record", &ChunkToRead::in_record)
+      .def_readonly("in_box", &ChunkToRead::in_box)
+      .def_readonly("sizes", &ChunkToRead::sizes);
   py::class_<LoadPlanner>(module, "LoadPlanner")
       .def(py::init(&MakePlanner), py::arg("file"), py::arg("path"))
       .def_property_readonly("has_transforms", &LoadPlanner::has_transforms)

@@ -51,25 +51,24 @@ def _row(shards: int, rounds: int) -> list[str]:
         local = LocalState(planner)
         local.digests()
         static = make_static_plan(local, local.names, 0, range(world))
-        static.plan.layout(static.pieces, [], True)
+        static.plan.layout(static.chunks, [], True)
         before.append(time.perf_counter() - start)
         start = time.perf_counter()
         assert local.paths is not None
         paths = static.plan.paths([], (local.paths[name] for name in static.names))
         assert paths is not None
-        writers = [((1, 2, rank, 4), []) for rank in range(world)]
+        writers = [_C.SaveWriter(_C.ProcessIdentity(1, 2, rank, 4), []) for rank in range(world)]
         built = static.plan.complete_metadata(Metadata({}), paths, writers, 1, True)
-        assert built is not None
         whole.append(time.perf_counter() - start)
         with tempfile.NamedTemporaryFile(dir=".") as file:
             start = time.perf_counter()
-            file.write(built[0])
+            file.write(built.encoded)
             file.flush()
             os.fsync(file.fileno())
             writing.append(time.perf_counter() - start)
     dist.destroy_process_group()
     times = [milliseconds(each) for each in (before, whole, writing)]
-    return [f"{world} ({replicas} x {shards})", *times, f"{len(built[0]) / 2**20:.0f}"]
+    return [f"{world} ({replicas} x {shards})", *times, f"{len(built.encoded) / 2**20:.0f}"]
 
 
 def measure(quick: bool) -> str:

@@ -46,8 +46,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_pre_hook(_before_step)
 
 
-def find_guarded(live: _C.LiveState) -> tuple[_C.Watch, list[int], int]:
-    """The tensors that nobody changes without passing the gate; the others, and their bytes.
+def find_guarded(live: _C.LiveState) -> _C.Guarded:
+    """The tensors that nobody changes without passing the gate, and the others.
 
     They share their memory with a parameter of one of our units that an announced optimizer
     updates, or with a tensor of such an optimizer's state."""

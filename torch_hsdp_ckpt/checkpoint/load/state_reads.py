@@ -131,7 +131,7 @@ def _local_boxes(
         yield _LocalBox(name, offsets, sizes, value._local_tensor.detach(), is_sharded=True)
 
 
-def _read_of_chunk(box: _LocalBox, chunk: _C.PlannedChunk) -> TensorRead:
+def _read_of_chunk(box: _LocalBox, chunk: _C.ChunkToRead) -> TensorRead:
     target, sizes = box.target, chunk.sizes
     if sizes != box.sizes:
         for dim, (start, count) in enumerate(zip(chunk.in_box, sizes, strict=True)):

@@ -119,10 +119,11 @@ class Job:
 
     def _guard(self, captured: Captured) -> tuple[Gate | None, list[int], int]:
         """The gate, if it guards anything; the tensors that it does not, and their bytes."""
-        watch, eager, eager_bytes = find_guarded(captured.live)
-        if len(watch) == 0:
+        guarded = find_guarded(captured.live)
+        eager, eager_bytes = guarded.unguarded, guarded.unguarded_bytes
+        if len(guarded.watch) == 0:
             return None, eager, eager_bytes
-        gate = Gate(watch, captured.name, self.future.add_step_wait)
+        gate = Gate(guarded.watch, captured.name, self.future.add_step_wait)
         self._until_copied.callback(gate.close)
         return gate, eager, eager_bytes
 

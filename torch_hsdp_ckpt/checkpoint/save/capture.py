@@ -199,14 +199,14 @@ def _changeable_objects(local: LocalState) -> list[int]:
 
 def _local_chunks(static: StaticPlan, tensor_numbers: dict[str, int]) -> Iterator[LocalChunk]:
     """Where this rank's chunks lie in the memory of its shards."""
-    for index, offsets, sizes in static.pieces:
-        shard = static.locals[index]
-        starts = static.shard_start(index)
+    for chunk in static.chunks:
+        shard, sizes = static.locals[chunk.tensor], chunk.sizes
+        starts = static.shard_start(chunk.tensor)
         first = 0  # elements of the shard before the chunk, in row-major order
-        for offset, start, extent in zip(offsets, starts, shard.shape, strict=True):
+        for offset, start, extent in zip(chunk.offsets, starts, shard.shape, strict=True):
             first = first * extent + offset - start
         yield LocalChunk(
-            tensor=tensor_numbers[static.names[index]],
+            tensor=tensor_numbers[static.names[chunk.tensor]],
             first=first * shard.itemsize,
             size=math.prod(sizes) * shard.itemsize,
             kind=RECORD_DTYPES[shard.dtype],

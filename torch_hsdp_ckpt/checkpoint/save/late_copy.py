@@ -104,7 +104,7 @@ def copies_of(captured: Captured, placed: PlacedRecords, tensors: Iterable[int])
                 sources.append(_elements(local, chunk))
                 targets.append(placed.image.view(len(placed.objects) + i, sources[-1]))
     host = captured.live.copies(
-        structure.copied, placed.live, placed.image.base, places, sorted(wanted), False
+        structure.copied, placed.live, placed.image.base, places, sorted(wanted)
     )
     return CopiesToMake(host, sources, targets)
 

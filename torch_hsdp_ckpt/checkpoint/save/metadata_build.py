@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import torch.distributed.checkpoint.filesystem as _stock
 from torch.distributed.checkpoint.metadata import Metadata
 
+from ... import _C
 from ..snapshot.staged import Objects
 from ..storage.metadata import decode_metadata, encode_metadata
 from ..storage.writer import FileWriteResult
@@ -63,7 +64,8 @@ def _builder(
     planner_data = None if is_complete else opened.local.paths_of(names)
     skeleton = Metadata({}, version=_stock.CURRENT_DCP_VERSION, storage_meta=writer.storage_meta())
     writers = [
-        (process, objects if rank == 0 else []) for rank, process in enumerate(opened.writers)
+        _C.SaveWriter(process, objects if rank == 0 else [])
+        for rank, process in enumerate(opened.writers)
     ]
     gathered_data = opened.gathered.metadata.planner_data
 
@@ -71,14 +73,12 @@ def _builder(
         built = plan.complete_metadata(
             skeleton, planned_paths, writers, opened.save_id, writer.single_file_per_rank
         )
-        assert built is not None
-        encoded, files = built
         if is_complete:
-            return BuiltMetadata(encoded, None, files)
-        metadata = decode_metadata(encoded, writer.path)
+            return BuiltMetadata(built.encoded, None, built.files)
+        metadata = decode_metadata(built.encoded, writer.path)
         if planner_data is not None:
             metadata.planner_data = {**(gathered_data or {}), **planner_data}
-        return BuiltMetadata(None, metadata, files)
+        return BuiltMetadata(None, metadata, built.files)
 
     return build
 

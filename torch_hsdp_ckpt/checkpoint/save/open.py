@@ -57,7 +57,7 @@ class Opened:
     comparison: "Comparison"
     gathered: GatheredPlan
     save_id: int
-    writers: Sequence[tuple[int, int, int, int]]
+    writers: Sequence[_C.ProcessIdentity]
     unfinished: Unfinished
 
 
@@ -188,21 +188,30 @@ class _Slot:
     other_digest: bytes
     needs_gathering: bool
     save_id: int
-    writer: tuple[int, int, int, int]
+    writer: _C.ProcessIdentity
 
 
 def _pack_opening(state: PreparedState, save_id: int) -> bytes:
-    return _OPENING.pack(state.digests, state.needs_gathering, save_id, *_C.process_identity())
+    process = _C.process_identity()
+    return _OPENING.pack(
+        state.digests,
+        state.needs_gathering,
+        save_id,
+        process.host,
+        process.boot,
+        process.pid,
+        process.start,
+    )
 
 
 def _unpack_opening(slot: bytes) -> _Slot:
-    digests, needs_gathering, save_id, host, boot, pid, start = _OPENING.unpack(slot)
+    digests, needs_gathering, save_id, *process = _OPENING.unpack(slot)
     return _Slot(
         dtensor_digest=digests[:DIGEST_BYTES],
         other_digest=digests[DIGEST_BYTES:],
         needs_gathering=needs_gathering,
         save_id=save_id,
-        writer=(host, boot, pid, start),
+        writer=_C.ProcessIdentity(*process),
     )
 
 

@@ -71,7 +71,7 @@ def plan_kept(
 def lay_out(request: SaveRequest, static: StaticPlan, objects: Objects) -> Sequence[_C.PlannedFile]:
     """Where this rank's records lie in its files."""
     lengths = [len(data) for _, data in objects]
-    return static.plan.layout(static.pieces, lengths, request.writer.single_file_per_rank)
+    return static.plan.layout(static.chunks, lengths, request.writer.single_file_per_rank)
 
 
 def pickled(names: Sequence[str], values: Mapping[str, Any]) -> Objects:

@@ -17,7 +17,7 @@ from ..snapshot.staged import (
     stage_tensors,
     watch_sources,
 )
-from ..storage.staging import FileImage, StagingPool
+from ..storage.staging import StagingPool
 from .plan import Planned
 from .static_plan import ChunkTensors
 
@@ -36,7 +36,7 @@ class Staged:
     live: int
     gathered_is_live: bool
     planner: SavePlanner
-    images: Sequence[FileImage] = ()
+    images: Sequence[_C.FileImage] = ()
     copies: Sequence[_C.StagingCopy] = ()
     sources: Sequence[WatchedSource] = ()
 

@@ -19,16 +19,14 @@ from .local_state import LocalState, Sharding, SortedNames
 # Before torch 2.15 the metadata says nothing of strides.
 _HAS_STRIDES = any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
 
-Chunk = tuple[int, list[int], list[int]]  # tensor, offsets in the whole tensor, sizes
-
 
 @dataclasses.dataclass(frozen=True)
 class StaticPlan:
-    """The part of a save that needs no talk. ``plan`` knows all ranks' records, ``pieces`` are this
+    """The part of a save that needs no talk. ``plan`` knows all ranks' records, ``chunks`` are this
     rank's."""
 
     plan: _C.SavePlan
-    pieces: _C.PieceList
+    chunks: _C.ChunkList
     names: Sequence[str]  # of the plan's tensors
     locals: Sequence[Tensor]  # this rank's shard of each, which may need a gradient
     rank: int
@@ -38,20 +36,20 @@ class StaticPlan:
         """Where this rank's shard begins in the whole tensor."""
         return self.plan.shard_offsets(self.rank, tensor)
 
-    def tensor_of(self, chunk: Chunk) -> Tensor:
+    def tensor_of(self, chunk: _C.PlannedChunk) -> Tensor:
         """The bytes of a chunk: the local shard, or a part of it."""
-        index, offsets, sizes = chunk
-        tensor = self.locals[index].detach()
-        if list(tensor.shape) == list(sizes):
+        tensor = self.locals[chunk.tensor].detach()
+        sizes = chunk.sizes
+        if list(tensor.shape) == sizes:
             return tensor
-        starts = self.shard_start(index)
-        for dim, (offset, size, start) in enumerate(zip(offsets, sizes, starts, strict=True)):
+        bounds = zip(chunk.offsets, sizes, self.shard_start(chunk.tensor), strict=True)
+        for dim, (offset, size, start) in enumerate(bounds):
             tensor = tensor.narrow(dim, offset - start, size)
         return tensor
 
     def chunk_names(self) -> Iterator[str]:
         """The name of the tensor of each chunk that this rank writes."""
-        return (self.names[chunk[0]] for chunk in self.pieces)
+        return (self.names[chunk.tensor] for chunk in self.chunks)
 
     def without_tensors(self) -> "StaticPlan":
         """The plan alone, which keeps no tensor alive."""
@@ -65,10 +63,10 @@ class ChunkTensors(Sequence[Tensor]):
         self._static = static
 
     def __len__(self) -> int:
-        return len(self._static.pieces)
+        return len(self._static.chunks)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices are taken
-        return self._static.tensor_of(self._static.pieces[index])
+        return self._static.tensor_of(self._static.chunks[index])
 
 
 def make_static_plan(
@@ -85,7 +83,8 @@ def make_static_plan(
     with_details = rank == 0  # what DCP's metadata says of a tensor, by the coordinator's
     plan = _C.SavePlan(shardings.arguments, (_argument(it, with_details) for it in tensors))
     locals_ = [tensor.local for tensor in tensors]
-    for index, _, sizes in plan.local_shards(rank):
+    for shard in plan.local_shards(rank):
+        index, sizes = shard.tensor, shard.sizes
         if sizes != list(locals_[index].shape):
             raise CheckpointError(
                 f"{tensors[index].name}: rank {rank} holds a shard of shape "
@@ -94,7 +93,7 @@ def make_static_plan(
             )
     return StaticPlan(
         plan=plan,
-        pieces=plan.pieces(rank),
+        chunks=plan.chunks(rank),
         names=[tensor.name for tensor in tensors],
         locals=locals_,
         rank=rank,
@@ -117,7 +116,7 @@ class _Shardings:
         self._size = len(global_ranks)
         self._rank_in_group = {rank: i for i, rank in enumerate(global_ranks)}
         self._numbers: dict[tuple[int, tuple[int, ...]] | None, int] = {}
-        self.arguments: list[tuple[Sequence[int], Sequence[int], Sequence[int], bool]] = []
+        self.arguments: list[_C.Sharding] = []
 
     def of_dtensor(self, sharding: Sharding) -> int:
         key = (id(sharding.mesh), sharding.dims)
@@ -125,21 +124,18 @@ class _Shardings:
             return number
         mesh = sharding.mesh.mesh
         ranks = [self._rank_in_group.get(rank, -1) for rank in mesh.flatten().tolist()]
-        return self._add(key, (list(mesh.shape), ranks, sharding.dims, False))
+        return self._add(key, _C.Sharding(list(mesh.shape), ranks, sharding.dims, whole=False))
 
     def of_plain_tensor(self) -> int:
         """Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is
         one rank's, as in DCP."""
         if (number := self._numbers.get(None)) is not None:
             return number
-        return self._add(None, ([self._size], range(self._size), (-1,), True))
+        ranks = range(self._size)
+        return self._add(None, _C.Sharding([self._size], ranks, (-1,), whole=True))
 
-    def _add(
-        self,
-        key: tuple[int, tuple[int, ...]] | None,
-        argument: tuple[Sequence[int], Sequence[int], Sequence[int], bool],
-    ) -> int:
-        self.arguments.append(argument)
+    def _add(self, key: tuple[int, tuple[int, ...]] | None, sharding: _C.Sharding) -> int:
+        self.arguments.append(sharding)
         number = self._numbers[key] = len(self.arguments) - 1
         return number
 
@@ -158,11 +154,9 @@ def _planned_tensor(state: LocalState, name: str, shardings: _Shardings) -> _Pla
     return _PlannedTensor(name, value, value, shardings.of_plain_tensor())
 
 
-def _argument(
-    tensor: _PlannedTensor, with_details: bool
-) -> tuple[str, str, Sequence[int], int, Sequence[int] | None, bool]:
+def _argument(tensor: _PlannedTensor, with_details: bool) -> _C.TensorToPlan:
     local = tensor.local
     strides = local.stride() if with_details and _HAS_STRIDES else None
     pinned = with_details and local.is_pinned()
     dtype = RECORD_DTYPES[local.dtype]
-    return tensor.name, dtype, tensor.whole.shape, tensor.sharding, strides, pinned
+    return _C.TensorToPlan(tensor.name, dtype, tensor.whole.shape, tensor.sharding, strides, pinned)

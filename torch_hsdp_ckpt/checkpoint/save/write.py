@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.planner import WriteItem
 from ... import _C
 from ...errors import CheckpointError
 from ..storage.data_file import DataFile, StagedRecord
-from ..storage.staging import FileImage
 from ..storage.writer import FileWriteResult, add_items, write_result
 from .metadata_build import BuiltMetadata
 from .stage import Staged
@@ -52,7 +51,7 @@ class FileToWrite:
 
     name: str
     planned: _C.PlannedFile | None
-    image: FileImage
+    image: _C.FileImage
     live: Iterable[Record]
     live_end: LiveEnd
     copied: Iterable[Record]
@@ -109,7 +108,7 @@ def _files_to_write(staged: Staged) -> list[FileToWrite]:
             FileToWrite(
                 name=_C.data_file_name(request.agreement.rank, opened.save_id, number),
                 planned=in_plan,
-                image=staged.images[number] if number < len(staged.images) else FileImage(),
+                image=staged.images[number] if number < len(staged.images) else _C.FileImage(),
                 live=itertools.islice(records, live),
                 live_end=live_end.get(number, LiveEnd.ELSEWHERE),
                 copied=itertools.islice(records, length - live),

@@ -13,7 +13,7 @@ from ...common.gate import CHANGED
 from ...common.tensors import RECORD_DTYPES, local_of
 from ...errors import CheckpointError
 from ..storage.data_file import StagedRecord, checksum
-from ..storage.staging import FileImage, Layout, StagingPool
+from ..storage.staging import Layout, StagingPool
 
 Objects = list[tuple[str, memoryview]]  # names and records
 Source = Tensor | StagedRecord
@@ -28,7 +28,7 @@ class StagedRecords:
     :class:`~..storage.staging.StagingPool` keeps it. ``copies``: those that sum what they copy."""
 
     records: Sequence[Source]
-    images: Sequence[FileImage]
+    images: Sequence[_C.FileImage]
     in_place: int = 0
     copies: Sequence[_C.StagingCopy] = ()
 

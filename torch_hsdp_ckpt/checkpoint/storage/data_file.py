@@ -11,7 +11,6 @@ from torch import Tensor
 from ... import _C
 from ...common.tensors import RECORD_DTYPES, is_staged, scratch, staged
 from ...errors import CheckpointError
-from .staging import FileImage
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors
 # take two such blocks, the writer (threads + 1) of a huge page, 2 MiB: together they stay below 64
@@ -37,16 +36,12 @@ class StagedRecord:
 class _Batch:
     """Records, or parts of some, whose bytes are in CPU memory or on their way there."""
 
-    parts: list[tuple[str, str, Sequence[int], int, int, int]] = dataclasses.field(
-        default_factory=list
-    )
-    kept: list[Tensor] = dataclasses.field(
-        default_factory=list
-    )  # what the parts' addresses point to
+    parts: list[_C.RecordPart] = dataclasses.field(default_factory=list)
+    # What the parts' addresses point to.
+    kept: list[Tensor] = dataclasses.field(default_factory=list)
     copied: int = 0  # bytes of block memory in use
-    copies_done: list[torch.cuda.Event] = dataclasses.field(
-        default_factory=list
-    )  # of each device, once all are started
+    # Of each device, once all copies are started.
+    copies_done: list[torch.cuda.Event] = dataclasses.field(default_factory=list)
 
 
 class DataFile:
@@ -79,7 +74,7 @@ class DataFile:
         sync: bool = True,
         reserve: int = 0,
         block: int = 0,
-        image: FileImage = FileImage(),  # noqa: B008 (immutable)
+        image: _C.FileImage = _C.FileImage(),  # noqa: B008 (immutable)
         copies: Sequence[_C.StagingCopy] = (),
         planned: _C.PlannedFile | None = None,
     ) -> None:
@@ -109,7 +104,9 @@ class DataFile:
         self._make_room()
         kind, shape, first = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape), 0
         if is_staged(tensor):
-            self._batch.parts.append((name, kind, shape, tensor.data_ptr(), 0, tensor.nbytes))
+            self._batch.parts.append(
+                _C.RecordPart(name, kind, shape, tensor.data_ptr(), 0, tensor.nbytes)
+            )
             self._batch.kept.append(tensor)
             return
         for part in _parts(tensor, self._block):
@@ -117,7 +114,9 @@ class DataFile:
             if self._batch.copied and self._batch.copied + used > self._block:
                 self._next_batch()
             copy = self._pin(part) if part.device.type == "cuda" else self._copy(part)
-            self._batch.parts.append((name, kind, shape, copy.data_ptr(), first, copy.nbytes))
+            self._batch.parts.append(
+                _C.RecordPart(name, kind, shape, copy.data_ptr(), first, copy.nbytes)
+            )
             self._batch.kept += [part, copy]
             self._batch.copied += used
             first += copy.nbytes
@@ -125,7 +124,9 @@ class DataFile:
     def add_staged(self, name: str, record: "StagedRecord") -> None:
         """A tensor whose bytes are in host memory already, and stay there."""
         self._make_room()
-        self._batch.parts.append((name, record.kind, record.shape, record.address, 0, record.size))
+        self._batch.parts.append(
+            _C.RecordPart(name, record.kind, record.shape, record.address, 0, record.size)
+        )
 
     def flush(self) -> None:
         """Nothing that was added is read any more when it returns."""
@@ -135,8 +136,7 @@ class DataFile:
         """Writes what is left and the index, makes the file durable, closes it. Its length in
         bytes."""
         self._write_all()
-        size, _ = self._writer.finish()
-        return size
+        return self._writer.finish().size
 
     def discard(self) -> None:
         """Closes and removes the file: an error's frames would keep it, and the space it takes, as

@@ -16,15 +16,6 @@ PAGE = 4096  # direct I/O's: of addresses, offsets and sizes
 _FEW = 1 << 20
 
 
-class FileImage(NamedTuple):
-    """Memory of ``size`` bytes at ``address`` that is laid out as a data file is from ``offset``
-    on; multiples of a page."""
-
-    offset: int = 0
-    address: int = 0
-    size: int = 0
-
-
 class Layout:
     """Where the records of a rank's files lie in memory that is laid out as the files are, each
     from a page on.
@@ -43,13 +34,13 @@ class Layout:
         self.files = files
         fit = _fit_from_the_end(files, objects, limit)
         self.first = max(fit.first, objects)
-        self.images: list[FileImage] = []
+        self.images: list[_C.FileImage] = []
         self.payloads: list[int] = []
         self.size = 0
         for begin, file in zip(fit.begins, files, strict=True):
             offset = 0 if begin < _FEW and limit is None else begin
             size = _round_up(file.size) - offset
-            self.images.append(FileImage(offset, self.size, size))
+            self.images.append(_C.FileImage(offset, self.size, size))
             self.payloads += [self.size + payload - offset for payload in file.payloads]
             self.size += size
 
@@ -92,7 +83,7 @@ class Image:
         self._start = -block.data_ptr() % PAGE
         self.base = block.data_ptr() + self._start
         self.files = [
-            FileImage(image.offset, self.base + image.address, image.size)
+            _C.FileImage(image.offset, self.base + image.address, image.size)
             for image in layout.images
         ]
 

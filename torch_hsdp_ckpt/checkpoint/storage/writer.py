@@ -23,7 +23,6 @@ from ...common.tensors import RECORD_DTYPES, check_storage, is_plain
 from ...errors import CheckpointError
 from .data_file import COPY_BLOCK, DataFile
 from .metadata import encode_metadata, read_metadata_bytes
-from .staging import FileImage
 
 _logger = logging.getLogger(__name__)
 # One commit at a time in a process: the second sees what the first left, and its files are checked
@@ -181,7 +180,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         self,
         name: str,
         reserve: int,
-        image: FileImage = FileImage(),  # noqa: B008 (immutable)
+        image: _C.FileImage = _C.FileImage(),  # noqa: B008 (immutable)
         copies: Sequence[_C.StagingCopy] = (),
         planned: _C.PlannedFile | None = None,
     ) -> DataFile:
@@ -291,7 +290,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         these are exact."""
         path = self._own_metadata_path()
         with _commit_lock:
-            removed, left = _C.commit_checkpoint(
+            result = _C.commit_checkpoint(
                 str(self.path),
                 path.name,
                 claim,
@@ -300,8 +299,8 @@ class FileSystemWriter(_stock.FileSystemWriter):
                 _named_files(path),
                 self.sync_files,
             )
-        _logger.debug("%s: committed, %d older files removed", self.path, len(removed))
-        for reason in left:
+        _logger.debug("%s: committed, %d older files removed", self.path, len(result.removed))
+        for reason in result.left:
             _logger.warning(
                 "the checkpoint is saved; a file of an older one could not be removed: %s", reason
             )
