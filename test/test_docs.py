@@ -115,7 +115,6 @@ def _check_torchrun(words: list[str]) -> None:
 
 
 def _check_pytest(words: list[str]) -> None:
-    assert " selected" not in words
     assert "::" in _run([sys.executable, *words[1:], "--collect-only", "-q"])
 
 
@@ -137,6 +136,15 @@ def _check_setup(words: list[str]) -> None:
     _run([sys.executable, *words[2:], "--help"])
 
 
+def _check_demo(words: list[str]) -> None:
+    demo.parser().parse_args(words[3:])
+
+
+def _check_pip(words: list[str]) -> None:
+    """The build is asked for the package's metadata, which shows that its tools are there."""
+    _run([sys.executable, "-m", *words, "--dry-run", "--quiet", "--no-deps"])
+
+
 PARSED: dict[str, Callable[[list[str]], None]] = {
     "make": _check_make,
     ". .venv/bin/activate": _check_environment,
@@ -144,21 +152,12 @@ PARSED: dict[str, Callable[[list[str]], None]] = {
     "python -m pytest": _check_pytest,
     "ctest": _check_ctest,
     "HSDP_CKPT_TESTS=1 python setup.py": _check_setup,
-    "python -m examples.demo": lambda words: vars(demo.parser().parse_args(words[3:])) and None,
-    "pip install": lambda words: _run(
-        [sys.executable, "-m", *words, "--dry-run", "--quiet", "--no-deps"]
-    )
-    and None,
+    "python -m examples.demo": _check_demo,
+    "pip install": _check_pip,
 }
 # Those that other tests of this file run.
 BENCH = ("python test/bench/run.py", "python test/bench/plot.py")
 RUN_BELOW = ("hsdp-ckpt", "python -c", "cmake", *BENCH)
-    "hsdp-ckpt",
-    "python -c",
-    "python test/bench/run.py",
-    "python test/bench/plot.py",
-    "cmake",
-)
 
 
 def _rule(command: str) -> Callable[[list[str]], None] | None:
