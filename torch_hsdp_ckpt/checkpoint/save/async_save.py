@@ -145,21 +145,24 @@ def async_save(
     ``async_stager``, process mode, and whatever :func:`save` leaves to DCP go to torch's own
     ``async_save``; the log says so.
 
-    Args: snapshot: "lazy", as above. "copy": everything is copied before the call returns.
-        "verify": lazy, and before the gate
-            opens everything is read again, and a difference fails the save. in_flight: what to do
-        if the save before is still in flight, the same on all ranks. "wait" for it; "raise"
-            CheckpointError on all ranks if it is so on any; "replace" it: it is given up, unless
-        all have voted for it by then. max_staging_bytes: host memory (pinned for tensors on CUDA
-        devices) that the copies may take on this rank. Not counted
-            are up to 64 MiB of the writer's own, and copies of tensors that do not lie contiguous.
-            Tensors that do not fit are written first, from where they are: the next step waits for
-            that, or this call where nothing guards them. None: all of 1/R of the shard is copied.
+    Args:
+        snapshot: "lazy": as above. "copy": everything is copied before the call returns.
+            "verify": lazy, and before the gate opens everything is read again, and a difference
+            fails the save.
+        in_flight: what to do if the save before is still in flight, the same on all ranks. "wait":
+            wait for it. "raise": CheckpointError on all ranks if it is so on any. "replace": it is
+            given up, unless all have voted for it by then.
+        max_staging_bytes: host memory (pinned for tensors on CUDA devices) that the copies may take
+            on this rank. Not counted are up to 64 MiB of the writer's own, and copies of tensors
+            that do not lie contiguous. Tensors that do not fit are written first, from where they
+            are: the next step waits for that, or this call where nothing guards them. None: all of
+            1/R of the shard is copied.
 
-    Raises: CheckpointError, OSError: on every rank: the save before has failed (once; the next call
-        saves again); there is too much
-            to copy before the call returns for planning alone, and planning with the ranks failed.
-            What fails later is on the future.
+    Raises:
+        CheckpointError: on every rank: the save before has failed (once; the next call saves
+            again), or there is too much to copy before the call returns for planning alone, and
+            planning with the ranks failed. What fails later is on the future.
+        OSError: as CheckpointError, where the operating system refused.
         ValueError: ``snapshot`` or ``in_flight`` is none of the above; ``max_staging_bytes`` is
             negative, or set where torch's own code saves, which has no such bound.
         RuntimeError: called within a call of its own, by a signal handler or a ``Stateful`` object.

@@ -13,11 +13,14 @@ GIB = 2**30
 class SaveResult:
     """Bytes and times of one save.
 
-    Attributes: path: the checkpoint's directory. rank: this rank in the saving process group.
-        bytes_written: of every rank's data files, by rank. write_seconds: what staging, checksums,
-        writing and syncing took, by rank. seconds: this rank's time per phase: ``plan`` (all before
-        the first byte), ``write``, ``commit`` (from this rank's
-            vote to the verdict, so waiting for slower ranks is in it) and ``total``.
+    Attributes:
+        path: the checkpoint's directory.
+        rank: this rank in the saving process group.
+        bytes_written: of every rank's data files, by rank.
+        write_seconds: what staging, checksums, writing and syncing took, by rank.
+        seconds: this rank's time per phase: ``plan`` (all before the first byte), ``write``,
+            ``commit`` (from this rank's vote to the verdict, so waiting for slower ranks is in it)
+            and ``total``.
     """
 
     path: str

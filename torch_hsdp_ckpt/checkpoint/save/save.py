@@ -49,22 +49,28 @@ def save(
     formats), and without ``use_collectives``. A directory is written by :class:`FileSystemWriter`
     all the same.
 
-    Args: state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain
-        values. Tensors are on the CPU
-            or on CUDA devices. A plain tensor or value under the same name on all ranks is saved
-        once. checkpoint_id: the directory. storage_writer: a :class:`FileSystemWriter` with other
-        options than the default ones, or another storage. planner: None for the default one.
+    Args:
+        state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain values.
+            Tensors are on the CPU or on CUDA devices. A plain tensor or value under the same name
+            on all ranks is saved once.
+        checkpoint_id: the directory.
+        storage_writer: a :class:`FileSystemWriter` with other options than the default ones, or
+            another storage.
+        planner: None for the default one.
         process_group: None for the default one. It must hold every shard; one shard group does.
-        no_dist: save this process's state alone. use_collectives: False saves without coordination,
-        as in DCP: every rank has a metadata of its own.
+        no_dist: save this process's state alone.
+        use_collectives: False saves without coordination, as in DCP: every rank has a metadata of
+            its own.
 
-    Returns the ``Metadata``, decoded when it is looked at; its ``result`` is a :class:`SaveResult`.
+    Returns:
+        The ``Metadata``, decoded when it is looked at; its ``result`` is a :class:`SaveResult`.
 
-    Raises (on all ranks, naming the rank): OSError: a system call failed; ``errno`` and
-        ``filename`` are set. CheckpointError: anything else: ``overwrite=False`` and there is a
-        checkpoint, another save has taken the directory
-            over, a shard that no rank of the group holds, a rank that died or did not answer within
-            the group's timeout, an exception of any other class on one of the ranks.
+    Raises (on all ranks, naming the rank):
+        OSError: a system call failed; ``errno`` and ``filename`` are set.
+        CheckpointError: anything else: ``overwrite=False`` and there is a checkpoint, another save
+            has taken the directory over, a shard that no rank of the group holds, a rank that died
+            or did not answer within the group's timeout, an exception of any other class on one of
+            the ranks.
     """
     writer = writer_for(storage_writer, checkpoint_id)
     if reason := why_dcp_plans(writer, planner, use_collectives):

@@ -80,26 +80,28 @@ class FileSystemWriter(_stock.FileSystemWriter):
     one uses new names, and the older files are removed only when the new ``.metadata`` is durable.
     If a save fails or the machine loses power, the older checkpoint loads as before.
 
-    Args: path: directory of the checkpoint, made if it is missing. All ranks see the same one.
+    Args:
+        path: directory of the checkpoint, made if it is missing. All ranks see the same one.
         single_file_per_rank: one data file per rank (default), else one per tensor or object.
         sync_files: fsync files and directories (default). Without it a power loss can lose the
-        checkpoint. thread_count: threads per rank that write; at least two are used, one copying
-        while the other writes. The number of
-            files does not depend on it. per_thread_copy_ahead: bytes that are copied at a time from
-        a device, or from a strided tensor, ahead of writing them;
-            16 MiB at most, and if it is 0. cache_staged_state_dict: keep the CPU copy that
-        ``dcp.async_save`` makes for the next one; the staging is torch's own
-            code. ``torch_hsdp_ckpt.async_save`` always keeps its memory. overwrite: False refuses
-        to save where there is a checkpoint, before a byte is written. _extensions,
-        serialization_format: anything but the default is written by torch's own code
-        (``thread_count`` and
+            checkpoint.
+        thread_count: threads per rank that write; at least two are used, one copying while the
+            other writes. The number of files does not depend on it.
+        per_thread_copy_ahead: bytes that are copied at a time from a device, or from a strided
+            tensor, ahead of writing them; 16 MiB at most, and if it is 0.
+        cache_staged_state_dict: keep the CPU copy that ``dcp.async_save`` makes for the next one;
+            the staging is torch's own code. ``torch_hsdp_ckpt.async_save`` always keeps its memory.
+        overwrite: False refuses to save where there is a checkpoint, before a byte is written.
+        _extensions: extensions are written by torch's own code (``thread_count`` and
             ``per_thread_copy_ahead`` are torch's then), under names of ours and with our commit,
-            but without our checksums. Other formats than ``torch.save``'s are read by their own
-            readers.
+            but without our checksums.
+        serialization_format: anything but the default is written as ``_extensions`` are. Other
+            formats than ``torch.save``'s are read by their own readers.
 
-    Raises (through DCP as ``CheckpointException`` with these as each rank's cause): OSError: the
-        operating system refused, with ``errno`` and ``filename``. CheckpointError: there is a
-        checkpoint already and ``overwrite`` is False; ranks do not share the directory.
+    Raises (through DCP as ``CheckpointException`` with these as each rank's cause):
+        OSError: the operating system refused, with ``errno`` and ``filename``.
+        CheckpointError: there is a checkpoint already and ``overwrite`` is False; ranks do not
+            share the directory.
     """
 
     _claim: str | None = None  # on the coordinator, from the plan to the commit
