@@ -10,11 +10,12 @@ namespace hsdp_ckpt::format {
 // of module `torch`.
 // clang-format off
 #define HSDP_CKPT_DTYPES(X) \
-  X(bcomplex32) X(bfloat16) X(bits16) X(bits1x8) X(bits2x4) X(bits4x2) X(bits8) X(bool) X(complex128) X(complex32) \
-  X(complex64) X(float16) X(float32) X(float4_e2m1fn_x2) X(float64) X(float8_e4m3fn) X(float8_e4m3fnuz) X(float8_e5m2) \
-  X(float8_e5m2fnuz) X(float8_e8m0fnu) X(int1) X(int16) X(int2) X(int3) X(int32) X(int4) X(int5) X(int6) X(int64) \
-  X(int7) X(int8) X(qint32) X(qint8) X(quint2x4) X(quint4x2) X(quint8) X(uint1) X(uint16) X(uint2) X(uint3) X(uint32) \
-  X(uint4) X(uint5) X(uint6) X(uint64) X(uint7) X(uint8)
+  X(bcomplex32) X(bfloat16) X(bits16) X(bits1x8) X(bits2x4) X(bits4x2) X(bits8) X(bool) \
+  X(complex128) X(complex32) X(complex64) X(float16) X(float32) X(float4_e2m1fn_x2) X(float64) \
+  X(float8_e4m3fn) X(float8_e4m3fnuz) X(float8_e5m2) X(float8_e5m2fnuz) X(float8_e8m0fnu) \
+  X(int1) X(int16) X(int2) X(int3) X(int32) X(int4) X(int5) X(int6) X(int64) X(int7) X(int8) \
+  X(qint32) X(qint8) X(quint2x4) X(quint4x2) X(quint8) X(uint1) X(uint16) X(uint2) X(uint3) \
+  X(uint32) X(uint4) X(uint5) X(uint6) X(uint64) X(uint7) X(uint8)
 // clang-format on
 #define HSDP_CKPT_LAYOUTS(X) \
   X(_mkldnn)                 \
