@@ -29,9 +29,9 @@ std::string DataFileName::ToString() const {
 }
 
 std::optional<DataFileName> DataFileName::Parse(const std::string& name) {
-  static const auto& pattern = *new std::regex(
-      R"(__(\d{1,9})_([0-9a-f]{16})_([0-9a-f]{8})_([0-9a-f]{8})_(\d{1,18})_)"
-      R"((\d{1,19})(_torch)?_(\d{1,18})\.distcp)");
+  static const auto& pattern =
+      *new std::regex(R"(__(\d{1,9})_([0-9a-f]{16})_([0-9a-f]{8})_([0-9a-f]{8})_(\d{1,18})_)"
+                      R"((\d{1,19})(_torch)?_(\d{1,18})\.distcp)");
   std::smatch match;
   if (!std::regex_match(name, match, pattern)) return std::nullopt;
   DataFileName out;
