@@ -175,7 +175,7 @@ def test_copy_ahead_bounds_what_is_copied(tmp_path: Path, block: int) -> None:
 
     class Watched:
         def write_tensors(self, parts: Any) -> Any:
-            sizes.append(sum(part[5] for part in parts))
+            sizes.append(sum(part.size for part in parts))
             return writer.write_tensors(parts)
 
         def finish(self) -> Any:

@@ -200,6 +200,7 @@ class FileImage:
     def __init__(self, offset: int = ..., address: int = ..., size: int = ...) -> None: ...
 
 class RecordPart:
+    size: int
     def __init__(
         self, name: str, dtype: str, shape: Sequence[int], address: int, first: int, size: int
     ) -> None: ...

@@ -146,7 +146,9 @@ void BindCheckpoint(py::module_& module) {
       .def_readonly("size", &ImageMemory::size);
   py::class_<checkpoint::RecordSource>(module, "RecordPart")
       .def(py::init(&MakeRecordPart), py::arg("name"), py::arg("dtype"), py::arg("shape"),
-           py::arg("address"), py::arg("first"), py::arg("size"));
+           py::arg("address"), py::arg("first"), py::arg("size"))
+      .def_property_readonly("size",
+                             [](const checkpoint::RecordSource& part) { return part.data.size(); });
   py::class_<checkpoint::WrittenFile>(module, "WrittenFile")
       .def_readonly("size", &checkpoint::WrittenFile::size)
       .def_readonly("direct", &checkpoint::WrittenFile::direct);
