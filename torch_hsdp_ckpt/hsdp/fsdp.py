@@ -19,6 +19,7 @@ from .arguments import IgnoredStates, check_module, check_offload, offloads
 from .clip import clip_grad_norm
 from .materialize import materialize, move, synchronize
 from .meshes import device_of, mesh_for
+from .module_tree import WRAPPED, without_wrappers
 from .precision import Precision
 from .root import Root
 from .runner import Runner, named_runners
@@ -27,9 +28,6 @@ from .state.module_state_dict import StateDictMixin
 from .summon import SummonOptions, summon
 from .unit import ShardedUnit
 from .wrap import auto_wrap
-
-WRAPPED = "_checkpoint_wrapped_module"
-_PREFIX = WRAPPED + "."
 
 
 class FullyShardedDataParallel(StateDictMixin, nn.Module):
@@ -245,12 +243,12 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As ``nn.Module``'s, with the names that the module has without wrappers."""
         for name, parameter in super().named_parameters(*args, **kwargs):
-            yield name.replace(_PREFIX, ""), parameter
+            yield without_wrappers(name), parameter
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``nn.Module``'s, with the names that the module has without wrappers."""
         for name, buffer in super().named_buffers(*args, **kwargs):
-            yield name.replace(_PREFIX, ""), buffer
+            yield without_wrappers(name), buffer
 
     @staticmethod
     def fsdp_modules(

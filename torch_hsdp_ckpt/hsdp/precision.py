@@ -12,7 +12,7 @@ from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 
 from .. import _C
 from .arguments import at
-from .module_tree import is_wrapped, modules_of_unit
+from .module_tree import child_prefix, is_wrapped, modules_of_unit
 
 # Gradients can be reduced in these, and mixed precision can compute in them.
 REDUCIBLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -140,7 +140,5 @@ def restore_buffers(module: nn.Module, state: dict[str, Any], prefix: str) -> No
         if isinstance(value, torch.Tensor):
             state[key] = value.to(saved_dtype(module, name, value))
     for name, child in module._modules.items():
-        if child is None or is_wrapped(child):
-            continue
-        is_transparent = name == "_checkpoint_wrapped_module"
-        restore_buffers(child, state, prefix if is_transparent else f"{prefix}{name}.")
+        if child is not None and not is_wrapped(child):
+            restore_buffers(child, state, child_prefix(prefix, name))

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from ...common.tensors import local_of
-from .module_entries import child_prefix
+from ..module_tree import child_prefix
 from .whole import gather, offload
 
 

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..module_tree import WRAPPED
 from .cut import shard_of
 from .mismatch import raise_on_all_ranks
-from .module_entries import WRAPPED, CustomLeaf, Entry, ModuleEntries
+from .module_entries import CustomLeaf, Entry, ModuleEntries
 from .module_mismatch import tensor_mismatch
 from .placement import spec_with_dtype
 

@@ -21,12 +21,12 @@ from torch.distributed.fsdp import (
 )
 
 from ...common.gate import wait_at_gate
+from ..module_tree import WRAPPED_PREFIX, without_wrappers
 from ..precision import restore_buffers
 from .module_entries import ModuleEntries, checks_first
 from .module_in import load
 from .module_out import collect, keys_below, make_whole, offload_below
 from .module_plan import LoadRequest, cut_whole_tensors
-from .optimizer_names import PREFIX
 from .optimizer_state_dict import OptimStateMixin, default_settings, unit_holders
 from .placement import is_first
 from .whole import keep, offload
@@ -256,7 +256,7 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     module._reset()
     if module._full:
         cut_whole_tensors(state_dict, ModuleEntries.of(module, prefix).entries)
-    inner = prefix + PREFIX
+    inner = prefix + WRAPPED_PREFIX
     for key in keys_below(state_dict, prefix):
         if not key.startswith(inner):
             state_dict[inner + key[len(prefix) :]] = state_dict.pop(key)
@@ -266,7 +266,7 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 def _after_load(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, StateDictMixin)
     for keys in incompatible:
-        keys[:] = [key.replace(PREFIX, "") for key in keys]
+        keys[:] = [without_wrappers(key) for key in keys]
     module._unit.rebind()
     if module._root is not None:
         module._runner.cast_buffers()  # ``assign`` may have brought other ones

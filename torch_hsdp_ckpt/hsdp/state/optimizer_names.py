@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .module_entries import WRAPPED
-
-PREFIX = WRAPPED + "."
+from ..module_tree import without_wrappers
 
 OptimInput = list[dict[str, Any]] | Iterable[nn.Parameter] | None
 
@@ -67,7 +65,7 @@ def _names_by_id(model: nn.Module) -> dict[int, list[str]]:
     """All names of each parameter; a shared one has several."""
     names: dict[int, list[str]] = {}
     for long_name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(long_name.replace(PREFIX, ""))
+        names.setdefault(id(parameter), []).append(without_wrappers(long_name))
     return names
 
 
