@@ -61,8 +61,13 @@ class Precision:
             keep_low_precision_grads=given.keep_low_precision_grads,
         )
 
+    @property
+    def kept_grad_dtype(self) -> torch.dtype | None:
+        """The dtype of the sharded gradients, where it is not the parameters'; else None."""
+        return self.param_dtype if self.keep_low_precision_grads else None
+
     def of_unit(self) -> _C.UnitPrecision:
-        """What ``ShardedUnit`` takes."""
+        """What ``_C.Unit`` takes."""
         return _C.UnitPrecision(
             param_dtype=self.param_dtype,
             reduce_dtype=self.reduce_dtype,
