@@ -122,9 +122,11 @@ def _check_supported(given: MixedPrecision | MixedPrecisionPolicy, *modules: nn.
 
 def _cast_buffers_of(owner: nn.Module, dtype: torch.dtype) -> None:
     for name, buffer in owner._buffers.items():
-        if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype:
-            owner.__dict__.setdefault(_BUFFERS_CAST, {})[name] = (buffer.dtype, dtype)
-            owner._buffers[name] = buffer.to(dtype)
+        if buffer is None or not buffer.is_floating_point() or buffer.dtype == dtype:
+            continue
+        casts = owner.__dict__.setdefault(_BUFFERS_CAST, {})
+        casts[name] = (buffer.dtype, dtype)
+        owner._buffers[name] = buffer.to(dtype)
 
 
 def saved_dtype(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.dtype:

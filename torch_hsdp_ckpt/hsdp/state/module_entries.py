@@ -55,18 +55,21 @@ class ModuleEntries:
 
     @staticmethod
     def of(root: nn.Module, prefix: str = "") -> "ModuleEntries":
+        entries: list[Entry] = []
+        custom_leaves: list[CustomLeaf] = []
+        keys: list[str] = []
         modules = _modules_by_prefix(root, prefix)
-        result = ModuleEntries([], [], [], _runs_custom_code([module for _, module in modules]))
         for path, module in modules:
-            entries = entries_of(module, path)
+            modules_own = entries_of(module, path)
             if _has_extra_state(module):
-                result.keys.append(path + _EXTRA_STATE_KEY_SUFFIX)
-            result.keys.extend([entry.key for entry in entries])
+                keys.append(path + _EXTRA_STATE_KEY_SUFFIX)
+            keys.extend([entry.key for entry in modules_own])
             if _fills_itself(module):
-                result.custom_leaves.append(CustomLeaf(path, module))
+                custom_leaves.append(CustomLeaf(path, module))
             else:
-                result.entries.extend(entries)
-        return result
+                entries.extend(modules_own)
+        runs_custom_code = _runs_custom_code([module for _, module in modules])
+        return ModuleEntries(entries, custom_leaves, keys, runs_custom_code)
 
 
 def _modules_by_prefix(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
