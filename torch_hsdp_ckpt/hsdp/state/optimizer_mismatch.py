@@ -74,6 +74,8 @@ def state_mismatch(where: str, key: Any, value: Any, target: ParameterState) -> 
     current = target.current.get(key)
     if isinstance(value, DTensorOnFirstRank):
         return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return f"{where} is on the meta device and has no values"
     if not has_dimensions(value):
         return _lack_of_dimensions(where, value, current)
     comparison = _compare(where, key, value, target)
