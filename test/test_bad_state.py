@@ -249,6 +249,8 @@ def _optimizer(rank: int) -> None:
         ),
         (changed(exp_avg=torch.tensor(1.0)), f"{key}: exp_avg is a single value"),
         (changed(exp_avg="text"), f"{key}: exp_avg is a str"),
+        (changed(exp_avg=torch.empty(3, 7, device="meta")), f"{key}: exp_avg is on the meta"),
+        (changed(step=torch.tensor(1.0, device="meta")), f"{key}: step is on the meta device"),
         ({"state": state["state"]}, 'no "param_groups"'),
         (regrouped(**{**group, "lr": None}), 'no "lr"'),
         (regrouped(**sgd), 'no "betas"'),
@@ -289,6 +291,7 @@ def _optimizer(rank: int) -> None:
     ):
         for item, message in (
             (torch.ones(3, 7).to_sparse(), "another kind"),
+            (torch.ones(3, 7, device="meta"), "on the meta device"),
             (threading.Lock(), "can't be sent: TypeError"),
         ):
             whole = FSDP.optim_state_dict(

@@ -4,7 +4,9 @@ tensor parallelism has placed."""
 
 import copy
 import functools
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -353,6 +355,41 @@ def _changing_the_import(rank: int) -> None:
     assert_close(grads(ours), {n: 2 * g if n.startswith("head") else g for n, g in once.items()})
 
 
+def _used_model(rank: int) -> FullyShardedDataParallel:
+    """A model that was trained, loaded, and refused a load."""
+    net = NETS["even"]()
+    ours = wrap(net)
+    optimizer = torch.optim.Adam(ours.parameters())
+    loss_of(ours, batch(net, 0, rank)).backward()
+    optimizer.step()
+    state = FullyShardedDataParallel.optim_state_dict(ours, optimizer)
+    FullyShardedDataParallel.optim_state_dict_to_load(ours, optimizer, state)
+    with summon(ours):
+        pass
+    ours.load_state_dict(ours.state_dict())
+
+    def refuse(*_: object) -> None:
+        raise ValueError("refused")
+
+    ours.head.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="refused"):
+        ours.load_state_dict(ours.state_dict())
+    return ours
+
+
+def _freed_at_once(rank: int) -> None:
+    """A deleted model's memory is free before the garbage collector comes."""
+    gc.collect()
+    gc.disable()
+    try:
+        ours = _used_model(rank)
+        remaining = [weakref.ref(ours), *map(weakref.ref, ours.parameters())]
+        del ours
+        assert [reference() for reference in remaining] == [None] * len(remaining)
+    finally:
+        gc.enable()
+
+
 def test_edges_of_arguments_and_methods() -> None:
     run_checks(
         4,
@@ -364,4 +401,5 @@ def test_edges_of_arguments_and_methods() -> None:
         _tensor_parallel,
         _dtypes_that_nothing_computes_in,
         _changing_the_import,
+        _freed_at_once,
     )

@@ -18,6 +18,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from .. import _C
 from ..errors import CheckpointError
 
+CHANGED = (
+    "it was changed while it was being saved, by something other than a step of its optimizer; "
+    "this save fails rather than mix two states. Wait for staging_completion before such a "
+    'change, or pass snapshot="copy"'
+)
+
 # A process has one set of each of these, since torch's hook is one for all optimizers.
 # Units of wrapped modules; they add themselves. Not those with one shard: there the whole parameter
 # is the shard's own memory, and a forward that changes it in place (``clamp_`` of a logit scale)
@@ -51,9 +57,14 @@ def find_guarded(live: _C.LiveState) -> _C.Guarded:
 
     They share their memory with a parameter of one of our units that an announced optimizer
     updates, or with a tensor of such an optimizer's state."""
-    sharded = [unit.sharded for ref in units.valuerefs() if (unit := ref()) is not None]
-    optimizers = [it for ref in _optimizers.valuerefs() if (it := ref()) is not None]
-    return live.find_guarded(sharded, optimizers)
+    sharded = [unit.sharded for unit in _living(units)]
+    return live.find_guarded(sharded, _living(_optimizers))
+
+
+def _living(kept: "weakref.WeakValueDictionary[int, Any]") -> list[Any]:
+    # valuerefs() is a copy: another thread may add to it meanwhile.
+    objects = [reference() for reference in kept.valuerefs()]
+    return [each for each in objects if each is not None]
 
 
 def forget_in_child() -> None:
@@ -163,8 +174,7 @@ class Gate:
         """Returns when training may change what the save reads; helps to copy meanwhile."""
         begin = time.perf_counter()
         self._begun.wait()
-        # Kept: a save that has failed closes the gate at any time.
-        copying = self._copying
+        copying = self._copying  # looked at once: a save that has failed closes at any time
         if copying is not None:
             copying.copy.run()
             if copying.is_all:
@@ -172,14 +182,8 @@ class Gate:
                 with contextlib.suppress(CheckpointError):
                     self.settle()
         self._open.wait()
-        if (copying := self._copying) is not None:
-            copying.copy.join_streams()
+        in_flight = self._copying  # None once the last copy has arrived
+        if in_flight is not None:
+            in_flight.copy.join_streams()
         self._passed = True
         self._on_wait(time.perf_counter() - begin)
-
-
-CHANGED = (
-    "it was changed while it was being saved, by something other than a step of its optimizer; "
-    "this save fails rather than "
-    'mix two states. Wait for staging_completion before such a change, or pass snapshot="copy"'
-)

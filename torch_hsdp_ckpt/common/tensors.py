@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from .. import _C
 from ..errors import CheckpointError
 
+# Versions of torch differ in the dtypes that they have.
 RECORD_DTYPES: dict[torch.dtype, str] = {
-    dtype: name for name in _C.record_dtypes() if (dtype := getattr(torch, name, None)) is not None
+    getattr(torch, name): name for name in _C.record_dtypes() if hasattr(torch, name)
 }
 
 
@@ -35,6 +36,16 @@ def staged(tensor: Tensor) -> Tensor:
     return tensor.cpu().resolve_conj().resolve_neg().contiguous()
 
 
+def is_staged(tensor: Tensor) -> bool:
+    """Whether :func:`staged` gives the tensor itself."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
 def check_storage(tensor: Tensor, name: str) -> None:
     """Refuses a tensor without values, and one whose memory was freed under it, as FSDP frees full
     parameters: reading it would end the process."""
@@ -52,15 +63,6 @@ def check_storage(tensor: Tensor, name: str) -> None:
             f"{tensor.untyped_storage().size()}; "
             "was its memory freed, as that of a sharded module's full parameters is?"
         )
-
-
-def is_staged(tensor: Tensor) -> bool:
-    return (
-        tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-    )
 
 
 def scratch(size: int, huge: bool = False) -> Tensor:

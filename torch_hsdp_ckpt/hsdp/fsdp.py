@@ -19,8 +19,8 @@ from .arguments import IgnoredStates, check_module, check_offload, offloads
 from .clip import clip_grad_norm
 from .materialize import materialize, move, synchronize
 from .meshes import device_of, mesh_for
+from .module_tree import WRAPPED, without_wrappers
 from .precision import Precision
-from .root import Root
 from .runner import Runner, named_runners
 from .slots import parameters_of_unit
 from .state.module_state_dict import StateDictMixin
@@ -28,8 +28,11 @@ from .summon import SummonOptions, summon
 from .unit import ShardedUnit
 from .wrap import auto_wrap
 
-WRAPPED = "_checkpoint_wrapped_module"
-_PREFIX = WRAPPED + "."
+_PREFETCH = {
+    None: _C.BackwardPrefetch.NONE,
+    BackwardPrefetch.BACKWARD_PRE: _C.BackwardPrefetch.PRE,
+    BackwardPrefetch.BACKWARD_POST: _C.BackwardPrefetch.POST,
+}
 
 
 class FullyShardedDataParallel(StateDictMixin, nn.Module):
@@ -114,11 +117,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         reshard = _reshard_after_forward(strategy)
         self._unit = ShardedUnit(registered, mesh, device, reshard, precision)
         self._checkpoint_wrapped_module = module
-        prefetch = {
-            None: _C.BackwardPrefetch.NONE,
-            BackwardPrefetch.BACKWARD_PRE: _C.BackwardPrefetch.PRE,
-            BackwardPrefetch.BACKWARD_POST: _C.BackwardPrefetch.POST,
-        }[backward_prefetch]
+        prefetch = _PREFETCH[backward_prefetch]
         self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__, skipped)
         self._init_state_dict()
 
@@ -128,12 +127,6 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         """The wrapped module's forward. If it raises, the full parameters are freed and the wrapper
         can be used again."""
         return self._runner.run(self._checkpoint_wrapped_module, args, kwargs)
-
-    _runner: Runner
-
-    @property
-    def _root(self) -> Root | None:  # type: ignore[override]
-        return self._runner.root
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -197,9 +190,6 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             "set_all_reduce_hook"
         )
 
-    def _reset(self) -> None:
-        self._runner.reset()
-
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> "FullyShardedDataParallel":
@@ -245,12 +235,12 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """As ``nn.Module``'s, with the names that the module has without wrappers."""
         for name, parameter in super().named_parameters(*args, **kwargs):
-            yield name.replace(_PREFIX, ""), parameter
+            yield without_wrappers(name), parameter
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``nn.Module``'s, with the names that the module has without wrappers."""
         for name, buffer in super().named_buffers(*args, **kwargs):
-            yield name.replace(_PREFIX, ""), buffer
+            yield without_wrappers(name), buffer
 
     @staticmethod
     def fsdp_modules(
@@ -277,7 +267,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         Returns the norm before, a plain 0-d tensor, the same on all ranks; zero if there are no
         gradients. The gradients of ignored parameters count as this rank has them: whoever reduces
         those has to do so first."""
-        self._reset()
+        self._runner.reset()
         return clip_grad_norm(self.parameters(), max_norm, norm_type, self._unit.device)
 
 

@@ -33,12 +33,12 @@ class UnitGradients:
         self._core = core
         self._trainable = trainable
         self._parameters = [each.parameter for each in trainable]
-        self.forget_kept()
+        self._kept: list[DTensor] = []
+        self._holders_of_kept: list[int] = []
 
     def forget_kept(self) -> None:
         """Lets go of the DTensors of the last step."""
-        self._kept: list[DTensor] = []
-        self._holders_of_kept: list[int] = []
+        self._kept, self._holders_of_kept = [], []
 
     def take(self) -> None:
         """The reduction is over: adds it into the parameters' gradients, or makes it theirs."""

@@ -12,7 +12,7 @@ from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 
 from .. import _C
 from .arguments import at
-from .module_tree import is_wrapped, modules_of_unit
+from .module_tree import child_prefix, is_wrapped, modules_of_unit
 
 # Gradients can be reduced in these, and mixed precision can compute in them.
 REDUCIBLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -61,8 +61,13 @@ class Precision:
             keep_low_precision_grads=given.keep_low_precision_grads,
         )
 
+    @property
+    def kept_grad_dtype(self) -> torch.dtype | None:
+        """The dtype of the sharded gradients, where it is not the parameters'; else None."""
+        return self.param_dtype if self.keep_low_precision_grads else None
+
     def of_unit(self) -> _C.UnitPrecision:
-        """What ``ShardedUnit`` takes."""
+        """What ``_C.Unit`` takes."""
         return _C.UnitPrecision(
             param_dtype=self.param_dtype,
             reduce_dtype=self.reduce_dtype,
@@ -117,9 +122,11 @@ def _check_supported(given: MixedPrecision | MixedPrecisionPolicy, *modules: nn.
 
 def _cast_buffers_of(owner: nn.Module, dtype: torch.dtype) -> None:
     for name, buffer in owner._buffers.items():
-        if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype:
-            owner.__dict__.setdefault(_BUFFERS_CAST, {})[name] = (buffer.dtype, dtype)
-            owner._buffers[name] = buffer.to(dtype)
+        if buffer is None or not buffer.is_floating_point() or buffer.dtype == dtype:
+            continue
+        casts = owner.__dict__.setdefault(_BUFFERS_CAST, {})
+        casts[name] = (buffer.dtype, dtype)
+        owner._buffers[name] = buffer.to(dtype)
 
 
 def saved_dtype(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.dtype:
@@ -140,7 +147,5 @@ def restore_buffers(module: nn.Module, state: dict[str, Any], prefix: str) -> No
         if isinstance(value, torch.Tensor):
             state[key] = value.to(saved_dtype(module, name, value))
     for name, child in module._modules.items():
-        if child is None or is_wrapped(child):
-            continue
-        is_transparent = name == "_checkpoint_wrapped_module"
-        restore_buffers(child, state, prefix if is_transparent else f"{prefix}{name}.")
+        if child is not None and not is_wrapped(child):
+            restore_buffers(child, state, child_prefix(prefix, name))

@@ -14,7 +14,7 @@ from .. import _C
 from ..common.gate import wait_at_gate
 from .eager import keep_dynamo_out
 from .flat_tensors import flat_tensors
-from .module_tree import RUNNER
+from .module_tree import RUNNER, without_wrappers
 from .precision import Precision
 from .root import Root
 from .unit import ShardedUnit
@@ -218,4 +218,4 @@ def named_runners(module: nn.Module) -> Iterator[tuple[str, Runner]]:
         runner = runner_of(inner)
         if runner is not None and id(runner) not in seen:
             seen.add(id(runner))
-            yield (name + ".").replace("_checkpoint_wrapped_module.", "").strip("."), runner
+            yield without_wrappers(name), runner

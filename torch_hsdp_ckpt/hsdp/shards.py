@@ -18,8 +18,9 @@ def sharded_spec(mesh: DeviceMesh, shape: torch.Size, dtype: torch.dtype) -> DTe
     dimension, replicated on the others. Without dimensions it is replicated on all."""
     stride = torch.empty(shape, device="meta").stride()
     replicas = (Replicate(),) * (mesh.ndim - 1)
-    placements = (*replicas, Shard(0)) if shape else (*replicas, Replicate())
-    return DTensorSpec(mesh, placements, tensor_meta=TensorMeta(shape, stride, dtype))
+    shards = Shard(0) if shape else Replicate()
+    meta = TensorMeta(shape, stride, dtype)
+    return DTensorSpec(mesh, (*replicas, shards), tensor_meta=meta)
 
 
 def dtensor_around(local: torch.Tensor, spec: DTensorSpec) -> DTensor:

@@ -1,6 +1,5 @@
 """Where parameters are registered in modules, and how a unit exchanges them there."""
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple, cast
 
@@ -75,22 +74,29 @@ def _named_slots(
             yield from _named_slots(child, f"{prefix}{name}.", seen)
 
 
+class _PlainEntry(NamedTuple):
+    """A parameter for a plain slot, whose module keeps it in ``table``."""
+
+    table: dict[str, nn.Parameter | None]
+    name: str
+    parameter: nn.Parameter
+
+
 class SlotTable:
     """A parameter for every slot of a unit, at hand to be put there: that happens twice a step.
 
     ``parameters``: one for each of ``slots``, which lists each parameter's places."""
 
     def __init__(self, slots: Sequence[list[Slot]], parameters: Sequence[nn.Parameter]) -> None:
-        self._plain: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+        self._plain: list[_PlainEntry] = []
         self._observed: list[tuple[Slot, nn.Parameter]] = []
-        for slots_of_parameter, parameter in zip(slots, parameters, strict=True):
-            for slot in slots_of_parameter:
+        for places, parameter in zip(slots, parameters, strict=True):
+            for slot in places:
                 self._add(slot, parameter)
-        self._plain_parameters = [parameter for _, _, parameter in self._plain]
 
     def _add(self, slot: Slot, parameter: nn.Parameter) -> None:
         if slot.is_plain:
-            self._plain.append((slot.module._parameters, slot.name, parameter))
+            self._plain.append(_PlainEntry(slot.module._parameters, slot.name, parameter))
         else:
             self._observed.append((slot, parameter))
 
@@ -104,8 +110,7 @@ class SlotTable:
     def replaced_parameter(self) -> nn.Parameter | None:
         """The first parameter whose slot somebody has filled with another one, or emptied; None if
         there is none. Slots of modules with a ``__setattr__`` of their own are not looked at."""
-        found = [table.get(name) for table, name, _ in self._plain]
-        if all(map(operator.is_, found, self._plain_parameters)):
-            return None
-        pairs = zip(found, self._plain_parameters, strict=True)
-        return next(expected for held, expected in pairs if held is not expected)
+        for table, name, parameter in self._plain:
+            if table.get(name) is not parameter:
+                return parameter
+        return None

@@ -73,40 +73,52 @@ class ShardedUnit:
         self.device = device
         self.names = [each.name for each in registered]
         self.slots = [each.slots for each in registered]
-        self.summoned = False
-        self.schedule: _C.Schedule | None = None
-        self.collectives = collectives_of(mesh)
         originals = [each.parameter for each in registered]
-        self.core = _C.Unit(
-            sizes=[list(p.shape) for p in originals],
-            dtypes=[p.dtype for p in originals],
-            device=device,
-            collectives=self.collectives,
-            precision=precision.of_unit(),
-            reshard_after_forward=reshard_policy(reshard_after_forward),
-            on_backward=weak_callback(self.show_full),
-            on_reduced=weak_callback(self._take_gradients),
-        )
-        keeps = precision.keep_low_precision_grads
-        self._grad_dtype = precision.param_dtype if keeps else None
         # A model's author may have hung attributes on its parameters.
         self._attributes = [dict(p.__dict__) for p in originals]
         self._specs = [sharded_spec(mesh, p.shape, p.dtype) for p in originals]
+        self._grad_dtype = precision.kept_grad_dtype
+
+        self.collectives = collectives_of(mesh)
+        reshard = reshard_policy(reshard_after_forward)
+        self.core = self._new_core(originals, precision.of_unit(), reshard)
+        self.schedule: _C.Schedule | None = None
+
         self.sharded = self._shard(originals)
-        for original, name in zip(originals, self.names, strict=True):
-            mark_as_sharded(original, name)
+        self._sharded_table = SlotTable(self.slots, self.sharded)
+        self._bound_locals = [local_of(p) for p in self.sharded]
+        # ``bind`` makes these.
         self.full: list[nn.Parameter] = []
         self._full_table: SlotTable | None = None
-        self._sharded_table = SlotTable(self.slots, self.sharded)
         self._requires_grad: list[bool] = []
-        self._bound_locals = [local_of(p) for p in self.sharded]
         self._gradients = self._gradients_of([])
-        self.showing_full = True
+
+        self.summoned = False
+        self.showing_full = True  # the slots do not hold the shards yet
         self.show_sharded()
         if mesh.size(mesh.ndim - 1) > 1:
             gate.units[id(self)] = self
 
+    def _new_core(
+        self,
+        originals: Sequence[nn.Parameter],
+        precision: _C.UnitPrecision,
+        reshard: _C.ReshardAfterForward,
+    ) -> _C.Unit:
+        return _C.Unit(
+            sizes=[list(p.shape) for p in originals],
+            dtypes=[p.dtype for p in originals],
+            device=self.device,
+            collectives=self.collectives,
+            precision=precision,
+            reshard_after_forward=reshard,
+            on_backward=weak_callback(self.show_full),
+            on_reduced=weak_callback(self._take_gradients),
+        )
+
     def _shard(self, originals: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Sharded parameters with the values and attributes of ``originals``, which get a note that
+        they were sharded."""
         with torch.no_grad():
             locals_ = self.core.shard(originals)
             dtensors = map(dtensor_around, locals_, self._specs)
@@ -116,6 +128,8 @@ class ShardedUnit:
             ]
         for parameter, attributes in zip(sharded, self._attributes, strict=True):
             parameter.__dict__.update(attributes)
+        for original, name in zip(originals, self.names, strict=True):
+            mark_as_sharded(original, name)
         return sharded
 
     # -- what the module shows
@@ -152,7 +166,7 @@ class ShardedUnit:
 
     def _bind(self, schedule: _C.Schedule) -> None:
         requires_grad = [p.requires_grad for p in self.sharded]
-        trainable = [i for i, flag in enumerate(requires_grad) if flag]
+        trainable = _numbers_of_true(requires_grad)
         if self._grad_dtype is not None:
             for i in trainable:
                 # This is autograd's leave to have a gradient of another dtype.
@@ -289,12 +303,11 @@ class ShardedUnit:
         for i, (parameter, local) in enumerate(zip(parameters, locals_, strict=True)):
             self._specs[i] = sharded_spec(self.mesh, parameter.shape, local.dtype)
             cast(DTensor, parameter)._local_tensor = local
-        trainable = [i for i, flag in enumerate(self._requires_grad) if flag]
         self._bound_locals = locals_
         self.sharded = parameters
         self._sharded_table = SlotTable(self.slots, parameters)
         # A reduction of the parameters that were trainable so far may still be in flight.
-        self._gradients = self._gradients_of(trainable)
+        self._gradients = self._gradients_of(_numbers_of_true(self._requires_grad))
         self.showing_full = True  # every alias of a slot has to show the replacement
         self.show_sharded()
 
@@ -326,6 +339,10 @@ class ShardedUnit:
         shard = self.mesh.get_local_rank(self.mesh.ndim - 1)
         rows = _C.shard_rows(whole.shape[0], shards, shard)
         local.copy_(whole.narrow(0, rows.first, rows.count))
+
+
+def _numbers_of_true(flags: Sequence[bool]) -> list[int]:
+    return [number for number, flag in enumerate(flags) if flag]
 
 
 def _describe_parameter(name: str, parameter: nn.Parameter) -> str:

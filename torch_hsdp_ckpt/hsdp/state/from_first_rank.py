@@ -77,6 +77,8 @@ def _placeholder(value: Any, tensors: list[torch.Tensor]) -> Any:
         return value
     if isinstance(value, DTensor):
         return DTensorOnFirstRank(tuple(value.shape), value.dtype)
+    if value.is_meta:
+        return value  # It has no values to send, which the check of the load says on all ranks.
     if not value.ndim or not is_dense(value):
         return value.cpu()
     tensors.append(value)

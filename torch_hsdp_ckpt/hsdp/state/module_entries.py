@@ -11,9 +11,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-# The attribute in which a wrapper holds its module, which keys leave out. torch's activation
-# checkpointing uses the same name.
-WRAPPED = "_checkpoint_wrapped_module"
+from ..module_tree import child_prefix
+
 _CHECKS_FIRST = "_hsdp_ckpt_checks_first"  # the attribute that checks_first sets on a function
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -56,43 +55,39 @@ class ModuleEntries:
 
     @staticmethod
     def of(root: nn.Module, prefix: str = "") -> "ModuleEntries":
+        entries: list[Entry] = []
+        custom_leaves: list[CustomLeaf] = []
+        keys: list[str] = []
         modules = _modules_by_prefix(root, prefix)
-        result = ModuleEntries([], [], [], _runs_custom_code([module for _, module in modules]))
         for path, module in modules:
-            entries = entries_of(module, path)
+            modules_own = entries_of(module, path)
             if _has_extra_state(module):
-                result.keys.append(path + _EXTRA_STATE_KEY_SUFFIX)
-            result.keys.extend([entry.key for entry in entries])
+                keys.append(path + _EXTRA_STATE_KEY_SUFFIX)
+            keys.extend([entry.key for entry in modules_own])
             if _fills_itself(module):
-                result.custom_leaves.append(CustomLeaf(path, module))
+                custom_leaves.append(CustomLeaf(path, module))
             else:
-                result.entries.extend(entries)
-        return result
+                entries.extend(modules_own)
+        runs_custom_code = _runs_custom_code([module for _, module in modules])
+        return ModuleEntries(entries, custom_leaves, keys, runs_custom_code)
 
 
 def _modules_by_prefix(root: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     """Every module with the prefix of its keys, parents first; a module in two places comes
     twice."""
     found: list[tuple[str, nn.Module]] = []
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        found.append((prefix, module))
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(child, child_prefix(prefix, name))
-
-    visit(root, prefix)
+    _add_modules_by_prefix(found, root, prefix)
     return found
 
 
-def child_prefix(prefix: str, name: str) -> str:
-    """The prefix of the keys of a module's child: a wrapper's name is not in them."""
-    return prefix if name == WRAPPED else f"{prefix}{name}."
-
-
-def without_wrappers(name: str) -> str:
-    """A module's name as it is in keys."""
-    return ".".join(part for part in name.split(".") if part != WRAPPED)
+# This is no closure: see ``module_tree._add_modules_of_unit``.
+def _add_modules_by_prefix(
+    found: list[tuple[str, nn.Module]], module: nn.Module, prefix: str
+) -> None:
+    found.append((prefix, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _add_modules_by_prefix(found, child, child_prefix(prefix, name))
 
 
 def entries_of(module: nn.Module, prefix: str) -> list[Entry]:

@@ -19,9 +19,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ...common.agreement import problems_of_all_ranks
 from ...common.tensors import local_of
+from ..module_tree import without_wrappers
 from ..unit import ShardedUnit
 from .mismatch import as_lines
-from .module_entries import entries_of, without_wrappers
+from .module_entries import entries_of
 from .module_plan import LoadRequest, ModuleLoadPlan, cut_whole_tensors, plan_module_load
 
 
@@ -96,19 +97,24 @@ def _load_guarded(request: LoadRequest, plan: ModuleLoadPlan) -> Any:
     # Where no custom code runs, the load puts other tensors in place and leaves the values alone.
     before = _remember(request.root, with_values=plan.expected.runs_custom_code)
     values = _with_module_versions(request.root, plan.values)
-    error: Exception | None = None
     try:
         with _whole_tensors_cut(before.modules if request.takes_whole else []):
             result = request.module_load(values)
-    except Exception as caught:
-        error = caught
-    problems = problems_of_all_ranks(request.mesh, [] if error is None else [str(error)])
-    if not problems:
-        return result
+    except Exception as error:
+        problems = problems_of_all_ranks(request.mesh, [str(error)])
+        raise RuntimeError(_undo(before, problems)) from error
+    problems = problems_of_all_ranks(request.mesh, [])
+    if problems:
+        raise RuntimeError(_undo(before, problems))
+    return result
+
+
+def _undo(before: _Before, problems: list[str]) -> str:
+    """Puts everything back that a load which failed has changed; returns the error's message."""
     lost = _restore(before)
     lines = [as_lines(problems), "Every tensor is as it was before the call."]
     lines += [f"The extra state of {note}" for note in lost]
-    raise RuntimeError("\n".join(lines)) from error
+    return "\n".join(lines)
 
 
 def _with_module_versions(root: nn.Module, values: OrderedDict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from ...common.tensors import local_of
-from .module_entries import child_prefix
+from ..module_tree import child_prefix
 from .whole import gather, offload
 
 
@@ -32,6 +32,8 @@ def collect(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -
 
 
 def _collect_tensors(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+    # ``entries_of`` lists the same, but a state dict, which is also asked for between steps, would
+    # take a quarter longer with it.
     for name, tensor in module._parameters.items():
         if tensor is not None:
             destination[prefix + name] = tensor if keep_vars else _detached(tensor)

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..module_tree import WRAPPED
 from .cut import shard_of
 from .mismatch import raise_on_all_ranks
-from .module_entries import WRAPPED, CustomLeaf, Entry, ModuleEntries
+from .module_entries import CustomLeaf, Entry, ModuleEntries
 from .module_mismatch import tensor_mismatch
 from .placement import spec_with_dtype
 
@@ -196,12 +197,15 @@ def _check_keys(
 
 
 def _check_keys_outside_leaves(expected: ModuleEntries, values: Mapping[str, Any]) -> _KeyCheck:
-    leaves = expected.custom_leaves
-    leaf_prefixes = tuple(leaf.prefix for leaf in leaves)
-    leaf_keys = {entry.key for leaf in leaves for entry in leaf.entries()}
+    leaf_keys: set[str] = set()
+    for leaf in expected.custom_leaves:
+        leaf_keys.update(entry.key for entry in leaf.entries())
+    leaf_prefixes = tuple(leaf.prefix for leaf in expected.custom_leaves)
+    lacking = [key for key in expected.keys if key not in values]
+    missing = [key for key in lacking if key not in leaf_keys]
     known = set(expected.keys)
-    missing = [key for key in expected.keys if key not in values and key not in leaf_keys]
-    unexpected = [key for key in values if key not in known and not key.startswith(leaf_prefixes)]
+    unknown = [key for key in values if key not in known]
+    unexpected = [key for key in unknown if not key.startswith(leaf_prefixes)]
     return _KeyCheck([], missing, unexpected)
 
 

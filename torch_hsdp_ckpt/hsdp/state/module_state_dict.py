@@ -21,12 +21,14 @@ from torch.distributed.fsdp import (
 )
 
 from ...common.gate import wait_at_gate
+from ..module_tree import WRAPPED_PREFIX, without_wrappers
 from ..precision import restore_buffers
+from ..runner import Runner
+from ..unit import ShardedUnit
 from .module_entries import ModuleEntries, checks_first
 from .module_in import load
 from .module_out import collect, keys_below, make_whole, offload_below
 from .module_plan import LoadRequest, cut_whole_tensors
-from .optimizer_names import PREFIX
 from .optimizer_state_dict import OptimStateMixin, default_settings, unit_holders
 from .placement import is_first
 from .whole import keep, offload
@@ -43,13 +45,8 @@ class StateDictMixin(OptimStateMixin, nn.Module):
 
     _settings: StateDictSettings
     _checkpoint_wrapped_module: nn.Module
-    _unit: Any
-    _root: Any
-    _runner: Any
-
-    def _reset(self) -> None:
-        """Puts the sharded parameters in their slots, with nothing derived from them in flight."""
-        raise AssertionError("the wrapper says how")
+    _unit: ShardedUnit
+    _runner: Runner
 
     def _init_state_dict(self) -> None:
         self._settings = default_settings()
@@ -149,7 +146,7 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         load in a way of their own, the shards are copied first, to be put back if loading fails.
         """
         wait_at_gate()
-        self._reset()
+        self._runner.reset()
 
         def as_nn_module_does(given: Mapping[str, Any]) -> Any:
             return super(StateDictMixin, self).load_state_dict(given, strict=strict, assign=assign)
@@ -253,10 +250,10 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     # load_state_dict above has done both, but a module around this one may be what is loaded, or a
     # user's hook may have come in between.
     wait_at_gate()
-    module._reset()
+    module._runner.reset()
     if module._full:
         cut_whole_tensors(state_dict, ModuleEntries.of(module, prefix).entries)
-    inner = prefix + PREFIX
+    inner = prefix + WRAPPED_PREFIX
     for key in keys_below(state_dict, prefix):
         if not key.startswith(inner):
             state_dict[inner + key[len(prefix) :]] = state_dict.pop(key)
@@ -266,7 +263,7 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 def _after_load(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, StateDictMixin)
     for keys in incompatible:
-        keys[:] = [key.replace(PREFIX, "") for key in keys]
+        keys[:] = [without_wrappers(key) for key in keys]
     module._unit.rebind()
-    if module._root is not None:
+    if module._runner.root is not None:
         module._runner.cast_buffers()  # ``assign`` may have brought other ones

@@ -22,6 +22,9 @@ from .optimizer_plan import (
 )
 from .placement import spec_with_dtype
 
+_Whole = torch.Tensor | TensorOnFirstRank
+_WHOLE = (torch.Tensor, TensorOnFirstRank)
+
 
 def loadable_state(request: OptimizerLoadRequest) -> dict[str, Any]:
     """What ``Optimizer.load_state_dict`` takes. Collective over the mesh: ValueError on all ranks,
@@ -49,24 +52,27 @@ def _placed_entry(entry: StateEntry, sender: FirstRank | None) -> Any:
 def _placed_item(
     key: Any, item: Any, target: ParameterState | None, sender: FirstRank | None
 ) -> Any:
+    """``item`` with its tensors, also those in dicts and lists inside, as the optimizer keeps
+    them."""
+    if isinstance(item, DTensor):
+        return item
     current = None
-    if target is not None and not isinstance(item, dict):
+    if target is not None and isinstance(item, _WHOLE):
         current = target.current.get(key)
 
     def place(leaf: Any) -> Any:
-        if isinstance(leaf, DTensor):
-            return leaf
         if isinstance(leaf, DTensorOnFirstRank):
             raise ValueError(f"{key} holds a DTensor on the first rank: it has to be whole")
-        if isinstance(leaf, (torch.Tensor, TensorOnFirstRank)):
-            return _placed_tensor(leaf, _spec_of(key, leaf, target, current), sender)
-        return leaf
+        if isinstance(leaf, DTensor) or not isinstance(leaf, _WHOLE):
+            return leaf
+        spec = None if target is None else _spec_of(key, leaf, target, current)
+        return _placed_tensor(leaf, spec, sender)
 
     return map_leaves(item, place)
 
 
 def _placed_tensor(
-    value: torch.Tensor | TensorOnFirstRank, spec: DTensorSpec | None, sender: FirstRank | None
+    value: _Whole, spec: DTensorSpec | None, sender: FirstRank | None
 ) -> torch.Tensor:
     """``value`` as the optimizer keeps it; without ``spec`` that is as a plain tensor."""
     if isinstance(value, TensorOnFirstRank):
@@ -81,24 +87,24 @@ def _placed_tensor(
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
-def _spec_of(
-    key: Any,
-    value: torch.Tensor | TensorOnFirstRank,
-    target: ParameterState | None,
-    current: Any,
-) -> DTensorSpec | None:
-    """How a whole ``value`` is placed in the optimizer; None if it is a plain tensor there."""
-    like = None if target is None else _placed_like(target, current)
-    if target is None or like is None:
+def _spec_of(key: Any, value: _Whole, target: ParameterState, current: Any) -> DTensorSpec | None:
+    """How ``value`` is placed in the optimizer; None if it is a plain tensor there."""
+    like = _placed_like(target, current)
+    if like is None:
         return None
     shape = tuple(value.shape)
-    if shape != tuple(like.shape):
-        is_end_to_end = shape == (target.elements,)
-        return _replicated(like.device_mesh, value) if is_end_to_end else None
-    is_unlike_parameters = not shape and str(key) not in target.like_parameters
-    if is_unlike_parameters and like is target.parameter:
-        return None
-    return spec_with_dtype(like, value.dtype)
+    if shape == tuple(like.shape) and not _is_single_value(key, value, target, current):
+        return spec_with_dtype(like, value.dtype)
+    if shape == (target.elements,):
+        return _replicated(like.device_mesh, value)
+    return None
+
+
+def _is_single_value(key: Any, value: _Whole, target: ParameterState, current: Any) -> bool:
+    """Whether it is one beside a parameter without dimensions, like Adam's ``step``, rather than
+    the state of the parameter's one element."""
+    is_known = isinstance(current, torch.Tensor)
+    return not (is_known or len(value.shape) > 0 or str(key) in target.like_parameters)
 
 
 def _placed_like(target: ParameterState, current: Any) -> DTensor | None:
@@ -109,7 +115,7 @@ def _placed_like(target: ParameterState, current: Any) -> DTensor | None:
     return like if isinstance(like, DTensor) else None
 
 
-def _replicated(mesh: DeviceMesh, value: torch.Tensor | TensorOnFirstRank) -> DTensorSpec:
+def _replicated(mesh: DeviceMesh, value: _Whole) -> DTensorSpec:
     """For a tensor of all parameters end to end, which every rank has whole."""
     meta = TensorMeta(torch.Size(value.shape), (1,), value.dtype)
     return DTensorSpec(mesh, (Replicate(),) * mesh.ndim, tensor_meta=meta)

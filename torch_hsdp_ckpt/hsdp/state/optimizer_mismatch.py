@@ -42,14 +42,13 @@ def has_dimensions(value: Any) -> TypeGuard[_ShapedValue]:
 
 
 class _Comparison(NamedTuple):
-    """``value``, which has dimensions, beside what the optimizer has or would make. ``is_known``:
-    the optimizer has a tensor there to compare with, which is ``current``."""
+    """``value``, which has dimensions, beside what the optimizer has or would make. ``current``:
+    the tensor with dimensions that it has there; None if it has none yet."""
 
     where: str
     value: Any
     target: ParameterState
-    current: Any
-    is_known: bool
+    current: torch.Tensor | None
     shape: tuple[int, ...]
     expected_shape: tuple[int, ...]
     converted_to: torch.dtype | None
@@ -75,6 +74,8 @@ def state_mismatch(where: str, key: Any, value: Any, target: ParameterState) -> 
     current = target.current.get(key)
     if isinstance(value, DTensorOnFirstRank):
         return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return f"{where} is on the meta device and has no values"
     if not has_dimensions(value):
         return _lack_of_dimensions(where, value, current)
     comparison = _compare(where, key, value, target)
@@ -87,15 +88,14 @@ def state_mismatch(where: str, key: Any, value: Any, target: ParameterState) -> 
 
 
 def _compare(where: str, key: Any, value: Any, target: ParameterState) -> _Comparison:
-    current = target.current.get(key)
-    is_known = has_dimensions(current)
-    expected: Any = current if is_known else target.parameter
+    found = target.current.get(key)
+    current = found if isinstance(found, torch.Tensor) and found.ndim > 0 else None
+    expected = target.parameter if current is None else current
     return _Comparison(
         where=where,
         value=value,
         target=target,
         current=current,
-        is_known=is_known,
         shape=tuple(value.shape),
         expected_shape=tuple(expected.shape),
         converted_to=None if key == "step" else target.converted_to,
@@ -117,7 +117,8 @@ def _format_mismatch(it: _Comparison) -> str | None:
             f"{it.where} is of another kind ({value.layout}, {value.dtype}) than the parameter's "
             "shards"
         )
-    if it.is_known and isinstance(value, DTensor) and not isinstance(it.current, DTensor):
+    is_plain_there = it.current is not None and not isinstance(it.current, DTensor)
+    if is_plain_there and isinstance(value, DTensor):
         return (
             f"{it.where} is a DTensor, the optimizer has a plain tensor there: pass "
             "value.full_tensor()"
@@ -126,44 +127,49 @@ def _format_mismatch(it: _Comparison) -> str | None:
 
 
 def _shape_mismatch(it: _Comparison) -> str | None:
-    if it.is_known:
-        fits = it.shape == it.expected_shape
-    else:
-        fits = it.is_reduced or it.is_end_to_end
-    if fits:
+    if it.shape == it.expected_shape:
         return None
-    # Other optimizers than torch's may keep anything. What they keep can be seen after a step.
-    may_keep_anything = not it.is_known and it.converted_to is None
-    hint = "; if it keeps states of such shapes, take a step first, to make them"
+    if it.current is None and (it.is_reduced or it.is_end_to_end):
+        return None
+    hint = ""
+    if it.current is None and it.converted_to is None:
+        # Other optimizers than torch's may keep anything. What they keep can be seen after a step.
+        hint = "; if it keeps states of such shapes, take a step first, to make them"
     return (
         f"size mismatch for {it.where}: {it.shape} given, the optimizer has {it.expected_shape}"
-        f"{hint if may_keep_anything else ''}"
+        f"{hint}"
     )
 
 
 def _dtype_mismatch(it: _Comparison) -> str | None:
     dtype: torch.dtype = it.value.dtype
-    expected = it.current.dtype if it.is_known else it.converted_to
+    expected = it.converted_to if it.current is None else it.current.dtype
     if expected is None or dtype == expected or not dtype.is_floating_point:
         return None
     return f"{it.where} is {dtype}, the optimizer has {expected}: convert it"
 
 
 def _sharding_mismatch(it: _Comparison) -> str | None:
-    parameter, is_sharded = it.target.parameter, isinstance(it.value, DTensor)
-    if not isinstance(parameter, DTensor):
-        if not is_sharded:
-            return None
-        return f"{it.where} is a DTensor, the parameter is a plain tensor"
-    if is_sharded:
+    parameter = it.target.parameter
+    is_sharded = isinstance(it.value, DTensor)
+    if is_sharded and isinstance(parameter, DTensor):
         return _placement_mismatch(it, parameter)
-    has_other_shape = it.shape != it.expected_shape
-    if not it.is_known and has_other_shape and not it.is_end_to_end:
-        return (
-            f"{it.where} is reduced to {it.shape}, which is cut in the optimizer's own way: take a "
-            "step first, to make its state"
-        )
+    if is_sharded:
+        return f"{it.where} is a DTensor, the parameter is a plain tensor"
+    if isinstance(parameter, DTensor):
+        return _unknown_placement(it)
     return None
+
+
+def _unknown_placement(it: _Comparison) -> str | None:
+    """The message for a whole value of a sharded parameter that can't be cut before the optimizer
+    has made a state to compare with."""
+    if it.current is not None or it.shape == it.expected_shape or it.is_end_to_end:
+        return None
+    return (
+        f"{it.where} is reduced to {it.shape}, which is cut in the optimizer's own way: take a "
+        "step first, to make its state"
+    )
 
 
 def _placement_mismatch(it: _Comparison, parameter: DTensor) -> str | None:

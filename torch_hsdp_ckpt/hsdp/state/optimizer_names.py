@@ -3,14 +3,13 @@ state's."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from .module_entries import WRAPPED
-
-PREFIX = WRAPPED + "."
+from ..module_tree import without_wrappers
 
 OptimInput = list[dict[str, Any]] | Iterable[nn.Parameter] | None
 
@@ -26,7 +25,8 @@ class ParameterNames:
 
     @property
     def flat(self) -> list[str]:
-        return [name for group in self.groups for name in group]
+        """The first name of each parameter."""
+        return list(chain.from_iterable(self.groups))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def names_of(
     ValueError if a parameter is not the model's: after wrapping these are others.
     """
     groups = _groups(model, optim, optim_input)
-    parameters = [parameter for group in groups for parameter in group]
+    parameters = list(chain.from_iterable(groups))
     names_by_id = _names_by_id(model)
     strangers = sum(id(parameter) not in names_by_id for parameter in parameters)
     if strangers:
@@ -56,18 +56,24 @@ def names_of(
             "after wrapping, from model.parameters()"
         )
     index: dict[str, int] = {}
-    for i, parameter in enumerate(parameters):
+    for number, parameter in enumerate(parameters):
         for name in names_by_id[id(parameter)]:
-            index[name] = i
-    first_names = [[names_by_id[id(parameter)][0] for parameter in group] for group in groups]
-    return ParameterNames(parameters, first_names, index)
+            index[name] = number
+    group_names = [_first_names(group, names_by_id) for group in groups]
+    return ParameterNames(parameters, group_names, index)
+
+
+def _first_names(
+    parameters: Iterable[torch.Tensor], names_by_id: Mapping[int, list[str]]
+) -> list[str]:
+    return [names_by_id[id(parameter)][0] for parameter in parameters]
 
 
 def _names_by_id(model: nn.Module) -> dict[int, list[str]]:
     """All names of each parameter; a shared one has several."""
     names: dict[int, list[str]] = {}
     for long_name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(long_name.replace(PREFIX, ""))
+        names.setdefault(id(parameter), []).append(without_wrappers(long_name))
     return names
 
 
@@ -144,12 +150,18 @@ def _unmatched_names(names: ParameterNames, saved: Sequence[dict[str, Any]]) -> 
         problems.append(
             f"the optimizer has {len(names.groups)} parameter groups, the state {len(saved)}"
         )
-    given = [name for group in saved for name in group["params"]]
-    unknown = sorted({str(name) for name in given if name not in names.index})
-    problems += [f'the optimizer has no parameter "{name}", the state has' for name in unknown]
-    found = {names.index[name] for name in given if name in names.index}
-    lacking = [name for i, name in enumerate(names.flat) if i not in found]
-    problems += [f'the state has no parameter "{name}", the optimizer has' for name in lacking]
+    unknown: set[str] = set()
+    found: set[int] = set()
+    for name in chain.from_iterable(group["params"] for group in saved):
+        if name in names.index:
+            found.add(names.index[name])
+        else:
+            unknown.add(str(name))
+    for name in sorted(unknown):
+        problems.append(f'the optimizer has no parameter "{name}", the state has')
+    for number, name in enumerate(names.flat):
+        if number not in found:
+            problems.append(f'the state has no parameter "{name}", the optimizer has')
     return problems
 
 

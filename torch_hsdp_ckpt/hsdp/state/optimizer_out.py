@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ...common.agreement import is_same_on_all_ranks
+from ..module_tree import without_wrappers
 from .nested import map_leaves, sharded_leaves
-from .optimizer_names import PREFIX, ParameterNames
+from .optimizer_names import ParameterNames
 from .placement import is_first
 from .whole import gather
 
@@ -25,7 +26,7 @@ def by_names(saved: dict[str, Any], names: ParameterNames) -> dict[str, Any]:
     flat = names.flat
     state = {}
     for key, values in saved["state"].items():
-        name = flat[key] if isinstance(key, int) else key.replace(PREFIX, "")
+        name = flat[key] if isinstance(key, int) else without_wrappers(key)
         state[name] = dict(values) if isinstance(values, dict) else values
     named: dict[str, Any] = {"state": state}
     if "param_groups" in saved:

@@ -185,13 +185,14 @@ def _targets(
     not among them."""
     elements = sum(parameter.numel() for parameter in names.parameters)
     like_parameters = _keys_with_dimensions(state.values())
+    is_torchs = _is_torchs(optim)
     targets = {}
     for name in state:
         index = names.index.get(name)
         if index is None:
             continue
         parameter = names.parameters[index]
-        converts = _is_torchs(optim) and parameter.is_floating_point()
+        converts = is_torchs and parameter.is_floating_point()
         targets[name] = ParameterState(
             parameter=parameter,
             current={} if optim is None else optim.state.get(parameter, {}),
@@ -205,8 +206,12 @@ def _targets(
 def _keys_with_dimensions(states: Iterable[Any]) -> frozenset[str]:
     keys: set[str] = set()
     for state in states:
-        if isinstance(state, dict):
-            keys.update(str(key) for key, item in state.items() if has_dimensions(item))
+        if not isinstance(state, dict):
+            continue
+        for key, item in state.items():
+            # Thousands of parameters have the same few keys.
+            if str(key) not in keys and has_dimensions(item):
+                keys.add(str(key))
     return frozenset(keys)
 
 

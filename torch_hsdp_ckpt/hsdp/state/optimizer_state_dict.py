@@ -106,8 +106,8 @@ class OptimStateMixin:
         saved = optim.state_dict() if optim_state_dict is None else optim_state_dict
         settings = _settings(model)
         config: Any = settings.optim_state_dict_config
-        finish = offload if config.offload_to_cpu else keep
         if settings.state_dict_type is StateDictType.FULL_STATE_DICT:
+            finish = offload if config.offload_to_cpu else keep
             with _reading(model, _GATHERING) as mesh:
                 named = by_names(saved, names_of(model, optim))
                 return make_whole(named, mesh, config.rank0_only, finish)
@@ -242,8 +242,7 @@ class OptimStateMixin:
         A state that has such keys already is returned as it is. ValueError for a mixture, and for
         parameters that the optimizer does not have."""
         target = str if optim_state_key_type is OptimStateKeyType.PARAM_NAME else int
-        kinds = _key_types(optim_state_dict, optim_state_key_type)
-        if kinds <= {target}:
+        if _key_types(optim_state_dict, optim_state_key_type) <= {target}:
             return optim_state_dict
         names = names_of(model, optim, optim_input)
         if target is str:
@@ -253,12 +252,12 @@ class OptimStateMixin:
 
 def _key_types(state: dict[str, Any], wanted: OptimStateKeyType) -> set[type]:
     """The type of the state's keys, if there are any: str or int."""
-    kinds = {type(key) for key in state["state"]}
-    is_one_kind = len(kinds) <= 1 and kinds <= {str, int}
-    if not isinstance(wanted, OptimStateKeyType) or not is_one_kind:
-        names = sorted(kind.__name__ for kind in kinds)
+    types = {type(key) for key in state["state"]}
+    can_be_rekeyed = types in (set(), {str}, {int})
+    if not can_be_rekeyed or not isinstance(wanted, OptimStateKeyType):
+        names = sorted(each.__name__ for each in types)
         raise ValueError(f"rekeying to {wanted}: keys of types {names}")
-    return kinds
+    return types
 
 
 def _rekeyed(saved: dict[str, Any], new_keys: Mapping[Any, Any]) -> dict[str, Any]:

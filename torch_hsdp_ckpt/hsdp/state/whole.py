@@ -43,9 +43,10 @@ def gather(
     at a time."""
     results: list[torch.Tensor | None] = [None] * len(values)
 
+    # It is a function, so that nothing of a step is held when the next one gathers.
     def run(step: _Step) -> None:
-        members = [values[i] for i in step.members]
-        for i, whole in zip(step.members, step.gather(members, first_only), strict=True):
+        gathered = step.gather([values[i] for i in step.members], first_only)
+        for i, whole in zip(step.members, gathered, strict=True):
             if whole is not None:
                 results[i] = finish(whole)
 
@@ -225,16 +226,22 @@ def _as_bytes(contiguous: torch.Tensor) -> torch.Tensor:
 def _gather_bucket(values: list[DTensor], first_only: bool) -> Iterator[torch.Tensor | None]:
     """For tensors of one mesh and device: one gather of all, padded to whole chunks."""
     mesh = values[0].device_mesh
-    sizes = [_chunk_bytes(value) for value in values]
-    packed = torch.zeros(sum(sizes), dtype=torch.uint8, device=_device_of(values[0]))
-    for value, piece in zip(values, torch.split(packed, sizes), strict=True):
-        local = _as_bytes(_local(value).contiguous())
-        piece[: local.numel()].copy_(local)
+    chunk_sizes = [_chunk_bytes(value) for value in values]
+    packed = _packed(values, chunk_sizes)
     by_rank = packed.new_empty(shards_of(mesh), packed.numel())
     dist.all_gather_into_tensor(by_rank.view(-1), packed, group=_shard_group(values[0]))
     shown = is_first(mesh) or not first_only
-    for value, pieces in zip(values, torch.split(by_rank, sizes, dim=1), strict=True):
+    for value, pieces in zip(values, torch.split(by_rank, chunk_sizes, dim=1), strict=True):
         yield _unpadded(value, pieces) if shown else None
+
+
+def _packed(values: list[DTensor], chunk_sizes: list[int]) -> torch.Tensor:
+    """This rank's shards as bytes one after the other, each padded to its chunk's size."""
+    packed = torch.zeros(sum(chunk_sizes), dtype=torch.uint8, device=_device_of(values[0]))
+    for value, chunk in zip(values, torch.split(packed, chunk_sizes), strict=True):
+        local = _as_bytes(_local(value).contiguous())
+        chunk[: local.numel()].copy_(local)
+    return packed
 
 
 def _unpadded(value: DTensor, pieces: torch.Tensor) -> torch.Tensor:
