@@ -239,6 +239,20 @@ def _recomputation(rank: int) -> None:
             assert_close({k.removeprefix("net."): v for k, v in grads(ours).items()}, expected)
 
 
+def _unfrozen_before_the_recomputation(rank: int) -> None:
+    """A backward that computes a unit's forward again trains what is unfrozen by then."""
+    net = NETS["uneven"]()
+    expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r).requires_grad_()))
+    ours = wrap(Checkpointed(copy.deepcopy(net), reentrant=True))
+    block = ours.net.blocks[0]
+    block.requires_grad_(False)
+    block.down.bias.requires_grad_(True)
+    loss = loss_of(ours, batch(net, 0, rank).requires_grad_())
+    block.requires_grad_(True)
+    loss.backward()
+    assert_close({k.removeprefix("net."): v for k, v in grads(ours).items()}, expected)
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -386,6 +400,7 @@ def test_graphs_that_are_no_plain_chain() -> None:
         _evaluation,
         _accumulation,
         _recomputation,
+        _unfrozen_before_the_recomputation,
         _called_twice,
         _exceptions,
     )

@@ -358,9 +358,6 @@ class UnitPrecision:
         reduce_dtype: torch.dtype | None = None,
         keep_low_precision_grads: bool = False,
     ) -> None: ...
-    param_dtype: torch.dtype | None
-    reduce_dtype: torch.dtype | None
-    keep_low_precision_grads: bool
 
 class Collectives:
     def __init__(self, shard_group: str, replica_group: str | None, rank: int) -> None: ...
@@ -369,7 +366,6 @@ class Collectives:
 
 class Peers:
     def __init__(self, group: str, ranks: Sequence[int]) -> None: ...
-    def exchange(self, words: Sequence[int]) -> list[list[int]]: ...
 
 class Unit:
     name: str

@@ -18,6 +18,9 @@ struct ShardRows {
 /// shard always has that many. `rows` >= 0, `shards` >= 1.
 constexpr int64_t ChunkRows(int64_t rows, int64_t shards) { return (rows + shards - 1) / shards; }
 
+/// Whether all shards have the same number of rows. `shards` >= 1.
+constexpr bool CutsEvenly(int64_t rows, int64_t shards) { return rows % shards == 0; }
+
 /// Which of `rows` rows shard number `shard` of `shards` holds, as torch.chunk and DTensor's
 /// Shard(0) cut them: ceil(rows / shards) each, the last shard that has any may have fewer, and
 /// shards behind it have none (`first` is `rows` then). This is the only place that knows the rule;

@@ -52,7 +52,7 @@ class ForwardOrder {
   const UnitSequence& units_;
   const std::shared_ptr<Peers> peers_;
   const int64_t rank_;
-  /// By outermost unit: the calls of its last pass, repeats included.
+  /// The calls of each outermost unit's last pass, repeats included.
   std::map<const Unit*, UnitSequence> last_passes_;
   const Unit* outermost_ = nullptr;  // of this pass, or the last one
   UnitSequence calls_;               // of this pass

@@ -31,8 +31,9 @@ enum class BackwardPrefetch {
 ///             for the gather or drops it
 ///   any       Clear                                    kStarted  the queue forgets it
 ///
-/// A started gather's own progress is ParamGroup::state(). At most one unit is kAhead, since each
-/// holds a whole unit's memory, unless a user has named what to prefetch. Thread safety: none.
+/// A started gather's own progress is ParamGroup::state(). While one unit is kAhead none is
+/// prefetched, since each gather holds a whole unit's memory; what a user has named is gathered all
+/// the same, and the last one named is the one that is kAhead. Thread safety: none.
 class GatherQueue {
  public:
   enum class State { kStarted, kQueued, kAhead };

@@ -37,16 +37,17 @@ std::vector<DtypePair> PairsOf(const std::vector<GradSpec>& specs) {
 
 // Whether a gradient may be reduced from where it is. One that is cast or scaled on the way is
 // packed in any case; a sum of exchanged pieces casts and scales by itself.
-bool GoesInPlace(const GradSpec& spec, const Collectives& collectives, at::Device device,
-                 bool exchanges) {
+bool GoesInPlace(const GradSpec& spec, const Collectives& collectives, at::Device device) {
   const int64_t shards = collectives.shards();
   const auto [rows, row_size] = ParamShape::Of(spec.sizes, shards);
   const int64_t chunk = base::ChunkRows(rows, shards) * row_size;
   const auto bytes = chunk * static_cast<int64_t>(c10::elementSize(spec.computed));
   if (shards == 1 || bytes < kInPlaceBytes) return false;
-  if (exchanges) return ExchangedDtype({spec.computed, spec.reduced}) == spec.computed;
+  if (collectives.exchanges(device.type())) {
+    return ExchangedDtype({spec.computed, spec.reduced}) == spec.computed;
+  }
   return spec.computed == spec.reduced && collectives.pre_scale(spec.reduced) == 1.0 &&
-         collectives.coalesces(device.type()) && rows % shards == 0;
+         collectives.coalesces(device.type()) && base::CutsEvenly(rows, shards);
 }
 
 int64_t AlignmentOf(DtypePair dtypes) {
@@ -60,11 +61,11 @@ struct Members {
 };
 
 Members MembersOf(DtypePair dtypes, const std::vector<GradSpec>& specs,
-                  const Collectives& collectives, at::Device device, bool exchanges) {
+                  const Collectives& collectives, at::Device device) {
   Members members;
   for (size_t i = 0; i < specs.size(); ++i) {
     if (DtypePair{specs[i].computed, specs[i].reduced} != dtypes) continue;
-    const bool in_place = GoesInPlace(specs[i], collectives, device, exchanges);
+    const bool in_place = GoesInPlace(specs[i], collectives, device);
     (in_place ? members.in_place : members.packed).push_back(i);
   }
   std::stable_partition(members.packed.begin(), members.packed.end(),
@@ -80,9 +81,9 @@ ShardLayout LayoutOf(const std::vector<size_t>& params, const std::vector<GradSp
 }
 
 GradBucket MakeBucket(DtypePair dtypes, const Members& members, const std::vector<GradSpec>& specs,
-                      const Collectives& collectives, at::Device device, bool exchanges) {
+                      const Collectives& collectives, at::Device device) {
   const int64_t shards = collectives.shards();
-  const bool sends_pieces = exchanges && shards > 1;
+  const bool sends_pieces = shards > 1 && collectives.exchanges(device.type());
   std::vector<size_t> params = members.in_place;
   params.insert(params.end(), members.packed.begin(), members.packed.end());
   const int64_t alignment = AlignmentOf(dtypes);
@@ -172,12 +173,12 @@ class Packer {
 }  // namespace
 
 GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& collectives,
-                        at::Device device, bool exchanges) {
+                        at::Device device) {
   GradBuckets buckets;
   for (const DtypePair dtypes : PairsOf(specs)) {
-    const Members members = MembersOf(dtypes, specs, collectives, device, exchanges);
-    buckets.push_back(std::make_shared<GradBucket>(
-        MakeBucket(dtypes, members, specs, collectives, device, exchanges)));
+    const Members members = MembersOf(dtypes, specs, collectives, device);
+    buckets.push_back(
+        std::make_shared<GradBucket>(MakeBucket(dtypes, members, specs, collectives, device)));
   }
   return buckets;
 }

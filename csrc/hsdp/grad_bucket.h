@@ -63,9 +63,8 @@ using GradBuckets = std::vector<std::shared_ptr<GradBucket>>;
 
 /// The buckets of one unit, in the same order on all ranks. Large gradients are reduced from where
 /// autograd has left them, small ones through one packed buffer for each pair of dtypes.
-/// `exchanges`: ranks swap pieces point to point (Collectives::exchanges).
 GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& collectives,
-                        at::Device device, bool exchanges);
+                        at::Device device);
 
 /// Takes this rank's gradients (by trainable parameter; undefined where it has none) into `bucket`:
 /// those reduced in place as they are, the others packed. Zeros stand for missing ones.

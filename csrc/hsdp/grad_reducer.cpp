@@ -15,14 +15,12 @@ using Stream = DeviceStreams::Stream;
 
 constexpr int64_t kShardAlignment = 16;  // bytes
 
-std::unique_ptr<Reduction> MakeReduction(std::shared_ptr<const UnitGrads> grads, bool exchanges) {
-  if (exchanges) return std::make_unique<HostReduction>(std::move(grads));
+std::unique_ptr<Reduction> MakeReduction(std::shared_ptr<const UnitGrads> grads) {
+  const bool reduces = !grads->buckets.empty();  // if not, its groups may be gone
+  if (reduces && grads->collectives->exchanges(grads->device.type())) {
+    return std::make_unique<HostReduction>(std::move(grads));
+  }
   return std::make_unique<StreamReduction>(std::move(grads));
-}
-
-bool Exchanges(const std::vector<GradSpec>& specs, const Collectives& collectives,
-               at::Device device) {
-  return !specs.empty() && collectives.exchanges(device.type());
 }
 
 }  // namespace
@@ -39,10 +37,10 @@ GradReducer::GradReducer(std::string unit, std::vector<GradSpec> specs, at::Devi
                          std::shared_ptr<Collectives> collectives,
                          std::shared_ptr<DeviceStreams> streams)
     : specs_(std::move(specs)),
-      grads_(std::make_shared<UnitGrads>(UnitGrads{
-          std::move(unit), device, collectives, std::move(streams),
-          MakeBuckets(specs_, *collectives, device, Exchanges(specs_, *collectives, device))})),
-      reduction_(MakeReduction(grads_, Exchanges(specs_, *collectives, device))),
+      grads_(std::make_shared<UnitGrads>(UnitGrads{std::move(unit), device, collectives,
+                                                   std::move(streams),
+                                                   MakeBuckets(specs_, *collectives, device)})),
+      reduction_(MakeReduction(grads_)),
       used_here_(specs_.size(), false) {}
 
 GradReducer::~GradReducer() {
@@ -80,13 +78,16 @@ void GradReducer::CheckGrad(size_t i, const at::Tensor& grad) const {
               " on ", grads_->device);
 }
 
+bool GradReducer::KeepsSums() const {
+  return !reduction_->options().all_reduce && grads_->collectives->replicas() > 1;
+}
+
 bool GradReducer::Keep() {
-  const bool waits = !reduction_->options().all_reduce && grads_->collectives->replicas() > 1;
-  if (reduction_->stage() != Stage::kDone || !waits) return false;
+  if (reduction_->stage() != Stage::kDone || !KeepsSums()) return false;
   const auto scope = grads_->streams->Enter(Stream::kReduce);
   for (const auto& bucket : grads_->buckets) {
     bucket->partial = std::exchange(bucket->output, {});
-    // Of one shard it is the packed input, which is the compute stream's.
+    // With one shard it is the packed input, which is the compute stream's.
     grads_->streams->Uses(bucket->partial);
   }
   written_ = grads_->streams->Record(Stream::kReduce);
@@ -96,8 +97,7 @@ bool GradReducer::Keep() {
 }
 
 bool GradReducer::has_partial() const {
-  const bool waits = !reduction_->options().all_reduce && grads_->collectives->replicas() > 1;
-  if (reduction_->stage() != Stage::kIdle && waits) return true;
+  if (reduction_->stage() != Stage::kIdle && KeepsSums()) return true;
   return std::any_of(grads_->buckets.begin(), grads_->buckets.end(),
                      [](const auto& bucket) { return bucket->partial.defined(); });
 }
@@ -226,7 +226,7 @@ void GradReducer::CheckTarget(size_t i, const at::Tensor& target, int64_t numel)
 
 void GradReducer::Drop() {
   if (reduction_->stage() != Stage::kIdle) reduction_->Advance(/*wait=*/true);
-  reduction_->HoldInputs();  // of one shard: the result, up to now
+  reduction_->HoldInputs();  // with one shard the input has been the result up to now
   for (const auto& bucket : grads_->buckets) Clear(*bucket);
   reduction_->End();
 }

@@ -70,6 +70,8 @@ class GradReducer {
  private:
   struct WritePass;
 
+  /// Whether the sums of the reduction under way are for the next all-reduce.
+  bool KeepsSums() const;
   void CheckGrad(size_t i, const at::Tensor& grad) const;
   void CheckTarget(size_t i, const at::Tensor& target, int64_t numel) const;
   double PostScale(const GradBucket& bucket) const;

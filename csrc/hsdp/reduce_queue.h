@@ -39,7 +39,7 @@ namespace hsdp_ckpt::hsdp {
 /// unit. Thread safety: none.
 class ReduceQueue {
  public:
-  /// Of a reduction that has not been started.
+  /// How far a reduction is that has not been started.
   enum class State { kWaiting, kReady };
 
   /// Reductions in flight. More would hold packed gradients without moving bytes any sooner.

@@ -79,7 +79,7 @@ class Reduction {
 
  protected:
   virtual void Begin() = 0;
-  /// As Advance, which keeps order after an error.
+  /// Does what Advance says; that cleans up after an error.
   virtual void MoveOn(bool wait) = 0;
 
   const UnitGrads& grads() const { return *grads_; }

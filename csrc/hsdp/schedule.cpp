@@ -42,6 +42,8 @@ void Schedule::Add(const UnitPtr& unit, std::vector<at::Tensor> full,
         if (self && alive) self->GradArrived(alive, slot);
       });
   unit->frozen = frozen;
+  // A recomputation binds anew what was frozen or unfrozen since its forward: other gradients come.
+  unit->backward.Begin(unit->group->trainable().size());
 }
 
 void Schedule::OnGradient(const at::Tensor& tensor, const UnitPtr& unit,
@@ -59,7 +61,7 @@ void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled,
   if (AutogradRuns()) {
     // Activation checkpointing computes the forward again: no new pass, nothing to record.
     UnshardInBackward(unit);
-    // Of a reentrant checkpoint nothing required gradients the first time.
+    // In a reentrant checkpoint nothing required gradients the first time.
     if (unit->inputs == 0) WatchInputs(unit, inputs);
     return;
   }

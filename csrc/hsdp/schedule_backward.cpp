@@ -1,4 +1,5 @@
 // The backward's side of the schedule.
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/engine.h>
 
 #include <algorithm>
@@ -107,7 +108,8 @@ void Schedule::EndBackward() {
   phase_ = phase_ == Phase::kBackwardInForward ? Phase::kForward : Phase::kBackwardDone;
   on_backward_end_();
   for (const Call& call : active_) call.unit->on_backward();
-  turn_->EndBackward();
+  // Whoever gets the turn next takes errors too: this backward's has to be taken before.
+  const auto give_turn = c10::make_scope_exit([this] { turn_->EndBackward(); });
   reductions_.RethrowKept();
 }
 

@@ -55,7 +55,7 @@ class ShardLayout {
   int64_t flat_numel() const { return offsets_.back(); }
   /// Whether every rank holds the same number of rows, so that the shards laid end to end are the
   /// parameter.
-  bool even(size_t i) const { return params_.at(i).rows % shards_ == 0; }
+  bool even(size_t i) const { return base::CutsEvenly(params_.at(i).rows, shards_); }
 
  private:
   std::vector<ParamShape> params_;

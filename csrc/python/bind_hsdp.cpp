@@ -36,10 +36,7 @@ void BindValues(py::module_& module) {
              return hsdp::Precision{param_dtype, reduce_dtype, keep_low_precision_grads};
            }),
            py::kw_only(), py::arg("param_dtype") = py::none(), py::arg("reduce_dtype") = py::none(),
-           py::arg("keep_low_precision_grads") = false)
-      .def_readonly("param_dtype", &hsdp::Precision::param_dtype)
-      .def_readonly("reduce_dtype", &hsdp::Precision::reduce_dtype)
-      .def_readonly("keep_low_precision_grads", &hsdp::Precision::keep_low_precision_grads);
+           py::arg("keep_low_precision_grads") = false);
   py::class_<base::ShardRows>(module, "ShardRows")
       .def_readonly("first", &base::ShardRows::first)
       .def_readonly("count", &base::ShardRows::count);
@@ -56,8 +53,7 @@ void BindCommunication(py::module_& module) {
       .def("set_channel", &hsdp::Collectives::SetChannel, py::arg("channel"));
 
   py::class_<hsdp::Peers, std::shared_ptr<hsdp::Peers>>(module, "Peers")
-      .def(py::init<std::string, std::vector<int64_t>>(), py::arg("group"), py::arg("ranks"))
-      .def("exchange", &hsdp::Peers::Exchange, py::arg("words"), NoGil());
+      .def(py::init<std::string, std::vector<int64_t>>(), py::arg("group"), py::arg("ranks"));
 }
 
 using UnitClass = py::class_<hsdp::Unit, std::shared_ptr<hsdp::Unit>>;

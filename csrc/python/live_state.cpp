@@ -175,8 +175,8 @@ int64_t Watch::Changed() const {
 
 LiveState::LiveState(const py::object& state_dict) {
   if (KindOf(state_dict.ptr()) != Kind::kMapping) throw py::type_error("a state dict is a mapping");
-  // As large as the one before: a string that grows to hundreds of KiB touches twice as much fresh
-  // memory.
+  // It is made as large as the one before, as a string that grows to hundreds of KiB touches twice
+  // as much fresh memory.
   static std::atomic<size_t> last_size{0};
   fingerprint_.reserve(last_size);
   Walk(state_dict.ptr(), true);
@@ -193,13 +193,14 @@ void LiveState::Walk(PyObject* container, bool mapping) {
   } else if (PyDict_CheckExact(container)) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(container, &at, &key, &value);) {
-      const py::object kept_key =
-          py::reinterpret_borrow<py::object>(key);  // whose __str__ may be anybody's code
+      // The key's __str__ may be anybody's code, which may empty the container.
+      const py::object kept_key = py::reinterpret_borrow<py::object>(key);
       py::object kept = py::reinterpret_borrow<py::object>(value);
       AppendKey(fingerprint_, key);
       Take(std::move(kept));
     }
-  } else {  // whose order and values are its own affair, an OrderedDict's too
+  } else {
+    // A mapping's order and values are its own affair, an OrderedDict's too.
     static PyObject* const items = Name("items");
     const py::object iterator =
         Steal(PyObject_GetIter(Steal(PyObject_CallMethodNoArgs(container, items)).ptr()));

@@ -46,6 +46,15 @@ TEST(ShardRows, TheFirstShardHasAFullChunk) {
   }
 }
 
+TEST(ShardRows, AnEvenCutGivesAllShardsTheSame) {
+  for (int64_t rows = 0; rows <= 40; ++rows) {
+    for (int64_t shards = 1; shards <= 17; ++shards) {
+      const std::vector<ShardRows> all = Reference(rows, shards);
+      EXPECT_EQ(CutsEvenly(rows, shards), all.front().count == all.back().count);
+    }
+  }
+}
+
 TEST(ShardRows, ShardsBehindTheLastRowAreEmpty) {
   constexpr int64_t kLarge = int64_t{1} << 40;
   EXPECT_EQ(RowsOfShard(5, 4, 3), (ShardRows{5, 0}));
