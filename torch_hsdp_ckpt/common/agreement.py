@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import CheckpointError
 from .rank_failure import RankFailure, raise_failures
 
+_T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 # One message of an exchange has whether this rank failed, the payload's length, and the payload if
 # it is as short as a digest.
@@ -143,6 +144,20 @@ class Agreement:
     def run(self, step: str, work: Callable[[], bytes]) -> list[bytes]:
         """Runs ``work`` on every rank, then exchanges what it returned, or what it raised."""
         return self._exchange(step, _Result.of(work))
+
+    def run_and_tell(
+        self, step: str, work: Callable[[], _T], tell: Callable[[_T], bytes]
+    ) -> tuple[_T, list[bytes]]:
+        """Runs ``work`` on every rank; returns this rank's result, and what every rank tells of its
+        own. If ``work`` or ``tell`` raises on any rank, all ranks raise."""
+        results: list[_T] = []
+
+        def run() -> bytes:
+            results.append(work())
+            return tell(results[0])
+
+        told = self.run(step, run)
+        return results[0], told
 
     def verdict(self, step: str, work: Callable[[], bytes]) -> bytes:
         """Runs ``work`` on the coordinator alone; every rank gets what it returned, or raises as
