@@ -62,11 +62,15 @@ class _Answer:
 
 
 class _Slot(NamedTuple):
-    """A peer's first message."""
+    """A peer's first message. ``inline`` is the payload, if it is short."""
 
     failed: bool
     length: int
     inline: bytes
+
+    @staticmethod
+    def of(packed: bytes) -> "_Slot":
+        return _Slot(*_SLOT.unpack(packed))
 
     def answer(self, payload: bytes) -> _Answer:
         return _Answer(self.failed, payload[: self.length])
@@ -134,12 +138,12 @@ class Agreement:
         return [answer.payload for answer in answers]
 
     def _all_gather_answers(self, step: str, sent: _Answer) -> list[_Answer]:
-        slots = [_Slot(*_SLOT.unpack(slot)) for slot in self._all_gather(step, sent.slot())]
+        slots = [_Slot.of(packed) for packed in self._all_gather(step, sent.slot())]
+        payloads = [slot.inline for slot in slots]
         longest = max(slot.length for slot in slots)
-        if longest <= _INLINE:
-            return [slot.answer(slot.inline) for slot in slots]
-        padded = self._all_gather(step, sent.payload.ljust(longest, b"\0"))
-        return [slot.answer(payload) for slot, payload in zip(slots, padded, strict=True)]
+        if longest > _INLINE:
+            payloads = self._all_gather(step, sent.payload.ljust(longest, b"\0"))
+        return [slot.answer(payload) for slot, payload in zip(slots, payloads, strict=True)]
 
     def run(self, step: str, work: Callable[[], bytes]) -> list[bytes]:
         """Runs ``work`` on every rank, then exchanges what it returned, or what it raised."""
@@ -174,11 +178,11 @@ class Agreement:
         return answer.payload
 
     def _broadcast_answer(self, step: str, sent: _Answer) -> _Answer:
-        slot = _Slot(*_SLOT.unpack(self._broadcast(step, sent.slot())))
+        slot = _Slot.of(self._broadcast(step, sent.slot()))
         if slot.length <= _INLINE:
             return slot.answer(slot.inline)
-        whole = sent.payload if self.is_coordinator else bytes(slot.length)
-        return slot.answer(self._broadcast(step, whole))
+        buffer = sent.payload if self.is_coordinator else bytes(slot.length)
+        return slot.answer(self._broadcast(step, buffer))
 
     def start_min(self, value: int) -> Callable[[], int]:
         """Starts an all-reduce and returns a function that waits for the ranks' least ``value`` (63
@@ -230,9 +234,8 @@ class Agreement:
         return _without_length(received.numpy().tobytes())
 
     def _all_gather_lengths(self, step: str, length: int) -> list[int]:
-        return [
-            _LENGTH.unpack(packed)[0] for packed in self._all_gather(step, _LENGTH.pack(length))
-        ]
+        lengths = self._all_gather(step, _LENGTH.pack(length))
+        return [_LENGTH.unpack(packed)[0] for packed in lengths]
 
     def _all_gather(self, step: str, data: bytes) -> list[bytes]:
         out = torch.empty(self.size, len(data), dtype=torch.uint8, device="cpu")

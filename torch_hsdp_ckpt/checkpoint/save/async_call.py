@@ -129,7 +129,7 @@ def _copy_part(request: AsyncRequest, opened: Opened, guarded: _Guarded) -> Call
     placed = place(request, captured)
     copies = copies_of(captured, placed, unguarded)
     copies.host.finish()
-    if copies.sources:
+    if copies.on_devices:
         assert device is not None
         copies.start(device)
         device.synchronize()

@@ -150,7 +150,8 @@ class Job:
     def _prepared(self, ready: Ready) -> PreparedState:
         if isinstance(ready, CallFailed):
             raise ready.error
-        self.check_given_up()
+        if self._given_up is not None:
+            raise self._given_up
         assert isinstance(ready, LateCopy)
         return ready.call.captured.prepare()
 

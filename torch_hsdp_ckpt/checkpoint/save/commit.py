@@ -1,6 +1,7 @@
 """Last phase of a save: one vote of all ranks, and the coordinator's rename."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import pickle
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ...errors import CheckpointError
 from ..storage.metadata import decode_metadata, read_metadata_bytes
-from ..storage.writer import FileWriteResult
+from ..storage.writer import FileToCommit, FileWriteResult
 from .metadata_build import complete_metadata
 from .open import Opened, SaveRequest
 from .result import SavedMetadata, SaveResult
@@ -93,11 +94,11 @@ def _commit_as_coordinator(
     """Makes the checkpoint; the bytes of its `.metadata`."""
     assert written.metadata is not None
     built = written.metadata.result()
-    files = {name: (name, size, True) for name, size in built.files}
-    results = [result for vote in votes for result in vote.results()]
+    files = {name: FileToCommit(name, size, is_exact=True) for name, size in built.files}
+    results = list(itertools.chain.from_iterable(vote.results() for vote in votes))
     for result in results:
         name = result.storage_data.relative_path
-        files[name] = (name, result.file_size, True)
+        files[name] = FileToCommit(name, result.file_size, is_exact=True)
     metadata = complete_metadata(built, opened.gathered.metadata, results)
     claim = opened.unfinished.take_claim()
     opened.request.writer._commit(claim, metadata, list(files.values()))
