@@ -156,7 +156,7 @@ def _run_in_a_process_of_its_own(function: Callable[[Path], None], path: Path) -
     main = path.parent / "main.py"
     main.write_text(f"if __name__ == '__main__':\n    {code}\n")
     command = [sys.executable, str(main), str(Path(__file__).parent), str(path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0 and "came to its end" in ended.stdout, ended.stderr
 
 
