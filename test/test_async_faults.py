@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class _Numbers(torch.utils.data.Dataset[int]):
         return index
 
 
-def _in_a_row(rank: int, path: str) -> None:
+def _in_a_row(path: Path) -> None:
     """200 saves back to back with changing shapes, while forked and spawned workers live: no
     memory, no thread is left."""
     resting = 0
@@ -111,17 +112,30 @@ def _in_a_row(rank: int, path: str) -> None:
     spawned = torch.utils.data.DataLoader(
         _Numbers(), num_workers=1, multiprocessing_context="spawn", persistent_workers=True
     )
-    future = h.async_save({"w": torch.ones(500_000)}, checkpoint_id=path)
+    h.async_save({"w": torch.ones(500_000)}, checkpoint_id=path)
     loaders = [iter(forked), iter(spawned)]  # begun while a save is in flight
     for i in range(200):
         size = 300_000 + 1000 * (i * 37 % 200)
-        h.async_save({"w": torch.full((size,), float(i)), "n": i}, checkpoint_id=path)
+        future = h.async_save({"w": torch.full((size,), float(i)), "n": i}, checkpoint_id=path)
         if i % 10 == 0:
             assert [int(next(loader)) for loader in loaders] == [i // 10] * 2
         if i == 60:
             resting = process_memory("VmRSS")
     assert process_memory("VmRSS") < resting + (32 << 20)
-    # The forked child of a rank with a save in flight has none, and steps freely.
+    future.result(60)
+    assert torch.equal(loaded(path, size), torch.full((size,), 199.0))
+    assert not _threads_that_stay(), "each save's threads end with it"
+
+
+def _threads_that_stay() -> list[str]:
+    ours = [each for each in threading.enumerate() if each.name.startswith("torch_hsdp_ckpt")]
+    for thread in ours:
+        thread.join(10)
+    return [thread.name for thread in ours if thread.is_alive()]
+
+
+def _forked_during_a_save(path: Path) -> None:
+    """The forked child of a rank with a save in flight has none, and steps freely."""
     future = h.async_save({"w": torch.ones(500_000)}, checkpoint_id=path)
     child = os.fork()
     if child == 0:
@@ -133,17 +147,25 @@ def _in_a_row(rank: int, path: str) -> None:
     future.result(60)
 
 
-def test_hundreds_in_a_row_with_workers_alive(tmp_path: Path) -> None:
+def _run_in_a_process_of_its_own(function: Callable[[Path], None], path: Path) -> None:
+    """Not in one that pytest has started: what is spawned there imports the main module again."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); "
-        "import test_async_faults as t; t._in_a_row(0, sys.argv[2])"
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_async_faults as t; "
+        f"t.{function.__name__}(pathlib.Path(sys.argv[2])); print('came to its end')"
     )
-    here = Path(__file__).parent
-    main = tmp_path / "main.py"
+    main = path.parent / "main.py"
     main.write_text(f"if __name__ == '__main__':\n    {code}\n")
-    subprocess.run(
-        [sys.executable, str(main), str(here), str(tmp_path / "c")], check=True, timeout=120
-    )
+    command = [sys.executable, str(main), str(Path(__file__).parent), str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0 and "came to its end" in ended.stdout, ended.stderr
+
+
+def test_hundreds_in_a_row_with_workers_alive(tmp_path: Path) -> None:
+    _run_in_a_process_of_its_own(_in_a_row, tmp_path / "c")
+
+
+def test_a_process_that_is_forked_while_a_save_is_in_flight(tmp_path: Path) -> None:
+    _run_in_a_process_of_its_own(_forked_during_a_save, tmp_path / "c")
 
 
 @pytest.mark.parametrize(

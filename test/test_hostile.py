@@ -1,5 +1,4 @@
-"""Checkpoints that nobody has to trust: flipped bits, foreign files, ways out, code in pickles; and
-``verify``."""
+"""Checkpoints that nobody has to trust: flipped bits, foreign files, ways out, code in pickles."""
 
 import os
 import pickle
@@ -8,14 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from small_checkpoints import blank_state, flipped, load_small, save_small, small_state
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
@@ -24,60 +23,11 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt.checkpoint.storage.metadata import encode_metadata, read_metadata
 
-LARGE = (520, 512)  # above a megabyte: its payload is page-aligned and has many checksum blocks
-
-
-def _state(value: float = 1.5) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(int(value * 10))
-    return {
-        "large": torch.randn(LARGE, generator=g),
-        "small": torch.randn(5, 7, generator=g),
-        "half": torch.randn(3, generator=g).half(),
-        "empty": torch.empty(0, 3),
-        "object": {"list": [1, 2, {"x": "text"}], "float": value},
-    }
-
-
-def _blank() -> dict[str, Any]:
-    tensors = {
-        "large": torch.zeros(LARGE),
-        "small": torch.zeros(5, 7),
-        "half": torch.zeros(3).half(),
-        "empty": torch.empty(0, 3),
-    }
-    return tensors | {"object": {"list": [None, None, {"x": None}], "float": None}}
-
-
-def _save(
-    path: Path, writer: Callable[..., Any] = h.FileSystemWriter, state: dict[str, Any] | None = None
-) -> Path:
-    dcp.save(state or _state(), storage_writer=writer(path), no_dist=True)
-    return path
-
-
-def _load(path: Path) -> dict[str, Any]:
-    state = _blank()
-    h.load(state, checkpoint_id=path, no_dist=True)
-    return state
-
-
-@contextmanager
-def _flipped(file: Path, at: int, bit: int) -> Iterator[None]:
-    with open(file, "r+b") as stream:
-        stream.seek(at)
-        byte = stream.read(1)[0]
-        stream.seek(at)
-        stream.write(bytes([byte ^ (1 << bit)]))
-        stream.flush()
-        yield
-        stream.seek(at)
-        stream.write(bytes([byte]))
-
 
 def _notices(path: Path) -> bool:
     """Whether a load refuses the checkpoint: with one of our errors, and with nothing else."""
     try:
-        _load(path)
+        load_small(path)
     except h.CheckpointError:
         return True
     return False
@@ -86,7 +36,7 @@ def _notices(path: Path) -> bool:
 def test_a_flipped_bit_is_one_of_our_errors(tmp_path: Path) -> None:
     """Places of every kind, as a user meets them; test/cpp/flipped_bits_test.cpp flips a bit of
     every byte."""
-    path = _save(tmp_path)
+    path = save_small(tmp_path)
     (data,) = path.glob("*.distcp")
     metadata = path / ".metadata"
     assert not _notices(path)
@@ -98,7 +48,7 @@ def test_a_flipped_bit_is_one_of_our_errors(tmp_path: Path) -> None:
             places += [(data, info.offset + at) for at in (0, info.length // 2, info.length - 1)]
     places += [(data, data.stat().st_size - 1 - chosen.randrange(300)) for _ in range(25)]
     for file, at in places:
-        with _flipped(file, at, chosen.randrange(8)):
+        with flipped(file, at, chosen.randrange(8)):
             assert not h.verify(path).ok and _notices(path), (file.name, at)
     assert len(places) > 100
     assert h.verify(path).ok and not _notices(path), "all is as it was"
@@ -107,15 +57,15 @@ def test_a_flipped_bit_is_one_of_our_errors(tmp_path: Path) -> None:
 def test_truncated_missing_and_swapped_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = _save(tmp_path / "a")
-    other = _save(tmp_path / "b", state=_state(2.5))
-    stock = _save(tmp_path / "stock", dcp.FileSystemWriter)
+    path = save_small(tmp_path / "a")
+    other = save_small(tmp_path / "b", state=small_state(2.5))
+    stock = save_small(tmp_path / "stock", dcp.FileSystemWriter)
     (data,), (foreign,), (stock_data,) = (p.glob("*.distcp") for p in (path, other, stock))
     whole = data.read_bytes()
     for size in (0, 1, 63, 64, 1000, len(whole) // 2, len(whole) - 1):
         data.write_bytes(whole[:size])
         with pytest.raises(h.CorruptCheckpointError, match=data.name):
-            _load(path)
+            load_small(path)
         assert any(p.file == data.name for p in h.verify(path).problems)
     for others in (
         foreign.read_bytes(),
@@ -125,29 +75,29 @@ def test_truncated_missing_and_swapped_files(
     ):
         data.write_bytes(others)
         with pytest.raises(h.CorruptCheckpointError, match=data.name):
-            _load(path)
+            load_small(path)
         assert not h.verify(path).ok
     data.unlink()
     with pytest.raises(FileNotFoundError, match=rf"the file of \S+ and 6 more.*{data.name}"):
-        _load(path)
+        load_small(path)
     with pytest.raises(CheckpointException, match=r"the file of \S+ and 6 more"):
-        dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
+        dcp.load(blank_state(), storage_reader=h.FileSystemReader(path), no_dist=True)
     assert not h.verify(path).ok
     data.mkdir()
     with pytest.raises(OSError, match=data.name):
-        _load(path)
+        load_small(path)
     data.rmdir()
     os.mkfifo(data)  # a reader of it would wait for ever
     with pytest.raises(OSError, match=data.name):
-        _load(path)
+        load_small(path)
     metadata = path / ".metadata"
     for make in (os.mkfifo, os.mkdir):  # the same of .metadata, under every way to read it
         metadata.unlink()
         make(metadata)
         with pytest.raises(h.CheckpointError, match=r"\.metadata: not a regular file"):
-            _load(path)
+            load_small(path)
         with pytest.raises(CheckpointException) as raised:
-            dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
+            dcp.load(blank_state(), storage_reader=h.FileSystemReader(path), no_dist=True)
         assert ".metadata: not a regular file" in f"{raised.value}{caplog.text}"
         caplog.clear()
         assert any(p.file == ".metadata" for p in h.verify(path).problems)
@@ -162,26 +112,26 @@ def test_truncated_missing_and_swapped_files(
         raw[: place.offset + 100_000] + b"\0\1\2" + raw[place.offset + 100_003 :]
     )
     with pytest.raises(h.CorruptCheckpointError, match="large"):
-        _load(stock)
+        load_small(stock)
     stock_data.write_bytes(raw[: len(raw) // 2])
     assert _notices(stock)
     assert not h.verify(stock).ok
 
 
 def test_nothing_outside_the_directory_is_read(tmp_path: Path) -> None:
-    path = _save(tmp_path / "a")
+    path = save_small(tmp_path / "a")
     (data,) = path.glob("*.distcp")
     outside = tmp_path / data.name
     os.rename(data, outside)
     data.symlink_to(outside)
     with pytest.raises(h.CheckpointError, match="link that leads out"):
-        _load(path)
+        load_small(path)
     assert not h.verify(path).ok
     data.unlink()
     (path / "inner").mkdir()
     os.rename(outside, path / "inner" / data.name)
     data.symlink_to(Path("inner") / data.name)  # inside: as good as the file
-    assert torch.equal(_load(path)["large"], _state()["large"])
+    assert torch.equal(load_small(path)["large"], small_state()["large"])
     os.rename(path / "inner" / data.name, outside)
     metadata = read_metadata(path / ".metadata")
     for name in (f"../{data.name}", str(outside), f"x/../../{data.name}", ".", ""):
@@ -189,12 +139,12 @@ def test_nothing_outside_the_directory_is_read(tmp_path: Path) -> None:
             info.relative_path = name
         (path / ".metadata").write_bytes(pickle.dumps(metadata))
         with pytest.raises(h.CorruptCheckpointError, match="inside the checkpoint's directory"):
-            _load(path)
+            load_small(path)
     (tmp_path / "elsewhere").write_bytes(b"secret")
     (path / ".metadata").unlink()
     (path / ".metadata").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(h.CheckpointError, match="link that leads out"):
-        _load(path)
+        load_small(path)
 
 
 def _chunk(offset: int, size: int) -> ChunkStorageMetadata:
@@ -214,7 +164,7 @@ def _chunk(offset: int, size: int) -> ChunkStorageMetadata:
 def test_chunks_that_overlap_or_are_missing(
     tmp_path: Path, chunks: list[Any], expected: str, api: str
 ) -> None:
-    path = _save(tmp_path)
+    path = save_small(tmp_path)
     metadata = read_metadata(path / ".metadata")
     metadata.state_dict_metadata["large"].chunks = chunks  # type: ignore[union-attr]
     index, info = next((i, v) for i, v in metadata.storage_data.items() if i.fqn == "large")
@@ -223,10 +173,10 @@ def test_chunks_that_overlap_or_are_missing(
     (path / ".metadata").write_bytes(encode_metadata(metadata))
     if api == "load":
         with pytest.raises(h.CorruptCheckpointError, match=f"large.*{expected}"):
-            _load(path)
+            load_small(path)
     else:
         with pytest.raises(CheckpointException, match=f"large.*{expected}"):
-            dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
+            dcp.load(blank_state(), storage_reader=h.FileSystemReader(path), no_dist=True)
     assert any(p.record == "large" for p in h.verify(path).problems)
 
 
@@ -234,7 +184,7 @@ def test_chunks_that_overlap_or_are_missing(
 def test_records_of_other_sizes_than_metadata_says(
     tmp_path: Path, writer: Callable[..., Any]
 ) -> None:
-    path = _save(tmp_path, writer)
+    path = save_small(tmp_path, writer)
     (data,) = path.glob("*.distcp")
     for name, size in (
         ("large", (521, 512)),
@@ -251,7 +201,7 @@ def test_records_of_other_sizes_than_metadata_says(
         (tmp_path / "other").mkdir(exist_ok=True)
         shutil.copy2(data, tmp_path / "other")
         (tmp_path / "other" / ".metadata").write_bytes(encode_metadata(metadata))
-        state = _blank() | {name: torch.zeros(size, dtype=_blank()[name].dtype)}
+        state = blank_state() | {name: torch.zeros(size, dtype=blank_state()[name].dtype)}
         with pytest.raises(h.CorruptCheckpointError, match=rf"{data.name}: {name}.*expected"):
             h.load(state, checkpoint_id=tmp_path / "other", no_dist=True)
         with pytest.raises(CheckpointException, match=rf"{data.name}: {name}.*expected"):
@@ -260,12 +210,12 @@ def test_records_of_other_sizes_than_metadata_says(
 
 
 def test_targets_that_can_not_be_written_are_named_before_any_is(tmp_path: Path) -> None:
-    path = _save(tmp_path)
+    path = save_small(tmp_path)
     for name, target, why in (
         ("small", torch.zeros(5, 1).expand(5, 7), "expanded"),
         ("half", torch.zeros(3).to_sparse(), "of layout"),
     ):
-        state = _blank() | {name: target}
+        state = blank_state() | {name: target}
         with pytest.raises(h.CheckpointError, match=rf"distcp: {name}: the target is {why}"):
             h.load(state, checkpoint_id=path, no_dist=True)
         assert not state["large"].any()
@@ -345,9 +295,9 @@ def test_a_damaged_metadata_file_says_so_under_stock_load(
 ) -> None:
     """Up to torch 2.11 dcp.load drops a reader's errors and raises "metadata is None": the reader's
     log has the reason."""
-    path = _save(tmp_path)
-    with _flipped(path / ".metadata", 300, 3), pytest.raises(CheckpointException) as raised:
-        dcp.load(_blank(), storage_reader=h.FileSystemReader(path), no_dist=True)
+    path = save_small(tmp_path)
+    with flipped(path / ".metadata", 300, 3), pytest.raises(CheckpointException) as raised:
+        dcp.load(blank_state(), storage_reader=h.FileSystemReader(path), no_dist=True)
     assert "checksum of the metadata" in f"{raised.value}{caplog.text}"
 
 
@@ -364,7 +314,7 @@ except h.CorruptCheckpointError as error:
 
 
 def test_sizes_that_the_files_do_not_explain_allocate_nothing(tmp_path: Path) -> None:
-    path = _save(tmp_path, state={"w": torch.ones(4), "o": "x"})
+    path = save_small(tmp_path, state={"w": torch.ones(4), "o": "x"})
     metadata = read_metadata(path / ".metadata")
     for info in metadata.storage_data.values():
         info.length = 1 << 45
@@ -406,7 +356,7 @@ def test_tensors_made_of_metadata_are_no_larger_than_the_files(
         (many, longer),
     )
     for number, (change, expected) in enumerate(cases):
-        path = _save(tmp_path / str(number), writer, {"w": torch.ones(3000), "o": {"x": 1}})
+        path = save_small(tmp_path / str(number), writer, {"w": torch.ones(3000), "o": {"x": 1}})
         loaded: dict[str, Any] = {}
         h.load(loaded, checkpoint_id=path, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
         assert torch.equal(loaded["w"], torch.ones(3000)) and loaded["o"] == {"x": 1}
@@ -421,114 +371,3 @@ def test_tensors_made_of_metadata_are_no_larger_than_the_files(
             _load_state_dict({}, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
         assert re.search(expected, f"{raised.value}{caplog.text}"), (raised.value, caplog.text)
         assert "allocat" not in f"{raised.value}{caplog.text}"
-
-
-# ---- verify and the command line ----
-PROGRAM = Path(h.__file__).parent / "hsdp-ckpt"
-
-
-def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=60, env={})
-
-
-@pytest.mark.parametrize("writer", [h.FileSystemWriter, dcp.FileSystemWriter])
-def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]) -> None:
-    path = _save(tmp_path, writer)
-    report = h.verify(path)
-    assert report.ok and report.problems == [] and report.unchecked == [] and report.leftovers == []
-    assert (report.tensors, report.objects, report.files) == (4, 4, 1)
-    assert report.bytes > 4 * 520 * 512
-    for threads in (1, 5):
-        again = h.verify(path, threads=threads)
-        assert (again.problems, again.tensors, again.bytes) == ([], report.tensors, report.bytes)
-    done = _run("verify", path)
-    assert (
-        done.returncode == 0
-        and "4 tensors and 4 objects in 1 files" in done.stdout
-        and "0 problems" in done.stdout
-    )
-    shown = _run("inspect", path)
-    assert shown.returncode == 0 and "large  float32 [520, 512] in 1 chunk" in shown.stdout
-    (data,) = path.glob("*.distcp")
-    infos = read_metadata(path / ".metadata").storage_data.items()
-    large, small = (next(v for i, v in infos if i.fqn == name) for name in ("large", "small"))
-    places = [large.offset + large.length // 2, large.offset + large.length // 3]
-    if writer is h.FileSystemWriter:
-        places.append(small.offset + small.length // 2)
-    with _flipped(data, places[0], 1), _flipped(data, places[1], 1), _flipped(data, places[-1], 2):
-        report = h.verify(path)
-        assert {p.record for p in report.problems} == (
-            {"large", "small"} if len(places) == 3 else {"large"}
-        )
-        assert all(p.file == data.name and data.name not in p.message for p in report.problems)
-        assert report.bytes > 0  # a damaged file's are counted too
-        assert f"VerifyReport(ok=False, problems={len(report.problems)}," in repr(report)
-        done = _run("verify", path)
-        assert done.returncode == 1 and f"WRONG      {data.name}: large" in done.stdout
-    (path / "__9_0.distcp").write_bytes(b"what a dead save left")
-    assert h.verify(path).leftovers == ["__9_0.distcp"]
-    (path / ".metadata").unlink()
-    assert "no checkpoint is here" in h.verify(path).problems[0].message
-    for command in ("verify", "inspect"):
-        done = _run(command, path)
-        assert done.returncode == 1 and "no checkpoint is here" in done.stdout, command
-        assert _run(command, path / "nowhere").returncode == 2, command
-    (
-        path / ".metadata"
-    ).mkdir()  # what the system refuses to read is wrong with the checkpoint, too
-    for command in ("verify", "inspect"):
-        done = _run(command, path)
-        assert done.returncode == 1 and ".metadata" in done.stdout + done.stderr, command
-
-
-def test_what_the_program_shows_of_hostile_metadata(tmp_path: Path) -> None:
-    path = _save(tmp_path)
-    metadata = read_metadata(path / ".metadata")
-    metadata.version = "1\x1b[2J\x9b2J\u00e9"
-    for info in metadata.storage_data.values():
-        info.length = (1 << 63) - 1 - info.offset
-    (path / ".metadata").write_bytes(encode_metadata(metadata))
-    shown = _run("inspect", path)
-    assert shown.returncode == 0 and "format version  1?[2J??2J\u00e9\n" in shown.stdout
-    assert re.search(r"files +1, 70368744\d{6}\.\d MiB of records", shown.stdout), shown.stdout
-    assert _run("verify", path).returncode == 1
-    os.truncate(path / ".metadata", 1 << 40)  # of which nearly all is a hole
-    with pytest.raises(h.CheckpointError, match=r"\.metadata: \d+ bytes are too many"):
-        _load(path)
-    assert "too many" in h.verify(path).problems[0].message
-    for command in ("verify", "inspect"):
-        done = _run(command, path)
-        assert done.returncode == 1 and "too many" in done.stdout + done.stderr, command
-
-
-def test_the_program_is_installed_as_pip_installs_scripts(tmp_path: Path) -> None:
-    built = tmp_path / "build" / "csrc"
-    built.mkdir(parents=True)
-    shutil.copy2(PROGRAM, built)
-    commands = ["egg_info", "-e", tmp_path, "build_scripts", "-d", tmp_path / "b"]
-    commands += ["install_scripts", "-b", tmp_path / "b", "-d", tmp_path / "bin"]
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", *commands],
-        check=True,
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"HSDP_CKPT_BUILD_DIR": str(built.parent)},
-        timeout=120,
-    )
-    done = subprocess.run(
-        [tmp_path / "bin" / "hsdp-ckpt", "--help"], capture_output=True, text=True, env={}
-    )
-    assert done.returncode == 0 and "usage" in done.stdout
-
-
-def test_the_program_says_how_it_is_used(tmp_path: Path) -> None:
-    assert "usage" in _run("--help").stdout
-    for wrong in (
-        [],
-        ["verify"],
-        ["check", tmp_path],
-        ["verify", tmp_path / "none"],
-        ["verify", tmp_path, "--threads", "x"],
-    ):
-        assert _run(*wrong).returncode == 2
-    libraries = subprocess.run(["ldd", PROGRAM], capture_output=True, text=True).stdout
-    assert "torch" not in libraries and "python" not in libraries

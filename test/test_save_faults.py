@@ -3,6 +3,7 @@ disks, directories that go."""
 
 import datetime
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.checkpoint.save import commit as _commit
 from torch_hsdp_ckpt.checkpoint.save import save as _save
 
 
@@ -247,7 +249,7 @@ def _raising(rank: int, path: str) -> None:
     h.save(old, checkpoint_id=path)
     unchanged = process_is_as_it_was(path)
     dist.barrier()
-    write, commit = _save.write, _C.commit_checkpoint
+    write, vote, commit = _save.write, _commit._packed_vote, _C.commit_checkpoint
 
     def raising(*arguments: Any) -> Any:
         raise ValueError("no idea")
@@ -256,14 +258,17 @@ def _raising(rank: int, path: str) -> None:
         write(staged)
         raise ValueError("no idea")
 
-    for failing, point in ((0, "before"), (1, "before"), (0, "after"), (1, "after"), (0, "commit")):
+    points = ("before", "after", "vote")
+    for failing, point in (*itertools.product((0, 1), points), (0, "commit")):
         if rank == failing and point == "commit":
             _C.commit_checkpoint = raising
+        elif rank == failing and point == "vote":
+            _commit._packed_vote = raising
         elif rank == failing:
             _save.write = raising if point == "before" else written
         with pytest.raises(h.CheckpointError, match=rf"rank {failing}: ValueError: no idea"):
             h.save(new, checkpoint_id=path)
-        _save.write, _C.commit_checkpoint = write, commit
+        _save.write, _commit._packed_vote, _C.commit_checkpoint = write, vote, commit
         dist.barrier()
         assert torch.equal(loaded(path), OLD)
         if point == "commit":

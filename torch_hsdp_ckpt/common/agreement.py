@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import CheckpointError
 from .rank_failure import RankFailure, raise_failures
 
+_T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 # One message of an exchange has whether this rank failed, the payload's length, and the payload if
 # it is as short as a digest.
@@ -61,11 +62,15 @@ class _Answer:
 
 
 class _Slot(NamedTuple):
-    """A peer's first message."""
+    """A peer's first message. ``inline`` is the payload, if it is short."""
 
     failed: bool
     length: int
     inline: bytes
+
+    @staticmethod
+    def of(packed: bytes) -> "_Slot":
+        return _Slot(*_SLOT.unpack(packed))
 
     def answer(self, payload: bytes) -> _Answer:
         return _Answer(self.failed, payload[: self.length])
@@ -133,16 +138,30 @@ class Agreement:
         return [answer.payload for answer in answers]
 
     def _all_gather_answers(self, step: str, sent: _Answer) -> list[_Answer]:
-        slots = [_Slot(*_SLOT.unpack(slot)) for slot in self._all_gather(step, sent.slot())]
+        slots = [_Slot.of(packed) for packed in self._all_gather(step, sent.slot())]
+        payloads = [slot.inline for slot in slots]
         longest = max(slot.length for slot in slots)
-        if longest <= _INLINE:
-            return [slot.answer(slot.inline) for slot in slots]
-        padded = self._all_gather(step, sent.payload.ljust(longest, b"\0"))
-        return [slot.answer(payload) for slot, payload in zip(slots, padded, strict=True)]
+        if longest > _INLINE:
+            payloads = self._all_gather(step, sent.payload.ljust(longest, b"\0"))
+        return [slot.answer(payload) for slot, payload in zip(slots, payloads, strict=True)]
 
     def run(self, step: str, work: Callable[[], bytes]) -> list[bytes]:
         """Runs ``work`` on every rank, then exchanges what it returned, or what it raised."""
         return self._exchange(step, _Result.of(work))
+
+    def run_and_tell(
+        self, step: str, work: Callable[[], _T], tell: Callable[[_T], bytes]
+    ) -> tuple[_T, list[bytes]]:
+        """Runs ``work`` on every rank; returns this rank's result, and what every rank tells of its
+        own. If ``work`` or ``tell`` raises on any rank, all ranks raise."""
+        results: list[_T] = []
+
+        def run() -> bytes:
+            results.append(work())
+            return tell(results[0])
+
+        told = self.run(step, run)
+        return results[0], told
 
     def verdict(self, step: str, work: Callable[[], bytes]) -> bytes:
         """Runs ``work`` on the coordinator alone; every rank gets what it returned, or raises as
@@ -159,11 +178,11 @@ class Agreement:
         return answer.payload
 
     def _broadcast_answer(self, step: str, sent: _Answer) -> _Answer:
-        slot = _Slot(*_SLOT.unpack(self._broadcast(step, sent.slot())))
+        slot = _Slot.of(self._broadcast(step, sent.slot()))
         if slot.length <= _INLINE:
             return slot.answer(slot.inline)
-        whole = sent.payload if self.is_coordinator else bytes(slot.length)
-        return slot.answer(self._broadcast(step, whole))
+        buffer = sent.payload if self.is_coordinator else bytes(slot.length)
+        return slot.answer(self._broadcast(step, buffer))
 
     def start_min(self, value: int) -> Callable[[], int]:
         """Starts an all-reduce and returns a function that waits for the ranks' least ``value`` (63
@@ -215,9 +234,8 @@ class Agreement:
         return _without_length(received.numpy().tobytes())
 
     def _all_gather_lengths(self, step: str, length: int) -> list[int]:
-        return [
-            _LENGTH.unpack(packed)[0] for packed in self._all_gather(step, _LENGTH.pack(length))
-        ]
+        lengths = self._all_gather(step, _LENGTH.pack(length))
+        return [_LENGTH.unpack(packed)[0] for packed in lengths]
 
     def _all_gather(self, step: str, data: bytes) -> list[bytes]:
         out = torch.empty(self.size, len(data), dtype=torch.uint8, device="cpu")

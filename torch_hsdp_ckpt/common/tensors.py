@@ -3,6 +3,7 @@ memory."""
 
 import contextlib
 import mmap
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -63,6 +64,21 @@ def check_storage(tensor: Tensor, name: str) -> None:
             f"{tensor.untyped_storage().size()}; "
             "was its memory freed, as that of a sharded module's full parameters is?"
         )
+
+
+def row_major_parts(tensor: Tensor, limit: int) -> Iterator[Tensor]:
+    """Parts of at most ``limit`` bytes that, one after the other, are the elements in row-major
+    order."""
+    if tensor.nbytes <= limit or tensor.dim() == 0:
+        yield tensor
+    elif tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), max(1, limit // tensor.itemsize))
+    else:
+        rows = max(1, limit * tensor.shape[0] // tensor.nbytes)
+        for part in torch.split(tensor, rows):
+            # A single row may be too large: it is divided along its own dimensions.
+            inner = part.squeeze(0) if part.shape[0] == 1 else part
+            yield from row_major_parts(inner, limit)
 
 
 def scratch(size: int, huge: bool = False) -> Tensor:

@@ -20,15 +20,15 @@ class Applied:
 def apply(read: Read, values: dict[str, Any]) -> Applied:
     """Called by all ranks; raises on all, whichever failed. The errors say that tensors may have
     been written in part."""
-    error: BaseException | None = None
-    try:
+
+    def update() -> bytes:
         read.update.apply()
-    except BaseException as caught:  # Ctrl-C too: the peers wait for this rank's word
-        error = caught
+        return b""
+
     try:
-        read.ranks.agreement.exchange("apply", error=error)
-    except (CheckpointError, OSError) as failure:
-        raise written_in_part(failure) from failure
+        read.ranks.agreement.run("apply", update)
+    except (CheckpointError, OSError) as error:
+        raise written_in_part(error) from error
     return Applied(values)
 
 

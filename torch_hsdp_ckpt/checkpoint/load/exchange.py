@@ -2,6 +2,7 @@
 one host, over Gloo between hosts. Which way, and with whom, all ranks know from one exchange of
 digests and host names."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -61,9 +62,8 @@ class _Network(Exchange):
 
     def __init__(self, group: Agreement) -> None:
         self._agreement = group
-        size = _C.ReadPlan.BUFFER_BYTES
-        self._sent = scratch(2 * size).view(2, -1)
-        self._received = scratch(group.size * size).view(group.size, -1)
+        self._sent = _buffers(2)  # one on its way, while the other one is filled
+        self._received = _buffers(group.size)
 
     def run(self, plan: _C.ReadPlan) -> None:
         rounds = _Rounds(plan, self._agreement.rank, self._agreement.size)
@@ -74,7 +74,7 @@ class _Network(Exchange):
                 self._start(transfers, rounds, number)
                 if failure is None:
                     failure = self._try_fill(rounds, number + 1)
-                transfers.finish(lambda peer, n=number: self._deliver(rounds, peer, n))  # type: ignore[misc]
+                transfers.finish(functools.partial(self._deliver, rounds, number))
         except CheckpointError:
             raise
         except RuntimeError as error:
@@ -107,7 +107,7 @@ class _Network(Exchange):
             for peer in rounds.peers:
                 transfers.send(self._group, peer, self._sent[number % 2])
 
-    def _deliver(self, rounds: "_Rounds", peer: int, number: int) -> None:
+    def _deliver(self, rounds: "_Rounds", number: int, peer: int) -> None:
         extent = rounds.extent(peer, number)
         assert extent is not None
         rounds.plan.deliver(extent, self._received[peer].data_ptr())
@@ -121,6 +121,11 @@ class _Network(Exchange):
     def abort(self) -> None:
         # The connections close, which the peers see.
         self._agreement.broken, self._agreement._group = True, None
+
+
+def _buffers(count: int) -> Tensor:
+    """Memory for extents, a row each."""
+    return scratch(count * _C.ReadPlan.BUFFER_BYTES).view(count, -1)
 
 
 class _Rounds:
@@ -213,13 +218,14 @@ def make_exchange(
 
 def _members(ranks: LoadRanks, mode: ExchangeMode, digests: Sequence[bytes]) -> list[int]:
     """The ranks that this one exchanges with, itself among them."""
-    rank = ranks.agreement.rank
-    members = [peer for peer, digest in enumerate(digests) if digest == digests[rank]]
+    own_rank = ranks.agreement.rank
+    members = [rank for rank, digest in enumerate(digests) if digest == digests[own_rank]]
     if mode == "shared":
-        on_this_host = ranks.on_this_host()
-        members = sorted(set(members).intersection(on_this_host))
+        on_this_host = set(ranks.on_this_host())
+        members = [rank for rank in members if rank in on_this_host]
     limit = _C.SharedExchange.MAX_MEMBERS
-    start = members.index(rank) // limit * limit
+    number_of_set = members.index(own_rank) // limit
+    start = number_of_set * limit
     return members[start : start + limit]
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...errors import CheckpointError
 from ..storage.reader import FileSystemReader
-from .ranks import LoadRanks, run_and_tell
+from .ranks import LoadRanks
 
 # A directory that is saved over faster than that is nothing that can be loaded.
 ATTEMPTS = 5
@@ -29,8 +29,7 @@ def open_checkpoint(reader: FileSystemReader, ranks: LoadRanks) -> Opened | None
     Raises FileNotFoundError where there is no checkpoint, CheckpointError where hosts keep reading
     different files."""
     for _ in range(ATTEMPTS):
-        found, digests = run_and_tell(
-            ranks.agreement,
+        found, digests = ranks.agreement.run_and_tell(
             "metadata",
             lambda: _read_metadata(reader, ranks),
             lambda found: found.digest,

@@ -16,7 +16,6 @@ from ..storage.reader import FileSystemReader
 from ..storage.tensor_reads import PlannedData, plan_reads, read_objects
 from .open import Opened, open_checkpoint
 from .planner import plan_with_planner
-from .ranks import run_and_tell
 from .state_reads import PlannerNeededError, reads_of_state
 
 # What a rank tells of its plan, if it is not the plan's digests.
@@ -115,7 +114,7 @@ def _attempt(opened: Opened, make_plan: Callable[[], PlannedData]) -> _Attempt:
         except FileNotFoundError as error:
             return _Outcome(None, error)
 
-    outcome, told = run_and_tell(opened.ranks.agreement, "plan", run, _Outcome.tell)
+    outcome, told = opened.ranks.agreement.run_and_tell("plan", run, _Outcome.tell)
     return _Attempt(opened, outcome, told)
 
 

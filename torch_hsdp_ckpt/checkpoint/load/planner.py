@@ -9,7 +9,6 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from ..storage.reader import FileSystemReader
 from .open import Opened
-from .ranks import run_and_tell
 
 
 def plan_with_planner(state_dict: dict[str, Any], opened: Opened, planner: LoadPlanner) -> LoadPlan:
@@ -19,8 +18,7 @@ def plan_with_planner(state_dict: dict[str, Any], opened: Opened, planner: LoadP
     The plans travel to the coordinator only if some rank's planner or reader makes a global plan
     other than DCP's own, which leaves them as they are."""
     agreement = opened.ranks.agreement
-    local, told = run_and_tell(
-        agreement,
+    local, told = agreement.run_and_tell(
         "plan",
         lambda: _plan_locally(state_dict, opened, planner),
         lambda local: _GLOBAL if local.needs_global_plan else b"",

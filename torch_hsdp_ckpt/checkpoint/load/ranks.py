@@ -7,16 +7,14 @@ import functools
 import os
 import socket
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from ...common.agreement import Agreement, agreement_of, group_timeout
 from ...errors import CheckpointError
-
-_T = TypeVar("_T")
 
 
 @functools.lru_cache(maxsize=1)
@@ -88,21 +86,6 @@ def gather_ranks(process_group: Any, no_dist: bool, error: Exception | None) -> 
         token = agreement.verdict("name", lambda: os.urandom(8))
         _subgroups[agreement] = _Subgroups(token)
     return LoadRanks(agreement, hosts, process_group)
-
-
-def run_and_tell(
-    agreement: Agreement, step: str, work: Callable[[], _T], tell: Callable[[_T], bytes]
-) -> tuple[_T, list[bytes]]:
-    """Runs ``work`` on every rank. Returns this rank's result, and what every rank tells of its
-    own. If it raises on any rank, all ranks raise."""
-    results: list[_T] = []
-
-    def run() -> bytes:
-        results.append(work())
-        return tell(results[0])
-
-    told = agreement.run(step, run)
-    return results[0], told
 
 
 _Key = tuple[str | int, ...]  # a purpose and the members

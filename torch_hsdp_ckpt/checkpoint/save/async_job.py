@@ -1,26 +1,21 @@
-"""One asynchronous save of one rank: what the call does of it, and what its threads do.
+"""One asynchronous save of one rank, behind its call: a thread goes through the phases of ``save``,
+while the gate holds training back from what is still to be copied."""
 
-The phases are those of ``save``. The call looks at the state (capture.py), and copies what nothing
-guards; a thread opens, plans, stages, writes and commits. Only where there is much to copy in the
-call, or DCP has to plan, does the call open the save itself."""
-
-import contextlib
 import logging
+import queue
 import threading
 import traceback
-from typing import Any
 
 import torch
 
 from ... import _C
-from ...common.gate import Gate, find_guarded
+from ...common.gate import Gate
 from ...errors import CheckpointError
-from ..snapshot.device_copy import DeviceCopy, SnapshotCopy
+from ..snapshot.device_copy import SnapshotCopy
 from ..snapshot.staged import check_sources
-from ..stateful import values_of
+from .async_call import place
 from .async_phases import (
     AsyncRequest,
-    AsyncSave,
     Call,
     CallCaptured,
     CallFailed,
@@ -29,10 +24,9 @@ from .async_phases import (
     Ready,
     SnapshotMode,
 )
-from .capture import Captured, capture
-from .commit import commit
-from .late_copy import PlacedRecords, copies_of, other_tensors, place_records
-from .open import Opened, PreparedState, open_save, prepare_state
+from .commit import write_and_commit
+from .late_copy import copies_of
+from .open import Opened, PreparedState, open_save
 from .plan import plan, plan_kept
 from .result import SavedMetadata
 from .stage import Staged, stage_copies, stage_image
@@ -40,156 +34,22 @@ from .write import Written, write
 
 _logger = logging.getLogger(__name__)
 
-# What can't be copied late is copied whole if it is no more than this, so that the call need not
-# ask the peers which part of it is this rank's.
-_COPIED_WHOLE = 1 << 20
 _GIVEN_UP = 'given up for a later one with in_flight="replace"'
 
 
 class Job:
-    """One save in flight. :meth:`prepare` and :meth:`go_on` are the call; the save itself runs on
-    threads of the job, and ends with ``future``.
+    """One save in flight: :meth:`go_on` hands it to a thread, which ends with the request's future.
 
-    What has to end before the state may change, and the completion of ``staging_completion`` last,
-    stands on one stack, ``_until_copied``: whoever closes it opens the gate."""
+    Another thread may give it up meanwhile. All else that the thread works with is handed from
+    phase to phase."""
 
     def __init__(self, request: AsyncRequest) -> None:
-        self.future = AsyncSave()
-        self.future.set_running_or_notify_cancel()
+        self.future = request.future
         self.path = request.save.writer.path
         self._request = request
         self._given_up: CheckpointError | None = None
-        # Held while the thread is started: one that runs Python code meanwhile keeps the call
-        # waiting for the interpreter's lock, 5 ms each time.
-        self._call_lock = threading.Lock()
-        self._calls: list[Call] = []  # what the call hands to the thread, which takes it out
-        # The thread's too: a new one's is 0, where each rank would take some hundred MiB beside the
-        # rank that trains there.
-        on_device = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self._device = torch.cuda.current_device() if on_device else None
-        self._until_copied = contextlib.ExitStack()
-        self._until_copied.callback(self.future.staging_completion.set_result, None)
 
     # -- the call
-
-    def prepare(self, state_dict: dict[str, Any]) -> Call:
-        """All that the call does itself. Raises only what every rank raises."""
-        try:
-            return self._prepare(state_dict)
-        except BaseException:
-            self._until_copied.close()
-            raise
-
-    def _prepare(self, state_dict: dict[str, Any]) -> Call:
-        request = self._request
-        captured: Captured | None = None
-        gate: Gate | None = None
-        eager: list[int] = []
-        eager_bytes = 0
-        try:
-            values, failure = values_of(state_dict)
-            if failure is not None:
-                raise failure
-            if request.mode != "copy":
-                captured = capture(request.save, values, request.planner)
-            if captured is not None:
-                self._until_copied.callback(captured.drop)
-                captured.freeze_objects()
-                gate, eager, eager_bytes = self._guard(captured)
-        except BaseException as error:
-            return CallFailed(None, error)
-        opened = None
-        # Much to copy: agreed with the ranks first, so that it is 1/R of it.
-        if captured is None:
-            opened = open_save(
-                request.save, lambda: prepare_state(request.save, values, request.planner)
-            )
-        elif eager_bytes > _COPIED_WHOLE:
-            opened = open_save(request.save, captured.prepare)
-        try:
-            if opened is not None and (captured is None or not opened.comparison.agreed):
-                return self._stage_now(opened, gate)
-            assert captured is not None
-            if opened is None:
-                return self._freeze(captured, gate, eager)
-            return self._copy_now(opened, captured, gate, eager)
-        except BaseException as error:
-            self._until_copied.close()
-            return CallFailed(opened, error)
-
-    def _guard(self, captured: Captured) -> tuple[Gate | None, list[int], int]:
-        """The gate, if it guards anything; the tensors that it does not, and their bytes."""
-        guarded = find_guarded(captured.live)
-        eager, eager_bytes = guarded.unguarded, guarded.unguarded_bytes
-        if len(guarded.watch) == 0:
-            return None, eager, eager_bytes
-        gate = Gate(guarded.watch, captured.name, self.future.add_step_wait)
-        self._until_copied.callback(gate.close)
-        return gate, eager, eager_bytes
-
-    def _stage_now(self, opened: Opened, gate: Gate | None) -> CallStaged:
-        copied = stage_copies(plan(opened), self._request.limits)
-        self.future.staged_bytes = copied.copied_bytes
-        waits = copied.staged.reads_state
-        if not waits:
-            self._until_copied.close()
-        return CallStaged(opened, copied.staged, gate, waits)
-
-    def _freeze(self, captured: Captured, gate: Gate | None, eager: list[int]) -> CallCaptured:
-        """Copies what nobody guards whole, in place of the tensors: a thread copies on from
-        there."""
-        # Before the devices' copies are made, which read what is frozen too.
-        captured.freeze_tensors(eager)
-        return CallCaptured(
-            opened=None,
-            captured=captured,
-            gate=gate,
-            late=other_tensors(captured, ()),
-            device=self._device_copy(captured),
-        )
-
-    def _copy_now(
-        self, opened: Opened, captured: Captured, gate: Gate | None, eager: list[int]
-    ) -> CallCaptured:
-        """Copies this rank's part of what nobody guards."""
-        captured.freeze_tensors([i for i in eager if not captured.live.address(i)])
-        device = self._device_copy(captured)
-        late = other_tensors(captured, eager)
-        if not eager:
-            return CallCaptured(opened, captured, gate, late, device)
-        placed = self._place(captured)
-        copies = copies_of(captured, placed, eager)
-        copies.host.finish()
-        if copies.sources:
-            copies.start(device)
-            assert device is not None
-            device.synchronize()
-            device = self._device_copy(captured)
-        live = captured.structure.chunks[: placed.live]
-        return CallCaptured(
-            opened=opened,
-            captured=captured,
-            gate=gate,
-            late=late,
-            device=device,
-            placed=placed,
-            copies=[copies.host],
-            waits=not {chunk.tensor for chunk in live}.isdisjoint(eager),
-        )
-
-    def _device_copy(self, captured: Captured) -> DeviceCopy | None:
-        devices = captured.structure.devices
-        if not devices:
-            return None
-        copy = DeviceCopy(devices)
-        self._until_copied.callback(copy.close)
-        return copy
-
-    def _place(self, captured: Captured) -> PlacedRecords:
-        placed = place_records(self._request.save, captured, self._request.limits)
-        self._until_copied.callback(placed.image.close)
-        self.future.staged_bytes = placed.copied_bytes
-        return placed
 
     def go_on(self, call: Call) -> None:
         """Hands the save to a thread. Raises Ctrl-C alone, of which the peers are told."""
@@ -200,27 +60,37 @@ class Job:
                 f"{self.path}: the call was interrupted ({type(interrupt).__name__})"
             )
             call = CallFailed(call.opened, told)
-        waits = call.waits
-        self._calls.append(call)
-        del call  # the thread lets go of it when it can
-        self._start_thread()
-        if waits:
+        self._start_thread(call)
+        if call.waits:
             self._wait_until_copied()
         if interrupt is not None:
             raise interrupt
 
-    def _start_thread(self) -> None:
+    def _start_thread(self, call: Call) -> None:
+        calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        calls.put(call)
+        # Held while the thread is started: one that runs Python code meanwhile keeps the call
+        # waiting for the interpreter's lock, 5 ms each time.
+        starting = threading.Lock()
+        device = _current_device()
+
+        def run() -> None:
+            with starting:
+                if calls.empty():
+                    return
+                taken = calls.get()
+            self._run(taken, device)
+
         # Not a daemon: the interpreter waits for it at exit, so that a save that was begun is
         # finished.
+        thread = threading.Thread(target=run, name="torch_hsdp_ckpt_async_save", daemon=False)
         try:
-            with self._call_lock:
-                threading.Thread(
-                    target=self._run, name="torch_hsdp_ckpt_async_save", daemon=False
-                ).start()
+            with starting:
+                thread.start()
         except BaseException as error:
             # No thread is to be had, or Ctrl-C came before it ran: then here and now, since the
             # peers wait for this rank.
-            self._run()
+            run()
             if not isinstance(error, RuntimeError):
                 raise
 
@@ -233,20 +103,14 @@ class Job:
             )
             raise
 
-    # -- the threads
+    # -- the thread
 
-    def _run(self) -> None:
-        with self._call_lock:
-            calls, self._calls = self._calls, []
-        if not calls:
-            return
+    def _run(self, call: Call, device: int | None) -> None:
         try:
-            if self._device is not None:
-                torch.cuda.set_device(self._device)
-            metadata = self._save(calls.pop())
+            metadata = self._save(call, device)
         except BaseException as failure:
+            del call  # the failure holds this frame
             try:
-                self._until_copied.close()
                 _logger.warning(
                     "an asynchronous save failed; older checkpoints are as they were: %s", failure
                 )
@@ -256,22 +120,32 @@ class Job:
         else:
             self.future.set_result(metadata)
 
-    def _save(self, call: Call) -> SavedMetadata:
+    def _save(self, call: Call, device: int | None) -> SavedMetadata:
         """The phases of a save, as ``save`` has them."""
-        # Before the CPU copies anything: a peer on this host that is still in its call loses no
-        # time to it. Devices copy meanwhile.
-        ready = self._start_copies(call)
-        opened = call.opened
-        if opened is None:
-            opened = open_save(self._request.save, lambda: self._prepared(ready))
+        with self._request.until_copied:
+            # Before the CPU copies anything: a peer on this host that is still in its call loses no
+            # time to it. Devices copy meanwhile.
+            ready = self._start_copies(call, device)
+            if call.opened is None:
+                opened = open_save(self._request.save, lambda: self._prepared(ready))
+            else:
+                opened = call.opened
+            return write_and_commit(opened, lambda: self._write_part(opened, ready))
+
+    def _start_copies(self, call: Call, device: int | None) -> Ready:
+        """As if the ranks agreed, which they mostly do."""
         try:
-            written = self._write(opened, ready)
-            self._until_copied.close()
-            return commit(opened, written)
-        except BaseException:
-            self._until_copied.close()
-            opened.unfinished.abandon()
-            raise
+            if device is not None:
+                torch.cuda.set_device(device)
+            if not isinstance(call, CallCaptured):
+                return call
+            call.captured.hand_to_planner()
+            placed = place(self._request, call.captured) if call.placed is None else call.placed
+            copies = copies_of(call.captured, placed, call.late)
+            self._request.until_copied.callback(_end_copy, copies.host)
+            return LateCopy(call, placed, copies.start(call.device))
+        except BaseException as error:
+            return CallFailed(call.opened, error)
 
     def _prepared(self, ready: Ready) -> PreparedState:
         if isinstance(ready, CallFailed):
@@ -281,43 +155,30 @@ class Job:
         assert isinstance(ready, LateCopy)
         return ready.call.captured.prepare()
 
-    def _start_copies(self, call: Call) -> Ready:
-        """As if the ranks agreed, which they mostly do."""
-        if not isinstance(call, CallCaptured):
-            return call
-        try:
-            call.captured.hand_to_planner()
-            placed = self._place(call.captured) if call.placed is None else call.placed
-            copies = copies_of(call.captured, placed, call.late)
-            self._until_copied.callback(_end_copy, copies.host)
-            return LateCopy(call, placed, copies.start(call.device))
-        except BaseException as error:
-            return CallFailed(call.opened, error)
-
-    def _write(self, opened: Opened, ready: Ready) -> Written | BaseException:
-        """Stages and writes; what is raised travels with this rank's vote."""
-        try:
-            if isinstance(ready, CallFailed):
-                return ready.error
-            if isinstance(ready, CallStaged):
-                written = write(ready.staged, lambda: self._settle(ready.staged, ready.gate, None))
-            elif opened.comparison.agreed:
-                begin_copy(ready, self._request.mode)
-                staged = stage_late(opened, ready, self._request.mode)
-                gate, copy = ready.call.gate, ready.copy
-                written = write(staged, lambda: self._settle(staged, gate, copy))
-            else:
-                written = self._write_otherwise(opened, ready)
+    def _write_part(self, opened: Opened, ready: Ready) -> Written:
+        """Stages and writes; nothing is read of the state any more when this returns or raises."""
+        with self._request.until_copied:
+            written = self._write(opened, ready)
             self.check_given_up()
-            return written
-        except BaseException as error:
-            return error
+        return written
+
+    def _write(self, opened: Opened, ready: Ready) -> Written:
+        if isinstance(ready, CallFailed):
+            raise ready.error
+        if isinstance(ready, CallStaged):
+            return write(ready.staged, lambda: self._settle(ready.staged, ready.gate, None))
+        if not opened.comparison.agreed:
+            return self._write_otherwise(opened, ready)
+        begin_copy(ready, self._request.mode)
+        staged = stage_late(opened, ready, self._request.mode)
+        return write(staged, lambda: self._settle(staged, ready.call.gate, ready.copy))
 
     def _write_otherwise(self, opened: Opened, late: LateCopy) -> Written:
         """Planned otherwise than this rank has assumed; the gate is still shut."""
         if late.copy.device is not None:
             late.copy.device.wait_ready()
-            late.copy.device.synchronize()  # its memory is used again
+            late.copy.device.close()
+        late.placed.image.close()  # its memory is used again
         gate = late.call.gate
         watch = self._request.mode == "verify" and gate is not None
         copied = stage_copies(plan(opened), self._request.limits, watch)
@@ -336,7 +197,7 @@ class Job:
                 copy.device.synchronize()
                 if gate is not None:
                     gate.check_unless_passed()
-            self._until_copied.close()
+            self._request.until_copied.close()
         self.check_given_up()
 
     # -- a later save
@@ -347,15 +208,15 @@ class Job:
         self._given_up = CheckpointError(f"{self.path}: {_GIVEN_UP}")
         self.future.exception()
 
-    def was_given_up(self, error: BaseException) -> bool:
-        # Not where a rank failed for another reason besides.
-        return type(error) is CheckpointError and str(error).count(_GIVEN_UP) >= str(error).count(
-            "rank "
-        )
-
     def check_given_up(self) -> None:
         if self._given_up is not None:
             raise self._given_up
+
+
+def was_given_up(error: BaseException) -> bool:
+    """Whether a save failed since it was given up, and for no other reason on any rank."""
+    given_up = str(error).count(_GIVEN_UP)
+    return type(error) is CheckpointError and given_up >= str(error).count("rank ")
 
 
 def begin_copy(late: LateCopy, mode: SnapshotMode) -> None:
@@ -375,6 +236,14 @@ def stage_late(opened: Opened, late: LateCopy, mode: SnapshotMode) -> Staged:
     # Without a gate nothing is read again.
     watch = mode == "verify" and call.gate is not None
     return stage_image(planned, placed.staged([*call.copies, late.copy.host]), watch)
+
+
+def _current_device() -> int | None:
+    """The call's CUDA device, which is its thread's too: a new thread's is 0, where each rank would
+    take some hundred MiB beside the rank that trains there."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    return torch.cuda.current_device()
 
 
 def _end_copy(copy: _C.StagingCopy) -> None:

@@ -1,5 +1,6 @@
 """What an asynchronous save is asked for, what its call hands to its thread, and the future."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -30,7 +31,8 @@ class AsyncSave(Future[Any]):
     def __init__(self) -> None:
         super().__init__()
         self.staging_completion: Future[None] = Future()
-        # nobody can cancel what the save is written from
+        # Nobody can cancel a save, nor what it is written from.
+        self.set_running_or_notify_cancel()
         self.staging_completion.set_running_or_notify_cancel()
         self.staged_bytes = 0
         self.step_wait_seconds = 0.0
@@ -45,12 +47,21 @@ class AsyncSave(Future[Any]):
 
 @dataclasses.dataclass(frozen=True)
 class AsyncRequest:
-    """What a call of ``async_save`` asks for."""
+    """What a call of ``async_save`` asks for, and the future that it returns.
+
+    ``until_copied``: what has to end before the state may change, and the completion of
+    ``staging_completion`` last: whoever closes it opens the gate. The call uses it, then the save's
+    thread."""
 
     save: SaveRequest
     planner: DefaultSavePlanner
     mode: SnapshotMode
     limits: StagingLimits
+    future: AsyncSave = dataclasses.field(default_factory=AsyncSave)
+    until_copied: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+
+    def __post_init__(self) -> None:
+        self.until_copied.callback(self.future.staging_completion.set_result, None)
 
 
 @dataclasses.dataclass(frozen=True)

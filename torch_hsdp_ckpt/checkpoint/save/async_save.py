@@ -19,7 +19,8 @@ from ...common.agreement import NestedCallError, agreement_of
 from ...errors import CheckpointError
 from ..storage.staging import StagingPool
 from ..storage.writer import FileSystemWriter
-from .async_job import Job
+from .async_call import prepare_call
+from .async_job import Job, was_given_up
 from .async_phases import AsyncRequest, AsyncSave, SnapshotMode
 from .open import request_of
 from .stage import StagingLimits
@@ -67,7 +68,7 @@ class _InFlight:
             finally:
                 self._forget(before)
             error = before.future.exception()
-            if error is not None and not before.was_given_up(error):
+            if error is not None and not was_given_up(error):
                 raise error
 
 
@@ -201,9 +202,8 @@ def async_save(
         mode=snapshot,
         limits=StagingLimits(_in_flight.pool, max_staging_bytes),
     )
-    job = Job(request)
-    call = job.prepare(state_dict)
-    _in_flight.job = job
+    call = prepare_call(request, state_dict)
+    job = _in_flight.job = Job(request)
     job.go_on(call)
     return job.future
 

@@ -165,26 +165,30 @@ def _structure_of(
     request: SaveRequest, local: LocalState, live: _C.LiveState, key: Any
 ) -> Structure:
     static = make_static_plan(local, local.names, request.agreement.rank, request.global_ranks)
-    state, places = local.values, live.places
-    names = list(state)
-    tensor_numbers = {names[place]: i for i, place in enumerate(places)}
+    names, places = list(local.values), live.places
+    tensor_numbers = {names[place]: number for number, place in enumerate(places)}
     chunks = list(_local_chunks(static, tensor_numbers))
     assert local.paths is not None
-    tensors = [live.tensor(i) for i in range(len(places))]
     return Structure(
         fingerprint=live.fingerprint,
         key=key,
-        kept=[(type(value), getattr(value, "_spec", None)) for value in state.values()],
+        kept=[(type(value), getattr(value, "_spec", None)) for value in local.values.values()],
         names=names,
         paths=dict(local.paths),
         places=places,
         objects=_changeable_objects(local),
-        devices=frozenset(tensor.device for tensor in tensors if tensor.is_cuda),
+        devices=_devices_of(live, len(places)),
         digests=local.digests(),
         static=static.without_tensors(),
         chunks=chunks,
         copied=_C.StagingParts([(chunk.tensor, chunk.first, chunk.size) for chunk in chunks]),
     )
+
+
+def _devices_of(live: _C.LiveState, tensors: int) -> frozenset[torch.device]:
+    """The CUDA devices of so many tensors."""
+    devices = (live.tensor(i).device for i in range(tensors))
+    return frozenset(device for device in devices if device.type == "cuda")
 
 
 def _changeable_objects(local: LocalState) -> list[int]:

@@ -1,20 +1,21 @@
 """Last phase of a save: one vote of all ranks, and the coordinator's rename."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import pickle
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ...errors import CheckpointError
 from ..storage.metadata import decode_metadata, read_metadata_bytes
-from ..storage.writer import FileWriteResult
+from ..storage.writer import FileToCommit, FileWriteResult
 from .metadata_build import complete_metadata
-from .open import Opened
+from .open import Opened, SaveRequest
 from .result import SavedMetadata, SaveResult
 from .write import Written
 
@@ -28,25 +29,39 @@ _TRAILER_BYTES = 24  # the last bytes of `.metadata`, its checksum among them
 
 @dataclasses.dataclass(frozen=True)
 class _Vote:
+    """What a rank says of the files that it has written; the coordinator unpickles the results."""
+
     bytes_written: int
     plan_seconds: float
     write_seconds: float
-    results: Sequence[FileWriteResult]
+    pickled_results: bytes  # of what DCP has planned; empty if that is nothing
+
+    def results(self) -> Sequence[FileWriteResult]:
+        if not self.pickled_results:
+            return []
+        results: Sequence[FileWriteResult] = pickle.loads(self.pickled_results)
+        return results
 
 
-def commit(opened: Opened, written: Written | BaseException) -> SavedMetadata:
-    """Makes the save the directory's checkpoint if every rank has written its part.
+def write_and_commit(opened: Opened, write_part: Callable[[], Written]) -> SavedMetadata:
+    """Writes this rank's part, by ``write_part``, and makes the save the directory's checkpoint if
+    every rank has written its part.
 
-    ``written``: an exception of this rank fails the save on all ranks. Raises as ``save`` does;
-    ``opened.unfinished`` is still to be abandoned then."""
-    begin = time.perf_counter()
+    What ``write_part`` raises fails the save on all ranks. Raises as ``save`` does; nothing is left
+    of a save that has failed."""
+    try:
+        return _write_and_commit(opened, write_part)
+    except BaseException:
+        opened.unfinished.abandon()
+        raise
+
+
+def _write_and_commit(opened: Opened, write_part: Callable[[], Written]) -> SavedMetadata:
     request, agreement = opened.request, opened.request.agreement
-    if isinstance(written, BaseException):
-        agreement.exchange("write", error=written)  # raises, on every rank
-        raise written
-    ballots = agreement.exchange("write", _pack_vote(written))
-    votes = [_unpack_vote(ballot) for ballot in ballots]
+    written, packed_votes = agreement.run_and_tell("write", write_part, _packed_vote)
+    # First of all: whatever this rank runs into from here on, the coordinator may commit its files.
     opened.unfinished.keep_files()
+    votes = [_unpacked_vote(packed) for packed in packed_votes]
     encoded: list[bytes | memoryview] = []
 
     def commit_here() -> bytes:
@@ -56,35 +71,21 @@ def commit(opened: Opened, written: Written | BaseException) -> SavedMetadata:
 
     trailer = agreement.verdict("commit", commit_here)
     opened.unfinished.end_threads()
-    end = time.perf_counter()
     path = str(request.writer.path)
-    result = SaveResult(
-        path=path,
-        rank=agreement.rank,
-        bytes_written=tuple(vote.bytes_written for vote in votes),
-        write_seconds=tuple(vote.write_seconds for vote in votes),
-        seconds={
-            "plan": written.plan_seconds,
-            "write": written.write_seconds,
-            "commit": end - begin,
-            "total": end - request.started,
-        },
-    )
+    result = _result(request, written, votes)
     level = logging.INFO if agreement.is_coordinator else logging.DEBUG
     _logger.log(level, "saved %s: %s", path, result)
     return SavedMetadata.lazy(lambda: _read_back(path, trailer, encoded), result)
 
 
-def _pack_vote(written: Written) -> bytes:
+def _packed_vote(written: Written) -> bytes:
     head = _VOTE.pack(written.bytes_written, written.plan_seconds, written.write_seconds)
     return head + (pickle.dumps(list(written.results)) if written.results else b"")
 
 
-def _unpack_vote(ballot: bytes) -> _Vote:
-    pickled_results = ballot[_VOTE.size :]
-    results = pickle.loads(pickled_results) if pickled_results else []
-    size, plan_seconds, write_seconds = _VOTE.unpack(ballot[: _VOTE.size])
-    return _Vote(size, plan_seconds, write_seconds, results)
+def _unpacked_vote(packed: bytes) -> _Vote:
+    bytes_written, plan_seconds, write_seconds = _VOTE.unpack_from(packed)
+    return _Vote(bytes_written, plan_seconds, write_seconds, packed[_VOTE.size :])
 
 
 def _commit_as_coordinator(
@@ -93,15 +94,31 @@ def _commit_as_coordinator(
     """Makes the checkpoint; the bytes of its `.metadata`."""
     assert written.metadata is not None
     built = written.metadata.result()
-    files = {name: (name, size, True) for name, size in built.files}
-    results = [result for vote in votes for result in vote.results]
+    files = {name: FileToCommit(name, size, is_exact=True) for name, size in built.files}
+    results = list(itertools.chain.from_iterable(vote.results() for vote in votes))
     for result in results:
         name = result.storage_data.relative_path
-        files[name] = (name, result.file_size, True)
+        files[name] = FileToCommit(name, result.file_size, is_exact=True)
     metadata = complete_metadata(built, opened.gathered.metadata, results)
     claim = opened.unfinished.take_claim()
     opened.request.writer._commit(claim, metadata, list(files.values()))
     return metadata
+
+
+def _result(request: SaveRequest, written: Written, votes: Sequence[_Vote]) -> SaveResult:
+    now = time.perf_counter()
+    return SaveResult(
+        path=str(request.writer.path),
+        rank=request.agreement.rank,
+        bytes_written=tuple(vote.bytes_written for vote in votes),
+        write_seconds=tuple(vote.write_seconds for vote in votes),
+        seconds={
+            "plan": written.plan_seconds,
+            "write": written.write_seconds,
+            "commit": now - written.done,
+            "total": now - request.started,
+        },
+    )
 
 
 def _read_back(path: str, trailer: bytes, encoded: Sequence[bytes | memoryview]) -> Metadata:

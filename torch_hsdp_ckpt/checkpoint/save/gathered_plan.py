@@ -27,16 +27,8 @@ def gather_plan(
 
     ``names`` is called where what it raises reaches all ranks."""
     step = "plan"
-    own: list[bytes] = []
-
-    def pickled_items() -> bytes:
-        gathered_names = names()
-        items = local.items_of(gathered_names)
-        own.append(pickle.dumps(SavePlan(items, planner_data=local.paths_of(gathered_names))))
-        return b""
-
-    agreement.run(step, pickled_items)
-    gathered = agreement.gather(step, own[0])
+    own, _ = agreement.run_and_tell(step, lambda: _pickled_plan(local, names()), lambda own: b"")
+    gathered = agreement.gather(step, own)
     plans: list[bytes] = []
     entries = Metadata({})
 
@@ -50,6 +42,11 @@ def gather_plan(
     agreement.verdict(step, plan_all)
     plan: SavePlan = pickle.loads(agreement.scatter(step, plans))
     return GatheredPlan(plan.items, entries)
+
+
+def _pickled_plan(local: LocalState, names: Sequence[str]) -> bytes:
+    plan = SavePlan(local.items_of(names), planner_data=local.paths_of(names))
+    return pickle.dumps(plan)
 
 
 def plan_by_dcp(plans: Sequence[SavePlan], flatten: bool) -> tuple[list[SavePlan], Metadata]:

@@ -2,13 +2,13 @@
 gate."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
 from ... import _C
 from ...common.tensors import local_of
-from ..snapshot.device_copy import DeviceCopy, SnapshotCopy
+from ..snapshot.device_copy import CopyPair, DeviceCopy, SnapshotCopy
 from ..snapshot.staged import Objects, Source, StagedRecords
 from ..storage.data_file import StagedRecord
 from ..storage.staging import Image, Layout
@@ -53,9 +53,11 @@ def place_records(request: SaveRequest, captured: Captured, limits: StagingLimit
     image = limits.pool.image(layout, bool(structure.devices), limits.limit)
     live = layout.first - len(objects)
     records: list[Source] = [_live_record(captured, chunk) for chunk in structure.chunks[:live]]
-    for i, chunk in enumerate(structure.chunks[live:], start=live):
-        address = image.base + layout.payloads[len(objects) + i]
-        records.append(StagedRecord(chunk.kind, chunk.shape, address, chunk.size))
+    places = layout.payloads[layout.first :]
+    records += [
+        StagedRecord(chunk.kind, chunk.shape, image.base + place, chunk.size)
+        for chunk, place in zip(structure.chunks[live:], places, strict=True)
+    ]
     return PlacedRecords(objects, files, image, live, records)
 
 
@@ -76,37 +78,40 @@ def _elements(local: torch.Tensor, chunk: LocalChunk) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class CopiesToMake:
-    """Copies of some tensors' records: what the CPU does, and what devices do, from where to
-    where."""
+    """Copies of some tensors' records: what the CPU does, and what devices do."""
 
     host: _C.StagingCopy
-    sources: Sequence[torch.Tensor]
-    targets: Sequence[torch.Tensor]
+    on_devices: Sequence[CopyPair]
 
     def start(self, device: DeviceCopy | None) -> SnapshotCopy:
         """Queues the devices' copies; the CPU's are done by who runs the result."""
         if device is not None:
-            device.start(self.sources, self.targets)
+            device.start(self.on_devices)
         return SnapshotCopy(self.host, device)
 
 
 def copies_of(captured: Captured, placed: PlacedRecords, tensors: Iterable[int]) -> CopiesToMake:
     """The copies of these tensors of the state, to the places of their records."""
     structure, wanted = captured.structure, set(tensors)
-    places = placed.image.layout.payloads[len(placed.objects) :]
-    sources: list[torch.Tensor] = []
-    targets: list[torch.Tensor] = []
+    on_devices: list[CopyPair] = []
     if structure.devices:
-        for i in range(placed.live, len(structure.chunks)):
-            chunk = structure.chunks[i]
-            local = local_of(captured.live.tensor(chunk.tensor))
-            if local.is_cuda and chunk.size and chunk.tensor in wanted:
-                sources.append(_elements(local, chunk))
-                targets.append(placed.image.view(len(placed.objects) + i, sources[-1]))
+        on_devices = list(_pairs_on_devices(captured, placed, wanted))
+    places = placed.image.layout.payloads[len(placed.objects) :]
     host = captured.live.copies(
         structure.copied, placed.live, placed.image.base, places, sorted(wanted)
     )
-    return CopiesToMake(host, sources, targets)
+    return CopiesToMake(host, on_devices)
+
+
+def _pairs_on_devices(
+    captured: Captured, placed: PlacedRecords, wanted: Collection[int]
+) -> Iterator[CopyPair]:
+    chunks = captured.structure.chunks[placed.live :]
+    for record, chunk in enumerate(chunks, start=len(placed.objects) + placed.live):
+        local = local_of(captured.live.tensor(chunk.tensor))
+        if local.is_cuda and chunk.size and chunk.tensor in wanted:
+            source = _elements(local, chunk)
+            yield CopyPair(source, placed.image.view(record, source))
 
 
 def other_tensors(captured: Captured, tensors: Collection[int]) -> list[int]:

@@ -66,15 +66,12 @@ class LocalState:
         """Raises CheckpointError for a name without UTF-8, and for a tensor without memory."""
         names = SortedNames()
         for name, value in self.values.items():
-            self._planners_of(names, name, value).append(name)
+            _check_name(name)
+            self._list_for(value, name, names).append(name)
         return names
 
-    def _planners_of(self, names: SortedNames, name: str, value: Any) -> list[str]:
-        """The list that a value belongs to."""
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise CheckpointError(f"{name!r}: a name that has no UTF-8 can't be saved") from None
+    def _list_for(self, value: Any, name: str, names: SortedNames) -> list[str]:
+        """The one of the lists of ``names`` that a value's name belongs to."""
         if isinstance(value, DTensor):
             return names.dtensors if self._is_plain_dtensor(value) else names.gathered
         if isinstance(value, Tensor):
@@ -107,24 +104,28 @@ class LocalState:
 
     def _dtensor_keys(self) -> Iterator[tuple[Any, ...]]:
         for name in self.names.dtensors:
-            t = self.values[name]
-            sharding = self.sharding_of(t)
+            tensor = self.values[name]
+            sharding = self.sharding_of(tensor)
             assert sharding is not None
-            mesh_key = self._mesh_key(sharding.mesh)
-            yield name, str(t.dtype), tuple(t.shape), *mesh_key, sharding.dims, self._path(name)
+            cut = (*self._mesh_key(sharding.mesh), sharding.dims)
+            yield name, str(tensor.dtype), tuple(tensor.shape), *cut, self._path(name)
 
     def _other_keys(self) -> Iterator[tuple[Any, ...]]:
         for name in self.names.tensors:
-            t = self.values[name]
-            yield name, str(t.dtype), tuple(t.shape), self._path(name)
+            tensor = self.values[name]
+            yield name, str(tensor.dtype), tuple(tensor.shape), self._path(name)
         for name in self.names.objects:
-            yield name, type(self.values[name]).__qualname__, (), self._path(name)
+            kind = type(self.values[name]).__qualname__
+            yield name, kind, (), self._path(name)
 
     def _mesh_key(self, mesh: DeviceMesh) -> tuple[Any, ...]:
-        if (key := self._mesh_keys.get(id(mesh))) is None:
+        """A mesh's shape, and a digest of its ranks."""
+        key = self._mesh_keys.get(id(mesh))
+        if key is None:
             ranks = mesh.mesh
-            digest = hashlib.blake2b(ranks.numpy().tobytes(), digest_size=DIGEST_BYTES).digest()
-            key = self._mesh_keys[id(mesh)] = (tuple(ranks.shape), digest)
+            digest = hashlib.blake2b(ranks.numpy().tobytes(), digest_size=DIGEST_BYTES)
+            key = (tuple(ranks.shape), digest.digest())
+            self._mesh_keys[id(mesh)] = key
         return key
 
     def _path(self, name: str) -> Any:
@@ -152,6 +153,13 @@ class LocalState:
         self.planner.state_dict, self.planner.mappings = kept, {}
         self.values, self.paths = {}, None
         self._shardings.clear()
+
+
+def _check_name(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{name!r}: a name that has no UTF-8 can't be saved") from None
 
 
 def _sharding_by(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Sharding | None:

@@ -1,9 +1,11 @@
 """The coordinator's metadata, built on a thread, off the path of the bytes."""
 
 import dataclasses
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import torch.distributed.checkpoint.filesystem as _stock
 from torch.distributed.checkpoint.metadata import Metadata
@@ -31,12 +33,12 @@ class BuiltMetadata:
 def start_metadata(opened: Opened, static: StaticPlan, objects: Objects) -> Future[BuiltMetadata]:
     """Begins to build the metadata of everything that is planned without DCP. ``objects``: the
     coordinator's."""
-    build = _builder(opened, static, [(name, len(data)) for name, data in objects])
+    build = _build_of(opened, static, objects)
     built: Future[BuiltMetadata] = Future()
 
     def run() -> None:
         try:
-            built.set_result(build())
+            built.set_result(build.run())
         except BaseException as error:
             built.set_exception(error)
 
@@ -48,39 +50,73 @@ def start_metadata(opened: Opened, static: StaticPlan, objects: Objects) -> Futu
     return built
 
 
-def _builder(
-    opened: Opened, static: StaticPlan, objects: list[tuple[str, int]]
-) -> Callable[[], BuiltMetadata]:
-    """What the thread does. It holds no tensor and no value of the state."""
-    plan, paths, writer = static.plan, opened.local.paths, opened.request.writer
-    agreed = opened.comparison.agreed
-    names = [*static.names, *static.objects]
-    planned_paths = None
-    if agreed and paths is not None:
-        planned_paths = plan.paths(static.objects, map(paths.__getitem__, names))
-    # What DCP has planned a part of has to be put together, and other paths than DCP makes are
-    # pickle's to write.
-    is_complete = agreed and (planned_paths is not None or paths is None)
-    planner_data = None if is_complete else opened.local.paths_of(names)
-    skeleton = Metadata({}, version=_stock.CURRENT_DCP_VERSION, storage_meta=writer.storage_meta())
-    writers = [
-        _C.SaveWriter(process, objects if rank == 0 else [])
-        for rank, process in enumerate(opened.writers)
-    ]
-    gathered_data = opened.gathered.metadata.planner_data
+@dataclasses.dataclass(frozen=True)
+class _Build:
+    """What the thread needs; no tensor, and no value of the state.
 
-    def build() -> BuiltMetadata:
-        built = plan.complete_metadata(
-            skeleton, planned_paths, writers, opened.save_id, writer.single_file_per_rank
+    ``paths``: of all planned values, if they are such as DCP makes. ``planner_data``: the paths
+    again, where ``is_complete`` is not true and the metadata has to be put together in Python."""
+
+    plan: _C.SavePlan
+    skeleton: Metadata
+    paths: _C.PlannedPaths | None
+    writers: Sequence[_C.SaveWriter]
+    save_id: int
+    single_file: bool
+    directory: str | os.PathLike[str]
+    is_complete: bool
+    planner_data: dict[str, Any] | None
+
+    def run(self) -> BuiltMetadata:
+        built = self.plan.complete_metadata(
+            self.skeleton, self.paths, self.writers, self.save_id, self.single_file
         )
-        if is_complete:
+        if self.is_complete:
             return BuiltMetadata(built.encoded, None, built.files)
-        metadata = decode_metadata(built.encoded, writer.path)
-        if planner_data is not None:
-            metadata.planner_data = {**(gathered_data or {}), **planner_data}
+        metadata = decode_metadata(built.encoded, self.directory)
+        if self.planner_data is not None:
+            metadata.planner_data = self.planner_data
         return BuiltMetadata(None, metadata, built.files)
 
-    return build
+
+def _build_of(opened: Opened, static: StaticPlan, objects: Objects) -> _Build:
+    writer = opened.request.writer
+    agreed = opened.comparison.agreed
+    names = [*static.names, *static.objects]
+    own_paths = opened.local.paths
+    paths = None
+    if agreed and own_paths is not None:
+        paths = static.plan.paths(static.objects, (own_paths[name] for name in names))
+    # What DCP has planned a part of has to be put together, and other paths than DCP makes are
+    # pickle's to write.
+    is_complete = agreed and (paths is not None or own_paths is None)
+    planner_data = None
+    if not is_complete and own_paths is not None:
+        planner_data = dict(opened.gathered.metadata.planner_data or {})
+        planner_data.update((name, own_paths[name]) for name in names)
+    return _Build(
+        plan=static.plan,
+        skeleton=Metadata(
+            {}, version=_stock.CURRENT_DCP_VERSION, storage_meta=writer.storage_meta()
+        ),
+        paths=paths,
+        writers=_writers(opened, objects),
+        save_id=opened.save_id,
+        single_file=writer.single_file_per_rank,
+        directory=writer.path,
+        is_complete=is_complete,
+        planner_data=planner_data,
+    )
+
+
+def _writers(opened: Opened, objects: Objects) -> list[_C.SaveWriter]:
+    """Each rank's process, and the objects that it writes: the coordinator writes them all."""
+    sizes = [(name, len(data)) for name, data in objects]
+    coordinator, *others = opened.writers
+    return [
+        _C.SaveWriter(coordinator, sizes),
+        *(_C.SaveWriter(process, []) for process in others),
+    ]
 
 
 def complete_metadata(

@@ -147,37 +147,46 @@ def open_save(request: SaveRequest, prepare: Callable[[], PreparedState]) -> Ope
 def _open(
     request: SaveRequest, prepare: Callable[[], PreparedState], unfinished: Unfinished
 ) -> Opened:
-    agreement, writer = request.agreement, request.writer
-    prepared: list[PreparedState] = []
-
-    def opening() -> bytes:
-        writer.set_up_storage_writer(
-            agreement.is_coordinator, rank=agreement.rank, use_collectives=True
-        )
-        state = prepare()
-        prepared.append(state)
-        _C.make_directories(str(writer.path), writer.sync_files)
-        save_id = unfinished.claim_directory() if agreement.is_coordinator else 0
-        return _pack_opening(state, save_id)
-
-    slots = [_unpack_opening(slot) for slot in agreement.run("plan", opening)]
-    (state,) = prepared
-    comparison = _compare(slots)
+    agreement = request.agreement
+    begun, told = agreement.run_and_tell(
+        "plan", lambda: _begin(request, prepare, unfinished), _packed_opening
+    )
+    slots = [_unpacked_opening(slot) for slot in told]
+    local, comparison = begun.state.local, _compare(slots)
     gathered = GatheredPlan()
     if not comparison.agreed:
         say_once(comparison.describe())
-        gathered = gather_plan(
-            agreement, state.local, lambda: comparison.divide(state.local.names).gathered
-        )
+        gathered = gather_plan(agreement, local, lambda: comparison.divide(local.names).gathered)
     return Opened(
         request=request,
-        local=state.local,
+        local=local,
         comparison=comparison,
         gathered=gathered,
         save_id=slots[0].save_id,
         writers=[slot.writer for slot in slots],
         unfinished=unfinished,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """What a rank has to tell the others of. ``save_id``: the coordinator's counts."""
+
+    state: PreparedState
+    save_id: int
+
+
+def _begin(
+    request: SaveRequest, prepare: Callable[[], PreparedState], unfinished: Unfinished
+) -> _Begun:
+    agreement, writer = request.agreement, request.writer
+    writer.set_up_storage_writer(
+        agreement.is_coordinator, rank=agreement.rank, use_collectives=True
+    )
+    state = prepare()
+    _C.make_directories(str(writer.path), writer.sync_files)
+    save_id = unfinished.claim_directory() if agreement.is_coordinator else 0
+    return _Begun(state, save_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +200,12 @@ class _Slot:
     writer: _C.ProcessIdentity
 
 
-def _pack_opening(state: PreparedState, save_id: int) -> bytes:
-    process = _C.process_identity()
+def _packed_opening(begun: _Begun) -> bytes:
+    state, process = begun.state, _C.process_identity()
     return _OPENING.pack(
         state.digests,
         state.needs_gathering,
-        save_id,
+        begun.save_id,
         process.host,
         process.boot,
         process.pid,
@@ -204,7 +213,7 @@ def _pack_opening(state: PreparedState, save_id: int) -> bytes:
     )
 
 
-def _unpack_opening(slot: bytes) -> _Slot:
+def _unpacked_opening(slot: bytes) -> _Slot:
     digests, needs_gathering, save_id, *process = _OPENING.unpack(slot)
     return _Slot(
         dtensor_digest=digests[:DIGEST_BYTES],

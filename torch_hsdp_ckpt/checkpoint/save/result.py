@@ -41,22 +41,19 @@ class SaveResult:
     @property
     def rank_gib_per_second(self) -> tuple[float, ...]:
         """Each rank's bytes over its own time of writing."""
-        return tuple(
-            b / GIB / max(s, 1e-9)
-            for b, s in zip(self.bytes_written, self.write_seconds, strict=True)
-        )
+        ranks = zip(self.bytes_written, self.write_seconds, strict=True)
+        return tuple(size / GIB / max(seconds, 1e-9) for size, seconds in ranks)
 
     def __str__(self) -> str:
-        phases = ", ".join(
-            f"{name} {seconds:.3f} s" for name, seconds in self.seconds.items() if name != "total"
-        )
-        low, high = min(self.bytes_written), max(self.bytes_written)
-        slow, fast = min(self.rank_gib_per_second), max(self.rank_gib_per_second)
+        total = self.seconds["total"]
+        phases = {name: seconds for name, seconds in self.seconds.items() if name != "total"}
+        times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in phases.items())
+        least, most = min(self.bytes_written) / GIB, max(self.bytes_written) / GIB
+        slowest, fastest = min(self.rank_gib_per_second), max(self.rank_gib_per_second)
         return (
-            f"{self.total_bytes / GIB:.3f} GiB in {self.seconds['total']:.3f} s, "
-            f"{self.gib_per_second:.2f} GiB/s ({phases}; "
-            f"{len(self.bytes_written)} ranks with {low / GIB:.3f} to {high / GIB:.3f} GiB at "
-            f"{slow:.2f} to {fast:.2f} GiB/s)"
+            f"{self.total_bytes / GIB:.3f} GiB in {total:.3f} s, {self.gib_per_second:.2f} GiB/s "
+            f"({times}; {len(self.bytes_written)} ranks with {least:.3f} to {most:.3f} GiB "
+            f"at {slowest:.2f} to {fastest:.2f} GiB/s)"
         )
 
 

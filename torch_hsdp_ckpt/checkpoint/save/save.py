@@ -16,13 +16,12 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from ..stateful import values_of
 from ..storage.writer import FileSystemWriter
-from .commit import commit
-from .open import Opened, PreparedState, open_save, prepare_state, request_of
+from .commit import write_and_commit
+from .open import PreparedState, open_save, prepare_state, request_of
 from .plan import plan
-from .result import SavedMetadata
 from .stage import stage_nothing
 from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
-from .write import Written, write
+from .write import write
 
 
 def save(
@@ -96,17 +95,5 @@ def save(
             raise failure
         return prepare_state(request, values, default_planner(planner))
 
-    return _save_opened(open_save(request, prepare))
-
-
-def _save_opened(opened: Opened) -> SavedMetadata:
-    written: Written | BaseException
-    try:
-        try:
-            written = write(stage_nothing(plan(opened)))
-        except BaseException as error:  # travels with this rank's vote
-            written = error
-        return commit(opened, written)
-    except BaseException:
-        opened.unfinished.abandon()
-        raise
+    opened = open_save(request, prepare)
+    return write_and_commit(opened, lambda: write(stage_nothing(plan(opened))))

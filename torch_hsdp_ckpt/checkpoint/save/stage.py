@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,21 +78,38 @@ def stage_copies(planned: Planned, limits: StagingLimits, watch: bool = False) -
     """Copies what this rank will write, so that the state may change; what takes more than the
     limit is left to be read in its place. ``watch``: it can be compared again."""
     planner = planned.opened.local.planner
-    gathered = planner.state_dict
-    room, gathered_is_live = limits.limit, False
-    if room is not None:
-        size = sum(bytes_of_copy(value) for value in gathered.values())
-        gathered_is_live = size > room
-        room = 0 if gathered_is_live else room - int(size)
+    room = _share_out(limits.limit, planner.state_dict)
     tensors = list(ChunkTensors(planned.static))
-    copies = stage_tensors(tensors, planned.files, len(planned.objects), limits.pool, room)
+    copies = stage_tensors(
+        tensors, planned.files, len(planned.objects), limits.pool, room.for_records
+    )
     sources: Sequence[WatchedSource] = ()
     if watch:
         sources = watch_sources(planned.static.chunk_names(), tensors, copies.records)
-    if not gathered_is_live:
+    if not room.gathered_is_live:
+        gathered = planner.state_dict
         planner.state_dict = {name: _copied(value) for name, value in gathered.items()}
-    staged = _stage_records(planned, copies, sources, gathered_is_live)
+    staged = _stage_records(planned, copies, sources, room.gathered_is_live)
     return CopiedState(staged, copies.copied_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Room:
+    """Who gets the memory for copies. ``for_records``: bytes for the planned records, None for as
+    many as they take."""
+
+    gathered_is_live: bool
+    for_records: int | None
+
+
+def _share_out(limit: int | None, gathered: Mapping[str, Any]) -> _Room:
+    """What DCP has planned is copied first, and as a whole; where it does not fit, nothing is."""
+    if limit is None:
+        return _Room(gathered_is_live=False, for_records=None)
+    size = sum(bytes_of_copy(value) for value in gathered.values())
+    if size > limit:
+        return _Room(gathered_is_live=True, for_records=0)
+    return _Room(gathered_is_live=False, for_records=limit - int(size))
 
 
 def stage_image(planned: Planned, records: StagedRecords, watch: bool = False) -> Staged:

@@ -82,20 +82,12 @@ def make_static_plan(
     tensors += [_planned_tensor(state, name, shardings) for name in names.tensors]
     with_details = rank == 0  # what DCP's metadata says of a tensor, by the coordinator's
     plan = _C.SavePlan(shardings.arguments, (_argument(it, with_details) for it in tensors))
-    locals_ = [tensor.local for tensor in tensors]
-    for shard in plan.local_shards(rank):
-        index, sizes = shard.tensor, shard.sizes
-        if sizes != list(locals_[index].shape):
-            raise CheckpointError(
-                f"{tensors[index].name}: rank {rank} holds a shard of shape "
-                f"{list(locals_[index].shape)}; its mesh and placements "
-                f"make it {sizes} of {list(tensors[index].whole.shape)}"
-            )
+    _check_local_shards(plan.local_shards(rank), tensors, rank)
     return StaticPlan(
         plan=plan,
         chunks=plan.chunks(rank),
         names=[tensor.name for tensor in tensors],
-        locals=locals_,
+        locals=[tensor.local for tensor in tensors],
         rank=rank,
         objects=list(names.objects),
     )
@@ -109,35 +101,37 @@ class _PlannedTensor:
     sharding: int
 
 
+_ShardingKey = tuple[int, tuple[int, ...]]  # the id of a mesh, and the dimensions that it cuts
+
+
 class _Shardings:
     """The distinct shardings of a plan's tensors, numbered as they come."""
 
     def __init__(self, global_ranks: Sequence[int]) -> None:
         self._size = len(global_ranks)
         self._rank_in_group = {rank: i for i, rank in enumerate(global_ranks)}
-        self._numbers: dict[tuple[int, tuple[int, ...]] | None, int] = {}
+        self._numbers: dict[_ShardingKey | None, int] = {}  # None: plain tensors' one
         self.arguments: list[_C.Sharding] = []
 
     def of_dtensor(self, sharding: Sharding) -> int:
         key = (id(sharding.mesh), sharding.dims)
-        if (number := self._numbers.get(key)) is not None:
-            return number
-        mesh = sharding.mesh.mesh
-        ranks = [self._rank_in_group.get(rank, -1) for rank in mesh.flatten().tolist()]
-        return self._add(key, _C.Sharding(list(mesh.shape), ranks, sharding.dims, whole=False))
+        if key not in self._numbers:
+            mesh = sharding.mesh.mesh
+            ranks = [self._rank_in_group.get(rank, -1) for rank in mesh.flatten().tolist()]
+            self._add(key, _C.Sharding(list(mesh.shape), ranks, sharding.dims, whole=False))
+        return self._numbers[key]
 
     def of_plain_tensor(self) -> int:
         """Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is
         one rank's, as in DCP."""
-        if (number := self._numbers.get(None)) is not None:
-            return number
-        ranks = range(self._size)
-        return self._add(None, _C.Sharding([self._size], ranks, (-1,), whole=True))
+        if None not in self._numbers:
+            ranks = range(self._size)
+            self._add(None, _C.Sharding([self._size], ranks, (-1,), whole=True))
+        return self._numbers[None]
 
-    def _add(self, key: tuple[int, tuple[int, ...]] | None, sharding: _C.Sharding) -> int:
+    def _add(self, key: _ShardingKey | None, sharding: _C.Sharding) -> None:
+        self._numbers[key] = len(self.arguments)
         self.arguments.append(sharding)
-        number = self._numbers[key] = len(self.arguments) - 1
-        return number
 
 
 def _planned_dtensor(state: LocalState, name: str, shardings: _Shardings) -> _PlannedTensor:
@@ -152,6 +146,17 @@ def _planned_dtensor(state: LocalState, name: str, shardings: _Shardings) -> _Pl
 def _planned_tensor(state: LocalState, name: str, shardings: _Shardings) -> _PlannedTensor:
     value: Tensor = state.values[name]
     return _PlannedTensor(name, value, value, shardings.of_plain_tensor())
+
+
+def _check_local_shards(shards: _C.ChunkList, tensors: Sequence[_PlannedTensor], rank: int) -> None:
+    for shard in shards:
+        tensor = tensors[shard.tensor]
+        shape = list(tensor.local.shape)
+        if shape != shard.sizes:
+            raise CheckpointError(
+                f"{tensor.name}: rank {rank} holds a shard of shape {shape}; its mesh and "
+                f"placements make it {shard.sizes} of {list(tensor.whole.shape)}"
+            )
 
 
 def _argument(tensor: _PlannedTensor, with_details: bool) -> _C.TensorToPlan:

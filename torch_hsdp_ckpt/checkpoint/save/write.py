@@ -24,11 +24,13 @@ Record = tuple[str, Any]  # a name; an object's bytes, a tensor, or a StagedReco
 class Written:
     """What this rank votes with: its files are durable. It keeps nothing of the state alive.
 
-    ``results``: of what DCP has planned. ``metadata``: the coordinator's, on its way."""
+    ``done``: when, by ``perf_counter``. ``results``: of what DCP has planned. ``metadata``: the
+    coordinator's, on its way."""
 
     bytes_written: int
     plan_seconds: float
     write_seconds: float
+    done: float
     results: Sequence[FileWriteResult]
     metadata: Future[BuiltMetadata] | None
 
@@ -80,10 +82,12 @@ def write(staged: Staged, on_read: Callable[[], None] = _nothing) -> Written:
         size += file_size
     if writer.sync_files and files:
         _C.sync_directory(str(writer.path))
+    done = time.perf_counter()
     return Written(
         bytes_written=size,
         plan_seconds=planned.plan_seconds,
-        write_seconds=time.perf_counter() - begin,
+        write_seconds=done - begin,
+        done=done,
         results=results,
         metadata=planned.metadata,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,14 @@ from ... import _C
 _PIECE = 16 << 20
 # One stream for each device of the process, kept: streams come from a small pool that all share.
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class CopyPair(NamedTuple):
+    """Tensors of one dimension and of one dtype: one on a device, and the pinned memory that takes
+    its elements."""
+
+    source: torch.Tensor
+    target: torch.Tensor
 
 
 class DeviceCopy:
@@ -24,16 +33,16 @@ class DeviceCopy:
             event.record(torch.cuda.current_stream(device))
             self._ready[device] = event
         self._done: list[torch.cuda.Event] = []
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pairs: Sequence[CopyPair] = ()
 
-    def start(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-        """Queues the copies, of tensors of one dimension; the sources, of any of the devices, are
-        what they were when this object was made."""
-        self._pairs = list(zip(sources, targets, strict=True))
+    def start(self, pairs: Sequence[CopyPair]) -> None:
+        """Queues the copies; the sources, on any of the devices, are what they were when this
+        object was made."""
+        self._pairs = pairs
         for device, ready in self._ready.items():
-            pairs = [pair for pair in self._pairs if pair[0].device == device]
+            on_device = [pair for pair in pairs if pair.source.device == device]
             # One event for each device, in the devices' order.
-            self._done.append(_queue(device, ready, pairs) if pairs else ready)
+            self._done.append(_queue(device, ready, on_device) if on_device else ready)
 
     def wait_ready(self) -> None:
         """Returns when the sources are what they were when this object was made."""
@@ -56,19 +65,17 @@ class DeviceCopy:
         """Whether the sources still are what was copied."""
         self.synchronize()
         return all(
-            bool(torch.equal(source, target.to(source.device))) for source, target in self._pairs
+            torch.equal(pair.source, pair.target.to(pair.source.device)) for pair in self._pairs
         )
 
     def close(self) -> None:
         """Waits for the copies, whose memory the next save uses, and lets go of the tensors."""
         self.synchronize()
-        self._pairs = []
+        self._pairs = ()
 
 
 def _queue(
-    device: torch.device,
-    ready: torch.cuda.Event,
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device, ready: torch.cuda.Event, pairs: Sequence[CopyPair]
 ) -> torch.cuda.Event:
     """Queues the copies of one device behind ``ready``; the event at their end."""
     stream = _side_stream(device)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ... import _C
 from ...common.gate import CHANGED
-from ...common.tensors import RECORD_DTYPES, local_of
+from ...common.tensors import RECORD_DTYPES, local_of, row_major_parts, staged
 from ...errors import CheckpointError
-from ..storage.data_file import StagedRecord, checksum
-from ..storage.staging import Layout, StagingPool
+from ..storage.data_file import COPY_BLOCK, StagedRecord
+from ..storage.staging import Image, Layout, StagingPool
 
 Objects = list[tuple[str, memoryview]]  # names and records
 Source = Tensor | StagedRecord
@@ -63,6 +63,18 @@ def check_sources(sources: Iterable[WatchedSource]) -> None:
             raise CheckpointError(f"{watched.name}: {CHANGED}")
 
 
+def checksum(source: Source) -> int:
+    """The CRC-32 of a record's payload. A file's own checksums are of its blocks; here two readings
+    of one source are compared."""
+    if isinstance(source, StagedRecord):
+        return _C.crc32(source.address, source.size, 0)
+    crc = 0
+    for part in row_major_parts(source, COPY_BLOCK):
+        memory = staged(part)
+        crc = _C.crc32(memory.data_ptr(), memory.nbytes, crc)
+    return crc
+
+
 def stage_tensors(
     tensors: Sequence[Tensor],
     files: Sequence[_C.PlannedFile],
@@ -76,21 +88,24 @@ def stage_tensors(
     layout = Layout(files, objects, limit)
     image = pool.image(layout, any(tensor.is_cuda for tensor in tensors), limit)
     in_place = layout.first - objects
-    copies = []
     with torch.no_grad():
-        for i, tensor in enumerate(tensors[in_place:], start=in_place):
-            view = image.view(objects + i, tensor)
-            view.copy_(tensor)
-            # Not the view: the pool has to be able to free its memory before it makes more.
-            copies.append(
-                StagedRecord(
-                    RECORD_DTYPES[tensor.dtype], tuple(tensor.shape), view.data_ptr(), view.nbytes
-                )
-            )
+        copies = [
+            _copy_to(image, objects + i, tensor)
+            for i, tensor in enumerate(tensors[in_place:], start=in_place)
+        ]
     # Another thread will read those that are left, on a stream of its own.
     for device in {tensor.device for tensor in tensors[:in_place] if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
     return StagedRecords([*tensors[:in_place], *copies], image.files, in_place)
+
+
+def _copy_to(image: Image, record: int, tensor: Tensor) -> StagedRecord:
+    """Copies a tensor to a record's place. What is returned keeps no memory alive: the pool has to
+    be able to free its block before it makes a larger one."""
+    place = image.view(record, tensor)
+    place.copy_(tensor)
+    dtype, shape = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape)
+    return StagedRecord(dtype, shape, place.data_ptr(), place.nbytes)
 
 
 def bytes_of_copy(value: Any) -> float:

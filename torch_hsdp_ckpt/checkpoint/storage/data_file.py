@@ -2,14 +2,14 @@
 memory."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _C
-from ...common.tensors import RECORD_DTYPES, is_staged, scratch, staged
+from ...common.tensors import RECORD_DTYPES, is_staged, row_major_parts, scratch
 from ...errors import CheckpointError
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors
@@ -53,15 +53,18 @@ class DataFile:
     blocks in turn, one of which is filled on a side stream while the other is written. No tensor
     may change before :meth:`finish` returns.
 
-    Args: directory, name: where; ``name`` as ``_C.data_file_name`` gives it. There is no such file
-        yet. threads: that checksum and write; at least two are used, one copying while the other
-        writes. sync: the bytes are durable when :meth:`finish` returns. reserve: bytes to reserve
-        at the start; 0 for none. block: bytes that are copied at a time; 0 for ``COPY_BLOCK``.
+    Args:
+        directory, name: where; ``name`` as ``_C.data_file_name`` gives it. There is no such file
+            yet.
+        threads: that checksum and write; at least two are used, one copying while the other writes.
+        sync: the bytes are durable when :meth:`finish` returns.
+        reserve: bytes to reserve at the start; 0 for none.
+        block: bytes that are copied at a time; 0 for ``COPY_BLOCK``.
         image: memory laid out as the file. What is added from its place there is written from
-        there, with the rest of the file
-            put around it. copies: what brought payloads there, which know their checksums. They are
-        over when such a payload is added. planned: where the first records have to come to lie.
-        They are not among ``places``.
+            there, with the rest of the file put around it.
+        copies: what brought payloads there, which know their checksums. They are over when such a
+            payload is added.
+        planned: where the first records have to come to lie. They are not among ``places``.
 
     Raises CheckpointError for a record in another place than planned, and OSError (errno, filename)
     from any method; after that only :meth:`discard` is left."""
@@ -81,11 +84,10 @@ class DataFile:
         self._writer = _C.ShardFileWriter(
             directory, name, max(2, threads), sync, reserve, image, copies
         )
-        self._block = -(-(block or COPY_BLOCK) // _ALIGNMENT) * _ALIGNMENT
+        self._block = _aligned(block or COPY_BLOCK)
         self._batch = _Batch()
-        self._started: _Batch | None = (
-            None  # the CUDA batch before: its copies run, nothing of it is written yet
-        )
+        # The CUDA batch before: its copies run, nothing of it is written yet.
+        self._started: _Batch | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pinned: list[Tensor] = []
         self._pageable: Tensor | None = None
@@ -99,29 +101,26 @@ class DataFile:
         self._take(self._writer.write_objects(objects))
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """A plain tensor of a dtype that records have (see ``_tensors.is_plain``), on any
-        device."""
+        """A plain tensor of a dtype that records have (see ``is_plain``), on any device."""
         self._make_room()
-        kind, shape, first = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape), 0
         if is_staged(tensor):
-            self._batch.parts.append(
-                _C.RecordPart(name, kind, shape, tensor.data_ptr(), 0, tensor.nbytes)
-            )
             self._batch.kept.append(tensor)
+            self._add_part(name, tensor, tensor, 0)
             return
-        for part in _parts(tensor, self._block):
-            used = -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
-            if self._batch.copied and self._batch.copied + used > self._block:
-                self._next_batch()
-            copy = self._pin(part) if part.device.type == "cuda" else self._copy(part)
-            self._batch.parts.append(
-                _C.RecordPart(name, kind, shape, copy.data_ptr(), first, copy.nbytes)
-            )
-            self._batch.kept += [part, copy]
-            self._batch.copied += used
+        first = 0
+        for part in row_major_parts(tensor, self._block):
+            copy = self._copy_to_block(part)
+            self._add_part(name, tensor, copy, first)
             first += copy.nbytes
 
-    def add_staged(self, name: str, record: "StagedRecord") -> None:
+    def _add_part(self, name: str, tensor: Tensor, memory: Tensor, first: int) -> None:
+        """Adds a part of a record, whose bytes from ``first`` on are in ``memory``."""
+        dtype, shape = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape)
+        self._batch.parts.append(
+            _C.RecordPart(name, dtype, shape, memory.data_ptr(), first, memory.nbytes)
+        )
+
+    def add_staged(self, name: str, record: StagedRecord) -> None:
         """A tensor whose bytes are in host memory already, and stay there."""
         self._make_room()
         self._batch.parts.append(
@@ -148,16 +147,17 @@ class DataFile:
             self._next_batch()
 
     def _next_batch(self) -> None:
+        """Writes this batch; with CUDA tensors the one before, while this one's copies run."""
         batch, self._batch = self._batch, _Batch()
-        if self._streams:
-            batch.copies_done = [stream.record_event() for stream in self._streams.values()]  # type: ignore[no-untyped-call]
-            batch, self._started = (
-                self._started or _Batch(),
-                batch,
-            )  # the new one's copies run while the older is written
-            # the next batch's go to the older one's block, which the write below is done with
-            self._pinned.reverse()
-        self._write(batch)
+        if not self._streams:
+            self._write(batch)
+            return
+        batch.copies_done = [stream.record_event() for stream in self._streams.values()]  # type: ignore[no-untyped-call]
+        before, self._started = self._started, batch
+        # The next batch is copied to the block of the one before, which is written by then.
+        self._pinned.reverse()
+        if before is not None:
+            self._write(before)
 
     def _write_all(self) -> None:
         self._next_batch()
@@ -172,59 +172,54 @@ class DataFile:
             self._take(self._writer.write_tensors(batch.parts))
 
     def _take(self, places: list[tuple[int, int]]) -> None:
-        expected = [] if self._planned is None else self._planned.places(self.written, len(places))
-        if places[: len(expected)] != expected:
+        """Checks where planned records have come to lie, and keeps the places of the others."""
+        planned: list[tuple[int, int]] = []
+        if self._planned is not None:
+            planned = self._planned.places(self.written, len(places))
+        if places[: len(planned)] != planned:
             raise CheckpointError(f"{self._name}: its records are not where the plan has them")
         self.written += len(places)
-        self.places += places[len(expected) :]
+        self.places += places[len(planned) :]
+
+    def _copy_to_block(self, part: Tensor) -> Tensor:
+        """A part's elements in this batch's block, contiguous; on CUDA they are on their way."""
+        size = _aligned(part.nbytes)
+        if self._batch.copied and self._batch.copied + size > self._block:
+            self._next_batch()
+        copy = self._pin(part) if part.device.type == "cuda" else self._copy(part)
+        self._batch.kept += [part, copy]
+        self._batch.copied += size
+        return copy
 
     def _copy(self, part: Tensor) -> Tensor:
-        """A CPU tensor's elements in this batch's part of the block; what was there before has been
-        written."""
+        """Copies a CPU tensor to the pageable block; what was there before has been written."""
         if self._pageable is None:
             self._pageable = scratch(self._block + _ALIGNMENT)
-        raw = self._pageable[self._batch.copied : self._batch.copied + part.nbytes]
-        return raw.view(part.dtype).view(part.shape).copy_(part)
+        return self._place_in(self._pageable, part).copy_(part)
 
     def _pin(self, part: Tensor) -> Tensor:
         """Starts the copy of a CUDA tensor to this batch's pinned block."""
         if not self._pinned:
-            size = self._block + _ALIGNMENT
-            self._pinned = [
-                torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
-                for _ in range(2)
-            ]
+            self._pinned = [_pinned_memory(self._block + _ALIGNMENT) for _ in range(2)]
         if part.device not in self._streams:  # a stream orders its own device's work only
             self._streams[part.device] = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
         stream = self._streams[part.device]
         stream.wait_stream(torch.cuda.current_stream(part.device))  # what computes the tensor
         with torch.cuda.stream(stream):
             source = part.resolve_conj().resolve_neg()
-            raw = self._pinned[0][self._batch.copied : self._batch.copied + part.nbytes]
-            copy = raw.view(part.dtype).view(part.shape)
+            copy = self._place_in(self._pinned[0], part)
             copy.copy_(source, non_blocking=True)
         return copy
 
-
-def checksum(source: Tensor | StagedRecord) -> int:
-    """The CRC-32 of a record's payload."""
-    if isinstance(source, StagedRecord):
-        return _C.crc32(source.address, source.size, 0)
-    crc = 0
-    for part in _parts(source, COPY_BLOCK):
-        copy = staged(part)
-        crc = _C.crc32(copy.data_ptr(), copy.nbytes, crc)
-    return crc
+    def _place_in(self, block: Tensor, part: Tensor) -> Tensor:
+        """The memory behind what this batch has in a block, as a tensor like ``part``."""
+        memory = block[self._batch.copied : self._batch.copied + part.nbytes]
+        return memory.view(part.dtype).view(part.shape)
 
 
-def _parts(tensor: Tensor, limit: int) -> Iterator[Tensor]:
-    """Pieces of at most ``limit`` bytes that, one after the other, are the elements in row-major
-    order."""
-    if tensor.nbytes <= limit or tensor.dim() == 0:
-        yield tensor
-    elif tensor.is_contiguous():
-        yield from torch.split(tensor.view(-1), max(1, limit // tensor.itemsize))
-    else:
-        rows = max(1, limit * tensor.shape[0] // tensor.nbytes)
-        for part in torch.split(tensor, rows):
-            yield from _parts(part, limit) if part.shape[0] > 1 else _parts(part.squeeze(0), limit)
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _pinned_memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

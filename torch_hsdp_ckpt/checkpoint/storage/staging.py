@@ -14,6 +14,7 @@ from ...common.tensors import scratch
 PAGE = 4096  # direct I/O's: of addresses, offsets and sizes
 # A file's objects lie in its image only if they are few: they are in memory already.
 _FEW = 1 << 20
+_NO_MEMORY = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class Layout:
@@ -33,7 +34,7 @@ class Layout:
     ) -> None:
         self.files = files
         fit = _fit_from_the_end(files, objects, limit)
-        self.first = max(fit.first, objects)
+        self.first = fit.first
         self.images: list[_C.FileImage] = []
         self.payloads: list[int] = []
         self.size = 0
@@ -94,7 +95,7 @@ class Image:
 
     def close(self) -> None:
         """Lets go of the memory, which the pool keeps, or gives back when it makes more."""
-        self._block = self._block[:0]
+        self._block = _NO_MEMORY
 
 
 class StagingPool:
@@ -105,7 +106,7 @@ class StagingPool:
     """
 
     def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._block = _NO_MEMORY
         self._pinned = False
 
     def image(self, layout: Layout, pinned: bool, limit: int | None = None) -> Image:
@@ -131,7 +132,7 @@ class StagingPool:
         if self._pinned:
             self._pinned = False
             _unregister(self._block)
-        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._block = _NO_MEMORY
 
 
 def _shared_memory(size: int) -> Tensor:

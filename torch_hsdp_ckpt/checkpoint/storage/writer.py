@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PosixPath
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint.filesystem as _stock
@@ -57,6 +58,23 @@ class FileWriteResult(WriteResult):
     before the commit."""
 
     file_size: int = 0
+
+
+class FileToCommit(NamedTuple):
+    """A data file to be committed; a file that is shorter, or longer where the size is exact, is
+    not."""
+
+    name: str
+    size: int  # bytes
+    is_exact: bool
+
+
+def _file_of(result: WriteResult) -> FileToCommit:
+    place = result.storage_data
+    if isinstance(result, FileWriteResult):
+        return FileToCommit(place.relative_path, result.file_size, is_exact=True)
+    # A subclass writes in its own way: a file is as long as its records, or more.
+    return FileToCommit(place.relative_path, place.offset + place.length, is_exact=False)
 
 
 def _torch_saved(tensor: Tensor) -> memoryview:
@@ -202,8 +220,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
     def _write_file(
         self, name: str, items: list[WriteItem], planner: SavePlanner
     ) -> list[WriteResult]:
-        tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
-        file = self._data_file(name, _reserve(tensors))
+        file = self._data_file(name, _reserve(_tensors_among(items)))
         try:
             written = add_items(file, items, planner)
             size = file.finish()
@@ -219,27 +236,30 @@ class FileSystemWriter(_stock.FileSystemWriter):
         stock_plan = dataclasses.replace(plan, storage_data=_stock._StoragePrefix(prefix))
         try:
             results = super().write_data(stock_plan, planner).wait()
-            # What one of torch's threads raises ends that thread, and nobody is told (torch 2.11 to
-            # 2.15).
-            if lost := {item.index for item in plan.items} - {result.index for result in results}:
-                names = sorted({index.fqn for index in lost})
-                raise CheckpointError(
-                    f"{self.path}: torch's own code has not written {names[0]}, and "
-                    f"{len(lost) - 1} more of {len(plan.items)}; "
-                    "what its thread raised stands in this process's error output"
-                )
+            self._check_all_written(plan, results)
         except BaseException:
             with contextlib.suppress(OSError):  # the error to be seen is the one before
-                remove_quietly(
-                    self.path, [name for name in os.listdir(self.path) if name.startswith(prefix)]
-                )
+                begun = [name for name in os.listdir(self.path) if name.startswith(prefix)]
+                remove_quietly(self.path, begun)
             raise
-        out: list[WriteResult] = []
-        for result in results:
-            info = result.storage_data
-            size = os.stat(os.path.join(self.path, info.relative_path)).st_size
-            out.append(FileWriteResult(result.index, result.size_in_bytes, info, size))
-        return out
+        return [self._with_file_size(result) for result in results]
+
+    def _check_all_written(self, plan: SavePlan, results: Sequence[WriteResult]) -> None:
+        """What one of torch's threads raises ends that thread, and nobody is told (torch 2.11 to
+        2.15)."""
+        lost = {item.index for item in plan.items} - {result.index for result in results}
+        if lost:
+            first = min(index.fqn for index in lost)
+            raise CheckpointError(
+                f"{self.path}: torch's own code has not written {first}, and "
+                f"{len(lost) - 1} more of {len(plan.items)}; "
+                "what its thread raised stands in this process's error output"
+            )
+
+    def _with_file_size(self, result: WriteResult) -> FileWriteResult:
+        place = result.storage_data
+        size = os.stat(os.path.join(self.path, place.relative_path)).st_size
+        return FileWriteResult(result.index, result.size_in_bytes, place, size)
 
     def _claim_directory(self) -> int:
         """Makes this the save that may commit here; the id of the save."""
@@ -253,17 +273,14 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return save_id, _C.claim_directory(str(self.path), name, save_id, self.overwrite)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, tuple[str, int, bool]] = {}
+        files: dict[str, FileToCommit] = {}
         storage_data = {}
         for result in itertools.chain.from_iterable(results):
-            info = result.storage_data
-            storage_data[result.index] = info
-            name = info.relative_path
-            if isinstance(result, FileWriteResult):
-                files[name] = (name, result.file_size, True)
-            else:  # a subclass writes in its own way: a file is as long as its records, or more
-                _, known, _ = files.get(name, (name, 0, False))
-                files[name] = (name, max(info.offset + info.length, known), False)
+            storage_data[result.index] = result.storage_data
+            file = _file_of(result)
+            known = files.get(file.name)
+            if known is None or known.size < file.size:
+                files[file.name] = file
         metadata.version = _stock.CURRENT_DCP_VERSION
         metadata.storage_data = storage_data
         metadata.storage_meta = self.storage_meta()
@@ -277,19 +294,16 @@ class FileSystemWriter(_stock.FileSystemWriter):
         """As DCP's; a checkpoint's directory as a string if it is of a class that readers may not
         have."""
         meta = super().storage_meta()
-        if (
-            meta is not None
-            and meta.checkpoint_id is not None
-            and type(meta.checkpoint_id) not in (str, PosixPath)
-        ):
+        if meta is None or meta.checkpoint_id is None:
+            return meta
+        if type(meta.checkpoint_id) not in (str, PosixPath):
             meta.checkpoint_id = str(os.fspath(meta.checkpoint_id))
         return meta
 
     def _commit(
-        self, claim: str, metadata: bytes | memoryview, files: list[tuple[str, int, bool]]
+        self, claim: str, metadata: bytes | memoryview, files: Sequence[FileToCommit]
     ) -> None:
-        """Makes a checkpoint of data files that are durable: names, sizes in bytes, and whether
-        these are exact."""
+        """Makes a checkpoint of data files that are durable."""
         path = self._own_metadata_path()
         with _commit_lock:
             result = _C.commit_checkpoint(
@@ -314,12 +328,16 @@ class FileSystemWriter(_stock.FileSystemWriter):
 def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteItem]:
     """Adds a plan's items, objects first; the items in the order of their records."""
     objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
-    tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
+    tensors = _tensors_among(items)
     if objects:
         file.add_objects([(item.index.fqn, _object_of(item, planner)) for item in objects])
     for item in tensors:
         _add_tensor(file, item.index.fqn, _tensor_of(item, planner))
     return objects + tensors
+
+
+def _tensors_among(items: Sequence[WriteItem]) -> list[WriteItem]:
+    return [item for item in items if item.type != WriteItemType.BYTE_IO]
 
 
 def _object_of(item: WriteItem, planner: SavePlanner) -> memoryview:
@@ -361,10 +379,12 @@ def _reserve(tensors: Iterable[WriteItem]) -> int:
     file's own length is exact."""
     total = 0
     for item in tensors:
-        if item.tensor_data is not None and item.tensor_data.chunk is not None:
-            name = RECORD_DTYPES.get(item.tensor_data.properties.dtype)
-            if name is not None:
-                total += _C.record_bytes(name, list(item.tensor_data.chunk.sizes))
+        data = item.tensor_data
+        if data is None or data.chunk is None:
+            continue
+        dtype = RECORD_DTYPES.get(data.properties.dtype)
+        if dtype is not None:
+            total += _C.record_bytes(dtype, list(data.chunk.sizes))
     return total
 
 
