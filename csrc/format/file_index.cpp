@@ -43,7 +43,7 @@ IndexEntry DecodeEntry(base::ByteReader& in, int64_t begin, int64_t limit) {
     entry.shape.push_back(static_cast<int64_t>(size));
   }
   if (code != 0) {
-    entry.dtype = FindDType(code);
+    entry.dtype = FindRecordDtype(code);
     if (entry.dtype == nullptr) in.Fail("a dtype of this version", "code " + std::to_string(code));
     RecordSize size;
     try {

@@ -78,7 +78,7 @@ class PickleWriter {
 
 // ("storage", class, "0", "cpu", numel) and what makes a storage of it.
 void PutStorage(PickleWriter& out, const TensorDescription& tensor) {
-  const DType& dtype = *tensor.dtype;
+  const RecordDtype& dtype = *tensor.dtype;
   const bool untyped = dtype.storage.empty();
   out.Put(Op::kMark);
   out.Text("storage");
@@ -97,7 +97,7 @@ void PutStorage(PickleWriter& out, const TensorDescription& tensor) {
 
 }  // namespace
 
-int64_t TensorBytes(const DType& dtype, std::span<const int64_t> shape) {
+int64_t TensorBytes(const RecordDtype& dtype, std::span<const int64_t> shape) {
   int64_t bytes = dtype.size;
   bool empty = false;
   for (const int64_t size : shape) {
@@ -110,7 +110,7 @@ int64_t TensorBytes(const DType& dtype, std::span<const int64_t> shape) {
   return empty ? 0 : bytes;
 }
 
-TensorDescription ContiguousTensor(const DType& dtype, std::span<const int64_t> shape) {
+TensorDescription ContiguousTensor(const RecordDtype& dtype, std::span<const int64_t> shape) {
   TensorDescription tensor{&dtype,
                            {shape.begin(), shape.end()},
                            std::vector<int64_t>(shape.size()),
@@ -125,7 +125,7 @@ TensorDescription ContiguousTensor(const DType& dtype, std::span<const int64_t> 
 }
 
 std::vector<std::byte> EncodeTensorPickle(const TensorDescription& tensor) {
-  const DType& dtype = *tensor.dtype;
+  const RecordDtype& dtype = *tensor.dtype;
   const bool v3 = dtype.storage.empty();
   PickleWriter out;
   out.Protocol(2);

@@ -30,8 +30,8 @@ struct ImageMemory {
   int64_t size = 0;
 };
 
-const format::DType& KnownDType(const std::string& name) {
-  const format::DType* dtype = format::FindDType(std::string_view(name));
+const format::RecordDtype& KnownDtype(const std::string& name) {
+  const format::RecordDtype* dtype = format::FindRecordDtype(name);
   if (dtype == nullptr) throw py::value_error("no record format for dtype " + name);
   return *dtype;
 }
@@ -48,7 +48,7 @@ std::vector<PlaceResult> WriteAll(checkpoint::ShardFileWriter& writer,
 checkpoint::RecordSource MakeRecordPart(std::string name, const std::string& dtype, Shape shape,
                                         uintptr_t address, int64_t first, size_t size) {
   return {std::move(name),
-          &KnownDType(dtype),
+          &KnownDtype(dtype),
           std::move(shape),
           {reinterpret_cast<const std::byte*>(address), size},
           first};
@@ -123,12 +123,12 @@ checkpoint::CommitResult CommitCheckpoint(
 }
 
 int64_t RecordBytes(const std::string& dtype, const Shape& shape) {
-  return format::SizeOfRecord(KnownDType(dtype), shape).total();
+  return format::SizeOfRecord(KnownDtype(dtype), shape).total();
 }
 
-std::vector<std::string> RecordDTypes() {
+std::vector<std::string> RecordDtypeNames() {
   std::vector<std::string> names;
-  for (const format::DType& dtype : format::DTypes()) names.emplace_back(dtype.name);
+  for (const format::RecordDtype& dtype : format::RecordDtypes()) names.emplace_back(dtype.name);
   return names;
 }
 
@@ -200,7 +200,7 @@ void BindCheckpoint(py::module_& module) {
              py::arg("number"));
   module.def("torch_file_prefix", &MakeTorchPrefix, py::arg("rank"), py::arg("save_id"));
   module.def("record_bytes", &RecordBytes, py::arg("dtype"), py::arg("shape"));
-  module.def("record_dtypes", &RecordDTypes);
+  module.def("record_dtypes", &RecordDtypeNames);
 }
 
 }  // namespace hsdp_ckpt::python

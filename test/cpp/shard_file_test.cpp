@@ -21,7 +21,7 @@ namespace {
 
 struct Saved {
   std::string name;
-  const format::DType* dtype;
+  const format::RecordDtype* dtype;
   std::vector<int64_t> shape;
   std::vector<std::byte> data;
   checkpoint::ShardFileWriter::Place place{};
@@ -29,10 +29,8 @@ struct Saved {
 
 Saved Random(const std::string& name, const char* dtype, std::vector<int64_t> shape,
              int64_t bytes) {
-  Saved out{name,
-            dtype == nullptr ? nullptr : format::FindDType(std::string_view(dtype)),
-            std::move(shape),
-            {}};
+  Saved out{
+      name, dtype == nullptr ? nullptr : format::FindRecordDtype(dtype), std::move(shape), {}};
   std::mt19937 random(static_cast<unsigned>(bytes) + 1);
   for (int64_t i = 0; i < bytes; ++i) out.data.push_back(static_cast<std::byte>(random()));
   return out;
@@ -476,7 +474,7 @@ TEST(TensorPickleTest, FewBytesMakeNoDeepOrLargeValue) {
     return format::DecodeTensorPickle(base::AsBytes("\x80\x02" + opcodes + "."));
   };
   const std::string valid(base::AsText(format::EncodeTensorPickle(
-      format::ContiguousTensor(*format::FindDType("float32"), std::vector<int64_t>{2, 3}))));
+      format::ContiguousTensor(*format::FindRecordDtype("float32"), std::vector<int64_t>{2, 3}))));
   ASSERT_TRUE(decode(valid.substr(2, valid.size() - 3)));
   std::string deep = ")", doubled = ")q" + std::string(1, '\0'),
               repeated = "X" + std::string("\0\x40\0\0", 4);
@@ -489,10 +487,10 @@ TEST(TensorPickleTest, FewBytesMakeNoDeepOrLargeValue) {
 
 TEST(TensorPickleTest, StridesOfAnEmptyTensorHaveToFit) {
   const std::vector<int64_t> shape{0, int64_t{1} << 62, 4};
-  EXPECT_THROW(format::ContiguousTensor(*format::FindDType("uint8"), shape), base::Error);
-  EXPECT_EQ(
-      format::ContiguousTensor(*format::FindDType("uint8"), std::vector<int64_t>{0, 7}).stride,
-      (std::vector<int64_t>{7, 1}));
+  EXPECT_THROW(format::ContiguousTensor(*format::FindRecordDtype("uint8"), shape), base::Error);
+  EXPECT_EQ(format::ContiguousTensor(*format::FindRecordDtype("uint8"), std::vector<int64_t>{0, 7})
+                .stride,
+            (std::vector<int64_t>{7, 1}));
 }
 
 // A file system that refuses direct writes only after all threads have issued theirs: each is

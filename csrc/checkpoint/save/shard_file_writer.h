@@ -22,8 +22,8 @@ namespace hsdp_ckpt::checkpoint {
 /// in one Write or in many: all have the same name, dtype and shape, and `first` says where in the
 /// payload the part begins.
 struct RecordSource {
-  std::string name;                      ///< the tensor's, for messages
-  const format::DType* dtype = nullptr;  ///< null: an object, written as it is
+  std::string name;                            ///< the tensor's, for messages
+  const format::RecordDtype* dtype = nullptr;  ///< null: an object, written as it is
   std::vector<int64_t> shape;
   std::span<const std::byte> data;  ///< contiguous; to the end of the payload, or a part of it
   int64_t first = 0;                ///< bytes of the payload before `data`
