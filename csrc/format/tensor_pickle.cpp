@@ -12,7 +12,7 @@ namespace {
 using pickle::Op;
 
 // Writes pickle protocol 2 as CPython's pickler does.
-class PickleWriter {
+class TensorPickleWriter {
  public:
   void Put(Op op) { out_.Put(static_cast<uint8_t>(op)); }
   void Protocol(uint8_t version) {
@@ -77,7 +77,7 @@ class PickleWriter {
 };
 
 // ("storage", class, "0", "cpu", numel) and what makes a storage of it.
-void PutStorage(PickleWriter& out, const TensorDescription& tensor) {
+void PutStorage(TensorPickleWriter& out, const TensorDescription& tensor) {
   const RecordDtype& dtype = *tensor.dtype;
   const bool untyped = dtype.storage.empty();
   out.Put(Op::kMark);
@@ -127,7 +127,7 @@ TensorDescription ContiguousTensor(const RecordDtype& dtype, std::span<const int
 std::vector<std::byte> EncodeTensorPickle(const TensorDescription& tensor) {
   const RecordDtype& dtype = *tensor.dtype;
   const bool v3 = dtype.storage.empty();
-  PickleWriter out;
+  TensorPickleWriter out;
   out.Protocol(2);
   out.Global("torch._utils", v3 ? "_rebuild_tensor_v3" : "_rebuild_tensor_v2");
   out.Put(Op::kMark);
