@@ -131,8 +131,12 @@ CompleteMetadataResult CompleteMetadata(const checkpoint::SavePlan& plan,
   checkpoint::SavePlan::Encoded encoded;
   {
     const py::gil_scoped_release release;
-    encoded = plan.Encode(writers, save_id, single_file, paths, metadata->storage_meta,
-                          metadata->version);
+    encoded = plan.Encode({.writers = writers,
+                           .save_id = save_id,
+                           .single_file = single_file,
+                           .paths = paths,
+                           .storage_meta = metadata->storage_meta,
+                           .version = metadata->version});
   }
   const py::object file = py::cast(EncodedMetadata{std::move(encoded.metadata)});
   return {py::memoryview(file), std::move(encoded.files)};

@@ -193,7 +193,7 @@ TEST(SavePlanTest, FilesAreLaidOutAsTheWriterWritesThem) {
     for (int i = 0; i < 4; ++i) writers[static_cast<size_t>(i)].owner = {1, 2, 3 + i, 4};
     writers[0].objects = {{"object", 777}};
     const auto [file, files] =
-        plan.Encode(writers, 99, single, nullptr, std::nullopt, std::nullopt);
+        plan.Encode({.writers = writers, .save_id = 99, .single_file = single});
     const format::Metadata metadata = format::DecodeMetadata(base::AsBytes(file), "file");
     std::map<std::string, int64_t> sizes(files.begin(), files.end());
     std::map<std::string, std::vector<checkpoint::PlannedRecord>> places;
