@@ -36,6 +36,10 @@ const format::RecordDtype& KnownDtype(const std::string& name) {
   return *dtype;
 }
 
+std::span<const std::byte> Bytes(const py::buffer_info& view) {
+  return {static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize)};
+}
+
 std::vector<PlaceResult> WriteAll(checkpoint::ShardFileWriter& writer,
                                   const std::vector<checkpoint::RecordSource>& records) {
   std::vector<PlaceResult> places;
@@ -54,11 +58,6 @@ checkpoint::RecordSource MakeRecordPart(std::string name, const std::string& dty
           first};
 }
 
-std::vector<PlaceResult> WriteTensors(checkpoint::ShardFileWriter& writer,
-                                      const std::vector<checkpoint::RecordSource>& parts) {
-  return WriteAll(writer, parts);
-}
-
 std::vector<PlaceResult> WriteObjects(
     checkpoint::ShardFileWriter& writer,
     const std::vector<std::pair<std::string, py::buffer>>& objects) {
@@ -66,12 +65,8 @@ std::vector<PlaceResult> WriteObjects(
   std::vector<py::buffer_info> views;  // keep the memory where it is until the write is over
   views.reserve(objects.size());
   for (const auto& [name, buffer] : objects) {
-    const auto& view = views.emplace_back(buffer.request());
-    records.push_back({name,
-                       nullptr,
-                       {},
-                       {static_cast<const std::byte*>(view.ptr),
-                        static_cast<size_t>(view.size * view.itemsize)}});
+    const py::buffer_info& view = views.emplace_back(buffer.request());
+    records.push_back({.name = name, .shape = {}, .data = Bytes(view)});
   }
   return WriteAll(writer, records);
 }
@@ -109,17 +104,30 @@ std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
                     checksums}});
 }
 
-checkpoint::CommitResult CommitCheckpoint(
-    const std::string& directory, const std::string& metadata_name, const std::string& claim,
-    const py::buffer& metadata, const std::vector<std::tuple<std::string, int64_t, bool>>& files,
-    const std::vector<std::string>& superseded, bool sync) {
-  const py::buffer_info view = metadata.request();
-  const std::span bytes(static_cast<const std::byte*>(view.ptr),
-                        static_cast<size_t>(view.size * view.itemsize));
-  checkpoint::CommitRequest request{directory, metadata_name, claim, bytes, {}, superseded, sync};
-  for (const auto& [name, size, exact] : files) request.files.push_back({name, size, exact});
-  const py::gil_scoped_release release;
-  return checkpoint::Commit(io::PosixFileSystem(), request, checkpoint::IsProvablyDead);
+// A request that holds the buffer of its metadata.
+struct CommitRequest {
+  py::buffer_info metadata;
+  checkpoint::CommitRequest request;
+};
+
+std::unique_ptr<CommitRequest> MakeCommitRequest(std::string directory, std::string metadata_name,
+                                                 std::string claim, const py::buffer& metadata,
+                                                 std::vector<checkpoint::ExpectedFile> files,
+                                                 std::vector<std::string> superseded, bool sync) {
+  auto owned = std::make_unique<CommitRequest>();
+  owned->metadata = metadata.request();
+  owned->request = {.directory = std::move(directory),
+                    .metadata_name = std::move(metadata_name),
+                    .claim = std::move(claim),
+                    .metadata = Bytes(owned->metadata),
+                    .files = std::move(files),
+                    .superseded = std::move(superseded),
+                    .sync = sync};
+  return owned;
+}
+
+checkpoint::CommitResult CommitCheckpoint(const CommitRequest& owned) {
+  return checkpoint::Commit(io::PosixFileSystem(), owned.request, checkpoint::IsProvablyDead);
 }
 
 int64_t RecordBytes(const std::string& dtype, const Shape& shape) {
@@ -152,18 +160,26 @@ void BindCheckpoint(py::module_& module) {
   py::class_<checkpoint::WrittenFile>(module, "WrittenFile")
       .def_readonly("size", &checkpoint::WrittenFile::size)
       .def_readonly("direct", &checkpoint::WrittenFile::direct);
+  py::class_<checkpoint::ExpectedFile>(module, "ExpectedFile")
+      .def(py::init([](std::string name, int64_t size, bool exact) {
+             return checkpoint::ExpectedFile{std::move(name), size, exact};
+           }),
+           py::arg("name"), py::arg("size"), py::arg("exact"))
+      .def_readonly("size", &checkpoint::ExpectedFile::size);
+  py::class_<CommitRequest>(module, "CommitRequest")
+      .def(py::init(&MakeCommitRequest), py::kw_only(), py::arg("directory"),
+           py::arg("metadata_name"), py::arg("claim"), py::arg("metadata"), py::arg("files"),
+           py::arg("superseded"), py::arg("sync"));
   py::class_<checkpoint::CommitResult>(module, "CommitResult")
       .def_readonly("removed", &checkpoint::CommitResult::removed)
       .def_readonly("left", &checkpoint::CommitResult::left);
   py::class_<checkpoint::ShardFileWriter>(module, "ShardFileWriter")
       .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"),
            py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"))
-      .def("write_tensors", &WriteTensors, py::arg("parts"))
+      .def("write_tensors", &WriteAll, py::arg("parts"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
       .def("finish", &checkpoint::ShardFileWriter::Finish, released);
-  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"),
-             py::arg("claim"), py::arg("metadata"), py::arg("files"), py::arg("superseded"),
-             py::arg("sync"));
+  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("request"), released);
   module.def(
       "claim_directory",
       [](const std::string& directory, const std::string& metadata_name, uint64_t save_id,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from ... import _C
 from ...errors import CheckpointError
 from ..storage.metadata import decode_metadata, read_metadata_bytes
 from ..storage.writer import FileWriteResult
@@ -93,11 +94,11 @@ def _commit_as_coordinator(
     """Makes the checkpoint; the bytes of its `.metadata`."""
     assert written.metadata is not None
     built = written.metadata.result()
-    files = {name: (name, size, True) for name, size in built.files}
+    files = {name: _C.ExpectedFile(name, size, exact=True) for name, size in built.files}
     results = [result for vote in votes for result in vote.results]
     for result in results:
         name = result.storage_data.relative_path
-        files[name] = (name, result.file_size, True)
+        files[name] = _C.ExpectedFile(name, result.file_size, exact=True)
     metadata = complete_metadata(built, opened.gathered.metadata, results)
     claim = opened.unfinished.take_claim()
     opened.request.writer._commit(claim, metadata, list(files.values()))

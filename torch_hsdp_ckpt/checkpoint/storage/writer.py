@@ -253,17 +253,18 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return save_id, _C.claim_directory(str(self.path), name, save_id, self.overwrite)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, tuple[str, int, bool]] = {}
+        files: dict[str, _C.ExpectedFile] = {}
         storage_data = {}
         for result in itertools.chain.from_iterable(results):
             info = result.storage_data
             storage_data[result.index] = info
             name = info.relative_path
             if isinstance(result, FileWriteResult):
-                files[name] = (name, result.file_size, True)
+                files[name] = _C.ExpectedFile(name, result.file_size, exact=True)
             else:  # a subclass writes in its own way: a file is as long as its records, or more
-                _, known, _ = files.get(name, (name, 0, False))
-                files[name] = (name, max(info.offset + info.length, known), False)
+                known = files[name].size if name in files else 0
+                size = max(info.offset + info.length, known)
+                files[name] = _C.ExpectedFile(name, size, exact=False)
         metadata.version = _stock.CURRENT_DCP_VERSION
         metadata.storage_data = storage_data
         metadata.storage_meta = self.storage_meta()
@@ -286,21 +287,21 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return meta
 
     def _commit(
-        self, claim: str, metadata: bytes | memoryview, files: list[tuple[str, int, bool]]
+        self, claim: str, metadata: bytes | memoryview, files: Sequence[_C.ExpectedFile]
     ) -> None:
-        """Makes a checkpoint of data files that are durable: names, sizes in bytes, and whether
-        these are exact."""
+        """Makes a checkpoint of data files that are durable."""
         path = self._own_metadata_path()
         with _commit_lock:
-            result = _C.commit_checkpoint(
-                str(self.path),
-                path.name,
-                claim,
-                metadata,
-                files,
-                _named_files(path),
-                self.sync_files,
+            request = _C.CommitRequest(
+                directory=str(self.path),
+                metadata_name=path.name,
+                claim=claim,
+                metadata=metadata,
+                files=files,
+                superseded=_named_files(path),
+                sync=self.sync_files,
             )
+            result = _C.commit_checkpoint(request)
         _logger.debug("%s: committed, %d older files removed", self.path, len(result.removed))
         for reason in result.left:
             _logger.warning(
