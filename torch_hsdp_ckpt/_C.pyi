@@ -209,6 +209,23 @@ class WrittenFile:
     size: int
     direct: bool
 
+class ExpectedFile:
+    size: int
+    def __init__(self, name: str, size: int, exact: bool) -> None: ...
+
+class CommitRequest:
+    def __init__(
+        self,
+        *,
+        directory: str,
+        metadata_name: str,
+        claim: str,
+        metadata: Buffer,
+        files: Sequence[ExpectedFile],
+        superseded: Sequence[bytes],
+        sync: bool,
+    ) -> None: ...
+
 class CommitResult:
     removed: list[str]
     left: list[str]
@@ -284,15 +301,7 @@ MAX_METADATA_BYTES: int
 def _build_info() -> dict[str, str]: ...
 def check_object(data: bytes, what: str, names: TorchNames) -> None: ...
 def claim_directory(directory: str, metadata_name: str, save_id: int, overwrite: bool) -> str: ...
-def commit_checkpoint(
-    directory: str,
-    metadata_name: str,
-    claim: str,
-    metadata: Buffer,
-    files: Sequence[tuple[str, int, bool]],
-    superseded: Sequence[bytes],
-    sync: bool,
-) -> CommitResult: ...
+def commit_checkpoint(request: CommitRequest) -> CommitResult: ...
 def crc32(address: int, size: int, seed: int) -> int: ...
 def data_file_name(rank: int, save_id: int, number: int) -> str: ...
 def decode_metadata(file: Buffer, path: str) -> Metadata: ...

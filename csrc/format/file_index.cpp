@@ -20,51 +20,77 @@ uint64_t Blocks(uint64_t payload) {
   return payload / base::kChecksumBlock + (payload % base::kChecksumBlock != 0);
 }
 
+// That a record lies between the one before it, which ends at `begin`, and the index.
+void CheckPlace(const base::ByteReader& in, uint64_t offset, uint64_t payload, uint64_t framing,
+                uint64_t begin, uint64_t limit) {
+  // In this order, so that no difference can wrap around.
+  const bool fits = offset >= begin && offset <= limit && payload <= limit - offset &&
+                    framing <= limit - offset - payload;
+  if (fits) return;
+  in.Fail("records one after the other before the index",
+          "one at " + std::to_string(offset) + " of " + std::to_string(payload));
+}
+
+std::vector<int64_t> DecodeShape(base::ByteReader& in, uint8_t dimensions) {
+  std::vector<int64_t> shape;
+  for (int i = 0; i < dimensions; ++i) {
+    const auto size = in.Get<uint64_t>();
+    if (size > INT64_MAX) in.Fail("a size below 2**63", std::to_string(size));
+    shape.push_back(static_cast<int64_t>(size));
+  }
+  return shape;
+}
+
+RecordSize SizeOfDecoded(const base::ByteReader& in, const IndexEntry& entry) {
+  try {
+    return SizeOfRecord(*entry.dtype, entry.shape);
+  } catch (const base::Error& error) {
+    in.Fail("a shape that fits into memory", error.what());
+  }
+}
+
+// Sets the dtype, and checks that head, payload and tail are as long as it and the shape make them.
+void DecodeDtype(const base::ByteReader& in, uint8_t code, IndexEntry& entry) {
+  if (code == 0) {
+    if (entry.head != 0 || entry.tail != 0 || !entry.shape.empty())
+      in.Fail("an object without framing", "one with");
+    return;
+  }
+  entry.dtype = FindRecordDtype(code);
+  if (entry.dtype == nullptr) in.Fail("a dtype of this version", "code " + std::to_string(code));
+  const RecordSize size = SizeOfDecoded(in, entry);
+  if (size.payload != entry.payload || size.head != entry.head || size.tail != entry.tail) {
+    in.Fail("a record as long as its dtype and shape make it",
+            std::to_string(entry.length()) + " bytes");
+  }
+}
+
+void DecodeBlockCrcs(base::ByteReader& in, IndexEntry& entry) {
+  const uint64_t blocks = Blocks(static_cast<uint64_t>(entry.payload));
+  if (blocks == 1) entry.block_crcs.push_back(entry.payload_crc);  // the payload's own
+  if (blocks <= 1) return;
+  if (blocks > in.remaining() / 4)
+    in.Fail(std::to_string(blocks) + " block checksums", "a shorter index");
+  for (uint64_t i = 0; i < blocks; ++i) entry.block_crcs.push_back(in.Get<uint32_t>());
+}
+
 IndexEntry DecodeEntry(base::ByteReader& in, int64_t begin, int64_t limit) {
   IndexEntry entry;
   const auto offset = in.Get<uint64_t>(), payload = in.Get<uint64_t>();
-  entry.head = in.Get<uint32_t>();
-  entry.tail = in.Get<uint32_t>();
+  const uint64_t head = in.Get<uint32_t>(), tail = in.Get<uint32_t>();
   const auto code = in.Get<uint8_t>(), dimensions = in.Get<uint8_t>();
   if (in.Get<uint16_t>() != 0) in.Fail("zeros in a reserved field", "others");
   entry.framing_crc = in.Get<uint32_t>();
   entry.payload_crc = in.Get<uint32_t>();
-  const auto room = static_cast<uint64_t>(limit);
-  if (offset > room || offset < static_cast<uint64_t>(begin) || payload > room - offset ||
-      static_cast<uint64_t>(entry.head + entry.tail) > room - offset - payload) {
-    in.Fail("records one after the other before the index",
-            "one at " + std::to_string(offset) + " of " + std::to_string(payload));
-  }
+  CheckPlace(in, offset, payload, head + tail, static_cast<uint64_t>(begin),
+             static_cast<uint64_t>(limit));
   entry.offset = static_cast<int64_t>(offset);
+  entry.head = static_cast<int64_t>(head);
   entry.payload = static_cast<int64_t>(payload);
-  for (int i = 0; i < dimensions; ++i) {
-    const auto size = in.Get<uint64_t>();
-    if (size > INT64_MAX) in.Fail("a size below 2**63", std::to_string(size));
-    entry.shape.push_back(static_cast<int64_t>(size));
-  }
-  if (code != 0) {
-    entry.dtype = FindDType(code);
-    if (entry.dtype == nullptr) in.Fail("a dtype of this version", "code " + std::to_string(code));
-    RecordSize size;
-    try {
-      size = SizeOfRecord(*entry.dtype, entry.shape);
-    } catch (const base::Error& error) {
-      in.Fail("a shape that fits into memory", error.what());
-    }
-    if (size.payload != entry.payload || size.head != entry.head || size.tail != entry.tail) {
-      in.Fail("a record as long as its dtype and shape make it",
-              std::to_string(entry.length()) + " bytes");
-    }
-  } else if (entry.head != 0 || entry.tail != 0 || dimensions != 0) {
-    in.Fail("an object without framing", "one with");
-  }
-  // One block's checksum is the payload's own.
-  const uint64_t blocks = Blocks(payload);
-  if (blocks > 1 && blocks > in.remaining() / 4)
-    in.Fail(std::to_string(blocks) + " block checksums", "a shorter index");
-  for (uint64_t i = 0; blocks > 1 && i < blocks; ++i)
-    entry.block_crcs.push_back(in.Get<uint32_t>());
-  if (blocks == 1) entry.block_crcs.push_back(entry.payload_crc);
+  entry.tail = static_cast<int64_t>(tail);
+  entry.shape = DecodeShape(in, dimensions);
+  DecodeDtype(in, code, entry);
+  DecodeBlockCrcs(in, entry);
   return entry;
 }
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "base/bytes.h"
-#include "format/dtype.h"
+#include "format/record_dtype.h"
 
 namespace hsdp_ckpt::format {
 
@@ -17,7 +17,7 @@ struct IndexEntry {
   int64_t head = 0;
   int64_t payload = 0;
   int64_t tail = 0;
-  const DType* dtype = nullptr;
+  const RecordDtype* dtype = nullptr;
   std::vector<int64_t> shape;
   uint32_t framing_crc = 0;  ///< of head and tail, one after the other
   uint32_t payload_crc = 0;

@@ -16,7 +16,7 @@ struct Framing {
   std::vector<ZipEntry> entries;  // the payload's is the last; its CRC is yet to come
 };
 
-Framing MakeHead(const DType& dtype, std::span<const int64_t> shape) {
+Framing MakeHead(const RecordDtype& dtype, std::span<const int64_t> shape) {
   Framing out;
   const TensorDescription tensor = ContiguousTensor(dtype, shape);
   const auto pickle = EncodeTensorPickle(tensor);
@@ -56,7 +56,7 @@ std::vector<std::byte> MakeTail(Framing framing, uint32_t payload_crc) {
 
 }  // namespace
 
-RecordSize SizeOfRecord(const DType& dtype, std::span<const int64_t> shape) {
+RecordSize SizeOfRecord(const RecordDtype& dtype, std::span<const int64_t> shape) {
   Framing framing = MakeHead(dtype, shape);
   const auto head = static_cast<int64_t>(framing.head.size());
   return {head, TensorBytes(dtype, shape),
@@ -68,11 +68,11 @@ int64_t RecordStart(int64_t position, const RecordSize& size) {
   return (position + size.head + alignment - 1) / alignment * alignment - size.head;
 }
 
-std::vector<std::byte> EncodeRecordHead(const DType& dtype, std::span<const int64_t> shape) {
+std::vector<std::byte> EncodeRecordHead(const RecordDtype& dtype, std::span<const int64_t> shape) {
   return MakeHead(dtype, shape).head.Take();
 }
 
-std::vector<std::byte> EncodeRecordTail(const DType& dtype, std::span<const int64_t> shape,
+std::vector<std::byte> EncodeRecordTail(const RecordDtype& dtype, std::span<const int64_t> shape,
                                         uint32_t payload_crc) {
   return MakeTail(MakeHead(dtype, shape), payload_crc);
 }

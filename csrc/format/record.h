@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "format/dtype.h"
+#include "format/record_dtype.h"
 
 namespace hsdp_ckpt::format {
 
@@ -33,11 +33,11 @@ constexpr int64_t kLargePayload = int64_t{1} << 20;
 constexpr int64_t kLargeAlignment = 4096;
 constexpr int64_t kSmallAlignment = 64;
 
-RecordSize SizeOfRecord(const DType& dtype, std::span<const int64_t> shape);
+RecordSize SizeOfRecord(const RecordDtype& dtype, std::span<const int64_t> shape);
 /// Where a record may start, at `position` or after it, for its payload to be aligned.
 int64_t RecordStart(int64_t position, const RecordSize& size);
-std::vector<std::byte> EncodeRecordHead(const DType& dtype, std::span<const int64_t> shape);
-std::vector<std::byte> EncodeRecordTail(const DType& dtype, std::span<const int64_t> shape,
+std::vector<std::byte> EncodeRecordHead(const RecordDtype& dtype, std::span<const int64_t> shape);
+std::vector<std::byte> EncodeRecordTail(const RecordDtype& dtype, std::span<const int64_t> shape,
                                         uint32_t payload_crc);
 
 }  // namespace hsdp_ckpt::format

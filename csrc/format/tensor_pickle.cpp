@@ -12,7 +12,7 @@ namespace {
 using pickle::Op;
 
 // Writes pickle protocol 2 as CPython's pickler does.
-class PickleWriter {
+class TensorPickleWriter {
  public:
   void Put(Op op) { out_.Put(static_cast<uint8_t>(op)); }
   void Protocol(uint8_t version) {
@@ -77,8 +77,8 @@ class PickleWriter {
 };
 
 // ("storage", class, "0", "cpu", numel) and what makes a storage of it.
-void PutStorage(PickleWriter& out, const TensorDescription& tensor) {
-  const DType& dtype = *tensor.dtype;
+void PutStorage(TensorPickleWriter& out, const TensorDescription& tensor) {
+  const RecordDtype& dtype = *tensor.dtype;
   const bool untyped = dtype.storage.empty();
   out.Put(Op::kMark);
   out.Text("storage");
@@ -97,7 +97,7 @@ void PutStorage(PickleWriter& out, const TensorDescription& tensor) {
 
 }  // namespace
 
-int64_t TensorBytes(const DType& dtype, std::span<const int64_t> shape) {
+int64_t TensorBytes(const RecordDtype& dtype, std::span<const int64_t> shape) {
   int64_t bytes = dtype.size;
   bool empty = false;
   for (const int64_t size : shape) {
@@ -110,7 +110,7 @@ int64_t TensorBytes(const DType& dtype, std::span<const int64_t> shape) {
   return empty ? 0 : bytes;
 }
 
-TensorDescription ContiguousTensor(const DType& dtype, std::span<const int64_t> shape) {
+TensorDescription ContiguousTensor(const RecordDtype& dtype, std::span<const int64_t> shape) {
   TensorDescription tensor{&dtype,
                            {shape.begin(), shape.end()},
                            std::vector<int64_t>(shape.size()),
@@ -125,9 +125,9 @@ TensorDescription ContiguousTensor(const DType& dtype, std::span<const int64_t> 
 }
 
 std::vector<std::byte> EncodeTensorPickle(const TensorDescription& tensor) {
-  const DType& dtype = *tensor.dtype;
+  const RecordDtype& dtype = *tensor.dtype;
   const bool v3 = dtype.storage.empty();
-  PickleWriter out;
+  TensorPickleWriter out;
   out.Protocol(2);
   out.Global("torch._utils", v3 ? "_rebuild_tensor_v3" : "_rebuild_tensor_v2");
   out.Put(Op::kMark);

@@ -6,14 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "format/dtype.h"
+#include "format/record_dtype.h"
 
 namespace hsdp_ckpt::format {
 
 /// A dense tensor as its record's data.pkl describes it. Sizes, strides and the offset are in
 /// elements.
 struct TensorDescription {
-  const DType* dtype = nullptr;
+  const RecordDtype* dtype = nullptr;
   std::vector<int64_t> shape;
   std::vector<int64_t> stride;
   int64_t storage_offset = 0;
@@ -24,9 +24,9 @@ struct TensorDescription {
 
 /// Bytes of a contiguous tensor. Throws Error on a negative size and where the product does not fit
 /// into 63 bits.
-int64_t TensorBytes(const DType& dtype, std::span<const int64_t> shape);
+int64_t TensorBytes(const RecordDtype& dtype, std::span<const int64_t> shape);
 /// A contiguous tensor that is all of its storage, with the strides torch gives it.
-TensorDescription ContiguousTensor(const DType& dtype, std::span<const int64_t> shape);
+TensorDescription ContiguousTensor(const RecordDtype& dtype, std::span<const int64_t> shape);
 
 /// data.pkl of a plain tensor: what torch.save writes, byte for byte (pickle protocol 2).
 std::vector<std::byte> EncodeTensorPickle(const TensorDescription& tensor);

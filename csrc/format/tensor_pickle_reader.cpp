@@ -62,17 +62,17 @@ std::optional<std::vector<int64_t>> Integers(const Value& value) {
 }
 
 // v2: the class of the typed storage says it.
-const DType* DTypeOfStorage(const Storage& storage) {
+const RecordDtype* DtypeOfStorage(const Storage& storage) {
   if (!storage.type.starts_with(kTorch)) return nullptr;
-  return FindDTypeOfStorage(std::string_view(storage.type).substr(kTorch.size()));
+  return FindRecordDtypeOfStorage(std::string_view(storage.type).substr(kTorch.size()));
 }
 
 // v3: it is the last argument, and the storage is untyped.
-const DType* DTypeArgument(const Storage& storage, const Value& argument) {
+const RecordDtype* DtypeArgument(const Storage& storage, const Value& argument) {
   const auto* dtype = As<Global>(argument);
   if (dtype == nullptr || !dtype->name.starts_with(kTorch)) return nullptr;
   if (storage.type != "torch.storage UntypedStorage") return nullptr;
-  return FindDType(std::string_view(dtype->name).substr(kTorch.size()));
+  return FindRecordDtype(std::string_view(dtype->name).substr(kTorch.size()));
 }
 
 bool LiesInStorage(const TensorDescription& tensor) {
@@ -104,7 +104,7 @@ std::optional<TensorDescription> Rebuild(const std::string& function, const Tupl
   if (!shape || !stride || shape->size() != stride->size()) return std::nullopt;
   if (!As<bool>(args[4]) || !As<OrderedDict>(args[5])) return std::nullopt;
 
-  const DType* dtype = v3 ? DTypeArgument(*storage, args[6]) : DTypeOfStorage(*storage);
+  const RecordDtype* dtype = v3 ? DtypeArgument(*storage, args[6]) : DtypeOfStorage(*storage);
   if (dtype == nullptr) return std::nullopt;
   TensorDescription tensor{dtype, *shape, *stride, *offset, 0};
   const int64_t unit = v3 ? 1 : dtype->size;

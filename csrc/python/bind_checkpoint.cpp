@@ -30,10 +30,14 @@ struct ImageMemory {
   int64_t size = 0;
 };
 
-const format::DType& KnownDType(const std::string& name) {
-  const format::DType* dtype = format::FindDType(std::string_view(name));
+const format::RecordDtype& KnownDtype(const std::string& name) {
+  const format::RecordDtype* dtype = format::FindRecordDtype(name);
   if (dtype == nullptr) throw py::value_error("no record format for dtype " + name);
   return *dtype;
+}
+
+std::span<const std::byte> Bytes(const py::buffer_info& view) {
+  return {static_cast<const std::byte*>(view.ptr), static_cast<size_t>(view.size * view.itemsize)};
 }
 
 std::vector<PlaceResult> WriteAll(checkpoint::ShardFileWriter& writer,
@@ -48,15 +52,10 @@ std::vector<PlaceResult> WriteAll(checkpoint::ShardFileWriter& writer,
 checkpoint::RecordSource MakeRecordPart(std::string name, const std::string& dtype, Shape shape,
                                         uintptr_t address, int64_t first, size_t size) {
   return {std::move(name),
-          &KnownDType(dtype),
+          &KnownDtype(dtype),
           std::move(shape),
           {reinterpret_cast<const std::byte*>(address), size},
           first};
-}
-
-std::vector<PlaceResult> WriteTensors(checkpoint::ShardFileWriter& writer,
-                                      const std::vector<checkpoint::RecordSource>& parts) {
-  return WriteAll(writer, parts);
 }
 
 std::vector<PlaceResult> WriteObjects(
@@ -66,12 +65,8 @@ std::vector<PlaceResult> WriteObjects(
   std::vector<py::buffer_info> views;  // keep the memory where it is until the write is over
   views.reserve(objects.size());
   for (const auto& [name, buffer] : objects) {
-    const auto& view = views.emplace_back(buffer.request());
-    records.push_back({name,
-                       nullptr,
-                       {},
-                       {static_cast<const std::byte*>(view.ptr),
-                        static_cast<size_t>(view.size * view.itemsize)}});
+    const py::buffer_info& view = views.emplace_back(buffer.request());
+    records.push_back({.name = name, .shape = {}, .data = Bytes(view)});
   }
   return WriteAll(writer, records);
 }
@@ -109,26 +104,39 @@ std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
                     checksums}});
 }
 
-checkpoint::CommitResult CommitCheckpoint(
-    const std::string& directory, const std::string& metadata_name, const std::string& claim,
-    const py::buffer& metadata, const std::vector<std::tuple<std::string, int64_t, bool>>& files,
-    const std::vector<std::string>& superseded, bool sync) {
-  const py::buffer_info view = metadata.request();
-  const std::span bytes(static_cast<const std::byte*>(view.ptr),
-                        static_cast<size_t>(view.size * view.itemsize));
-  checkpoint::CommitRequest request{directory, metadata_name, claim, bytes, {}, superseded, sync};
-  for (const auto& [name, size, exact] : files) request.files.push_back({name, size, exact});
-  const py::gil_scoped_release release;
-  return checkpoint::Commit(io::PosixFileSystem(), request, checkpoint::IsProvablyDead);
+// A request that holds the buffer of its metadata.
+struct CommitRequest {
+  py::buffer_info metadata;
+  checkpoint::CommitRequest request;
+};
+
+std::unique_ptr<CommitRequest> MakeCommitRequest(std::string directory, std::string metadata_name,
+                                                 std::string claim, const py::buffer& metadata,
+                                                 std::vector<checkpoint::ExpectedFile> files,
+                                                 std::vector<std::string> superseded, bool sync) {
+  auto owned = std::make_unique<CommitRequest>();
+  owned->metadata = metadata.request();
+  owned->request = {.directory = std::move(directory),
+                    .metadata_name = std::move(metadata_name),
+                    .claim = std::move(claim),
+                    .metadata = Bytes(owned->metadata),
+                    .files = std::move(files),
+                    .superseded = std::move(superseded),
+                    .sync = sync};
+  return owned;
+}
+
+checkpoint::CommitResult CommitCheckpoint(const CommitRequest& owned) {
+  return checkpoint::Commit(io::PosixFileSystem(), owned.request, checkpoint::IsProvablyDead);
 }
 
 int64_t RecordBytes(const std::string& dtype, const Shape& shape) {
-  return format::SizeOfRecord(KnownDType(dtype), shape).total();
+  return format::SizeOfRecord(KnownDtype(dtype), shape).total();
 }
 
-std::vector<std::string> RecordDTypes() {
+std::vector<std::string> RecordDtypeNames() {
   std::vector<std::string> names;
-  for (const format::DType& dtype : format::DTypes()) names.emplace_back(dtype.name);
+  for (const format::RecordDtype& dtype : format::RecordDtypes()) names.emplace_back(dtype.name);
   return names;
 }
 
@@ -152,18 +160,26 @@ void BindCheckpoint(py::module_& module) {
   py::class_<checkpoint::WrittenFile>(module, "WrittenFile")
       .def_readonly("size", &checkpoint::WrittenFile::size)
       .def_readonly("direct", &checkpoint::WrittenFile::direct);
+  py::class_<checkpoint::ExpectedFile>(module, "ExpectedFile")
+      .def(py::init([](std::string name, int64_t size, bool exact) {
+             return checkpoint::ExpectedFile{std::move(name), size, exact};
+           }),
+           py::arg("name"), py::arg("size"), py::arg("exact"))
+      .def_readonly("size", &checkpoint::ExpectedFile::size);
+  py::class_<CommitRequest>(module, "CommitRequest")
+      .def(py::init(&MakeCommitRequest), py::kw_only(), py::arg("directory"),
+           py::arg("metadata_name"), py::arg("claim"), py::arg("metadata"), py::arg("files"),
+           py::arg("superseded"), py::arg("sync"));
   py::class_<checkpoint::CommitResult>(module, "CommitResult")
       .def_readonly("removed", &checkpoint::CommitResult::removed)
       .def_readonly("left", &checkpoint::CommitResult::left);
   py::class_<checkpoint::ShardFileWriter>(module, "ShardFileWriter")
       .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"),
            py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"))
-      .def("write_tensors", &WriteTensors, py::arg("parts"))
+      .def("write_tensors", &WriteAll, py::arg("parts"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
       .def("finish", &checkpoint::ShardFileWriter::Finish, released);
-  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("directory"), py::arg("metadata_name"),
-             py::arg("claim"), py::arg("metadata"), py::arg("files"), py::arg("superseded"),
-             py::arg("sync"));
+  module.def("commit_checkpoint", &CommitCheckpoint, py::arg("request"), released);
   module.def(
       "claim_directory",
       [](const std::string& directory, const std::string& metadata_name, uint64_t save_id,
@@ -200,7 +216,7 @@ void BindCheckpoint(py::module_& module) {
              py::arg("number"));
   module.def("torch_file_prefix", &MakeTorchPrefix, py::arg("rank"), py::arg("save_id"));
   module.def("record_bytes", &RecordBytes, py::arg("dtype"), py::arg("shape"));
-  module.def("record_dtypes", &RecordDTypes);
+  module.def("record_dtypes", &RecordDtypeNames);
 }
 
 }  // namespace hsdp_ckpt::python

@@ -19,7 +19,7 @@ using PlaceResult = std::pair<int64_t, int64_t>;
 // A tensor as Python gives it: its shapes are shared with other tensors' only in the plan.
 struct TensorToPlan {
   std::string name;
-  const format::DType* dtype;
+  const format::RecordDtype* dtype;
   format::Shape shape;
   size_t sharding;
   std::optional<format::Shape> strides;
@@ -28,7 +28,7 @@ struct TensorToPlan {
 
 TensorToPlan MakeTensor(std::string name, const std::string& dtype_name, format::Shape shape,
                         size_t sharding, std::optional<format::Shape> strides, bool pinned) {
-  const format::DType* dtype = format::FindDType(std::string_view(dtype_name));
+  const format::RecordDtype* dtype = format::FindRecordDtype(dtype_name);
   if (dtype == nullptr) throw py::value_error("no record format for dtype " + dtype_name);
   return {std::move(name), dtype, std::move(shape), sharding, std::move(strides), pinned};
 }
@@ -131,8 +131,12 @@ CompleteMetadataResult CompleteMetadata(const checkpoint::SavePlan& plan,
   checkpoint::SavePlan::Encoded encoded;
   {
     const py::gil_scoped_release release;
-    encoded = plan.Encode(writers, save_id, single_file, paths, metadata->storage_meta,
-                          metadata->version);
+    encoded = plan.Encode({.writers = writers,
+                           .save_id = save_id,
+                           .single_file = single_file,
+                           .paths = paths,
+                           .storage_meta = metadata->storage_meta,
+                           .version = metadata->version});
   }
   const py::object file = py::cast(EncodedMetadata{std::move(encoded.metadata)});
   return {py::memoryview(file), std::move(encoded.files)};

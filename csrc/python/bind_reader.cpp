@@ -6,8 +6,8 @@
 
 #include "base/bytes.h"
 #include "checkpoint/load/checkpoint_reader.h"
-#include "format/dtype.h"
 #include "format/metadata.h"
+#include "format/record_dtype.h"
 #include "format/saved_object.h"
 #include "io/file.h"
 #include "python/module.h"
@@ -97,7 +97,7 @@ void BindReads(py::module_& module) {
   py::class_<BoxRead>(module, "BoxRead")
       .def(py::init([](const RecordPlace& record, format::Shape offsets, format::Shape lengths,
                        const std::optional<std::string>& dtype, uintptr_t address) {
-             const format::DType* known = dtype ? format::FindDType(*dtype) : nullptr;
+             const format::RecordDtype* known = dtype ? format::FindRecordDtype(*dtype) : nullptr;
              return BoxRead{record, std::move(offsets), std::move(lengths), known,
                             Pointer(address)};
            }),

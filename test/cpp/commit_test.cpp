@@ -58,7 +58,7 @@ checkpoint::CommitResult Save(io::FileSystem& fs, int generation,
     checkpoint::ShardFileWriter writer(fs, kDirectory, NameOf(generation, rank),
                                        {.threads = 1, .reserve = 1000, .block = 8192});
     const checkpoint::RecordSource source{"w",
-                                          format::FindDType(std::string_view("float32")),
+                                          format::FindRecordDtype("float32"),
                                           {static_cast<int64_t>(values.size())},
                                           std::as_bytes(std::span(values))};
     const auto places = writer.Write({&source, 1});

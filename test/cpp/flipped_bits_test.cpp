@@ -19,7 +19,7 @@ namespace {
 
 struct Entry {
   std::string name;
-  const format::DType* dtype;  // null: an object
+  const format::RecordDtype* dtype;  // null: an object
   format::Dtype kind;
   format::Shape shape;
   std::vector<std::byte> data;
@@ -28,7 +28,7 @@ struct Entry {
 Entry Make(const std::string& name, const char* dtype, format::Dtype kind, format::Shape shape,
            int64_t bytes) {
   Entry out{name,
-            dtype == nullptr ? nullptr : format::FindDType(std::string_view(dtype)),
+            dtype == nullptr ? nullptr : format::FindRecordDtype(dtype),
             kind,
             std::move(shape),
             {}};

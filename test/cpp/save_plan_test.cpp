@@ -17,7 +17,7 @@ namespace hsdp_ckpt {
 namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
-const format::DType* const kFloat = format::FindDType(std::string_view("float32"));
+const format::RecordDtype* const kFloat = format::FindRecordDtype("float32");
 
 std::vector<int64_t> Ranks(int64_t count, int64_t first = 0) {
   std::vector<int64_t> ranks(static_cast<size_t>(count));
@@ -48,11 +48,10 @@ void ExpectCovered(const checkpoint::SavePlan& plan, int64_t ranks) {
     for (const checkpoint::PlannedChunk& chunk : plan.ChunksOf(rank)) {
       const format::Shape& size = *plan.tensors()[chunk.tensor].size;
       auto& count = counts[chunk.tensor];
-      count.resize(static_cast<size_t>(
-          format::TensorBytes(*format::FindDType(std::string_view("uint8")), size)));
+      count.resize(
+          static_cast<size_t>(format::TensorBytes(*format::FindRecordDtype("uint8"), size)));
       format::Shape at = chunk.offsets;
-      const int64_t elements =
-          format::TensorBytes(*format::FindDType(std::string_view("uint8")), chunk.sizes);
+      const int64_t elements = format::TensorBytes(*format::FindRecordDtype("uint8"), chunk.sizes);
       for (int64_t n = 0; n < elements; ++n) {
         int64_t flat = 0;
         for (size_t d = 0; d < size.size(); ++d) flat = flat * size[d] + at[d];
@@ -185,17 +184,16 @@ TEST(SavePlanTest, OnlyRanksOfTheGroupWriteAndAShardNobodyHoldsIsAnError) {
 TEST(SavePlanTest, FilesAreLaidOutAsTheWriterWritesThem) {
   for (const bool single : {true, false}) {
     const checkpoint::SavePlan plan(
-        {Hybrid(2, 2)},
-        {{"large", kFloat, Shared({1500, 1000}), 0},
-         {"small", kFloat, Shared({10}), 0},
-         {"odd", format::FindDType(std::string_view("uint8")), Shared({1234567}), 0},
-         {"last", kFloat, Shared({2, 2}), 0}});
+        {Hybrid(2, 2)}, {{"large", kFloat, Shared({1500, 1000}), 0},
+                         {"small", kFloat, Shared({10}), 0},
+                         {"odd", format::FindRecordDtype("uint8"), Shared({1234567}), 0},
+                         {"last", kFloat, Shared({2, 2}), 0}});
     const std::vector<std::byte> zeros(8 << 20);
     std::vector<checkpoint::SavePlan::Writer> writers(4);
     for (int i = 0; i < 4; ++i) writers[static_cast<size_t>(i)].owner = {1, 2, 3 + i, 4};
     writers[0].objects = {{"object", 777}};
     const auto [file, files] =
-        plan.Encode(writers, 99, single, nullptr, std::nullopt, std::nullopt);
+        plan.Encode({.writers = writers, .save_id = 99, .single_file = single});
     const format::Metadata metadata = format::DecodeMetadata(base::AsBytes(file), "file");
     std::map<std::string, int64_t> sizes(files.begin(), files.end());
     std::map<std::string, std::vector<checkpoint::PlannedRecord>> places;

@@ -28,7 +28,7 @@ class SharedExchangeTest : public testing::Test {
     fs_.MakeDirectory("/job/step");
     checkpoint::ShardFileWriter writer(fs_, "/job/step", name, {.threads = 1});
     const checkpoint::RecordSource source{"w",
-                                          format::FindDType(std::string_view("int32")),
+                                          format::FindRecordDtype("int32"),
                                           {static_cast<int64_t>(values_.size())},
                                           std::as_bytes(std::span(values_))};
     place_ = writer.Write({&source, 1})[0];

@@ -26,7 +26,7 @@ struct BoxRead {
   std::vector<int64_t> offsets;  ///< in elements, within the record's tensor
   std::vector<int64_t> lengths;
   /// The dtype of the memory; null if there is none that takes the box as it is stored.
-  const format::DType* target_dtype = nullptr;
+  const format::RecordDtype* target_dtype = nullptr;
   std::byte* target = nullptr;  ///< contiguous, for all of the box
 };
 

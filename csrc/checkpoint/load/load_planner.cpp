@@ -5,7 +5,7 @@
 
 #include "base/error.h"
 #include "base/parallel.h"
-#include "format/dtype.h"
+#include "format/record_dtype.h"
 #include "io/file.h"
 
 namespace hsdp_ckpt::checkpoint {
@@ -206,7 +206,7 @@ void LoadPlanner::CheckTensorSize(const std::string& name, const format::TensorM
   const bool lenient = check == SizeCheck::kLenient;
   if (lenient && tensor.properties.layout != format::Layout::k_strided) return;
   const std::string dtype_name(format::Name(tensor.properties.dtype));
-  const format::DType* dtype = format::FindDType(dtype_name);
+  const format::RecordDtype* dtype = format::FindRecordDtype(dtype_name);
   const uint64_t unit = dtype == nullptr ? 1 : dtype->size;
   uint64_t needed = 0;
   if (__builtin_mul_overflow(Volume(tensor.size), unit, &needed)) needed = UINT64_MAX;

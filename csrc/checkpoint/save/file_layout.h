@@ -29,7 +29,7 @@ struct PlannedFile {
 /// microseconds.
 class RecordSizes {
  public:
-  const format::RecordSize& Of(const format::DType& dtype, const format::Shape& sizes) {
+  const format::RecordSize& Of(const format::RecordDtype& dtype, const format::Shape& sizes) {
     const auto found = known_.find({dtype.code, sizes});
     if (found != known_.end()) return found->second;
     return known_.emplace(std::pair(dtype.code, sizes), format::SizeOfRecord(dtype, sizes))

@@ -96,7 +96,7 @@ void EncodePath(format::MetadataEncoder& encoder, std::string_view name,
 // The paths of the tensors, then of the writers' objects.
 void EncodePaths(format::MetadataEncoder& encoder, const PlannedPaths& paths,
                  const std::vector<PlannedTensor>& tensors,
-                 const std::vector<SavePlan::Writer>& writers) {
+                 std::span<const SavePlan::Writer> writers) {
   encoder.BeginPaths();
   size_t begin = 0, number = 0;
   const auto encode_next = [&](const std::string& name) {
@@ -162,27 +162,24 @@ class RecordsEncoder {
 
 }  // namespace
 
-SavePlan::Encoded SavePlan::Encode(const std::vector<Writer>& writers, uint64_t save_id,
-                                   bool single_file, const PlannedPaths* paths,
-                                   const std::optional<format::StorageMeta>& meta,
-                                   const std::optional<std::string>& version) const {
-  const std::vector<ChunkList> by_rank = ChunksByRank(writers.size());
+SavePlan::Encoded SavePlan::Encode(const EncodeRequest& request) const {
+  const std::vector<ChunkList> by_rank = ChunksByRank(request.writers.size());
   const ChunksByTensor grouped = GroupByTensor(by_rank, tensors_.size());
   format::MetadataEncoder encoder(ExpectedBytes(tensors_, grouped.places.size()));
   EncodeTensors(encoder, tensors_, by_rank, grouped);
-  for (const Writer& writer : writers) {
+  for (const Writer& writer : request.writers) {
     for (const auto& object : writer.objects) encoder.Entry(object.first, format::BytesMetadata{});
   }
-  if (paths == nullptr) {
+  if (request.paths == nullptr) {
     encoder.PlannerData({});
   } else {
-    EncodePaths(encoder, *paths, tensors_, writers);
+    EncodePaths(encoder, *request.paths, tensors_, request.writers);
   }
   encoder.BeginRecords();
-  RecordsEncoder records(encoder, tensors_, save_id, single_file);
-  for (size_t rank = 0; rank < writers.size(); ++rank)
-    records.AddRank(static_cast<int64_t>(rank), writers[rank], by_rank[rank]);
-  std::string metadata = encoder.Finish(meta, version);
+  RecordsEncoder records(encoder, tensors_, request.save_id, request.single_file);
+  for (size_t rank = 0; rank < by_rank.size(); ++rank)
+    records.AddRank(static_cast<int64_t>(rank), request.writers[rank], by_rank[rank]);
+  std::string metadata = encoder.Finish(request.storage_meta, request.version);
   return {std::move(metadata), std::move(records).TakeFiles()};
 }
 

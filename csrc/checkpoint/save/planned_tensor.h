@@ -3,8 +3,8 @@
 #include <memory>
 #include <string>
 
-#include "format/dtype.h"
 #include "format/metadata.h"
+#include "format/record_dtype.h"
 
 namespace hsdp_ckpt::checkpoint {
 
@@ -13,7 +13,7 @@ using SharedShape = std::shared_ptr<const format::Shape>;
 
 struct PlannedTensor {
   std::string fqn;
-  const format::DType* dtype = nullptr;
+  const format::RecordDtype* dtype = nullptr;
   SharedShape size;     ///< of the whole tensor, in elements
   size_t sharding = 0;  ///< which of the plan's
   /// What the metadata says of the coordinator's local tensor.

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -70,16 +71,22 @@ class SavePlan {
     std::vector<std::pair<std::string, int64_t>>
         objects;  ///< fqn and size in bytes of what it writes before its tensors
   };
+  /// What of a save its plan does not know.
+  struct EncodeRequest {
+    std::span<const Writer> writers;  ///< one a rank of the saving group
+    uint64_t save_id = 0;
+    bool single_file = true;
+    const PlannedPaths* paths = nullptr;  ///< null for a state dict that is not flattened
+    std::optional<format::StorageMeta> storage_meta{};
+    std::optional<std::string> version{};
+  };
   struct Encoded {
     std::string metadata;                                ///< the whole `.metadata` file
     std::vector<std::pair<std::string, int64_t>> files;  ///< every rank's, and their sizes
   };
-  /// The metadata of the whole save: tensors in the plan's order, then the writers' objects.
-  /// `writers`: one a rank of the saving group. `paths`: null for a state dict that is not
-  /// flattened. Throws as MetadataEncoder does.
-  Encoded Encode(const std::vector<Writer>& writers, uint64_t save_id, bool single_file,
-                 const PlannedPaths* paths, const std::optional<format::StorageMeta>& meta,
-                 const std::optional<std::string>& version) const;
+  /// The metadata of the whole save: tensors in the plan's order, then the writers' objects. Throws
+  /// as MetadataEncoder does.
+  Encoded Encode(const EncodeRequest& request) const;
 
  private:
   using Coordinates = std::vector<int64_t>;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "checkpoint/save/write_batch.h"
 #include "format/data_file_name.h"
 #include "format/file_index.h"
 #include "io/file.h"
@@ -22,8 +23,8 @@ namespace hsdp_ckpt::checkpoint {
 /// in one Write or in many: all have the same name, dtype and shape, and `first` says where in the
 /// payload the part begins.
 struct RecordSource {
-  std::string name;                      ///< the tensor's, for messages
-  const format::DType* dtype = nullptr;  ///< null: an object, written as it is
+  std::string name;                            ///< the tensor's, for messages
+  const format::RecordDtype* dtype = nullptr;  ///< null: an object, written as it is
   std::vector<int64_t> shape;
   std::span<const std::byte> data;  ///< contiguous; to the end of the payload, or a part of it
   int64_t first = 0;                ///< bytes of the payload before `data`
@@ -86,16 +87,12 @@ class ShardFileWriter {
   /// The places of the records that begin in this call; a record's later parts have none. Throws
   /// Error for parts that leave a gap, for data that is longer than the payload, and for data in
   /// the image at another place than its own.
-  std::vector<Place> Write(std::span<const RecordSource> records);
+  std::vector<Place> Write(std::span<const RecordSource> sources);
   /// Writes the index, gives the file its exact length, syncs and closes it. The directory is the
   /// caller's to sync.
   WrittenFile Finish();
 
  private:
-  struct Record;
-  struct Extent;
-  struct Batch;
-
   enum class Flushing { kMoreFollows, kEnd };
   /// A block's memory: in the image, or in `buffer`, which is null otherwise.
   struct AssembledBlock {
@@ -103,24 +100,20 @@ class ShardFileWriter {
     std::span<std::byte> memory;
   };
 
-  void Flush(Batch& batch, Flushing flushing);
-  AssembledBlock AssembleBlock(Batch& batch, int64_t begin, int64_t end,
+  Place Begin(WriteBatch& batch, const RecordSource& source);
+  void CheckContinues(const RecordSource& source) const;
+  void CheckFits(const RecordSource& source) const;
+  void CheckPlace(const RecordSource& source, int64_t offset) const;
+  void TakeChecksums(WriteBatch& batch, const RecordSource& source);
+  void Flush(WriteBatch& batch, Flushing flushing);
+  AssembledBlock AssembleBlock(WriteBatch& batch, int64_t begin, int64_t end,
                                base::AlignedBuffer prefix);
-  void KeepBlock(Batch& batch, int64_t begin, int64_t end, base::AlignedBuffer prefix);
-  void WriteBlock(Batch& batch, int64_t begin, int64_t end, base::AlignedBuffer prefix);
-  void WriteBlockBuffered(Batch& batch, int64_t begin, int64_t end);
-  void WritePayload(Batch& batch, const Extent& extent, int64_t from, int64_t to);
-  void Assemble(Batch& batch, const Extent& extent, int64_t from, std::span<std::byte> target);
-  void WaitForTail(Batch& batch, const Record& record) const;
-  void AssemblePayload(Batch& batch, const Extent& extent, int64_t at, std::span<std::byte> target);
-  void TakeChecksums(Batch& batch, Record& record, const RecordSource& source);
-  Record* Begin(Batch& batch, const RecordSource& source, std::vector<Place>& places);
-  void PayloadDone(Batch& batch, Record& record, int64_t from, std::span<const uint32_t> crcs,
-                   std::span<const int64_t> sizes);
-  void Complete(Batch& batch, Record& record);
+  void KeepBlock(WriteBatch& batch, int64_t begin, int64_t end, base::AlignedBuffer prefix);
+  void WriteBlock(WriteBatch& batch, int64_t begin, int64_t end, base::AlignedBuffer prefix);
+  void WriteBlockBuffered(WriteBatch& batch, int64_t begin, int64_t end);
+  void WritePayload(WriteBatch& batch, const WriteBatch::Extent& extent, int64_t from, int64_t to);
   /// The image's memory for bytes [begin, end) of the file; empty if it has not all of them.
   std::span<std::byte> InImage(int64_t begin, int64_t end) const;
-  void CheckPlace(const RecordSource& source, int64_t offset) const;
   base::AlignedBuffer TakeBuffer();
   void GiveBuffer(base::AlignedBuffer buffer);
 
@@ -130,7 +123,7 @@ class ShardFileWriter {
   const WriterOptions options_;
   format::IndexEncoder index_;  // of the records that are complete
   std::unique_ptr<io::File> file_;
-  std::unique_ptr<Record> open_;  // its payload is not complete yet
+  std::unique_ptr<WriteBatch::Record> open_;  // its payload is not complete yet
   bool finished_ = false;
   int64_t position_ = 0;  // where the next record may begin
   int64_t flushed_ = 0;   // everything before it is in the file; behind it, up to position_, in

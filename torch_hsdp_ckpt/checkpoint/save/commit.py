@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from ... import _C
 from ...errors import CheckpointError
 from ..storage.metadata import decode_metadata, read_metadata_bytes
-from ..storage.writer import FileToCommit, FileWriteResult
+from ..storage.writer import FileWriteResult
 from .metadata_build import complete_metadata
 from .open import Opened, SaveRequest
 from .result import SavedMetadata, SaveResult
@@ -94,11 +95,11 @@ def _commit_as_coordinator(
     """Makes the checkpoint; the bytes of its `.metadata`."""
     assert written.metadata is not None
     built = written.metadata.result()
-    files = {name: FileToCommit(name, size, is_exact=True) for name, size in built.files}
+    files = {name: _C.ExpectedFile(name, size, exact=True) for name, size in built.files}
     results = list(itertools.chain.from_iterable(vote.results() for vote in votes))
     for result in results:
         name = result.storage_data.relative_path
-        files[name] = FileToCommit(name, result.file_size, is_exact=True)
+        files[name] = _C.ExpectedFile(name, result.file_size, exact=True)
     metadata = complete_metadata(built, opened.gathered.metadata, results)
     claim = opened.unfinished.take_claim()
     opened.request.writer._commit(claim, metadata, list(files.values()))

@@ -60,21 +60,13 @@ class FileWriteResult(WriteResult):
     file_size: int = 0
 
 
-class FileToCommit(NamedTuple):
-    """A data file to be committed; a file that is shorter, or longer where the size is exact, is
-    not."""
-
-    name: str
-    size: int  # bytes
-    is_exact: bool
-
-
-def _file_of(result: WriteResult) -> FileToCommit:
+def _file_of(result: WriteResult) -> _C.ExpectedFile:
+    """The data file that holds a written record, as the commit expects it."""
     place = result.storage_data
     if isinstance(result, FileWriteResult):
-        return FileToCommit(place.relative_path, result.file_size, is_exact=True)
+        return _C.ExpectedFile(place.relative_path, result.file_size, exact=True)
     # A subclass writes in its own way: a file is as long as its records, or more.
-    return FileToCommit(place.relative_path, place.offset + place.length, is_exact=False)
+    return _C.ExpectedFile(place.relative_path, place.offset + place.length, exact=False)
 
 
 def _torch_saved(tensor: Tensor) -> memoryview:
@@ -273,14 +265,13 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return save_id, _C.claim_directory(str(self.path), name, save_id, self.overwrite)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, FileToCommit] = {}
+        files: dict[str, _C.ExpectedFile] = {}
         storage_data = {}
         for result in itertools.chain.from_iterable(results):
             storage_data[result.index] = result.storage_data
-            file = _file_of(result)
-            known = files.get(file.name)
-            if known is None or known.size < file.size:
-                files[file.name] = file
+            name, file = result.storage_data.relative_path, _file_of(result)
+            if name not in files or files[name].size < file.size:
+                files[name] = file
         metadata.version = _stock.CURRENT_DCP_VERSION
         metadata.storage_data = storage_data
         metadata.storage_meta = self.storage_meta()
@@ -301,20 +292,21 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return meta
 
     def _commit(
-        self, claim: str, metadata: bytes | memoryview, files: Sequence[FileToCommit]
+        self, claim: str, metadata: bytes | memoryview, files: Sequence[_C.ExpectedFile]
     ) -> None:
         """Makes a checkpoint of data files that are durable."""
         path = self._own_metadata_path()
         with _commit_lock:
-            result = _C.commit_checkpoint(
-                str(self.path),
-                path.name,
-                claim,
-                metadata,
-                files,
-                _named_files(path),
-                self.sync_files,
+            request = _C.CommitRequest(
+                directory=str(self.path),
+                metadata_name=path.name,
+                claim=claim,
+                metadata=metadata,
+                files=files,
+                superseded=_named_files(path),
+                sync=self.sync_files,
             )
+            result = _C.commit_checkpoint(request)
         _logger.debug("%s: committed, %d older files removed", self.path, len(result.removed))
         for reason in result.left:
             _logger.warning(

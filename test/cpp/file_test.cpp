@@ -1,0 +1,60 @@
+#include "io/file.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cerrno>
+#include <thread>
+#include <vector>
+
+#include "base/parallel.h"
+#include "fault_file_system.h"
+
+namespace hsdp_ckpt {
+namespace {
+
+// A file system that refuses direct writes only after all threads have issued theirs: each is
+// refused, one turns it off.
+TEST(FileTest, SeveralThreadsWhoseDirectWritesAreRefusedGoOn) {
+  std::atomic<int> waiting{0};
+  class Late : public io::RawFile {
+   public:
+    explicit Late(std::atomic<int>& waiting) : waiting_(waiting) {}
+    ssize_t PRead(void*, size_t, int64_t) override { return 0; }
+    ssize_t PWrite(const void*, size_t size, int64_t) override {
+      if (++waiting_ > 2) return static_cast<ssize_t>(size);
+      while (waiting_ < 2) std::this_thread::yield();
+      return -EINVAL;
+    }
+    int64_t Size() override { return 0; }
+    int Truncate(int64_t) override { return 0; }
+    int Allocate(int64_t) override { return 0; }
+    int Sync() override { return 0; }
+    int DisableDirect() override { return 0; }
+    int Close() override { return 0; }
+
+   private:
+    std::atomic<int>& waiting_;
+  };
+  class LateSystem : public FaultFileSystem {
+   public:
+    explicit LateSystem(std::atomic<int>& waiting) : waiting_(waiting) {}
+    int Open(const std::string&, io::OpenMode, std::unique_ptr<io::RawFile>* file) override {
+      *file = std::make_unique<Late>(waiting_);
+      return 0;
+    }
+
+   private:
+    std::atomic<int>& waiting_;
+  };
+  LateSystem fs(waiting);
+  io::File file = io::File::Open(fs, "/d/x", io::OpenMode::kCreateDirect);
+  const std::vector<std::byte> page(4096);
+  EXPECT_NO_THROW(base::ParallelFor(
+      2, 2, [&](size_t i) { file.WriteAt(page, static_cast<int64_t>(i) * 4096); }));
+  EXPECT_FALSE(file.direct());
+  EXPECT_EQ(waiting, 4);
+}
+
+}  // namespace
+}  // namespace hsdp_ckpt
