@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PosixPath
-from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint.filesystem as _stock
