@@ -21,7 +21,7 @@ class AlignedBuffer {
   AlignedBuffer() = default;
   /// `size` is rounded up to a multiple of kAlignment, or of kHugePage. Throws std::bad_alloc.
   ///
-  /// `huge`: of huge pages where the system has them for who asks. That halves what a direct write
+  /// `huge`: of huge pages where the system gives them on request. That halves what a direct write
   /// of it costs the CPU, as the kernel takes hold of each page, but a first byte costs the zeroing
   /// of a whole one: for memory that will be filled.
   explicit AlignedBuffer(size_t size, bool huge = false) {
@@ -43,7 +43,7 @@ class AlignedBuffer {
     auto* const first =
         static_cast<std::byte*>(start) + (kHugePage - address % kHugePage) % kHugePage;
     data_ = {first, Free{start, mapped}};
-    ::madvise(first, size_, MADV_HUGEPAGE);  // an advice: nothing is lost where it is refused
+    ::madvise(first, size_, MADV_HUGEPAGE);  // a hint: nothing is lost where it is refused
   }
 
   std::byte* data() const { return data_.get(); }

@@ -31,7 +31,7 @@ void GatherQueue::Begin(const UnitSequence& backward_order) {
 GatherQueue::State GatherQueue::StateOf(const UnitPtr& unit) const {
   if (Contains(queue_, unit)) return State::kQueued;
   const bool gathering = unit->group->state() == ParamGroup::State::kGathering;
-  return unit == ahead_ && gathering ? State::kAhead : State::kStarted;
+  return unit == ahead_ && gathering ? State::kAhead : State::kNotQueued;
 }
 
 void GatherQueue::Unshard(const UnitPtr& unit) {

@@ -16,27 +16,28 @@ enum class BackwardPrefetch {
 
 /// The all-gathers of one backward, in the one order that all ranks keep.
 ///
-/// The order is settled when a backward begins; how early a gather starts depends on what this
-/// rank's backward reaches. A unit that it skips is gathered all the same when a later one is
-/// reached, or at the end.
+/// `Begin` settles the order, from Schedule::QueueBackward; how early a gather starts depends on
+/// what this rank's backward reaches. A unit that it skips is gathered all the same when a later
+/// one is reached, or at the end.
 ///
 /// One unit's state in the queue, and what moves it:
 ///
-///   from      call                                     to        what is done
-///   kStarted  Begin, if its parameters are sharded     kQueued   it gets its place in the order
-///   kQueued   Unshard or StartThrough of it or of a    kStarted  its all-gather is issued
-///             unit behind it, StartNext
-///   kQueued   a prefetch, as the first in the queue    kAhead    its all-gather is issued
-///   kAhead    Unshard of it, or whatever else waits    kStarted  nothing is left to do here
-///             for the gather or drops it
-///   any       Clear                                    kStarted  the queue forgets it
+///   from        call                                     to          what is done
+///   kNotQueued  Begin, if its parameters are sharded     kQueued     it gets its place in the
+///   order kQueued     Unshard or StartThrough of it or of a    kNotQueued  its all-gather is
+///   issued
+///               unit behind it, StartNext
+///   kQueued     a prefetch, as the first in the queue    kAhead      its all-gather is issued
+///   kAhead      Unshard of it, or whatever else waits    kNotQueued  nothing is left to do here
+///               for the gather or drops it
+///   any         Clear                                    kNotQueued  the queue forgets it
 ///
 /// A started gather's own progress is ParamGroup::state(). While one unit is kAhead none is
 /// prefetched, since each gather holds a whole unit's memory; what a user has named is gathered all
 /// the same, and the last one named is the one that is kAhead. Thread safety: none.
 class GatherQueue {
  public:
-  enum class State { kStarted, kQueued, kAhead };
+  enum class State { kNotQueued, kQueued, kAhead };
 
   /// `rank`: in the default group, for errors.
   GatherQueue(BackwardPrefetch prefetch, int64_t rank) : prefetch_(prefetch), rank_(rank) {}

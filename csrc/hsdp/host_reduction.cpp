@@ -131,7 +131,7 @@ void HostReduction::Begin() {
   if (grads().collectives->shards() > 1) {
     for (const auto& bucket : grads().buckets) PostPieces(*bucket);
   }
-  stage_ = Stage::kReduce;
+  stage_ = Stage::kAllReduce;
   const bool all_reduce = options_.all_reduce && grads().collectives->replicas() > 1;
   done_ = std::make_shared<BackgroundReduction>(grads_, all_reduce)->Run();
 }
@@ -148,7 +148,7 @@ void HostReduction::PostPieces(GradBucket& bucket) const {
 }
 
 void HostReduction::MoveOn(bool wait) {
-  if (stage_ != Stage::kReduce) return;
+  if (stage_ != Stage::kAllReduce) return;
   const bool is_over = wait || done_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
   if (!is_over) return;
   done_.get();

@@ -13,7 +13,7 @@ namespace hsdp_ckpt::hsdp {
 /// it gets in the order of the ranks, in float32: the same bits in every run, and on every replica.
 /// Messages are posted in the caller's thread, in one order on all ranks; waiting, sums and
 /// the all-reduce happen in the process's two background threads (background.h), beside the
-/// computation. The caller never has to start the all-reduce: Start goes straight to kReduce.
+/// computation. The caller never has to start the all-reduce: Start goes straight to kAllReduce.
 class HostReduction final : public Reduction {
  public:
   using Reduction::Reduction;

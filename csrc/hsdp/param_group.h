@@ -37,7 +37,8 @@ struct Precision {
 /// still and tensors saved for backward stay valid across a reshard. A parameter without dimensions
 /// is whole on every rank; all compute with the first one's value. Their copies stay equal to the
 /// last bit: Gloo's ranks sum the gradients in one order, on CUDA the first one's sum goes to all
-/// (see HostReduction and StreamReduction). How a gather moves bytes says its GatherPlan.
+/// (see HostReduction and StreamReduction). Its GatherPlan says how a gather
+/// moves bytes.
 ///
 /// Ownership: buffers and the full parameters; never the module's own sharded Parameters, whose
 /// references torch's `swap_tensors` counts. Thread safety: one thread at a time (the caller's in

@@ -10,8 +10,8 @@
 
 namespace hsdp_ckpt::hsdp {
 
-/// The reductions of one backward, in the one order that all ranks keep: that of the gathers, and
-/// behind it the units that owe a reduction of earlier gradients.
+/// The reductions of one backward, in the one order that all ranks keep: the reverse of forward,
+/// and behind it the units that owe a reduction of earlier gradients.
 ///
 /// A unit that is not ready holds later ones back until the end of backward, when it joins with
 /// zeros for the gradients that this rank lacks.

@@ -39,18 +39,18 @@ void AwaitWorks(const UnitGrads& grads, GradBucket& bucket, const char* what);
 /// over the replicas. Who orders the two differs: a device's streams (StreamReduction) or the host
 /// (HostReduction).
 ///
-///   from      call      to                  when
-///   kIdle     Start     kScatter            the buckets are packed and Allocate has been called
-///   kIdle     Start     kReduce             nobody has to start the all-reduce later
-///   kScatter  Advance   kReduce             the reduce-scatter is over: the all-reduce is started
-///   kReduce   Advance   kDone               that is over too: the sums are in the outputs
-///   any       End       kIdle               the sums are taken, or nobody wants them
-///   any       an error of Advance           kIdle, and the buckets are empty
+///   from        call      to                when
+///   kIdle       Start     kScatter          the buckets are packed and Allocate has been called
+///   kIdle       Start     kAllReduce        nobody has to start the all-reduce later
+///   kScatter    Advance   kAllReduce        the reduce-scatter is over: the all-reduce is started
+///   kAllReduce  Advance   kDone             that is over too: the sums are in the outputs
+///   any         End       kIdle             the sums are taken, or nobody wants them
+///   any         an error of Advance         kIdle, and the buckets are empty
 ///
 /// Thread safety: one thread at a time.
 class Reduction {
  public:
-  enum class Stage { kIdle, kScatter, kReduce, kDone };
+  enum class Stage { kIdle, kScatter, kAllReduce, kDone };
 
   explicit Reduction(std::shared_ptr<const UnitGrads> grads) : grads_(std::move(grads)) {}
   virtual ~Reduction() = default;

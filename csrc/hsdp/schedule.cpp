@@ -234,7 +234,7 @@ ReadTurn Schedule::FinishFor(ReadTurn turn) {
 }
 
 void Schedule::Reset() {
-  // Another thread is waited for; at the begin of a forward the turn is this one's already.
+  // Another thread is waited for; at the beginning of a forward the turn is this one's already.
   const ReadTurn turn = turn_->BeginRead();
   const auto give_back = c10::make_scope_exit([&] {
     if (turn == ReadTurn::kTaken) turn_->EndRead();

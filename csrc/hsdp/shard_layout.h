@@ -8,7 +8,8 @@
 
 namespace hsdp_ckpt::hsdp {
 
-/// One parameter as its dim-0 shards see it. Which rows a shard holds says base::RowsOfShard.
+/// One parameter as its dim-0 shards see it. base::RowsOfShard says which rows a
+/// shard holds.
 struct ParamShape {
   /// `item` is what one element of the parameter counts as, in elements or bytes. A parameter
   /// without dimensions can't be cut: it counts as one row a rank, each of them the whole value.

@@ -57,7 +57,7 @@ void StreamReduction::StartAllReduces() {
   // to give memory back.
   if (grads().collectives->shards() > 1) HoldInputs();
   for (const auto& bucket : grads().buckets) AllReduce(*bucket);
-  stage_ = Stage::kReduce;
+  stage_ = Stage::kAllReduce;
 }
 
 void StreamReduction::AllReduce(GradBucket& bucket) {
@@ -83,7 +83,7 @@ void StreamReduction::MoveOn(bool wait) {
     TakeWorks();
     StartAllReduces();
   }
-  if (stage_ == Stage::kReduce) {
+  if (stage_ == Stage::kAllReduce) {
     if (!wait && !WorksAreOver()) return;
     TakeWorks();
     stage_ = Stage::kDone;

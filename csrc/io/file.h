@@ -22,8 +22,8 @@ class File {
  public:
   static File Open(FileSystem& fs, const std::string& path, OpenMode mode);
 
-  /// Opens `name` in `directory` for reading, wherever it is that links may lead to, as long as it
-  /// is inside.
+  /// Opens `name` in `directory` for reading. It may be a link that leads to another place in
+  /// `directory`, and none that leads out of it.
   static File OpenInside(FileSystem& fs, const std::string& directory, const std::string& name,
                          OpenMode mode);
 

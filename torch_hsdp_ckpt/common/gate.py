@@ -1,8 +1,8 @@
 """The gate that holds training back until a state is copied that it must not change before.
 
-The contract is a gate, not a guess: what is copied late is only what is changed by nobody but
-optimizers whose steps torch's global hook announces, and by this package. Both wait at the gate.
-Version counters are looked at besides."""
+Copied late is only what nobody changes but this package and optimizers whose steps torch's global
+hook announces: both wait at the gate. Tensors' version counters are compared besides, to find out
+what came past it."""
 
 import contextlib
 import dataclasses
@@ -117,8 +117,8 @@ class Gate:
         _gate = self
 
     def begin(self, copy: PendingCopy, is_all: bool) -> None:
-        """From here on, who waits helps to copy. ``is_all``: nothing else is read of the state, so
-        that who waits need not wait for the save's own thread, but opens the gate."""
+        """From here on, whoever waits helps to copy. ``is_all``: nothing else is read of the state,
+        so that a waiting thread opens the gate itself instead of waiting for the save's own."""
         self._copying = _Copying(copy, is_all)
         self._begun.set()
 

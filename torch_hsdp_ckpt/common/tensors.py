@@ -32,13 +32,13 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def staged(tensor: Tensor) -> Tensor:
+def row_major_on_cpu(tensor: Tensor) -> Tensor:
     """The tensor's elements, contiguous in CPU memory: itself if it is so already."""
     return tensor.cpu().resolve_conj().resolve_neg().contiguous()
 
 
-def is_staged(tensor: Tensor) -> bool:
-    """Whether :func:`staged` gives the tensor itself."""
+def is_row_major_on_cpu(tensor: Tensor) -> bool:
+    """Whether :func:`row_major_on_cpu` gives the tensor itself."""
     return (
         tensor.device.type == "cpu"
         and tensor.is_contiguous()
@@ -87,6 +87,6 @@ def scratch(size: int, huge: bool = False) -> Tensor:
     system has them, for memory that will be filled."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge:
-        with contextlib.suppress(OSError):  # an advice: a kernel without huge pages refuses it
+        with contextlib.suppress(OSError):  # a hint: a kernel without huge pages refuses it
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from ..checkpoint.load.load import load
-from ..checkpoint.save.async_save import AsyncSave, async_save, collect
+from ..checkpoint.save.async_save import AsyncSave, async_save, await_save
 from ..checkpoint.save.save import save
 from ..common.agreement import agreement_of
 from ..errors import CheckpointError, CorruptCheckpointError
@@ -176,7 +176,7 @@ class CheckpointManager:
         if in_flight is None:
             return
         try:
-            collect(in_flight)
+            await_save(in_flight)
             self._settled.wait()
         except BaseException as error:
             # After Ctrl-C in the wait the save goes on, and the next wait is for it.

@@ -24,7 +24,7 @@ std::optional<ClaimName> ParseClaim(const std::string& name);
 ///
 /// The claim is an empty file, later the metadata's temporary one. Claiming removes the claims of
 /// all earlier saves, so that none of them can rename its own into place any more, wherever it has
-/// been stopped: the rename itself is the check. The steps are numbered in the source;
+/// been stopped: the rename itself is the check. The steps have letters in the source;
 /// docs/design/format.md argues over them.
 ///
 /// Throws Error if another save claims at the same time and is the later one, or if there is a

@@ -57,7 +57,8 @@ struct SegmentList {
 /// with their checks.
 ///
 /// This is where a record's header is checked. Ours: against the checksum of the record's framing
-/// in the file's index; Cut adds the framing to what is read, and ReadPlan::Check compares.
+/// in the file's index; Cut adds the framing to what is read, and ReadPlan compares (CheckRecord,
+/// and Finish for what was read in blocks).
 /// Stock's: by OpenStockRecord (stock_record.h), which Describe calls, before anything in it is
 /// believed.
 ///

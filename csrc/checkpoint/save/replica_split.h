@@ -20,7 +20,7 @@ int64_t Product(const format::Shape& sizes, size_t from = 0);
 enum class Cutting { kByRows, kWhole };
 
 /// Deals the tensors of one shard, laid end to end, out to the replicas that hold it: each takes a
-/// contiguous 1/R of the bytes, but for the places where tensors may be cut. Add the tensors in
+/// contiguous 1/R of the bytes, rounded to where tensors may be cut. Add the tensors in
 /// their order, then take the chunks.
 class ReplicaSplit {
  public:

@@ -72,7 +72,7 @@ void SavePlan::Box(size_t index, const Coordinates& at, PlannedChunk* box) const
     if (sharding.shard_dims[i] < 0) continue;
     const auto dim = static_cast<size_t>(sharding.shard_dims[i]);
     if (dim >= box->sizes.size())
-      throw base::Error(tensor.fqn + ": sharded along a dimension that it has not");
+      throw base::Error(tensor.fqn + ": sharded along a dimension that it does not have");
     int64_t& size = box->sizes[dim];
     const base::ShardRows rows = base::RowsOfShard(size, sharding.mesh_shape[i], at[i]);
     box->offsets[dim] += rows.first;

@@ -67,7 +67,7 @@ struct WrittenFile {
 /// the file's size. Only a record's tail depends on earlier bytes, through the payload's CRC: a
 /// worker that comes to a tail waits for the workers of earlier blocks, which never wait for a
 /// later one. Buffered files get large payloads straight from where they are; so do direct ones
-/// from an image, where a worker only sums them, if that is not done either.
+/// from an image, where a worker only sums them, unless they are summed already.
 ///
 /// The file must not exist: data files are never overwritten. One that was not finished is removed
 /// by the destructor. Not thread-safe. After an exception only destruction is left.

@@ -220,7 +220,7 @@ def was_given_up(error: BaseException) -> bool:
 
 
 def begin_copy(late: LateCopy, mode: SnapshotMode) -> None:
-    """Shows the copies to who waits at the gate, and starts a thread that makes them."""
+    """Shows the copies to whoever waits at the gate, and starts a thread that makes them."""
     if late.call.gate is not None:
         late.call.gate.begin(late.copy, mode == "lazy" and late.placed.live == 0)
     # Beside the save's own thread, which may have to write some in its place first.

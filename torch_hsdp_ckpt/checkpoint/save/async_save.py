@@ -76,7 +76,7 @@ class _InFlight:
 _in_flight = _InFlight()
 
 
-def collect(future: AsyncSave) -> None:
+def await_save(future: AsyncSave) -> None:
     """Waits for a save and raises its exception, which the next call then does not raise again."""
     job = _in_flight.job
     if job is not None and job.future is future:

@@ -58,7 +58,7 @@ class Structure:
     ``key`` and ``fingerprint`` say what it fits. ``kept``: types and specs, so that their
     addresses, which are in the fingerprint, mean the same objects. ``places``: of the tensors among
     the values. ``objects``: values that may change and are no tensors. ``devices``: CUDA's.
-    ``copied``: the chunks again, as C++ takes them."""
+    ``chunk_parts``: the chunks again, as C++ takes them."""
 
     fingerprint: bytes
     key: Any
@@ -71,7 +71,7 @@ class Structure:
     digests: bytes
     static: StaticPlan
     chunks: Sequence[LocalChunk]
-    copied: _C.StagingParts
+    chunk_parts: _C.StagingParts
 
 
 # A process has one list: what is kept fits every save of the same state, whoever makes it.
@@ -181,7 +181,7 @@ def _structure_of(
         digests=local.digests(),
         static=static.without_tensors(),
         chunks=chunks,
-        copied=_C.StagingParts([(chunk.tensor, chunk.first, chunk.size) for chunk in chunks]),
+        chunk_parts=_C.StagingParts([(chunk.tensor, chunk.first, chunk.size) for chunk in chunks]),
     )
 
 

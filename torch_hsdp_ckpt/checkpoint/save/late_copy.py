@@ -10,7 +10,7 @@ from ... import _C
 from ...common.tensors import local_of
 from ..snapshot.device_copy import CopyPair, DeviceCopy, SnapshotCopy
 from ..snapshot.staged import Objects, Source, StagedRecords
-from ..storage.data_file import StagedRecord
+from ..storage.data_file import HostRecord
 from ..storage.staging import Image, Layout
 from .capture import Captured, LocalChunk
 from .open import SaveRequest
@@ -35,7 +35,7 @@ class PlacedRecords:
     @property
     def copied_bytes(self) -> int:
         copied = self.records[self.live :]
-        return sum(record.size for record in copied if isinstance(record, StagedRecord))
+        return sum(record.size for record in copied if isinstance(record, HostRecord))
 
     def staged(self, copies: Sequence[_C.StagingCopy]) -> StagedRecords:
         return StagedRecords(self.records, self.image.files, self.live, copies)
@@ -55,7 +55,7 @@ def place_records(request: SaveRequest, captured: Captured, limits: StagingLimit
     records: list[Source] = [_live_record(captured, chunk) for chunk in structure.chunks[:live]]
     places = layout.payloads[layout.first :]
     records += [
-        StagedRecord(chunk.kind, chunk.shape, image.base + place, chunk.size)
+        HostRecord(chunk.kind, chunk.shape, image.base + place, chunk.size)
         for chunk, place in zip(structure.chunks[live:], places, strict=True)
     ]
     return PlacedRecords(objects, files, image, live, records)
@@ -67,7 +67,7 @@ def _live_record(captured: Captured, chunk: LocalChunk) -> Source:
     if local.is_cuda:
         return _elements(local, chunk).view(chunk.shape)
     address = captured.live.address(chunk.tensor) + chunk.first
-    return StagedRecord(chunk.kind, chunk.shape, address, chunk.size)
+    return HostRecord(chunk.kind, chunk.shape, address, chunk.size)
 
 
 def _elements(local: torch.Tensor, chunk: LocalChunk) -> torch.Tensor:
@@ -98,7 +98,7 @@ def copies_of(captured: Captured, placed: PlacedRecords, tensors: Iterable[int])
         on_devices = list(_pairs_on_devices(captured, placed, wanted))
     places = placed.image.layout.payloads[len(placed.objects) :]
     host = captured.live.copies(
-        structure.copied, placed.live, placed.image.base, places, sorted(wanted)
+        structure.chunk_parts, placed.live, placed.image.base, places, sorted(wanted)
     )
     return CopiesToMake(host, on_devices)
 

@@ -48,9 +48,9 @@ class PreparedState:
 class Opened:
     """A save that all ranks have begun.
 
-    ``planned_alone``: what each rank plans without a word to the others. ``gathered``: what DCP has
-    planned, the rest of the state. ``writers``: the process of each rank. ``unfinished`` has to be
-    abandoned by whoever holds this value when the save fails."""
+    ``gathered``: what DCP has planned; each rank plans the rest of the state alone. ``writers``:
+    the process of each rank. ``unfinished`` has to be abandoned by whoever holds this value when
+    the save fails."""
 
     request: SaveRequest
     local: LocalState

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from ... import _C
 from ...errors import CheckpointError
-from ..storage.data_file import DataFile, StagedRecord
+from ..storage.data_file import DataFile, HostRecord
 from ..storage.writer import FileWriteResult, add_items, write_result
 from .metadata_build import BuiltMetadata
 from .stage import Staged
 
-Record = tuple[str, Any]  # a name; an object's bytes, a tensor, or a StagedRecord
+Record = tuple[str, Any]  # a name; an object's bytes, a tensor, or a HostRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +176,8 @@ def _write_file(
 
 def _add_records(data_file: DataFile, records: Iterable[Record]) -> None:
     for name, value in records:
-        if isinstance(value, StagedRecord):
-            data_file.add_staged(name, value)
+        if isinstance(value, HostRecord):
+            data_file.add_host_record(name, value)
         elif isinstance(value, memoryview):
             data_file.add_objects([(name, value)])
         else:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ... import _C
 from ...common.gate import CHANGED
-from ...common.tensors import RECORD_DTYPES, local_of, row_major_parts, staged
+from ...common.tensors import RECORD_DTYPES, local_of, row_major_on_cpu, row_major_parts
 from ...errors import CheckpointError
-from ..storage.data_file import COPY_BLOCK, StagedRecord
+from ..storage.data_file import COPY_BLOCK, HostRecord
 from ..storage.staging import Image, Layout, StagingPool
 
 Objects = list[tuple[str, memoryview]]  # names and records
-Source = Tensor | StagedRecord
+Source = Tensor | HostRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StagedRecords:
     @property
     def copied_bytes(self) -> int:
         copied = self.records[self.in_place :]
-        return sum(record.size for record in copied if isinstance(record, StagedRecord))
+        return sum(record.size for record in copied if isinstance(record, HostRecord))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +66,11 @@ def check_sources(sources: Iterable[WatchedSource]) -> None:
 def checksum(source: Source) -> int:
     """The CRC-32 of a record's payload. A file's own checksums are of its blocks; here two readings
     of one source are compared."""
-    if isinstance(source, StagedRecord):
+    if isinstance(source, HostRecord):
         return _C.crc32(source.address, source.size, 0)
     crc = 0
     for part in row_major_parts(source, COPY_BLOCK):
-        memory = staged(part)
+        memory = row_major_on_cpu(part)
         crc = _C.crc32(memory.data_ptr(), memory.nbytes, crc)
     return crc
 
@@ -99,13 +99,13 @@ def stage_tensors(
     return StagedRecords([*tensors[:in_place], *copies], image.files, in_place)
 
 
-def _copy_to(image: Image, record: int, tensor: Tensor) -> StagedRecord:
+def _copy_to(image: Image, record: int, tensor: Tensor) -> HostRecord:
     """Copies a tensor to a record's place. What is returned keeps no memory alive: the pool has to
     be able to free its block before it makes a larger one."""
     place = image.view(record, tensor)
     place.copy_(tensor)
     dtype, shape = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape)
-    return StagedRecord(dtype, shape, place.data_ptr(), place.nbytes)
+    return HostRecord(dtype, shape, place.data_ptr(), place.nbytes)
 
 
 def bytes_of_copy(value: Any) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ...common.tensors import RECORD_DTYPES, is_staged, row_major_parts, scratch
+from ...common.tensors import RECORD_DTYPES, is_row_major_on_cpu, row_major_parts, scratch
 from ...errors import CheckpointError
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors
@@ -22,8 +22,8 @@ _ALIGNMENT = 64  # of the parts in a pinned block: every dtype's, and a cache li
 
 
 @dataclasses.dataclass(slots=True)
-class StagedRecord:
-    """A record's payload in a staging image: its dtype as records call it, its shape, where it is,
+class HostRecord:
+    """A record's payload in host memory: its dtype as records call it, its shape, where it is,
     its bytes."""
 
     kind: str
@@ -101,9 +101,9 @@ class DataFile:
         self._take(self._writer.write_objects(objects))
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """A plain tensor of a dtype that records have (see ``is_plain``), on any device."""
+        """A plain tensor (see ``common.tensors.is_plain``) on any device."""
         self._make_room()
-        if is_staged(tensor):
+        if is_row_major_on_cpu(tensor):
             self._batch.kept.append(tensor)
             self._add_part(name, tensor, tensor, 0)
             return
@@ -120,7 +120,7 @@ class DataFile:
             _C.RecordPart(name, dtype, shape, memory.data_ptr(), first, memory.nbytes)
         )
 
-    def add_staged(self, name: str, record: StagedRecord) -> None:
+    def add_host_record(self, name: str, record: HostRecord) -> None:
         """A tensor whose bytes are in host memory already, and stay there."""
         self._make_room()
         self._batch.parts.append(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from ... import _C
-from ...common.tensors import RECORD_DTYPES, check_storage, is_staged
+from ...common.tensors import RECORD_DTYPES, check_storage, is_row_major_on_cpu
 from ...errors import CheckpointError, CorruptCheckpointError
 from .objects import check_explained
 from .staged_reads import BATCH_BYTES, StagedPart, TensorRead, cut_into_parts, read_staged
@@ -163,7 +163,7 @@ def _box_read(read: TensorRead, directory: str) -> _C.BoxRead:
             f"{list(target.shape)}, the plan reads {list(read.lengths)}"
         )
     is_strided = type(target) is Tensor and target.layout == torch.strided
-    takes_bytes = is_strided and is_staged(target)
+    takes_bytes = is_strided and is_row_major_on_cpu(target)
     dtype = RECORD_DTYPES.get(target.dtype) if takes_bytes else None
     address = target.data_ptr() if takes_bytes else 0
     return _C.BoxRead(read.record, read.offsets, read.lengths, dtype, address)
