@@ -22,15 +22,14 @@ enum class BackwardPrefetch {
 ///
 /// One unit's state in the queue, and what moves it:
 ///
-///   from        call                                     to          what is done
-///   kNotQueued  Begin, if its parameters are sharded     kQueued     it gets its place in the
-///   order kQueued     Unshard or StartThrough of it or of a    kNotQueued  its all-gather is
-///   issued
+///   from        call                                   to          what is done
+///   kNotQueued  Begin, if its parameters are sharded   kQueued     it has a place in the order
+///   kQueued     Unshard or StartThrough of it or of a  kNotQueued  its all-gather is issued
 ///               unit behind it, StartNext
-///   kQueued     a prefetch, as the first in the queue    kAhead      its all-gather is issued
-///   kAhead      Unshard of it, or whatever else waits    kNotQueued  nothing is left to do here
+///   kQueued     a prefetch, as the first in the queue  kAhead      its all-gather is issued
+///   kAhead      Unshard of it, or whatever else waits  kNotQueued  nothing is left to do here
 ///               for the gather or drops it
-///   any         Clear                                    kNotQueued  the queue forgets it
+///   any         Clear                                  kNotQueued  the queue forgets it
 ///
 /// A started gather's own progress is ParamGroup::state(). While one unit is kAhead none is
 /// prefetched, since each gather holds a whole unit's memory; what a user has named is gathered all
