@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import BackwardPrefetch, CPUOffload, MixedPrecision, ShardingStrategy
 
 from .. import _C
+from .adoption import adopt_everywhere, postponed
 from .arguments import IgnoredStates, check_module, check_offload, offloads
 from .clip import clip_grad_norm
 from .materialize import materialize, move, synchronize
@@ -106,7 +107,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 "sync_module_states": sync_module_states,
                 "device_mesh": mesh,
             }
-            _wrap_inside(module, auto_wrap_policy, ignored, arguments_inside)
+            with postponed():
+                _wrap_inside(module, auto_wrap_policy, ignored, arguments_inside)
         skipped = ignored.modules_inside()
         materialize(module, param_init_fn, device, skipped, ignored.parameters)
         if sync_module_states:
@@ -120,6 +122,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         prefetch = _PREFETCH[backward_prefetch]
         self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__, skipped)
         self._init_state_dict()
+        adopt_everywhere()
 
     # -- running
 

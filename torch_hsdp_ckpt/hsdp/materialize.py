@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .module_tree import modules_of_unit
+from .shards import mark_as_replaced
 from .slots import Slot
 
 _BUCKET_BYTES = 250 * 1024 * 1024  # one broadcast sends so many, as in torch's wrappers
@@ -38,15 +39,17 @@ def materialize(
     if not any(_meta_tensors(owner, ignored) for owner in owners):
         return
     aliases = _slots_of_parameters(owners)
+    originals = [first.parameter for first, *_ in aliases]
     with torch.no_grad():
         for owner in owners:
             if param_init_fn is not None:
                 param_init_fn(owner)
             elif any(True for _ in _tensors_of(owner)):
                 _reset_parameters(owner, device)
-    for first, *others in aliases:
+    for original, (first, *others) in zip(originals, aliases, strict=True):
         for slot in others:
             setattr(slot.module, slot.name, first.parameter)
+        mark_as_replaced(original, first.parameter, first.name, is_sharded=False)
     for owner in owners:
         still_meta = _meta_tensors(owner, ignored)
         if still_meta:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import _C
 from ..common.gate import wait_at_gate
+from .adoption import adopt_everywhere
 from .eager import keep_dynamo_out
 from .flat_tensors import flat_tensors
 from .module_tree import RUNNER, without_wrappers
@@ -164,6 +165,7 @@ class Runner:
         root.schedule.set_last_backward(self.last_backward)
         for runner in inside:
             runner.root = root
+        adopt_everywhere()
         return root
 
     def _prepare(self, name: str, is_outermost: bool) -> None:

@@ -1,5 +1,8 @@
 """The DTensors around a unit's shards, and which parameters can be sharded at all."""
 
+import weakref
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,7 +13,23 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from .precision import REDUCIBLE_DTYPES
 from .slots import RegisteredParameter
 
-_SHARDED_AS = "_hsdp_ckpt_sharded_as"  # on an original parameter: its name in the unit that has it
+_REPLACEMENT = "_hsdp_ckpt_replacement"  # on a parameter that is in no module any more
+
+# The parameters with such a note that somebody still holds. There are none where optimizers are
+# made after wrapping, and then nobody has to look. By id, as tensors compare by value.
+_replaced: "weakref.WeakValueDictionary[int, nn.Parameter]" = weakref.WeakValueDictionary()
+
+
+class Replacement(NamedTuple):
+    """What is in a module in place of a parameter that was there before.
+
+    ``name``: the parameter's in its module or unit. ``is_sharded``: a unit has sharded it.
+    ``had_gradient``: there was a gradient already, of this rank's data alone."""
+
+    parameter: nn.Parameter
+    name: str
+    is_sharded: bool
+    had_gradient: bool
 
 
 def sharded_spec(mesh: DeviceMesh, shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
@@ -31,9 +50,40 @@ def dtensor_around(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
-def mark_as_sharded(parameter: nn.Parameter, name: str) -> None:
-    """Leaves a note on an original parameter, which another module may share."""
-    setattr(parameter, _SHARDED_AS, name)
+def mark_as_replaced(
+    original: nn.Parameter, replacement: nn.Parameter, name: str, is_sharded: bool = True
+) -> None:
+    """Leaves a note on ``original``, which another module may share and an optimizer may hold, of
+    what is in its place now."""
+    if original is replacement:
+        return
+    # A parameter may come back (load_state_dict(assign=True)); notes must not lead in a circle.
+    replacement.__dict__.pop(_REPLACEMENT, None)
+    _replaced.pop(id(replacement), None)
+    note = Replacement(replacement, name, is_sharded, original.grad is not None)
+    setattr(original, _REPLACEMENT, note)
+    _replaced[id(original)] = original
+
+
+def some_are_replaced() -> bool:
+    """Whether anybody still holds a parameter that was replaced."""
+    return bool(_replaced)
+
+
+def replacement_of(parameter: torch.Tensor) -> Replacement | None:
+    """What is in the place of ``parameter`` now, after all that has replaced it; None if it is
+    there itself. ``had_gradient`` is its own."""
+    first = last = _note_on(parameter)
+    while last is not None and (later := _note_on(last.parameter)) is not None:
+        last = later
+    if first is None or last is None:
+        return None
+    return last._replace(had_gradient=first.had_gradient)
+
+
+def _note_on(parameter: torch.Tensor) -> Replacement | None:
+    note: Replacement | None = parameter.__dict__.get(_REPLACEMENT)
+    return note
 
 
 def check_can_be_sharded(registered: RegisteredParameter, device: torch.device) -> None:
@@ -58,10 +108,10 @@ def _why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
             "supported. Use torch's own fully_shard for this module, or leave the parameter out "
             "(ignored_states, ignored_params) and reduce its gradient yourself"
         )
-    sharded_as = getattr(parameter, _SHARDED_AS, None)
-    if sharded_as is not None:
+    note = _note_on(parameter)
+    if note is not None and note.is_sharded:
         return (
-            f"is shared with another wrapped module, which has sharded it as {sharded_as}: wrap "
+            f"is shared with another wrapped module, which has sharded it as {note.name}: wrap "
             "one module that holds all uses, or leave both modules to the same unit"
         )
     if parameter.is_meta:

@@ -24,7 +24,7 @@ from .shards import (
     check_can_be_sharded,
     check_same_placement,
     dtensor_around,
-    mark_as_sharded,
+    mark_as_replaced,
     sharded_spec,
 )
 from .slots import RegisteredParameter, SlotTable
@@ -128,8 +128,8 @@ class ShardedUnit:
             ]
         for parameter, attributes in zip(sharded, self._attributes, strict=True):
             parameter.__dict__.update(attributes)
-        for original, name in zip(originals, self.names, strict=True):
-            mark_as_sharded(original, name)
+        for original, parameter, name in zip(originals, sharded, self.names, strict=True):
+            mark_as_replaced(original, parameter, name)
         return sharded
 
     # -- what the module shows
@@ -303,6 +303,7 @@ class ShardedUnit:
         for i, (parameter, local) in enumerate(zip(parameters, locals_, strict=True)):
             self._specs[i] = sharded_spec(self.mesh, parameter.shape, local.dtype)
             cast(DTensor, parameter)._local_tensor = local
+            mark_as_replaced(self.sharded[i], parameter, self.names[i])
         self._bound_locals = locals_
         self.sharded = parameters
         self._sharded_table = SlotTable(self.slots, parameters)

@@ -15,6 +15,8 @@ from ... import _C
 from ...errors import CheckpointError
 from ..storage.staged_reads import TensorRead
 
+_SHOWN = 50  # missing keys in one error message
+
 
 class PlannerNeededError(Exception):
     """There is something in the state dict or in the checkpoint that is left to DCP's planner."""
@@ -51,10 +53,13 @@ def reads_of_state(
     objects: list[str] = []
     boxes: list[_LocalBox] = []
     layouts = _ShardBoxes()
+    if not planner.allow_partial_load:
+        found = zip(state, entries, strict=True)
+        _check_none_is_missing([name for name, entry in found if entry is None])
     for (name, value), entry in zip(state.items(), entries, strict=True):
         if entry is None:
-            _check_may_be_missing(name, planner)
-        elif not entry.is_tensor:
+            continue
+        if not entry.is_tensor:
             objects.append(name)
         else:
             _check_tensor(name, value, entry.size)
@@ -101,9 +106,12 @@ class _ShardBoxes:
         return self._boxes[key]
 
 
-def _check_may_be_missing(name: str, planner: DefaultLoadPlanner) -> None:
-    if not planner.allow_partial_load:
-        raise CheckpointError(f"Missing key in checkpoint state_dict: {name}.")
+def _check_none_is_missing(missing: list[str]) -> None:
+    if not missing:
+        return
+    shown = ", ".join(missing[:_SHOWN])
+    more = f", and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    raise CheckpointError(f"Missing key in checkpoint state_dict: {shown}{more}.")
 
 
 def _check_tensor(name: str, value: Any, size: list[int]) -> None:

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from ... import _C
+from ...common.tensors import local_of
 from .placement import (
     chunk_rows,
     coordinate_of,
@@ -17,6 +18,7 @@ from .placement import (
     is_in_first_replica,
     shards_of,
     shards_rows_only,
+    spec_with_dtype,
 )
 
 
@@ -29,6 +31,13 @@ def shard_of(whole: torch.Tensor, spec: DTensorSpec) -> DTensor:
     rows = _own_rows(whole.shape[0], spec.mesh)
     local = whole.detach().narrow(0, rows.first, rows.count)
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def own_part(whole: torch.Tensor, like: DTensor) -> DTensor:
+    """This rank's part of ``whole``, a copy with its dtype, placed as ``like`` is."""
+    part = shard_of(whole.detach(), spec_with_dtype(like, whole.dtype))
+    local = local_of(part).to(local_of(like).device).clone()
+    return DTensor(local, part._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _own_rows(rows: int, mesh: DeviceMesh) -> _C.ShardRows:

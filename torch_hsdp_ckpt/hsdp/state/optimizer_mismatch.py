@@ -1,6 +1,7 @@
 """Why a value of a saved optimizer state can't be the state of a parameter: one function for each
 reason."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -39,6 +40,19 @@ class ParameterState:
 def has_dimensions(value: Any) -> TypeGuard[_ShapedValue]:
     """Whether it is a tensor, here or on the first rank, that is not a single value."""
     return isinstance(value, _SHAPED) and len(value.shape) > 0
+
+
+def keys_with_dimensions(states: Iterable[Any]) -> frozenset[str]:
+    """The keys whose values have dimensions in one of the parameters' ``states``."""
+    keys: set[str] = set()
+    for state in states:
+        if not isinstance(state, dict):
+            continue
+        for key, item in state.items():
+            # Thousands of parameters have the same few keys.
+            if str(key) not in keys and has_dimensions(item):
+                keys.add(str(key))
+    return frozenset(keys)
 
 
 class _Comparison(NamedTuple):

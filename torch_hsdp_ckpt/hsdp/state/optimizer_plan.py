@@ -10,8 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .from_first_rank import FirstRank, ReceivedState, receive_state
 from .mismatch import raise_on_all_ranks
-from .optimizer_mismatch import ParameterState, has_dimensions, state_mismatch
+from .optimizer_mismatch import (
+    ParameterState,
+    has_dimensions,
+    keys_with_dimensions,
+    state_mismatch,
+)
 from .optimizer_names import GroupMatch, ParameterNames, in_order, match_groups
+from .sharded_tensors import convert_sharded_tensors
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ def plan_optimizer_load(request: OptimizerLoadRequest) -> OptimizerLoadPlan:
     received = _received(request)
     names = _names_on_all_ranks(request)
     saved = _as_given_state(received)
+    if not request.from_first_rank:
+        converted = convert_sharded_tensors(saved.state, names, request.mesh)
+        saved = saved._replace(state=converted)
     groups = _check_groups(request, names, saved)
     targets = _targets(request.optim, names, saved.state)
     mismatches = _mismatches(request.optim, saved, targets)
@@ -153,14 +162,15 @@ def _check_groups(
     return GroupMatch(match.order, _lacking_options(request.optim, saved.param_groups))
 
 
-def _is_torchs(optim: torch.optim.Optimizer | None) -> bool:
+def is_torchs(optim: torch.optim.Optimizer | None) -> bool:
+    """Whether it is one of torch's own, whose state is known."""
     return optim is not None and type(optim).__module__.startswith("torch.optim")
 
 
 def _lacking_options(optim: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> list[str]:
     """What a step of the optimizer would look for in its groups and not find, after
     ``load_state_dict`` has filled in what states of older torch versions lack."""
-    if not _is_torchs(optim):
+    if not is_torchs(optim):
         return []
     shadow = object.__new__(type(optim))
     shadow.__dict__.update(optim.__dict__)
@@ -184,15 +194,15 @@ def _targets(
     """The parameters that states are of, by the name in ``state``. What belongs to no parameter is
     not among them."""
     elements = sum(parameter.numel() for parameter in names.parameters)
-    like_parameters = _keys_with_dimensions(state.values())
-    is_torchs = _is_torchs(optim)
+    like_parameters = keys_with_dimensions(state.values())
+    may_convert = is_torchs(optim)
     targets = {}
     for name in state:
         index = names.index.get(name)
         if index is None:
             continue
         parameter = names.parameters[index]
-        converts = is_torchs and parameter.is_floating_point()
+        converts = may_convert and parameter.is_floating_point()
         targets[name] = ParameterState(
             parameter=parameter,
             current={} if optim is None else optim.state.get(parameter, {}),
@@ -201,18 +211,6 @@ def _targets(
             converted_to=parameter.dtype if converts else None,
         )
     return targets
-
-
-def _keys_with_dimensions(states: Iterable[Any]) -> frozenset[str]:
-    keys: set[str] = set()
-    for state in states:
-        if not isinstance(state, dict):
-            continue
-        for key, item in state.items():
-            # Thousands of parameters have the same few keys.
-            if str(key) not in keys and has_dimensions(item):
-                keys.add(str(key))
-    return frozenset(keys)
 
 
 def _mismatches(

@@ -23,11 +23,13 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
+from ..adoption import adopt
 from ..runner import Runner, named_runners
 from ..unit import ShardedUnit
+from .initial_state import state_of
 from .nested import map_leaves
 from .optimizer_in import loadable_state
-from .optimizer_names import OptimInput, in_order, names_of
+from .optimizer_names import OptimInput, ParameterNames, in_order, names_of
 from .optimizer_out import by_names, make_whole
 from .optimizer_plan import OptimizerLoadRequest
 from .whole import keep, offload
@@ -85,6 +87,27 @@ def _reading(model: nn.Module, purpose: str = "") -> Iterator[DeviceMesh]:
         yield runners[0].unit.mesh
 
 
+def _names_of(
+    model: nn.Module, optim: torch.optim.Optimizer | None, optim_input: OptimInput = None
+) -> ParameterNames:
+    """``names_of``, where an optimizer that was made before wrapping has got the sharded parameters
+    first."""
+    if optim is not None:
+        adopt(optim)
+    return names_of(model, optim, optim_input)
+
+
+def _named_state(
+    model: nn.Module,
+    optim: torch.optim.Optimizer,
+    optim_input: OptimInput = None,
+    saved: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The optimizer's state by names; ``saved``: what its ``state_dict()`` has returned already."""
+    names = _names_of(model, optim, optim_input)
+    return by_names(state_of(optim) if saved is None else saved, names)
+
+
 class OptimStateMixin:
     """The optimizer's side of FSDP1's interface. ``group`` is not needed: a parameter's mesh says
     who has it."""
@@ -102,17 +125,20 @@ class OptimStateMixin:
         SHARDED_STATE_DICT gives DTensors as the parameters are, which share the optimizer's memory;
         nothing is sent. FULL_STATE_DICT gives whole tensors, which are copies; it is collective,
         and with ``rank0_only`` other ranks than the mesh's first get ``{}``.
-        ``optim_state_dict``: what ``optim.state_dict()`` has returned, if it was called already."""
-        saved = optim.state_dict() if optim_state_dict is None else optim_state_dict
+        ``optim_state_dict``: what ``optim.state_dict()`` has returned, if it was called already.
+
+        An optimizer that has made no step yet gives the state that its first step begins with, for
+        every parameter that requires a gradient: a checkpoint can be loaded into it. The optimizer
+        stays as it is."""
         settings = _settings(model)
         config: Any = settings.optim_state_dict_config
         if settings.state_dict_type is StateDictType.FULL_STATE_DICT:
             finish = offload if config.offload_to_cpu else keep
             with _reading(model, _GATHERING) as mesh:
-                named = by_names(saved, names_of(model, optim))
+                named = _named_state(model, optim, saved=optim_state_dict)
                 return make_whole(named, mesh, config.rank0_only, finish)
         with _reading(model):
-            named = by_names(saved, names_of(model, optim))
+            named = _named_state(model, optim, saved=optim_state_dict)
         if config.offload_to_cpu:
             named["state"] = map_leaves(named["state"], offload)
         return named
@@ -141,7 +167,7 @@ class OptimStateMixin:
         request = OptimizerLoadRequest(
             optim_state_dict,
             mesh,
-            lambda: names_of(model, optim),
+            lambda: _names_of(model, optim),
             optim,
             from_first_rank=bool(getattr(config, "rank0_only", False)),
             keyed_by_name=is_named_optimizer,
@@ -161,9 +187,8 @@ class OptimStateMixin:
     ) -> dict[str, Any]:
         """``optim_state_dict`` with whole tensors on the CPU, whatever type is set; ``{}`` on other
         ranks if ``rank0_only``."""
-        saved = optim.state_dict()
         with _reading(model, _GATHERING) as mesh:
-            named = by_names(saved, names_of(model, optim, optim_input))
+            named = _named_state(model, optim, optim_input)
             return make_whole(named, mesh, rank0_only, offload)
 
     @staticmethod
@@ -171,9 +196,8 @@ class OptimStateMixin:
         model: nn.Module, optim: torch.optim.Optimizer, group: Any = None
     ) -> dict[str, Any]:
         """``optim_state_dict`` with DTensors, whatever type is set: no communication, no copy."""
-        saved = optim.state_dict()
         with _reading(model):
-            return by_names(saved, names_of(model, optim))
+            return _named_state(model, optim)
 
     @staticmethod
     def shard_full_optim_state_dict(
@@ -187,7 +211,7 @@ class OptimStateMixin:
         mesh = _mesh_to_load(model)
         return loadable_state(
             OptimizerLoadRequest(
-                full_optim_state_dict, mesh, lambda: names_of(model, optim, optim_input), optim
+                full_optim_state_dict, mesh, lambda: _names_of(model, optim, optim_input), optim
             )
         )
 
@@ -200,7 +224,7 @@ class OptimStateMixin:
         mesh = _mesh_to_load(model)
         return loadable_state(
             OptimizerLoadRequest(
-                sharded_optim_state_dict, mesh, lambda: names_of(model, optim), optim
+                sharded_optim_state_dict, mesh, lambda: _names_of(model, optim), optim
             )
         )
 
@@ -222,7 +246,7 @@ class OptimStateMixin:
             OptimizerLoadRequest(
                 full_optim_state_dict,
                 mesh,
-                lambda: names_of(model, optim, optim_input),
+                lambda: _names_of(model, optim, optim_input),
                 optim,
                 from_first_rank=True,
             )
@@ -244,7 +268,7 @@ class OptimStateMixin:
         target = str if optim_state_key_type is OptimStateKeyType.PARAM_NAME else int
         if _key_types(optim_state_dict, optim_state_key_type) <= {target}:
             return optim_state_dict
-        names = names_of(model, optim, optim_input)
+        names = _names_of(model, optim, optim_input)
         if target is str:
             return _rekeyed(optim_state_dict, dict(enumerate(names.flat)))
         return _rekeyed(optim_state_dict, names.index)
