@@ -29,7 +29,7 @@ def convert_sharded_tensors(
     _check_same_on_all_ranks(found, mesh)
     converted = {name: dict(entry) for name, entry in state.items() if isinstance(entry, dict)}
     for name, key, value in found:
-        whole = _gathered(value)
+        whole = _gathered(value, torch.device(mesh.device_type))
         index = names.index.get(name)
         parameter = None if index is None else names.parameters[index]
         if isinstance(parameter, DTensor) and whole.shape == parameter.shape:
@@ -62,7 +62,7 @@ def _check_same_on_all_ranks(found: list[tuple[Any, Any, ShardedTensor]], mesh: 
         )
 
 
-def _gathered(value: ShardedTensor) -> torch.Tensor:
+def _gathered(value: ShardedTensor, device: torch.device) -> torch.Tensor:
     """The whole tensor on every rank of its group. Each rank sends its shards one after the other,
     padded to the largest rank's."""
     metadata, group = value.metadata(), value._process_group
@@ -72,7 +72,6 @@ def _gathered(value: ShardedTensor) -> torch.Tensor:
         placement: Any = shard.placement
         shards_of_rank[placement.rank()].append(shard)
     longest = max(sum(map(_elements, shards)) for shards in shards_of_rank.values())
-    device = torch.device(dist.distributed_c10d._get_pg_default_device(group))
     sent = torch.zeros(longest, dtype=metadata.tensor_properties.dtype, device=device)
     local = {tuple(each.metadata.shard_offsets): each.tensor for each in value.local_shards()}
     position = 0
