@@ -285,6 +285,8 @@ def _bad_sharded_tensors(rank: int) -> None:
         del state["state"]["head.weight"]["exp_avg"]
     with pytest.raises(RuntimeError, match=rf"different ShardedTensors \(rank {rank} has"):
         FSDP.optim_state_dict_to_load(model, optimizer, state)
+    with pytest.raises(ValueError, match="with rank0_only it has to be whole"):
+        FSDP.scatter_full_optim_state_dict(read(), model, optim=optimizer)
 
 
 def test_every_road_resumes_into_a_fresh_optimizer() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -25,7 +26,7 @@ class TensorOnFirstRank(NamedTuple):
 
 
 class DTensorOnFirstRank(NamedTuple):
-    """Stands for a DTensor there, which is not sent: a mismatch."""
+    """Stands for a DTensor there, or a ShardedTensor, which is not sent: a mismatch."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -77,6 +78,9 @@ def _placeholder(value: Any, tensors: list[torch.Tensor]) -> Any:
         return value
     if isinstance(value, DTensor):
         return DTensorOnFirstRank(tuple(value.shape), value.dtype)
+    if isinstance(value, ShardedTensor):
+        meta = value.metadata()
+        return DTensorOnFirstRank(tuple(meta.size), meta.tensor_properties.dtype)
     if value.is_meta:
         return value  # It has no values to send, which the check of the load says on all ranks.
     if not value.ndim or not is_dense(value):

@@ -62,7 +62,7 @@ def _placed_item(
 
     def place(leaf: Any) -> Any:
         if isinstance(leaf, DTensorOnFirstRank):
-            raise ValueError(f"{key} holds a DTensor on the first rank: it has to be whole")
+            raise ValueError(f"{key} holds a sharded tensor on the first rank: it has to be whole")
         if isinstance(leaf, DTensor) or not isinstance(leaf, _WHOLE):
             return leaf
         spec = None if target is None else _spec_of(key, leaf, target, current)

@@ -87,7 +87,7 @@ def state_mismatch(where: str, key: Any, value: Any, target: ParameterState) -> 
     what the message calls it."""
     current = target.current.get(key)
     if isinstance(value, DTensorOnFirstRank):
-        return f"{where} is a DTensor on the first rank: with rank0_only it has to be whole"
+        return f"{where} is sharded on the first rank: with rank0_only it has to be whole"
     if isinstance(value, torch.Tensor) and value.is_meta:
         return f"{where} is on the meta device and has no values"
     if not has_dimensions(value):

@@ -53,7 +53,7 @@ def names_of(
     if strangers:
         raise ValueError(
             f"{strangers} of the optimizer's parameters are not the model's: make the optimizer "
-            "after wrapping, from model.parameters()"
+            "from model.parameters()"
         )
     index: dict[str, int] = {}
     for number, parameter in enumerate(parameters):

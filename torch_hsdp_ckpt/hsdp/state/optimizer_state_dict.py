@@ -156,9 +156,9 @@ class OptimStateMixin:
         ``load_directly``.
 
         DTensors are passed on as they are, whole tensors are cut: each rank keeps a copy of its
-        rows. Under FULL_STATE_DICT with ``rank0_only`` the first rank's state is sent to all, and
-        what others pass is ignored. ``is_named_optimizer``: ``optim`` keys its state by names
-        itself.
+        rows. ShardedTensors are gathered one by one and cut likewise. Under FULL_STATE_DICT with
+        ``rank0_only`` the first rank's state is sent to all, and what others pass is ignored.
+        ``is_named_optimizer``: ``optim`` keys its state by names itself.
 
         Collective: what does not fit on one rank is a ValueError on all of them that lists it, and
         nothing was loaded."""
