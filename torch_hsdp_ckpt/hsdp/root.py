@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from .. import _C
 from .callbacks import weak_callback
-from .groups import PeerGroup, peer_group_of, reduce_groups_of
+from .groups import ModelGroups, PeerGroup
 from .unit import ShardedUnit
 
 # The next root gets this channel: it is above all that any of its ranks has given to one. It is the
@@ -35,7 +35,8 @@ class Root:
 
     def __init__(self, units: list[ShardedUnit], prefetch: _C.BackwardPrefetch) -> None:
         self.units = units
-        peers, channel = _meet_peers(units)
+        self._groups = ModelGroups()
+        peers, channel = _meet_peers(units, self._groups)
         self.schedule = _C.Schedule(
             prefetch,
             dist.get_rank(),
@@ -43,7 +44,7 @@ class Root:
             weak_callback(self._show_sharded),
         )
         for unit in units:
-            groups = reduce_groups_of(unit.mesh)
+            groups = self._groups.reduce(unit.mesh)
             if groups is not None:
                 unit.collectives.set_reduce_groups(groups.shard, groups.replica)
             unit.collectives.set_channel(channel)
@@ -120,13 +121,13 @@ class Root:
 
 
 @_disable_dynamo  # a compiled wrapper would be traced into the agreement
-def _meet_peers(units: list[ShardedUnit]) -> tuple[PeerGroup | None, int]:
+def _meet_peers(units: list[ShardedUnit], groups: ModelGroups) -> tuple[PeerGroup | None, int]:
     """Waits for the other ranks of the mesh at its first forward; returns their group and a channel
     that none of them has used. RuntimeError on every rank if they have other units."""
     global _next_channel
     channel = _next_channel
     try:
-        peers = peer_group_of(units[0].mesh)
+        peers = groups.peers(units[0].mesh)
         if peers is not None:
             channel = _check_same_units(peers, units, channel)
     except _DifferentModules:
