@@ -31,12 +31,14 @@ class _DifferentModules(RuntimeError):
 class Root:
     """``units``: of all wrappers, outermost first, each with its name. ``prefetch``: when backward
     starts the next unit's gather. Collective over the mesh; raises RuntimeError on every rank if
-    the ranks have wrapped different modules."""
+    the ranks have wrapped different modules, or parameters are on the meta device."""
 
     def __init__(self, units: list[ShardedUnit], prefetch: _C.BackwardPrefetch) -> None:
         self.units = units
         self._groups = ModelGroups()
         peers, channel = _meet_peers(units, self._groups)
+        for unit in units:
+            unit.check_materialized()
         self.schedule = _C.Schedule(
             prefetch,
             dist.get_rank(),

@@ -42,6 +42,7 @@ def summon(runners: list[Runner], options: SummonOptions) -> Iterator[None]:
             )
         if runner.root is not None and runner.root.in_backward():
             raise RuntimeError("full parameters can't be summoned inside a backward")
+        runner.unit.check_materialized()
         runner.reset()
     with ExitStack() as stack:
         for runner in runners:
