@@ -145,15 +145,16 @@ def _meet_peers(units: list[ShardedUnit], groups: ModelGroups) -> tuple[PeerGrou
 
 
 def _check_same_units(peers: PeerGroup, units: list[ShardedUnit], channel: int) -> int:
-    """All ranks have the same units, in the same order; RuntimeError on every rank with the first
-    one that differs. Returns the largest of the ranks' ``channel``."""
+    """All ranks have units of the same shapes, in the same order; RuntimeError on every rank with
+    the first one that differs. Returns the largest of the ranks' ``channel``."""
     agreement = peers.agreement("wrapped modules")
-    described = json.dumps([unit.describe() for unit in units]).encode()
-    digest = hashlib.sha256(described).digest()
+    signatures = [unit.signature() for unit in units]
+    digest = hashlib.sha256(json.dumps(signatures).encode()).digest()
     answers = agreement.exchange("compare", _CHANNEL_AND_DIGEST.pack(channel, digest))
     channels, digests = zip(*map(_CHANNEL_AND_DIGEST.unpack, answers), strict=True)
     if set(digests) == {digest}:
         return int(max(channels))
+    described = json.dumps([signatures, [unit.describe() for unit in units]]).encode()
     everyones = [json.loads(answer) for answer in agreement.exchange("describe", described)]
     differing = "\n\t".join(_first_difference(peers.ranks, everyones))
     raise _DifferentModules(
@@ -162,14 +163,20 @@ def _check_same_units(peers: PeerGroup, units: list[ShardedUnit], channel: int) 
     )
 
 
-def _first_difference(ranks: Sequence[int], everyones: Sequence[Sequence[str]]) -> list[str]:
+def _first_difference(
+    ranks: Sequence[int], everyones: Sequence[tuple[list[str], list[str]]]
+) -> list[str]:
     """One line a rank about the first unit that is not the same on all. ``everyones``: each rank's
-    descriptions of its units."""
-    for index in range(max(map(len, everyones))):
-        texts = [_description(units, index) for units in everyones]
-        if len(set(texts)) > 1:
+    signatures and descriptions of its units."""
+    for index in range(max(len(signatures) for signatures, _ in everyones)):
+        if len({_at(signatures, index) for signatures, _ in everyones}) > 1:
+            texts = [_description(descriptions, index) for _, descriptions in everyones]
             return [f"rank {rank}: {text}" for rank, text in zip(ranks, texts, strict=True)]
     return []
+
+
+def _at(signatures: Sequence[str], index: int) -> str | None:
+    return signatures[index] if index < len(signatures) else None
 
 
 def _description(units: Sequence[str], index: int) -> str:

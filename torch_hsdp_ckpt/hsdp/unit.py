@@ -239,12 +239,21 @@ class ShardedUnit:
         self._gradients.forget_kept()
 
     def describe(self) -> str:
-        """One line of all that has to be the same on every rank."""
-        parameters = ", ".join(map(_describe_parameter, self.names, self.sharded))
+        """One line about the unit, for errors."""
+        parameters = ", ".join(
+            f"{name} {_describe_parameter(parameter)}"
+            for name, parameter in zip(self.names, self.sharded, strict=True)
+        )
         return (
             f"module {self.core.name} on a mesh of {tuple(self.mesh.shape)}, with parameters: "
             f"{parameters or 'none'}"
         )
+
+    def signature(self) -> str:
+        """All that has to be the same on every rank. Names do not: each rank may have modules of
+        its own names, experts say."""
+        parameters = ", ".join(map(_describe_parameter, self.sharded))
+        return f"mesh of {tuple(self.mesh.shape)}: {parameters}"
 
     # -- what happens to the parameters between forwards
 
@@ -375,8 +384,8 @@ def _numbers_of_true(flags: Sequence[bool]) -> list[int]:
     return [number for number, flag in enumerate(flags) if flag]
 
 
-def _describe_parameter(name: str, parameter: nn.Parameter) -> str:
+def _describe_parameter(parameter: nn.Parameter) -> str:
     dtype = str(parameter.dtype).removeprefix("torch.")
     frozen = "" if parameter.requires_grad else " frozen"
     memory = " on the meta device" if parameter.is_meta else ""
-    return f"{name} {tuple(parameter.shape)} {dtype}{frozen}{memory}"
+    return f"{tuple(parameter.shape)} {dtype}{frozen}{memory}"
