@@ -164,8 +164,9 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         and backward are refused.
 
         Collective. ``recurse``: also of the wrappers inside ``module``. ``writeback``: changes go
-        into the shards at the end, from each rank its own rows. ``rank0_only``: only rank 0 sees
-        whole parameters; the others keep their shards (not with ``writeback``:
+        into the shards at the end, from each rank its own rows; where a parameter is not sharded
+        (NO_SHARD, shard groups of one rank) they always do, as in torch. ``rank0_only``: only rank
+        0 sees whole parameters; the others keep their shards (not with ``writeback``:
         NotImplementedError). ``offload_to_cpu``: the whole parameters are on the CPU.
         ``with_grads``: the gradients are whole too, and written back likewise where there was one
         before and is one at the end; else they are None."""

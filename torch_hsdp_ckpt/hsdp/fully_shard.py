@@ -79,6 +79,9 @@ def fully_shard(
     ``offload_policy`` (supported on a CPU mesh, where it changes nothing), ``ignored_params``: as
     torch's. ``shard_placement_fn``: may only name dimension 0. ``dp_mesh_dims`` has to be None.
 
+    On the meta device the sharded parameters are DTensors without values: ``to_empty`` and the
+    modules' own initialisation, or ``load_state_dict(assign=True)``, come before the first forward.
+
     Returns what was given; each module now is an ``FSDPModule`` too. Raises ValueError for what is
     not supported, naming what to use instead, and for parameters that can't be sharded (see
     ``FullyShardedDataParallel``)."""

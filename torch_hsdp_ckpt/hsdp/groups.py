@@ -2,10 +2,8 @@
 ask each other."""
 
 import dataclasses
-from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,14 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _C
 from ..common.agreement import Agreement, group_timeout
+from .own_groups import GroupRequest, OwnGroup, meet, new_group_of_all
 
-# A process has one set of process groups; these are made once for each, as they cost threads and
-# sockets. The keys are the groups whose ranks they have, or one of those that they span: an entry
-# goes with its group.
-_reduce_group_names: "WeakKeyDictionary[dist.ProcessGroup, str]" = WeakKeyDictionary()
-_peer_group_names: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], str]]" = (
-    WeakKeyDictionary()
-)
+_Shared = WeakValueDictionary[tuple[str, tuple[int, ...]], OwnGroup]
+
+# Models on one mesh share these groups, as they cost threads and sockets. The keys are the mesh's
+# own groups; whoever makes two meshes of the same ranks, for two threads say, has them apart.
+_shared: "WeakKeyDictionary[dist.ProcessGroup, _Shared]" = WeakKeyDictionary()
+_of_all_ranks: "WeakKeyDictionary[dist.ProcessGroup, str]" = WeakKeyDictionary()
 
 
 class ReduceGroups(NamedTuple):
@@ -28,34 +26,6 @@ class ReduceGroups(NamedTuple):
 
     shard: str
     replica: str | None
-
-
-def reduce_groups_of(mesh: DeviceMesh) -> ReduceGroups | None:
-    """Other groups with the ranks of ``mesh``'s, or None where the mesh's own must do. Collective
-    over the mesh.
-
-    Ranks may find that a unit's gradients are complete at different moments of their backwards. In
-    one group such a reduction would meet another rank's gather."""
-    if mesh.device_type != "cpu" and mesh.size() != dist.get_world_size():
-        # NCCL may split the default communicator for a new group, which every rank of the job would
-        # have to join.
-        return None
-    shard = _reduce_group_name(mesh, mesh.ndim - 1)
-    return ReduceGroups(shard, _reduce_group_name(mesh, 0) if mesh.ndim == 2 else None)
-
-
-def _reduce_group_name(mesh: DeviceMesh, dim: int) -> str:
-    group = mesh.get_group(dim)
-    if dist.get_world_size(group) == 1:
-        return str(group.group_name)
-    if group not in _reduce_group_names:
-        _reduce_group_names[group] = _new_group_name(
-            dist.get_process_group_ranks(group),
-            group_timeout(group, (mesh.device_type,)),
-            str(dist.get_backend_config(group)),
-            "hsdp_ckpt_reduce",
-        )
-    return _reduce_group_names[group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,28 +46,83 @@ class PeerGroup:
         return Agreement(backend, self.ranks.index(dist.get_rank()), len(self.ranks), purpose)
 
 
-def peer_group_of(mesh: DeviceMesh) -> PeerGroup | None:
-    """Made once for a mesh's ranks; None for one rank, and under torch's "fake" backend, where the
-    other ranks do not exist. Collective over the mesh."""
-    ranks = tuple(sorted(int(rank) for rank in mesh.mesh.flatten()))
-    group = mesh.get_group(mesh.ndim - 1)
-    if len(ranks) == 1 or dist.get_backend(group) == "fake":
-        return None
-    names = _peer_group_names.setdefault(group, {})
-    if ranks not in names:
-        timeout = group_timeout(group, (mesh.device_type,))
-        names[ranks] = _new_group_name(ranks, timeout, "gloo", "hsdp_ckpt_peers")
-    return PeerGroup(names[ranks], ranks)
+class ModelGroups:
+    """The groups of one outermost module and all wrapped inside. They live as long as a model does
+    that has them, or until ``destroy_process_group``."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, str, tuple[int, ...]], OwnGroup] = {}
+
+    def peers(self, mesh: DeviceMesh) -> PeerGroup | None:
+        """None for one rank, and under torch's "fake" backend, where the other ranks do not exist.
+        Collective over the mesh."""
+        ranks = tuple(sorted(int(rank) for rank in mesh.mesh.flatten()))
+        parent = mesh.get_group(mesh.ndim - 1)
+        if len(ranks) == 1 or _is_fake(parent):
+            return None
+        return PeerGroup(self._own("peers", parent, ranks, mesh.device_type), ranks)
+
+    def reduce(self, mesh: DeviceMesh) -> ReduceGroups | None:
+        """Other groups with the ranks of ``mesh``'s, or None where the mesh's own must do.
+        Collective over the mesh.
+
+        Ranks may find that a unit's gradients are complete at different moments of their backwards.
+        In one group such a reduction would meet another rank's gather."""
+        names = [self._reduce_group(mesh, dim) for dim in range(mesh.ndim)]
+        if None in names:
+            return None
+        return ReduceGroups(str(names[-1]), names[0] if mesh.ndim == 2 else None)
+
+    def _reduce_group(self, mesh: DeviceMesh, dim: int) -> str | None:
+        parent = mesh.get_group(dim)
+        if dist.get_world_size(parent) == 1:
+            return str(parent.group_name)
+        if _is_fake(parent):
+            return None
+        if _is_gloo(parent, mesh.device_type):
+            ranks = tuple(dist.get_process_group_ranks(parent))
+            return self._own("reduce", parent, ranks, mesh.device_type)
+        if mesh.size() != dist.get_world_size():
+            # NCCL may split the default communicator for a new group, which every rank of the job
+            # would have to join.
+            return None
+        return _group_of_all(parent, mesh.device_type)
+
+    def _own(
+        self, purpose: str, parent: dist.ProcessGroup, ranks: tuple[int, ...], device_type: str
+    ) -> str:
+        held = (purpose, str(parent.group_name), ranks)
+        if held not in self._held:
+            self._held[held] = _shared_group(purpose, parent, ranks, device_type)
+        return self._held[held].name
 
 
-def _new_group_name(
-    ranks: Sequence[int], timeout: timedelta, backend: str, description: str
-) -> str:
-    group: Any = dist.new_group(
-        list(ranks),
-        timeout=timeout,
-        backend=backend,
-        use_local_synchronization=True,
-        group_desc=description,
-    )
-    return str(group.group_name)
+def _shared_group(
+    purpose: str, parent: dist.ProcessGroup, ranks: tuple[int, ...], device_type: str
+) -> OwnGroup:
+    # Not all ranks of a 2-D mesh have the same parent; where they have, its name tells more.
+    spans_all = len(ranks) == dist.get_world_size(parent)
+    scope = f"{purpose}/{parent.group_name if spans_all else ''}"
+    request = GroupRequest(scope, ranks, group_timeout(parent, (device_type,)))
+    shared = _shared.setdefault(parent, WeakValueDictionary())
+    group = meet(request, shared.get((purpose, ranks)))
+    shared[purpose, ranks] = group
+    return group
+
+
+def _group_of_all(parent: dist.ProcessGroup, device_type: str) -> str:
+    if parent not in _of_all_ranks:
+        _of_all_ranks[parent] = new_group_of_all(
+            dist.get_process_group_ranks(parent),
+            group_timeout(parent, (device_type,)),
+            str(dist.get_backend_config(parent)),
+        )
+    return _of_all_ranks[parent]
+
+
+def _is_fake(group: dist.ProcessGroup) -> bool:
+    return str(dist.get_backend(group)) == "fake"
+
+
+def _is_gloo(group: dist.ProcessGroup, device_type: str) -> bool:
+    return f"{device_type}:gloo" in str(dist.get_backend_config(group)).split(",")

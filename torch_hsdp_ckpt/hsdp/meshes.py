@@ -4,6 +4,7 @@ A mesh of ours has one dimension (shards) or two (replicas, shards)."""
 
 import os
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import ShardingStrategy
 
 from .arguments import at
+from .own_groups import group_of_this_rank
 
 _TWO_D = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 _ONE_D = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
 _NAMES = ("replicate", "shard")
+
+# The names of the groups of meshes that are made here, by device and shape, for every default
+# group's life. Each mesh that torch makes has groups of its own, which stay when models go. No mesh
+# is kept, as it would keep the default group.
+_groups_made: "WeakKeyDictionary[Any, dict[tuple[str, tuple[int, ...]], list[str]]]"
+_groups_made = WeakKeyDictionary()
 
 
 def mesh_for(
@@ -69,8 +77,24 @@ def check_mesh(mesh: DeviceMesh, *modules: nn.Module) -> None:
 
 def mesh_of_all_ranks() -> DeviceMesh:
     """The 1-D mesh that ``fully_shard`` takes where none is given."""
-    device_type = _device_type_of_backend()
-    return init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=_NAMES[1:])
+    return _mesh_of_shape(_device_type_of_backend(), (dist.get_world_size(),))
+
+
+def _mesh_of_shape(device_type: str, shape: tuple[int, ...]) -> DeviceMesh:
+    """A mesh of all ranks. Collective when the first of its shape is made."""
+    names = _NAMES[-len(shape) :]
+    made = _groups_made.setdefault(dist.distributed_c10d._get_default_group(), {})
+    if (device_type, shape) not in made:
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        made[device_type, shape] = [group.group_name for group in mesh.get_all_groups()]
+        return mesh
+    group_of: Any = dist.distributed_c10d._resolve_process_group
+    return DeviceMesh.from_group(
+        [group_of(name) for name in made[device_type, shape]],
+        device_type,
+        mesh=torch.arange(dist.get_world_size(), device="cpu").view(shape),
+        mesh_dim_names=names,
+    )
 
 
 def device_of(mesh: DeviceMesh, device_id: int | torch.device | None) -> torch.device:
@@ -128,8 +152,7 @@ def _mesh_of_groups(
             "group; a pair (shard group, replica group) goes with HYBRID_SHARD"
         )
     if process_group is None:
-        world = dist.get_world_size()
-        return init_device_mesh(device_type, (world,), mesh_dim_names=_NAMES[1:])
+        return _mesh_of_shape(device_type, (dist.get_world_size(),))
     return DeviceMesh.from_group(process_group, device_type, mesh_dim_names=_NAMES[1:])
 
 
@@ -146,7 +169,7 @@ def _mesh_of_hosts(module: nn.Module, device_type: str, strategy: ShardingStrate
             "device_mesh=init_device_mesh(device_type, (replicas, shards), "
             "mesh_dim_names=('replicate', 'shard'))"
         )
-    return init_device_mesh(device_type, (world // shards, shards), mesh_dim_names=_NAMES)
+    return _mesh_of_shape(device_type, (world // shards, shards))
 
 
 def _mesh_of_two_groups(
@@ -198,10 +221,9 @@ def _unsharded(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
             f"(ranks, 1); this is {mesh}"
         )
     if mesh.size() == dist.get_world_size():
-        return init_device_mesh(mesh.device_type, (mesh.size(), 1), mesh_dim_names=_NAMES)
-    alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return _mesh_of_shape(mesh.device_type, (mesh.size(), 1))
     return DeviceMesh.from_group(
-        [mesh.get_group(), alone],
+        [mesh.get_group(), group_of_this_rank(mesh.get_group())],
         mesh.device_type,
         mesh=mesh.mesh.reshape(-1, 1),
         mesh_dim_names=_NAMES,

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 
 from .. import _C
 from .callbacks import weak_callback
-from .groups import PeerGroup, peer_group_of, reduce_groups_of
+from .groups import ModelGroups, PeerGroup
 from .unit import ShardedUnit
 
 # The next root gets this channel: it is above all that any of its ranks has given to one. It is the
@@ -31,11 +31,14 @@ class _DifferentModules(RuntimeError):
 class Root:
     """``units``: of all wrappers, outermost first, each with its name. ``prefetch``: when backward
     starts the next unit's gather. Collective over the mesh; raises RuntimeError on every rank if
-    the ranks have wrapped different modules."""
+    the ranks have wrapped different modules, or parameters are on the meta device."""
 
     def __init__(self, units: list[ShardedUnit], prefetch: _C.BackwardPrefetch) -> None:
         self.units = units
-        peers, channel = _meet_peers(units)
+        self._groups = ModelGroups()
+        peers, channel = _meet_peers(units, self._groups)
+        for unit in units:
+            unit.check_materialized()
         self.schedule = _C.Schedule(
             prefetch,
             dist.get_rank(),
@@ -43,7 +46,7 @@ class Root:
             weak_callback(self._show_sharded),
         )
         for unit in units:
-            groups = reduce_groups_of(unit.mesh)
+            groups = self._groups.reduce(unit.mesh)
             if groups is not None:
                 unit.collectives.set_reduce_groups(groups.shard, groups.replica)
             unit.collectives.set_channel(channel)
@@ -120,13 +123,13 @@ class Root:
 
 
 @_disable_dynamo  # a compiled wrapper would be traced into the agreement
-def _meet_peers(units: list[ShardedUnit]) -> tuple[PeerGroup | None, int]:
+def _meet_peers(units: list[ShardedUnit], groups: ModelGroups) -> tuple[PeerGroup | None, int]:
     """Waits for the other ranks of the mesh at its first forward; returns their group and a channel
     that none of them has used. RuntimeError on every rank if they have other units."""
     global _next_channel
     channel = _next_channel
     try:
-        peers = peer_group_of(units[0].mesh)
+        peers = groups.peers(units[0].mesh)
         if peers is not None:
             channel = _check_same_units(peers, units, channel)
     except _DifferentModules:
@@ -142,15 +145,16 @@ def _meet_peers(units: list[ShardedUnit]) -> tuple[PeerGroup | None, int]:
 
 
 def _check_same_units(peers: PeerGroup, units: list[ShardedUnit], channel: int) -> int:
-    """All ranks have the same units, in the same order; RuntimeError on every rank with the first
-    one that differs. Returns the largest of the ranks' ``channel``."""
+    """All ranks have units of the same shapes, in the same order; RuntimeError on every rank with
+    the first one that differs. Returns the largest of the ranks' ``channel``."""
     agreement = peers.agreement("wrapped modules")
-    described = json.dumps([unit.describe() for unit in units]).encode()
-    digest = hashlib.sha256(described).digest()
+    signatures = [unit.signature() for unit in units]
+    digest = hashlib.sha256(json.dumps(signatures).encode()).digest()
     answers = agreement.exchange("compare", _CHANNEL_AND_DIGEST.pack(channel, digest))
     channels, digests = zip(*map(_CHANNEL_AND_DIGEST.unpack, answers), strict=True)
     if set(digests) == {digest}:
         return int(max(channels))
+    described = json.dumps([signatures, [unit.describe() for unit in units]]).encode()
     everyones = [json.loads(answer) for answer in agreement.exchange("describe", described)]
     differing = "\n\t".join(_first_difference(peers.ranks, everyones))
     raise _DifferentModules(
@@ -159,14 +163,20 @@ def _check_same_units(peers: PeerGroup, units: list[ShardedUnit], channel: int) 
     )
 
 
-def _first_difference(ranks: Sequence[int], everyones: Sequence[Sequence[str]]) -> list[str]:
+def _first_difference(
+    ranks: Sequence[int], everyones: Sequence[tuple[list[str], list[str]]]
+) -> list[str]:
     """One line a rank about the first unit that is not the same on all. ``everyones``: each rank's
-    descriptions of its units."""
-    for index in range(max(map(len, everyones))):
-        texts = [_description(units, index) for units in everyones]
-        if len(set(texts)) > 1:
+    signatures and descriptions of its units."""
+    for index in range(max(len(signatures) for signatures, _ in everyones)):
+        if len({_at(signatures, index) for signatures, _ in everyones}) > 1:
+            texts = [_description(descriptions, index) for _, descriptions in everyones]
             return [f"rank {rank}: {text}" for rank, text in zip(ranks, texts, strict=True)]
     return []
+
+
+def _at(signatures: Sequence[str], index: int) -> str | None:
+    return signatures[index] if index < len(signatures) else None
 
 
 def _description(units: Sequence[str], index: int) -> str:

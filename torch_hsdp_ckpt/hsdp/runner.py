@@ -73,12 +73,14 @@ class Runner:
     def start_unshard(self) -> None:
         """Starts the gather of the unit outside of a forward."""
         root = self.root_of_all()
+        self.unit.check_materialized()
         with root.turn():
             root.schedule.start_unshard(self.unit.core)
 
     def unshard(self) -> None:
         """Gathers outside of a forward; the module shows the full parameters when this returns."""
         root = self.root_of_all()
+        self.unit.check_materialized()
         with root.turn():
             root.schedule.unshard(self.unit.core)
             self.unit.show_full()

@@ -114,14 +114,12 @@ def _why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
             f"is shared with another wrapped module, which has sharded it as {note.name}: wrap "
             "one module that holds all uses, or leave both modules to the same unit"
         )
-    if parameter.is_meta:
-        return "is on the meta device: materialise the module (to_empty and its own init) first"
     if parameter.requires_grad and parameter.dtype not in REDUCIBLE_DTYPES:
         return (
             f"is {parameter.dtype}, whose gradients are not reduced here (float64, float32, "
             "bfloat16, float16 are): name it in ignored_states, or convert it"
         )
-    if parameter.device != device:
+    if parameter.device != device and not parameter.is_meta:
         return (
             f"is on {parameter.device} and the mesh needs {device}: move the module first (or "
             "device_id)"

@@ -1,5 +1,6 @@
 """Where parameters are registered in modules, and how a unit exchanges them there."""
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple, cast
 
@@ -8,27 +9,33 @@ from torch import nn
 from .module_tree import is_wrapped
 
 
-class Slot(NamedTuple):
-    """One place where a parameter is registered."""
+class Slot:
+    """One place where a parameter is registered. It does not keep the module: that has, through its
+    runner, the unit and all its slots, and a model should be gone with its last reference."""
 
-    module: nn.Module
-    name: str
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.name = name
+        self.table = module._parameters
+        self._module = weakref.ref(module)
+        # Whether the table may be written past ``__setattr__``. Modules with one of their own
+        # (nn.RNN keeps a list of its weights) have to hear of a change.
+        self.is_plain = type(module).__setattr__ is nn.Module.__setattr__
+
+    @property
+    def module(self) -> nn.Module:
+        """Where the slot is; only for those who hold the model."""
+        return cast(nn.Module, self._module())
 
     @property
     def parameter(self) -> nn.Parameter:
-        return cast(nn.Parameter, self.module._parameters[self.name])
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the module's table of parameters may be written past ``__setattr__``. Modules
-        with one of their own (nn.RNN keeps a list of its weights) have to hear of a change."""
-        return type(self.module).__setattr__ is nn.Module.__setattr__
+        return cast(nn.Parameter, self.table[self.name])
 
     def put(self, parameter: nn.Parameter) -> None:
-        if self.is_plain:
-            self.module._parameters[self.name] = parameter
+        module = None if self.is_plain else self._module()
+        if module is None:  # or it is gone
+            self.table[self.name] = parameter
         else:
-            setattr(self.module, self.name, parameter)
+            setattr(module, self.name, parameter)
 
 
 class RegisteredParameter(NamedTuple):
@@ -96,7 +103,7 @@ class SlotTable:
 
     def _add(self, slot: Slot, parameter: nn.Parameter) -> None:
         if slot.is_plain:
-            self._plain.append(_PlainEntry(slot.module._parameters, slot.name, parameter))
+            self._plain.append(_PlainEntry(slot.table, slot.name, parameter))
         else:
             self._observed.append((slot, parameter))
 

@@ -42,6 +42,7 @@ def summon(runners: list[Runner], options: SummonOptions) -> Iterator[None]:
             )
         if runner.root is not None and runner.root.in_backward():
             raise RuntimeError("full parameters can't be summoned inside a backward")
+        runner.unit.check_materialized()
         runner.reset()
     with ExitStack() as stack:
         for runner in runners:
@@ -61,7 +62,8 @@ def _summon_unit(unit: ShardedUnit, options: SummonOptions) -> Iterator[None]:
         yield
     finally:
         held = unit.dismiss()
-        if options.writeback:
+        # A lone shard is the whole parameter, where torch's users write into it, writeback or not.
+        if options.writeback or (shown and unit.mesh.size(unit.mesh.ndim - 1) == 1):
             _write_back(unit, held, options.with_grads)
 
 

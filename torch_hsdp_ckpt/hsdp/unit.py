@@ -57,6 +57,9 @@ class ShardedUnit:
     ones only; its ``reduce_dtype`` that of the sums of their gradients over the ranks (None: as
     computed). Gradients have the shards' dtype, with ``keep_low_precision_grads`` ``param_dtype``.
 
+    Parameters on the meta device stay there, as DTensors without values, until ``rebind`` finds
+    that all have memory: torch's deferred initialisation. ``on_meta`` names them.
+
     Raises ValueError for a parameter that can't be sharded."""
 
     def __init__(
@@ -87,6 +90,7 @@ class ShardedUnit:
         self.sharded = self._shard(originals)
         self._sharded_table = SlotTable(self.slots, self.sharded)
         self._bound_locals = [local_of(p) for p in self.sharded]
+        self.on_meta = self._names_on_meta(self._bound_locals)
         # ``bind`` makes these.
         self.full: list[nn.Parameter] = []
         self._full_table: SlotTable | None = None
@@ -120,7 +124,7 @@ class ShardedUnit:
         """Sharded parameters with the values and attributes of ``originals``, which get a note that
         they were sharded."""
         with torch.no_grad():
-            locals_ = self.core.shard(originals)
+            locals_ = self._cut(originals)
             dtensors = map(dtensor_around, locals_, self._specs)
             sharded = [
                 nn.Parameter(dtensor, requires_grad=original.requires_grad)
@@ -131,6 +135,23 @@ class ShardedUnit:
         for original, parameter, name in zip(originals, sharded, self.names, strict=True):
             mark_as_replaced(original, parameter, name)
         return sharded
+
+    def _cut(self, originals: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """This rank's rows; in the unit's flat buffer, if all have memory."""
+        if any(original.is_meta for original in originals):
+            return [self._own_rows(original.detach()).clone() for original in originals]
+        return self.core.shard(originals)
+
+    def _own_rows(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a tensor of a parameter's shape, a view."""
+        if whole.ndim == 0:
+            return whole
+        dim = self.mesh.ndim - 1
+        rows = _C.shard_rows(whole.shape[0], self.mesh.size(dim), self.mesh.get_local_rank(dim))
+        return whole.narrow(0, rows.first, rows.count)
+
+    def _names_on_meta(self, locals_: Sequence[torch.Tensor]) -> list[str]:
+        return [name for name, local in zip(self.names, locals_, strict=True) if local.is_meta]
 
     # -- what the module shows
 
@@ -218,12 +239,21 @@ class ShardedUnit:
         self._gradients.forget_kept()
 
     def describe(self) -> str:
-        """One line of all that has to be the same on every rank."""
-        parameters = ", ".join(map(_describe_parameter, self.names, self.sharded))
+        """One line about the unit, for errors."""
+        parameters = ", ".join(
+            f"{name} {_describe_parameter(parameter)}"
+            for name, parameter in zip(self.names, self.sharded, strict=True)
+        )
         return (
             f"module {self.core.name} on a mesh of {tuple(self.mesh.shape)}, with parameters: "
             f"{parameters or 'none'}"
         )
+
+    def signature(self) -> str:
+        """All that has to be the same on every rank. Names do not: each rank may have modules of
+        its own names, experts say."""
+        parameters = ", ".join(map(_describe_parameter, self.sharded))
+        return f"mesh of {tuple(self.mesh.shape)}: {parameters}"
 
     # -- what happens to the parameters between forwards
 
@@ -243,10 +273,23 @@ class ShardedUnit:
         if not all(map(operator.is_, map(_LOCAL, self.sharded), self._bound_locals)):
             gate.wait_at_gate()
             self.rebind()  # a module inside was converted, by to() or double(), past the wrapper
+        self.check_materialized()
         if self.schedule is not None and self._requires_grad != [
             p.requires_grad for p in self.sharded
         ]:
             self.bind(self.schedule)
+
+    def check_materialized(self) -> None:
+        """Raises RuntimeError if there are parameters on the meta device."""
+        if self.on_meta:
+            self.rebind()  # a module inside may have got memory past the wrapper
+        if self.on_meta:
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: module {self.core.name}: FSDP parameters should be "
+                "materialized from meta device before training, but these still are on it: "
+                f"{', '.join(self.on_meta)}. Call the outermost module's to_empty(device=...) and "
+                "then the modules' reset_parameters, or load_state_dict(assign=True)"
+            )
 
     def _check_slots(self) -> None:
         replaced = self._sharded_table.replaced_parameter()
@@ -268,22 +311,24 @@ class ShardedUnit:
         unit's are."""
         current = self._parameters_in_slots()
         locals_ = [local_of(p) for p in current]
-        if self._is_bound_to(current, locals_):
+        on_meta = self._names_on_meta(locals_)
+        if on_meta == self.on_meta and self._is_bound_to(current, locals_):
             self._bound_locals = locals_
             return
-        devices = {local.device for local in locals_}
+        devices = {local.device for local in locals_ if not local.is_meta}
         if len(devices) > 1:
             raise ValueError(
                 "the parameters of one unit were put on several devices: "
                 f"{sorted(map(str, devices))}"
             )
-        if locals_:
+        if locals_ and not on_meta:
             (device,) = devices
             with torch.no_grad():
                 locals_ = self.core.rebind(locals_, device)
             self.device = device
+        self.on_meta = on_meta
         self._replace_shards(current, locals_)
-        if self.schedule is not None:
+        if self.schedule is not None and not on_meta:
             self.bind(self.schedule)
 
     def _parameters_in_slots(self) -> list[nn.Parameter]:
@@ -333,20 +378,15 @@ class ShardedUnit:
 
     def write_rows(self, whole: torch.Tensor, sharded: torch.Tensor) -> None:
         """Copies this rank's rows of ``whole`` (the parameter's shape) into ``sharded``."""
-        local, shards = local_of(sharded), self.mesh.size(self.mesh.ndim - 1)
-        if whole.ndim == 0:
-            local.copy_(whole)
-            return
-        shard = self.mesh.get_local_rank(self.mesh.ndim - 1)
-        rows = _C.shard_rows(whole.shape[0], shards, shard)
-        local.copy_(whole.narrow(0, rows.first, rows.count))
+        local_of(sharded).copy_(self._own_rows(whole))
 
 
 def _numbers_of_true(flags: Sequence[bool]) -> list[int]:
     return [number for number, flag in enumerate(flags) if flag]
 
 
-def _describe_parameter(name: str, parameter: nn.Parameter) -> str:
+def _describe_parameter(parameter: nn.Parameter) -> str:
     dtype = str(parameter.dtype).removeprefix("torch.")
     frozen = "" if parameter.requires_grad else " frozen"
-    return f"{name} {tuple(parameter.shape)} {dtype}{frozen}"
+    memory = " on the meta device" if parameter.is_meta else ""
+    return f"{tuple(parameter.shape)} {dtype}{frozen}{memory}"

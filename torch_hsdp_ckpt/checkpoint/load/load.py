@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard, cast
 
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.format_utils import BroadcastingTorchSaveReader
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as _dcp_load_state_dict
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
 
 from ...common.gate import wait_at_gate
 from ...errors import CheckpointError
@@ -85,6 +89,7 @@ def load(
     if not _reads_natively(reader):
         if failure is not None:
             raise failure
+        _check_broadcast(reader, values)
         checked = CheckedPlanner(planner, lambda item: item.storage_index.fqn, trust_objects)
         applied = _load_with_torch(
             values, reader, cast(LoadPlanner, checked), process_group, no_dist
@@ -94,6 +99,20 @@ def load(
         with _trusting(reader, trust_objects):
             applied = _load(values, reader, planner, ranks, exchange, no_dist)
     hand_over(applied, state_dict)
+
+
+def _check_broadcast(reader: StorageReader, values: dict[str, Any]) -> None:
+    """CheckpointError for sharded tensors under torch's reader of ``torch.save`` files, whose ranks
+    would broadcast a whole tensor and shards to each other, and wait for ever."""
+    if not isinstance(reader, BroadcastingTorchSaveReader):
+        return
+    for key, value in flatten_state_dict(values)[0].items():
+        if isinstance(value, (DTensor, ShardedTensor)):
+            raise CheckpointError(
+                f"{key} is sharded, and {type(reader).__name__} fills whole tensors: set "
+                "StateDictType.FULL_STATE_DICT on the model before (set_state_dict_type), or "
+                "convert the file first (torch_save_to_dcp) and load the checkpoint"
+            )
 
 
 def _reader(

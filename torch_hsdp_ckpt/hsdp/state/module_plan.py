@@ -82,6 +82,8 @@ def plan_module_load(request: LoadRequest) -> ModuleLoadPlan:
     if request.takes_whole:
         cut_whole_tensors(values, entries)
     problems += _mismatches(values, entries, request.same_dtype)
+    if not request.assign:
+        problems += _without_memory(values, entries)
     leaf_loads = _leaf_loads(request, expected, values)
     keys = _check_keys(request, expected, values, leaf_loads)
     problems += keys.problems
@@ -161,6 +163,16 @@ def _mismatches(values: Mapping[str, Any], entries: Iterable[Entry], same_dtype:
         if entry.key in values
     ]
     return [mismatch for mismatch in mismatches if mismatch is not None]
+
+
+def _without_memory(values: Mapping[str, Any], entries: Iterable[Entry]) -> list[str]:
+    """What a copy would do nothing for, as torch's load does nothing but warn."""
+    return [
+        f'"{entry.key}" is on the meta device in the module: call to_empty(device=...) before, or '
+        "load with assign=True"
+        for entry in entries
+        if entry.key in values and entry.tensor.is_meta
+    ]
 
 
 def _leaf_loads(

@@ -1,0 +1,147 @@
+"""Process groups that are made for models and go with them.
+
+Only the ranks of such a group take part in making it, and nothing that torch counts moves: its
+``new_group`` names groups by the number of calls so far, which differs between ranks as soon as
+some of them have made a group among themselves, and the next group that they all make then hangs.
+"""
+
+import _thread
+import hashlib
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..common.agreement import group_timeout
+
+_c10d: Any = dist.distributed_c10d
+
+# Freeing a group whose last collective has failed would wait for peers that do not come; then its
+# threads end later, by the group's timeout.
+_SECONDS_FOR_FREEING = 2.0
+
+
+class GroupRequest(NamedTuple):
+    """What a group is to be. All of its ranks ask for the same, in the same order.
+
+    ``scope``: what tells groups of the same ranks apart. ``ranks``: in the default group, in the
+    order that they have in this one."""
+
+    scope: str
+    ranks: tuple[int, ...]
+    timeout: timedelta
+
+    def key(self) -> str:
+        described = repr((self.scope, self.ranks, self.timeout.total_seconds()))
+        return f"hsdp_ckpt/{hashlib.sha256(described.encode()).hexdigest()[:24]}"
+
+
+class OwnGroup:
+    """A Gloo group, which ends when nobody has this object any more: that is local. Whoever uses it
+    finds it by ``name``, as ``destroy_process_group`` ends it too."""
+
+    def __init__(self, name: str, request: GroupRequest) -> None:
+        self.name = name
+        default = _c10d._get_default_group()
+        _alive.setdefault(default, {})[name] = _new_gloo_group(name, request)
+        ending: Any = weakref.finalize(self, _end, weakref.ref(default), name)
+        ending.atexit = False
+
+
+# The groups of every default group's life, by name; they end with it at the latest.
+_alive: "weakref.WeakKeyDictionary[Any, dict[str, Any]]" = weakref.WeakKeyDictionary()
+
+
+def meet(request: GroupRequest, kept: OwnGroup | None) -> OwnGroup:
+    """``kept`` if every rank has passed the group of the same name, else a new one. Collective over
+    the ranks: models may be gone on some of them, and still be there on others.
+
+    Raises torch's RuntimeError if a rank does not come within the timeout."""
+    store = _c10d._get_default_store()
+    size, key = len(request.ranks), request.key()
+    # Nobody comes to a meeting before all have come to the one before it.
+    meeting = f"{key}/{(store.add(key, 1) - 1) // size}"
+    votes = f"{meeting}/{kept.name if kept is not None else ''}"
+    store.add(votes, 1)
+    if store.add(f"{meeting}/arrived", 1) == size:
+        all_kept = kept is not None and store.add(votes, 0) == size
+        store.set(f"{meeting}/verdict", "kept" if all_kept else "new")
+    store.wait([f"{meeting}/verdict"], request.timeout)
+    if kept is not None and store.get(f"{meeting}/verdict") == b"kept":
+        return kept
+    return OwnGroup(meeting, request)
+
+
+def _new_gloo_group(name: str, request: GroupRequest) -> Any:
+    store = dist.PrefixStore(f"{name}/", _c10d._get_default_store())
+    rank, size = request.ranks.index(dist.get_rank()), len(request.ranks)
+    gloo = dist.ProcessGroup.BackendType.GLOO
+    group: Any = dist.ProcessGroup(store, rank, size)
+    backend = dist.ProcessGroupGloo(store, rank, size, request.timeout)
+    group._set_default_backend(gloo)
+    for device in ("cpu", "cuda"):
+        group._register_backend(torch.device(device), gloo, backend)
+    group._set_group_name(name)
+    group._set_group_desc("torch_hsdp_ckpt")
+    _c10d._register_process_group(name, group)
+    return group
+
+
+def _end(default: "weakref.ref[Any]", name: str) -> None:
+    held = [_alive.get(default(), {}).pop(name, None)]
+    if held[0] is None:
+        return
+    if default() is _c10d.GroupMember.WORLD:  # if not, no name is registered
+        _c10d._unregister_process_group(name)
+    # This may be the garbage collector's call, in the midst of anything: threading's own locks may
+    # be taken.
+    tasks: list[int] = []
+
+    def free() -> None:
+        tasks.append(_thread.get_native_id())
+        held.clear()
+
+    _thread.start_new_thread(free, ())
+    deadline = time.monotonic() + _SECONDS_FOR_FREEING
+    while time.monotonic() < deadline and not (tasks and _has_ended(tasks[0])):
+        time.sleep(0.0005)
+
+
+def _has_ended(task: int) -> bool:
+    return not os.path.exists(f"/proc/self/task/{task}")
+
+
+def new_group_of_all(ranks: Sequence[int], timeout: timedelta, backend: str) -> str:
+    """The name of a group of all ranks of the job, on any backend. It stays until
+    ``destroy_process_group``: with NCCL ending a group is collective, and models do not go at the
+    same time on all ranks."""
+    group: Any = dist.new_group(
+        list(ranks),
+        timeout=timeout,
+        backend=backend,
+        use_local_synchronization=True,
+        group_desc="hsdp_ckpt_reduce",
+    )
+    return str(group.group_name)
+
+
+def group_of_this_rank(like: dist.ProcessGroup) -> Any:
+    """A group of this rank alone with the backend of ``like``, one that torch knows, for meshes. It
+    is made once and stays until ``destroy_process_group``."""
+    rank, world = dist.get_rank(), _c10d._world
+    backend = str(dist.get_backend_config(like))
+    name = f"hsdp_ckpt/rank {rank}/{backend}"
+    for group, known in world.pg_names.items():
+        if known == name:
+            return group
+    store = _c10d._get_default_store()
+    group, _ = _c10d._new_process_group_helper(
+        1, 0, [rank], backend, store, name, timeout=group_timeout(like), group_desc="hsdp_ckpt_rank"
+    )
+    world.pg_group_ranks[group] = {rank: 0}
+    return group
