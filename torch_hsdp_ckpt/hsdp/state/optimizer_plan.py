@@ -94,11 +94,15 @@ def _received(request: OptimizerLoadRequest) -> ReceivedState:
 
 
 def _names_on_all_ranks(request: OptimizerLoadRequest) -> ParameterNames:
+    """The ranks hear of one another's problems here, before they gather ShardedTensors together."""
+    names, problems = None, []
     try:
-        return request.find_names()
+        names = request.find_names()
     except ValueError as error:
-        _refuse(request.mesh, [str(error)])
-        raise
+        problems.append(str(error))
+    _refuse(request.mesh, problems)
+    assert names is not None
+    return names
 
 
 def _refuse(mesh: DeviceMesh, problems: list[str]) -> None:
