@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils.checkpoint import checkpoint
 from training import assert_close, full, grads, loss_of, mean_grads, wrap, wrap_fsdp2
 
 from torch_hsdp_ckpt import BackwardPrefetch, FullyShardedDataParallel, ShardingStrategy
@@ -215,44 +214,6 @@ def _accumulation(rank: int) -> None:
         assert_close(grads(ours), mean_grads(net, lambda n, r: loss_of(n, batch(net, 1, r))))
 
 
-class Checkpointed(nn.Module):
-    """Recomputes inside the units' forwards and around them."""
-
-    def __init__(self, net: Net, reentrant: bool) -> None:
-        super().__init__()
-        self.net, self.reentrant = net, reentrant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.net.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return checkpoint(self.net.head, x, use_reentrant=self.reentrant)
-
-
-def _recomputation(rank: int) -> None:
-    net = NETS["uneven"]()
-    expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r).requires_grad_()))
-    for reentrant in (False, True):
-        ours = wrap(Checkpointed(copy.deepcopy(net), reentrant))
-        for _ in range(2):
-            ours.zero_grad()
-            loss_of(ours, batch(net, 0, rank).requires_grad_()).backward()
-            assert_close({k.removeprefix("net."): v for k, v in grads(ours).items()}, expected)
-
-
-def _unfrozen_before_the_recomputation(rank: int) -> None:
-    """A backward that computes a unit's forward again trains what is unfrozen by then."""
-    net = NETS["uneven"]()
-    expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r).requires_grad_()))
-    ours = wrap(Checkpointed(copy.deepcopy(net), reentrant=True))
-    block = ours.net.blocks[0]
-    block.requires_grad_(False)
-    block.down.bias.requires_grad_(True)
-    loss = loss_of(ours, batch(net, 0, rank).requires_grad_())
-    block.requires_grad_(True)
-    loss.backward()
-    assert_close({k.removeprefix("net."): v for k, v in grads(ours).items()}, expected)
-
-
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -399,8 +360,6 @@ def test_graphs_that_are_no_plain_chain() -> None:
         _frozen_and_toggled,
         _evaluation,
         _accumulation,
-        _recomputation,
-        _unfrozen_before_the_recomputation,
         _called_twice,
         _exceptions,
     )

@@ -1,5 +1,5 @@
-"""Graphs of gradients and forwards within forwards: gradients of gradients, units that run twice,
-errors that a forward catches."""
+"""Graphs of gradients and forwards within forwards: gradients of gradients, forwards that backward
+computes again, units that run twice, errors that a forward catches."""
 
 import contextlib
 import copy
@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
-from models import NETS, Block, batch
+from models import NETS, Block, Net, batch
 from ranks import run_checks
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap
 
 from torch_hsdp_ckpt import fully_shard
@@ -227,6 +228,44 @@ def _roots_of_their_own(rank: int) -> None:
             assert_close(grads(ours), mean_grads(net, loss))
 
 
+class Checkpointed(nn.Module):
+    """Recomputes inside the units' forwards and around them."""
+
+    def __init__(self, net: Net, reentrant: bool) -> None:
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.net.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return checkpoint(self.net.head, x, use_reentrant=self.reentrant)
+
+
+def _recomputation(rank: int) -> None:
+    net = NETS["uneven"]()
+    expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r).requires_grad_()))
+    for reentrant in (False, True):
+        ours = wrap(Checkpointed(copy.deepcopy(net), reentrant))
+        for _ in range(2):
+            ours.zero_grad()
+            loss_of(ours, batch(net, 0, rank).requires_grad_()).backward()
+            assert_close({k.removeprefix("net."): v for k, v in grads(ours).items()}, expected)
+
+
+def _unfrozen_before_the_recomputation(rank: int) -> None:
+    """A backward that computes a unit's forward again trains what is unfrozen by then."""
+    net = NETS["uneven"]()
+    expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r).requires_grad_()))
+    ours = wrap(Checkpointed(copy.deepcopy(net), reentrant=True))
+    block = ours.net.blocks[0]
+    block.requires_grad_(False)
+    block.down.bias.requires_grad_(True)
+    loss = loss_of(ours, batch(net, 0, rank).requires_grad_())
+    block.requires_grad_(True)
+    loss.backward()
+    assert_close({k.removeprefix("net."): v for k, v in grads(ours).items()}, expected)
+
+
 def test_graphs_of_gradients() -> None:
     run_checks(
         4,
@@ -236,3 +275,7 @@ def test_graphs_of_gradients() -> None:
         _an_error_that_a_forward_catches,
         _roots_of_their_own,
     )
+
+
+def test_recomputed_forwards() -> None:
+    run_checks(4, _recomputation, _unfrozen_before_the_recomputation)

@@ -2,13 +2,12 @@
 
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <string>
 #include <utility>
 
-#include "base/error.h"
+#include "error_of.h"
 
 namespace hsdp_ckpt {
 namespace {
@@ -73,15 +72,6 @@ ObjectCosts Costs(uint64_t limit = kNoLimit, const pickle::EntrySizes* entries =
 
 ObjectPtr Call(ObjectCosts& costs, const std::string& name, ObjectItems items) {
   return costs.Call(*Function(name), *Tuple(std::move(items)));
-}
-
-std::string ErrorOf(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const base::CorruptionError& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 std::string ErrorOfCall(const std::string& name, const ObjectItems& items,

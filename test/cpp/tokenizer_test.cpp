@@ -3,12 +3,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <set>
 #include <vector>
 
 #include "base/bytes.h"
-#include "base/error.h"
+#include "error_of.h"
 #include "pickle_bytes.h"
 
 namespace hsdp_ckpt {
@@ -22,15 +21,6 @@ using testing::HasSubstr;
 
 pickle::Tokenizer Tokens(std::string_view pickle, Opcodes opcodes = Opcodes::kAll) {
   return {base::AsBytes(pickle), "file", opcodes};
-}
-
-std::string ErrorOf(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const base::CorruptionError& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 /// An opcode with an argument, and what the tokenizer makes of it.
