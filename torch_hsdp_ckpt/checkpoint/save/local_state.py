@@ -93,9 +93,11 @@ class LocalState:
         """None if the tensor's placements are not all there is to be said of how it is cut."""
         spec = tensor._spec
         key = (id(spec.mesh), spec.placements)
-        if key not in self._shardings:
-            self._shardings[key] = _sharding_by(spec.mesh, spec.placements)
-        return self._shardings[key]
+        try:
+            return self._shardings[key]  # hashing placements is slow: once, not twice
+        except KeyError:
+            sharding = self._shardings[key] = _sharding_by(spec.mesh, spec.placements)
+            return sharding
 
     def digests(self) -> bytes:
         """Two digests: equal on two ranks if they hold the same DTensors, and if they hold the same
