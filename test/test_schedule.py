@@ -234,6 +234,8 @@ def _not_the_last_backward(rank: int) -> None:
         if look == "frozen":  # the parameters are bound anew
             ours.head.bias.requires_grad_(False)
             loss_of(ours, batch(net, 0, rank))
+            for module in (ours.blocks[0], ours):
+                module.reshard()  # what forward has kept is shown
             ours.head.bias.requires_grad_(True)
         elif look == "norm":
             wrapped = (

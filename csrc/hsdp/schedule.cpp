@@ -52,7 +52,12 @@ void Schedule::OnGradient(const at::Tensor& tensor, const UnitPtr& unit,
       [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit), method](const at::Tensor&) {
         const auto self = weak.lock();
         const auto alive = weak_unit.lock();
-        if (self && alive) ((*self).*method)(alive);
+        if (!alive) return;
+        TORCH_CHECK(self, "module ", alive->name(),
+                    ": since this forward it has been used within another outermost module, and "
+                    "this backward has lost its parameters: run forward and backward of one "
+                    "before the other's forward");
+        ((*self).*method)(alive);
       });
 }
 

@@ -77,6 +77,8 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void SetLastBackward(bool last) { last_backward_ = last; }
   /// Takes the gradients that are on their way.
   void FinishReductions();
+  /// Whether units keep gradients that no backward has reduced yet; the same on all ranks.
+  bool Owes() const { return !owing_.empty(); }
   /// The turn of somebody who reads the sharded parameters, see Turn::BeginRead. Takes the
   /// gradients that are on their way.
   ReadTurn BeginRead();

@@ -101,6 +101,10 @@ void BindUnitSettings(UnitClass& unit_class) {
       .def_readwrite("reshard_after_forward", &hsdp::Unit::reshard_after_forward)
       .def_readwrite("reshard_after_backward", &hsdp::Unit::reshard_after_backward)
       .def_readonly("frozen", &hsdp::Unit::frozen)
+      .def_property_readonly("is_unsharded",
+                             [](const hsdp::Unit& unit) {
+                               return unit.group->state() == hsdp::ParamGroup::State::kUnsharded;
+                             })
       .def(
           "set_forward_prefetch",
           [](hsdp::Unit& unit, const hsdp::UnitSequence& units) {
@@ -169,6 +173,7 @@ void BindSchedule(py::module_& module) {
       .def("release", &hsdp::Schedule::Release, py::arg("unit"), NoGil())
       .def("set_last_backward", &hsdp::Schedule::SetLastBackward, py::arg("last"))
       .def("finish_reductions", &hsdp::Schedule::FinishReductions, NoGil())
+      .def("owes", &hsdp::Schedule::Owes)
       .def(
           "take_turn", [](hsdp::Schedule& schedule) { return schedule.turn().BeginRead(); },
           NoGil())

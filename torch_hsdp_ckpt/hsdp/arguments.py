@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffload
 
+from .module_tree import is_wrapped
+
 
 def at(*modules: nn.Module) -> str:
     """How an error about wrapping ``modules``, which become one unit, begins."""
@@ -59,7 +61,7 @@ class IgnoredStates:
     @staticmethod
     def of(module: nn.Module, items: Iterable[Any]) -> "IgnoredStates":
         """From both arguments of ``module``'s wrapper together. TypeError for what is neither
-        module nor parameter, ValueError where ``module`` itself is named."""
+        module nor parameter, ValueError where ``module`` itself or a wrapped module is named."""
         modules: set[nn.Module] = set()
         parameters: set[nn.Parameter] = set()
         for item in items:
@@ -77,6 +79,13 @@ class IgnoredStates:
             raise ValueError(
                 "the module to be wrapped is itself named in ignored_modules: there would be "
                 "nothing to shard"
+            )
+        wrapped = next((type(inner).__name__ for inner in modules if is_wrapped(inner)), None)
+        if wrapped is not None:
+            raise ValueError(
+                f"{at(module)}a {wrapped} named in ignored_modules is wrapped itself, and goes on "
+                "to gather and reduce its parameters: name what it wraps before that is wrapped, "
+                "or leave it out"
             )
         return IgnoredStates(frozenset(modules), frozenset(parameters))
 

@@ -1,9 +1,11 @@
 """Clipping by the norm of all gradients, of however many meshes, and plain ones."""
 
+import math
 from collections.abc import Iterable
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -38,5 +40,43 @@ def _with_grads_by_mesh(
 
 def _norm_of_grads(parameters: list[nn.Parameter], norm_type: float) -> torch.Tensor:
     grads = [cast(torch.Tensor, parameter.grad) for parameter in parameters]
-    norm = nn.utils.get_total_norm(grads, norm_type)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if isinstance(grads[0], DTensor):
+        grads = _norms_of_sharded(cast(list[DTensor], grads), norm_type)
+    return nn.utils.get_total_norm(grads, norm_type)
+
+
+def _norms_of_sharded(grads: list[DTensor], norm_type: float) -> list[torch.Tensor]:
+    """The norm of each, over all shards, in one all-reduce over the shard group. (DTensor's own
+    collectives have names that two threads of torch's Gloo may write at a time.)"""
+    mesh = grads[0].device_mesh
+    shard_dim = mesh.ndim - 1
+    counts = [
+        grad.placements[shard_dim].is_shard() or mesh.get_local_rank(shard_dim) == 0
+        for grad in grads
+    ]
+    norms = torch.stack([_norm(grad.to_local(), norm_type) for grad in grads])
+    if mesh.size(shard_dim) > 1:
+        norms = _over_shards(norms, norm_type, torch.tensor(counts), mesh.get_group(shard_dim))
+    return list(norms.unbind())
+
+
+def _norm(local: torch.Tensor, norm_type: float) -> torch.Tensor:
+    if local.numel() == 0:  # a rank without rows, for whom torch has no largest element
+        return local.new_full((), math.inf if norm_type == -math.inf else 0.0)
+    norm: torch.Tensor = torch.linalg.vector_norm(local, norm_type)
+    return norm
+
+
+def _over_shards(
+    norms: torch.Tensor, norm_type: float, counts: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """The whole tensors' norms from this rank's parts. ``counts``: whether a part is one of this
+    rank's alone, or the first rank's copy of what all of them have."""
+    if math.isinf(norm_type):
+        op = dist.ReduceOp.MAX if norm_type > 0 else dist.ReduceOp.MIN
+        dist.all_reduce(norms, op, group)
+        return norms
+    power = norm_type or 1.0  # the zero norm counts elements
+    sums = torch.where(counts.to(norms.device), norms**power, 0.0)
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+    return sums ** (1.0 / power)

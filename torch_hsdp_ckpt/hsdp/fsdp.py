@@ -115,6 +115,9 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
             synchronize(module, mesh, ignored.parameters)
         self.device_mesh = mesh
         self.sharding_strategy = strategy
+        self.cpu_offload = CPUOffload(offload_params=offloads(cpu_offload))
+        self.mixed_precision = MixedPrecision() if mixed_precision is None else mixed_precision
+        self.backward_prefetch = backward_prefetch
         registered = parameters_of_unit([module], ignored.parameters)
         reshard = _reshard_after_forward(strategy)
         self._unit = ShardedUnit(registered, mesh, device, reshard, precision)
@@ -222,6 +225,27 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def module(self) -> nn.Module:
         """The wrapped module."""
         return self._checkpoint_wrapped_module
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The shard group; under NO_SHARD the group of all ranks of the mesh."""
+        unsharded = self.sharding_strategy is ShardingStrategy.NO_SHARD
+        return self.device_mesh.get_group(0 if unsharded else self.device_mesh.ndim - 1)
+
+    @property
+    def rank(self) -> int:
+        """This rank in ``process_group``."""
+        return dist.get_rank(self.process_group)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks of ``process_group``."""
+        return dist.get_world_size(self.process_group)
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the parameters are, and forward computes."""
+        return self._unit.device
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the wrapper lacks are the wrapped module's."""

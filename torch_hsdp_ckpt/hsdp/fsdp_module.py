@@ -41,7 +41,10 @@ class FSDPModule:
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return fsdp_runner(self).run(super().__call__, args, kwargs)  # type: ignore[misc]
+        runner = fsdp_runner(self)
+        outputs = runner.run(super().__call__, args, kwargs)  # type: ignore[misc]
+        runner.show_kept()
+        return outputs
 
     def unshard(self, async_op: bool = False) -> UnshardHandle | None:
         """Gathers this module's parameters (not those of wrapped modules inside) for a forward to
@@ -78,7 +81,8 @@ class FSDPModule:
 
     def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
         """Sets whether the full parameters are freed after forward and gathered again in backward,
-        the outermost module's too."""
+        the outermost module's too. Where they are kept the module shows them until backward or
+        ``reshard()``."""
         for unit in self._units(recurse):
             unit.core.reshard_after_forward = reshard_policy(reshard_after_forward)
 
@@ -99,8 +103,8 @@ class FSDPModule:
         """
         runner = fsdp_runner(self)
         runner.last_backward = is_last_backward
-        if runner.root is not None:
-            runner.root.schedule.set_last_backward(is_last_backward)
+        if (root := runner.root) is not None:
+            root.schedule.set_last_backward(is_last_backward)
 
     def set_modules_to_forward_prefetch(self, modules: "list[FSDPModule]") -> None:
         """This module's forward starts the gathers of ``modules`` ahead, instead of the one that

@@ -83,13 +83,20 @@ class UnitGradients:
         )
 
     def _run_hooks(self, unused: set[int]) -> None:
-        """Runs what ``register_post_accumulate_grad_hook`` has registered."""
+        """Runs what waits for a gradient: what ``register_post_accumulate_grad_hook`` has
+        registered, and the optimizers that torch's ``_apply_optimizer_in_backward`` has made, whose
+        own hooks are on an autograd node that no gradient comes to here."""
         for i, parameter in enumerate(self._parameters):
             hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
-            if hooks and i not in unused:
-                self._core.join_grads()  # the hook reads on this stream
-                for hook in list(hooks.values()):
-                    hook(parameter)
+            optimizers = getattr(parameter, "_in_backward_optimizers", ())
+            if i in unused or not (hooks or optimizers):
+                continue
+            self._core.join_grads()  # the hook reads on this stream
+            for hook in list(hooks.values()) if hooks else ():
+                hook(parameter)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
     def _reusable_gradients(self) -> list[DTensor]:
         """DTensors for all gradients: the kept ones, unless somebody else still holds one."""

@@ -38,14 +38,12 @@ def materialize(
     owners = [owner for owner in modules_of_unit(module) if owner not in ignored_modules]
     if not any(_meta_tensors(owner, ignored) for owner in owners):
         return
+    initialize = _initialization(param_init_fn, device)
     aliases = _slots_of_parameters(owners)
     originals = [first.parameter for first, *_ in aliases]
     with torch.no_grad():
         for owner in owners:
-            if param_init_fn is not None:
-                param_init_fn(owner)
-            elif any(True for _ in _tensors_of(owner)):
-                _reset_parameters(owner, device)
+            initialize(owner)
     for original, (first, *others) in zip(originals, aliases, strict=True):
         for slot in others:
             setattr(slot.module, slot.name, first.parameter)
@@ -81,7 +79,19 @@ def _slots_of_parameters(owners: list[nn.Module]) -> list[list[Slot]]:
     return list(slots.values())
 
 
+def _initialization(
+    param_init_fn: Callable[[nn.Module], None] | None, device: torch.device
+) -> Callable[[nn.Module], None]:
+    if param_init_fn is None:
+        return lambda owner: _reset_parameters(owner, device)
+    if not callable(param_init_fn):
+        raise ValueError(f"param_init_fn is called with a module; {param_init_fn!r} can't be")
+    return param_init_fn
+
+
 def _reset_parameters(owner: nn.Module, device: torch.device) -> None:
+    if not any(True for _ in _tensors_of(owner)):
+        return
     owner.to_empty(device=device, recurse=False)
     if not hasattr(owner, "reset_parameters"):
         raise ValueError(

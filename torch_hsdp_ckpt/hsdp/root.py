@@ -35,10 +35,12 @@ class Root:
 
     def __init__(self, units: list[ShardedUnit], prefetch: _C.BackwardPrefetch) -> None:
         self.units = units
+        self.is_dissolved = False
         self._groups = ModelGroups()
         peers, channel = _meet_peers(units, self._groups)
         for unit in units:
             unit.check_materialized()
+            unit.take_replaced()
         self.schedule = _C.Schedule(
             prefetch,
             dist.get_rank(),
@@ -106,6 +108,24 @@ class Root:
                 unit.show_full()
             if first:
                 self.schedule.end_read()
+
+    def dissolve(self) -> None:
+        """Lets the units go, to another root; nothing of them is in flight then. A graph of a
+        forward before this has no backward any more, which says so.
+
+        RuntimeError inside of this thread's own forward or backward, and where ``no_sync`` has left
+        gradients that nobody has reduced."""
+        self.reset()
+        if self.schedule.owes():
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: module {self.units[0].core.name} keeps gradients that no "
+                "backward has reduced yet (no_sync): run one that does before a part of it is used "
+                "within another outermost module"
+            )
+        for unit in self.units:
+            unit.schedule = None
+        self.is_dissolved = True
+        del self.schedule  # what a graph finds gone
 
     def reset(self) -> None:
         """Puts the sharded parameters into their slots; then nothing derived from them is in

@@ -43,7 +43,7 @@ class Runner:
         self.precision = precision
         self.label = label
         self.ignored = ignored
-        self.root: Root | None = None
+        self._root: Root | None = None
         self.last_backward = True
         # There are several where modules that were given together are one unit.
         self._modules: list[weakref.ref[nn.Module]] = []
@@ -53,6 +53,13 @@ class Runner:
         self.add(module)
         unit.core.name = label
         keep_dynamo_out()
+
+    @property
+    def root(self) -> Root | None:
+        """None before the outermost module is known: until the first use, and after a module around
+        it or another one has become the root of what is wrapped inside."""
+        root = self._root
+        return None if root is None or root.is_dissolved else root
 
     def add(self, module: nn.Module) -> None:
         """Makes ``module`` one of those whose parameters are in this runner's unit."""
@@ -87,10 +94,10 @@ class Runner:
 
     def free(self) -> None:
         """Ends ``unshard``, or what a setting has kept after forward or backward."""
-        if self.root is None:
+        if (root := self.root) is None:
             return
-        with self.root.turn():
-            self.root.schedule.release(self.unit.core)
+        with root.turn():
+            root.schedule.release(self.unit.core)
             self.unit.show_sharded()
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,17 +129,35 @@ class Runner:
         root.schedule.leave_forward(core, flat_tensors(outputs))
         return outputs
 
+    def show_kept(self) -> None:
+        """After forward: shows the full parameters that it was told to keep for backward, as
+        torch's FSDP2 does. A loss that uses the head's weight, say, then gives it a gradient.
+
+        What is only kept because backward needs it next, the module that ran last, is not shown:
+        whether there is one depends on the calls."""
+        root, core = self.root_of_all(), self.unit.core
+        kept = core.reshard_after_forward == _C.ReshardAfterForward.NEVER or (
+            core.reshard_after_forward == _C.ReshardAfterForward.UNLESS_BACKWARD_IS_NEXT
+            and self.unit is root.units[0]
+        )
+        if not kept or root.in_backward():
+            return
+        with root.turn():
+            if core.is_unsharded:  # no forward of another thread has come in between
+                self.unit.show_full()
+
     def reading(self, whole: str = "") -> AbstractContextManager[None]:
         """``Root.reading``, also before there is a root, which then is not made meanwhile."""
-        return self._reading_alone(whole) if self.root is None else self.root.reading(whole)
+        root = self.root
+        return self._reading_alone(whole) if root is None else root.reading(whole)
 
     @contextmanager
     def _reading_alone(self, whole: str) -> Iterator[None]:
         with self._while_rootless():
-            if self.root is None:
+            if (root := self.root) is None:
                 yield
                 return
-        with self.root.reading(whole):
+        with root.reading(whole):
             yield
 
     @contextmanager
@@ -147,26 +172,25 @@ class Runner:
 
     def root_of_all(self) -> Root:
         """The root of the outermost module; made if there is none, which is collective over the
-        mesh: at the first use of an outermost module, for all that are wrapped inside."""
-        if self.root is not None:
-            return self.root
+        mesh: at the first use of an outermost module, for all that are wrapped inside. Those that
+        have been used on their own, or within another module, leave that root, which is none any
+        more: so the whole of a model is one order, whatever part ran first."""
+        if (root := self.root) is not None:
+            return root
         with self._while_rootless():
             return self.root or self._make_root()
 
     def _make_root(self) -> Root:
         named = list(named_runners(self.modules()[0]))
         inside = [runner for _, runner in named]
-        if any(runner.root is not None for runner in inside):
-            raise RuntimeError(
-                "a wrapped module has been run on its own before the wrapper around it: call the "
-                "outermost module first"
-            )
+        for former in {runner.root for runner in inside if runner.root is not None}:
+            former.dissolve()
         for name, runner in named:
             runner._prepare(name or "(outermost)", is_outermost=runner is self)
         root = Root([runner.unit for runner in inside], self.prefetch)
         root.schedule.set_last_backward(self.last_backward)
         for runner in inside:
-            runner.root = root
+            runner._root = root
         adopt_everywhere()
         return root
 
@@ -183,8 +207,8 @@ class Runner:
 
     def reset(self) -> None:
         """The sharded parameters are in their slots and nothing derived from them is in flight."""
-        if self.root is not None:
-            self.root.reset()
+        if (root := self.root) is not None:
+            root.reset()
 
     def drop_gradients(self) -> None:
         """Forgets, before ``zero_grad``, gradients that wait for a backward that reduces, here and

@@ -13,6 +13,9 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from .precision import REDUCIBLE_DTYPES
 from .slots import RegisteredParameter
 
+# FSDP2's extension point for what is gathered, as methods of a tensor subclass or as attributes.
+_GATHER_EXTENSIONS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
+
 _REPLACEMENT = "_hsdp_ckpt_replacement"  # on a parameter that is in no module any more
 
 # The parameters with such a note that somebody still holds. There are none where optimizers are
@@ -107,6 +110,16 @@ def _why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
             "already is a DTensor: sharding it a second time (tensor parallelism) is not "
             "supported. Use torch's own fully_shard for this module, or leave the parameter out "
             "(ignored_states, ignored_params) and reduce its gradient yourself"
+        )
+    if any(hasattr(parameter, name) for name in _GATHER_EXTENSIONS):
+        return (
+            "has fsdp_pre_all_gather or fsdp_post_all_gather, which FSDP2 calls around its gathers "
+            "(float8 training): that is not supported here. Use torch's own fully_shard"
+        )
+    if type(parameter) is not nn.Parameter and type(parameter.data) is not torch.Tensor:
+        return (
+            f"is a tensor subclass, {type(parameter.data).__name__}, of which this package knows "
+            "no memory to shard: use torch's own fully_shard, or name it in ignored_states"
         )
     note = _note_on(parameter)
     if note is not None and note.is_sharded:

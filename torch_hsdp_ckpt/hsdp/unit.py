@@ -279,6 +279,16 @@ class ShardedUnit:
         ]:
             self.bind(self.schedule)
 
+    def take_replaced(self) -> None:
+        """Before the first forward: takes DTensors that somebody has registered in place of the
+        parameters (an initialisation that computes them anew, say). ValueError for one that is
+        placed otherwise."""
+        if self._sharded_table.replaced_parameter() is None:
+            return
+        first_slots = [places[0] for places in self.slots]
+        if all(isinstance(slot.table.get(slot.name), DTensor) for slot in first_slots):
+            self.rebind()
+
     def check_materialized(self) -> None:
         """Raises RuntimeError if there are parameters on the meta device."""
         if self.on_meta:

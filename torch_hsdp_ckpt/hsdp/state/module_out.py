@@ -23,6 +23,11 @@ def collect(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -
         return
     if hasattr(destination, "_metadata"):
         destination._metadata[prefix[:-1]] = {"version": module._version}
+    collect_inside(module, destination, prefix, keep_vars)
+
+
+def collect_inside(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+    """What ``module`` holds, asking its children, not itself, whether they have a say."""
     _collect_tensors(module, destination, prefix, keep_vars)
     if type(module).get_extra_state is not nn.Module.get_extra_state:
         destination[prefix + _EXTRA_STATE_KEY_SUFFIX] = module.get_extra_state()

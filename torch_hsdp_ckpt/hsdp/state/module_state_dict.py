@@ -27,7 +27,7 @@ from ..runner import Runner
 from ..unit import ShardedUnit
 from .module_entries import ModuleEntries, checks_first
 from .module_in import load
-from .module_out import collect, keys_below, make_whole, offload_below
+from .module_out import collect_inside, keys_below, make_whole, offload_below
 from .module_plan import LoadRequest, cut_whole_tensors
 from .optimizer_state_dict import OptimStateMixin, default_settings, unit_holders
 from .placement import is_first
@@ -96,7 +96,7 @@ class StateDictMixin(OptimStateMixin, nn.Module):
             destination._metadata = OrderedDict()
         for pre_hook in self._state_dict_pre_hooks.values():
             pre_hook(self, prefix, keep_vars)
-        collect(self._checkpoint_wrapped_module, destination, prefix, keep_vars)
+        collect_inside(self, destination, prefix, keep_vars)
         if self._runner.precision.buffer_dtype is not None and not keep_vars:
             restore_buffers(self._checkpoint_wrapped_module, destination, prefix)
         destination = self._call_state_dict_hooks(destination, prefix)
@@ -245,7 +245,8 @@ def _wrappers(module: nn.Module) -> list[StateDictMixin]:
 
 @checks_first
 def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Renames the keys below this wrapper to what ``nn.Module``'s loading looks for."""
+    """Renames the keys below this wrapper to what ``nn.Module``'s loading looks for. What somebody
+    has hung on the wrapper itself keeps its keys."""
     assert isinstance(module, StateDictMixin)
     # load_state_dict above has done both, but a module around this one may be what is loaded, or a
     # user's hook may have come in between.
@@ -254,8 +255,10 @@ def _before_load(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     if module._full:
         cut_whole_tensors(state_dict, ModuleEntries.of(module, prefix).entries)
     inner = prefix + WRAPPED_PREFIX
+    own = {prefix + name for name in (*module._parameters, *module._buffers)}
+    below_own = tuple(f"{prefix}{name}." for name in module._modules)  # ``inner`` among them
     for key in keys_below(state_dict, prefix):
-        if not key.startswith(inner):
+        if key not in own and not key.startswith(below_own):
             state_dict[inner + key[len(prefix) :]] = state_dict.pop(key)
 
 

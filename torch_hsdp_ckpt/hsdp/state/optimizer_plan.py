@@ -27,7 +27,7 @@ class OptimizerLoadRequest:
     ``find_names`` raises ValueError where the optimizer's parameters are not the model's.
     ``from_first_rank``: the state of the mesh's first rank counts, and is sent to all; else every
     rank has its own. ``keyed_by_name``: the optimizer keys its state by names itself, not by
-    numbers."""
+    numbers. ``needs_groups``: a state without ``param_groups`` can't be loaded where it goes."""
 
     state: Any
     mesh: DeviceMesh
@@ -35,6 +35,7 @@ class OptimizerLoadRequest:
     optim: torch.optim.Optimizer | None
     from_first_rank: bool = False
     keyed_by_name: bool = False
+    needs_groups: bool = False
 
 
 class StateEntry(NamedTuple):
@@ -157,9 +158,8 @@ def _check_groups(
     if saved.problems:
         return GroupMatch([], [])
     if saved.param_groups is None:
-        needs_groups = request.optim is not None and not request.keyed_by_name
         lack = 'the optimizer state has no "param_groups"'
-        return GroupMatch([], [lack] if needs_groups else [])
+        return GroupMatch([], [lack] if request.needs_groups else [])
     match = match_groups(names, saved.param_groups)
     if request.optim is None or match.problems:
         return match

@@ -158,7 +158,8 @@ class OptimStateMixin:
         DTensors are passed on as they are, whole tensors are cut: each rank keeps a copy of its
         rows. ShardedTensors are gathered one by one and cut likewise. Under FULL_STATE_DICT with
         ``rank0_only`` the first rank's state is sent to all, and what others pass is ignored.
-        ``is_named_optimizer``: ``optim`` keys its state by names itself.
+        ``is_named_optimizer``: ``optim`` keys its state by names itself. A state without
+        ``param_groups`` comes back without, to be completed; it can't be loaded directly.
 
         Collective: what does not fit on one rank is a ValueError on all of them that lists it, and
         nothing was loaded."""
@@ -171,6 +172,7 @@ class OptimStateMixin:
             optim,
             from_first_rank=bool(getattr(config, "rank0_only", False)),
             keyed_by_name=is_named_optimizer,
+            needs_groups=load_directly,
         )
         loadable = loadable_state(request)
         if load_directly:
