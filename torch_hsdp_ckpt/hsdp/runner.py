@@ -17,7 +17,9 @@ from .eager import keep_dynamo_out
 from .flat_tensors import flat_tensors
 from .module_tree import RUNNER, without_wrappers
 from .precision import Precision
+from .results import Results, with_gathered_steps
 from .root import Root
+from .transforms import check_not_traced, in_transform, outside_of_transforms
 from .unit import ShardedUnit
 
 
@@ -48,6 +50,7 @@ class Runner:
         # There are several where modules that were given together are one unit.
         self._modules: list[weakref.ref[nn.Module]] = []
         self._input_dtype: torch.dtype | None = None  # what floating point inputs are cast to
+        self._results = Results()
         # Whoever makes the root, or reads while there is none, holds it.
         self._rootless = threading.RLock()
         self.add(module)
@@ -96,14 +99,15 @@ class Runner:
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the
         module can be used again."""
+        check_not_traced(self.unit.core.name)
+        if in_transform():
+            return self._run_in_transform(call, args, kwargs)
         root, unit = self.root_of_all(), self.unit
         unit.before_use()
         try:
             return self._run_forward(root, call, args, kwargs)
         except BaseException:
-            if root.schedule.running_here():  # if not, it has not begun
-                unit.show_sharded()
-                root.schedule.abort_forward(unit.core)
+            self._abort_forward(root)
             raise
 
     def _run_forward(
@@ -115,12 +119,48 @@ class Runner:
         inputs = flat_tensors((args, kwargs)) if core.frozen else ()
         root.schedule.enter_forward(core, torch.is_grad_enabled(), inputs)
         self.unit.show_full()
-        outputs = self.precision.cast_outputs(call(*args, **kwargs))
+        since = _sequence_number()
+        outputs = with_gathered_steps(call(*args, **kwargs), self.run)
+        outputs = self.precision.cast_outputs(outputs)
         if not root.in_backward():
             # This comes before the forward is left: then another thread may read.
             self.unit.show_sharded()
-        root.schedule.leave_forward(core, flat_tensors(outputs))
+        root.leave_forward(core, self._results.find(outputs, (args, kwargs), self.modules, since))
         return outputs
+
+    def _run_in_transform(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """``run`` within a transform of ``torch.func``, which has a graph of its own: no hook of
+        the schedule could gather in that. So nothing is freed until the backward of the graph that
+        the transform is part of."""
+        with outside_of_transforms():
+            root = self.root_of_all()
+            self.unit.before_use()
+        try:
+            if self._input_dtype is not None:
+                args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
+            with outside_of_transforms():
+                root.keep_full_parameters()
+                root.schedule.enter_forward(self.unit.core, torch.is_grad_enabled(), ())
+            self.unit.show_full()
+            outputs = self.precision.cast_outputs(call(*args, **kwargs))
+            self.unit.show_sharded()
+            with outside_of_transforms():
+                root.leave_forward(self.unit.core, ())
+        except BaseException:
+            with outside_of_transforms():
+                self._abort_forward(root)
+            raise
+        return outputs
+
+    def _abort_forward(self, root: Root) -> None:
+        # A recomputation ends by an error when it has computed enough, and backward goes on with
+        # the full parameters.
+        if root.in_backward() or not root.schedule.running_here():  # else it has not begun
+            return
+        self.unit.show_sharded()
+        root.schedule.abort_forward(self.unit.core)
 
     def reading(self, whole: str = "") -> AbstractContextManager[None]:
         """``Root.reading``, also before there is a root, which then is not made meanwhile."""
@@ -206,6 +246,11 @@ class Runner:
         self.unit.forget_kept_gradients()
         apply()
         self.unit.rebind()
+
+
+def _sequence_number() -> int:
+    """That of the next node of autograd's graph in this thread."""
+    return torch._C._autograd._get_sequence_nr()
 
 
 def runner_of(module: nn.Module) -> Runner | None:
