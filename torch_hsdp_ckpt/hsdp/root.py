@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch._compile import _disable_dynamo
 
 from .. import _C
 from .callbacks import weak_callback
@@ -144,7 +143,6 @@ class Root:
             pass
 
 
-@_disable_dynamo  # a compiled wrapper would be traced into the agreement
 def _meet_peers(units: list[ShardedUnit], groups: ModelGroups) -> tuple[PeerGroup | None, int]:
     """Waits for the other ranks of the mesh at its first forward; returns their group and a channel
     that none of them has used. RuntimeError on every rank if they have other units."""

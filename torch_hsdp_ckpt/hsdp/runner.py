@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from .. import _C
 from ..common.gate import wait_at_gate
@@ -193,6 +194,7 @@ class Runner:
         with self._while_rootless():
             return self.root or self._make_root()
 
+    @_disable_dynamo  # a compiled model would be traced into groups and agreements
     def _make_root(self) -> Root:
         named = list(named_runners(self.modules()[0]))
         inside = [runner for _, runner in named]
