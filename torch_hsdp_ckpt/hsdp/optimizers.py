@@ -12,18 +12,18 @@ def check_can_step(optimizer: Optimizer) -> None:
     if isinstance(optimizer, torch.optim.Adafactor):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                _check_has_no_factors(parameter)
+                _check_is_whole(parameter)
 
 
-def _check_has_no_factors(parameter: torch.Tensor) -> None:
-    """Adafactor keeps means over rows and columns of what has both, and changes partial norms in
-    place for it."""
-    if parameter.ndim < 2 or not parameter.requires_grad or not isinstance(parameter, DTensor):
+def _check_is_whole(parameter: torch.Tensor) -> None:
+    """Adafactor scales its step by norms. Of a sharded matrix torch's DTensor has not all of them;
+    of a sharded vector each rank would take the norm of its own part."""
+    if not parameter.requires_grad or not isinstance(parameter, DTensor):
         return
     if any(isinstance(placement, Shard) for placement in parameter.placements):
         raise NotImplementedError(
             f"rank {dist.get_rank()}: torch.optim.Adafactor has no step for a sharded parameter "
-            f"(here one of shape {tuple(parameter.shape)}), as torch has not the norms that it "
-            "takes of one: use another optimizer, such as AdamW, or leave such parameters whole "
-            "(ignored_states, ignored_params), to be reduced by yourself"
+            f"(here one of shape {tuple(parameter.shape)}), as it scales its step by norms that "
+            "torch does not have of one: use another optimizer, such as AdamW, or leave its "
+            "parameters whole (ignored_states, ignored_params), to be reduced by yourself"
         )
