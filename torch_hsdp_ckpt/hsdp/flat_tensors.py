@@ -35,6 +35,8 @@ def tensors_of_graph(outputs: Any, since: int) -> list[torch.Tensor]:
     ``since``: autograd's sequence number when the module's forward began. What objects that are no
     pytrees have held since before does not count."""
     if isinstance(outputs, torch.Tensor):
+        if outputs._base is None:  # most results are that
+            return [] if outputs.is_leaf else [outputs]
         return _with_bases([outputs], since)
     tensors, others = _in_pytrees(outputs)
     if others:
@@ -69,12 +71,21 @@ def _in_pytrees(values: Any) -> tuple[list[torch.Tensor], list[Any]]:
     """The tensors in ``values``, and the leaves that may hold others."""
     tensors: list[torch.Tensor] = []
     others: list[Any] = []
-    for leaf in tree_leaves(values):
+    leaves = values if _is_flat(values) else tree_leaves(values)
+    for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             tensors.append(leaf)
         elif type(leaf) not in _ATOMS:
             others.append(leaf)
     return tensors, others
+
+
+def _is_flat(values: Any) -> bool:
+    """Whether ``values`` are a list or tuple of tensors and the like: pytrees take long to say
+    so."""
+    if type(values) is not tuple and type(values) is not list:
+        return False
+    return all(isinstance(value, torch.Tensor) or type(value) in _ATOMS for value in values)
 
 
 def _held_by(value: Any) -> list[Any]:

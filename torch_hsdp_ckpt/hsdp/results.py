@@ -107,6 +107,8 @@ def _advanced(advance: Callable[..., Any], *args: Any) -> Any:
 
 def with_gathered_steps(outputs: Any, run: Callable[..., Any]) -> Any:
     """A module's result, with the generators in it as ``GatheredGenerator``s."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
     if isinstance(outputs, (tuple, list)):
         has_generator = any(isinstance(item, types.GeneratorType) for item in outputs)
     elif isinstance(outputs, dict):

@@ -23,6 +23,9 @@ from .root import Root
 from .transforms import check_not_traced, in_transform, outside_of_transforms
 from .unit import ShardedUnit
 
+# That of the next node of autograd's graph in this thread.
+_sequence_number = torch._C._autograd._get_sequence_nr
+
 
 class Runner:
     """What a wrapped ``module`` has in common under ``FullyShardedDataParallel`` and
@@ -248,11 +251,6 @@ class Runner:
         self.unit.forget_kept_gradients()
         apply()
         self.unit.rebind()
-
-
-def _sequence_number() -> int:
-    """That of the next node of autograd's graph in this thread."""
-    return torch._C._autograd._get_sequence_nr()
 
 
 def runner_of(module: nn.Module) -> Runner | None:
