@@ -2,7 +2,6 @@
 right."""
 
 import copy
-import dataclasses
 import pickle
 from typing import Any
 
@@ -14,6 +13,7 @@ from ranks import run_checks
 from torch import nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap
 
@@ -332,17 +332,19 @@ def _outputs_that_differ(rank: int) -> None:
             assert_close(grads(ours), mean_grads(net, loss))
 
 
+class Broken:
+    """A pytree whose tensors can't be looked at."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+def _broken(broken: Broken) -> Any:
+    raise KeyError("asked for")
+
+
 class Property(nn.Module):
-    """Returns an object whose tensors can't be looked at."""
-
-    @dataclasses.dataclass
-    class Broken:
-        value: torch.Tensor
-
-        def __getattribute__(self, name: str) -> Any:
-            if name == "value":
-                raise KeyError("asked for")
-            return super().__getattribute__(name)
+    """Returns an object that raises when somebody looks for tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,10 +352,11 @@ class Property(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         out = self.block(x)
-        return Property.Broken(out) if self.fail else out
+        return Broken(out) if self.fail else out
 
 
 def _results_that_raise(rank: int) -> None:
+    register_pytree_node(Broken, _broken, lambda values, context: Broken(*values))
     torch.manual_seed(0)
     net = nn.Sequential(Property(), nn.Linear(6, 2))
     x = [torch.randn(3, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from torch_hsdp_ckpt import FSDPModule, StateDictType
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
-from torch_hsdp_ckpt import StateDictType
 
 
 def _free(rank: int, device: str) -> None:
@@ -35,6 +35,8 @@ def _free(rank: int, device: str) -> None:
             state = model.state_dict()
             optim_state = FSDP.optim_state_dict(model, optimizer)
             assert mode.seen == []
+        if isinstance(model, FSDPModule):
+            model.reshard()  # it shows what forward has kept for backward
         plain = NETS[kind]()
         assert list(state) == list(plain.state_dict())
         for name, p in model.named_parameters():

@@ -23,6 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from .optimizers import check_can_step
 from .shards import Replacement, replacement_of, some_are_replaced
 from .state.cut import own_part
 from .state.nested import map_leaves
@@ -108,6 +109,7 @@ def adopt(optimizer: Optimizer) -> None:
 @_disable_dynamo  # part of a compiled step it would be traced
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     adopt(optimizer)
+    check_can_step(optimizer)
 
 
 register_optimizer_step_pre_hook(_before_step)

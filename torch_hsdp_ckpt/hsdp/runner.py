@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from .. import _C
 from ..common.gate import wait_at_gate
@@ -17,8 +18,13 @@ from .eager import keep_dynamo_out
 from .flat_tensors import flat_tensors
 from .module_tree import RUNNER, without_wrappers
 from .precision import Precision
+from .results import Results, with_gathered_steps
 from .root import Root
+from .transforms import check_not_traced, in_transform, outside_of_transforms
 from .unit import ShardedUnit
+
+# That of the next node of autograd's graph in this thread.
+_sequence_number = torch._C._autograd._get_sequence_nr
 
 
 class Runner:
@@ -48,6 +54,7 @@ class Runner:
         # There are several where modules that were given together are one unit.
         self._modules: list[weakref.ref[nn.Module]] = []
         self._input_dtype: torch.dtype | None = None  # what floating point inputs are cast to
+        self._results = Results()
         # Whoever makes the root, or reads while there is none, holds it.
         self._rootless = threading.RLock()
         self.add(module)
@@ -103,14 +110,15 @@ class Runner:
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the
         module can be used again."""
+        check_not_traced(self.unit.core.name)
+        if in_transform():
+            return self._run_in_transform(call, args, kwargs)
         root, unit = self.root_of_all(), self.unit
         unit.before_use()
         try:
             return self._run_forward(root, call, args, kwargs)
         except BaseException:
-            if root.schedule.running_here():  # if not, it has not begun
-                unit.show_sharded()
-                root.schedule.abort_forward(unit.core)
+            self._abort_forward(root)
             raise
 
     def _run_forward(
@@ -122,11 +130,13 @@ class Runner:
         inputs = flat_tensors((args, kwargs)) if core.frozen else ()
         root.schedule.enter_forward(core, torch.is_grad_enabled(), inputs)
         self.unit.show_full()
-        outputs = self.precision.cast_outputs(call(*args, **kwargs))
+        since = _sequence_number()
+        outputs = with_gathered_steps(call(*args, **kwargs), self.run)
+        outputs = self.precision.cast_outputs(outputs)
         if not root.in_backward():
             # This comes before the forward is left: then another thread may read.
             self.unit.show_sharded()
-        root.schedule.leave_forward(core, flat_tensors(outputs))
+        root.leave_forward(core, self._results.find(outputs, (args, kwargs), self.modules, since))
         return outputs
 
     def show_kept(self) -> None:
@@ -140,11 +150,45 @@ class Runner:
             core.reshard_after_forward == _C.ReshardAfterForward.UNLESS_BACKWARD_IS_NEXT
             and self.unit is root.units[0]
         )
-        if not kept or root.in_backward():
+        if not kept or root.in_backward() or in_transform():
             return
         with root.turn():
             if core.is_unsharded:  # no forward of another thread has come in between
                 self.unit.show_full()
+
+    def _run_in_transform(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """``run`` within a transform of ``torch.func``, which has a graph of its own: no hook of
+        the schedule could gather in that. So nothing is freed until the backward of the graph that
+        the transform is part of."""
+        with outside_of_transforms():
+            root = self.root_of_all()
+            self.unit.before_use()
+        try:
+            if self._input_dtype is not None:
+                args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
+            with outside_of_transforms():
+                root.keep_full_parameters()
+                root.schedule.enter_forward(self.unit.core, torch.is_grad_enabled(), ())
+            self.unit.show_full()
+            outputs = self.precision.cast_outputs(call(*args, **kwargs))
+            self.unit.show_sharded()
+            with outside_of_transforms():
+                root.leave_forward(self.unit.core, ())
+        except BaseException:
+            with outside_of_transforms():
+                self._abort_forward(root)
+            raise
+        return outputs
+
+    def _abort_forward(self, root: Root) -> None:
+        # A recomputation ends by an error when it has computed enough, and backward goes on with
+        # the full parameters.
+        if root.in_backward() or not root.schedule.running_here():  # else it has not begun
+            return
+        self.unit.show_sharded()
+        root.schedule.abort_forward(self.unit.core)
 
     def reading(self, whole: str = "") -> AbstractContextManager[None]:
         """``Root.reading``, also before there is a root, which then is not made meanwhile."""
@@ -180,6 +224,7 @@ class Runner:
         with self._while_rootless():
             return self.root or self._make_root()
 
+    @_disable_dynamo  # a compiled model would be traced into groups and agreements
     def _make_root(self) -> Root:
         named = list(named_runners(self.modules()[0]))
         inside = [runner for _, runner in named]

@@ -307,9 +307,11 @@ class ShardedUnit:
             return
         index = next(i for i, p in enumerate(self.sharded) if p is replaced)
         raise RuntimeError(
-            f"parameter {self.names[index]} of module {self.core.name} was replaced or removed "
-            "after wrapping, which the wrapper can't follow: replace it before, copy values into "
-            "it (with torch.no_grad()), or use load_state_dict(assign=True)"
+            f"rank {dist.get_rank()}: parameter {self.names[index]} of module {self.core.name} was "
+            "replaced or removed after wrapping, which the wrapper can't follow: replace it "
+            "before, copy values into it (with torch.no_grad()), or use "
+            "load_state_dict(assign=True). torch.func.functional_call, which replaces parameters "
+            "for one call, computes with a unit's own ones only"
         )
 
     def rebind(self) -> None:

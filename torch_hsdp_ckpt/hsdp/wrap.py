@@ -104,9 +104,17 @@ class _Replacement:
         for name, child in list(module._modules.items()):
             if child is None or child in self._wrapped.values():
                 continue
+            self._choose_instead_of_inner(child)
             self.run(child)
             if child in self._targets:
                 setattr(module, name, self._wrapped_once(child))
+
+    def _choose_instead_of_inner(self, module: nn.Module) -> None:
+        """What ``torch.compile`` has made of a target calls that itself, past a wrapper that would
+        be put between the two: so it is wrapped in the target's place."""
+        inner = module._modules.get("_orig_mod")
+        if inner is not None and inner in self._targets:
+            self._targets[module] = self._targets.pop(inner)
 
     def _wrapped_once(self, module: nn.Module) -> nn.Module:
         if module not in self._wrapped:

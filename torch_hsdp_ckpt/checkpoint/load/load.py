@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as _
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 
+from ...common.default_device import without_default_device
 from ...common.gate import wait_at_gate
 from ...errors import CheckpointError
 from ..stateful import values_of
@@ -91,12 +92,13 @@ def load(
             raise failure
         _check_broadcast(reader, values)
         checked = CheckedPlanner(planner, lambda item: item.storage_index.fqn, trust_objects)
-        applied = _load_with_torch(
-            values, reader, cast(LoadPlanner, checked), process_group, no_dist
-        )
+        with without_default_device():
+            applied = _load_with_torch(
+                values, reader, cast(LoadPlanner, checked), process_group, no_dist
+            )
     else:
         ranks = gather_ranks(process_group, no_dist, failure)
-        with _trusting(reader, trust_objects):
+        with _trusting(reader, trust_objects), without_default_device():
             applied = _load(values, reader, planner, ranks, exchange, no_dist)
     hand_over(applied, state_dict)
 

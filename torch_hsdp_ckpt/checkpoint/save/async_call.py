@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ... import _C
+from ...common.default_device import without_default_device
 from ...common.gate import Gate, find_guarded
 from ..snapshot.device_copy import DeviceCopy
 from ..stateful import values_of
@@ -38,6 +39,14 @@ def _prepare(request: AsyncRequest, state_dict: dict[str, Any]) -> Call:
         values, failure = values_of(state_dict)
         if failure is not None:
             raise failure
+    except BaseException as error:
+        return CallFailed(None, error)
+    with without_default_device():
+        return _prepare_values(request, values)
+
+
+def _prepare_values(request: AsyncRequest, values: dict[str, Any]) -> Call:
+    try:
         guarded = _capture(request, values)
     except BaseException as error:
         return CallFailed(None, error)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from ...common.default_device import without_default_device
 from ..stateful import values_of
 from ..storage.writer import FileSystemWriter
 from .commit import write_and_commit
@@ -74,15 +75,16 @@ def save(
     writer = writer_for(storage_writer, checkpoint_id)
     if reason := why_dcp_plans(writer, planner, use_collectives):
         say_once(f"DCP plans this save: {reason}")
-        metadata: Metadata = dcp.save(
-            state_dict,
-            checkpoint_id=checkpoint_id,
-            storage_writer=writer,
-            planner=planner,
-            process_group=process_group,
-            no_dist=no_dist,
-            use_collectives=use_collectives,
-        )
+        with without_default_device():
+            metadata: Metadata = dcp.save(
+                state_dict,
+                checkpoint_id=checkpoint_id,
+                storage_writer=writer,
+                planner=planner,
+                process_group=process_group,
+                no_dist=no_dist,
+                use_collectives=use_collectives,
+            )
         return metadata
     assert isinstance(writer, FileSystemWriter)
     if checkpoint_id is not None:
@@ -95,5 +97,6 @@ def save(
             raise failure
         return prepare_state(request, values, default_planner(planner))
 
-    opened = open_save(request, prepare)
-    return write_and_commit(opened, lambda: write(stage_nothing(plan(opened))))
+    with without_default_device():
+        opened = open_save(request, prepare)
+        return write_and_commit(opened, lambda: write(stage_nothing(plan(opened))))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PosixPath
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as _stock
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -43,12 +44,19 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @dataclasses.dataclass
-class _SaveStorage:
+class _SaveStorage(_stock._StoragePrefix):
     """What the coordinator hands each rank through the plan: which rank's files these are, and in
-    which save."""
+    which save.
+
+    A planner that caches plans gives the next save those of the last one, whichever writer made
+    them. torch's writer then takes the prefix, which is the one that it would have made."""
 
     rank: int
     save_id: int
+
+    @staticmethod
+    def of(rank: int, save_id: int) -> "_SaveStorage":
+        return _SaveStorage(f"__{rank}_", rank, save_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +139,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
             )
         if not self.use_collectives and self.rank is not None:
             plan = dataclasses.replace(
-                plan, storage_data=_SaveStorage(self.rank, self._claim_directory())
+                plan, storage_data=_SaveStorage.of(self.rank, self._claim_directory())
             )
         return plan
 
@@ -142,23 +150,19 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return [
             plan
             if plan.storage_data is not None
-            else dataclasses.replace(plan, storage_data=_SaveStorage(rank, save_id))
+            else dataclasses.replace(plan, storage_data=_SaveStorage.of(rank, save_id))
             for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
-        storage: _SaveStorage = plan.storage_data
-        save_id = storage.save_id
-        if save_id in _used_save_ids:
-            save_id = _C.new_save_id()
-        _used_save_ids.add(save_id)
+        storage = self._storage_of(plan)
         try:
             if self._uses_torch():
                 results = self._write_with_torch(
-                    plan, planner, _C.torch_file_prefix(storage.rank, save_id)
+                    plan, planner, _C.torch_file_prefix(storage.rank, storage.save_id)
                 )
             else:
-                results = self._write_files(plan.items, planner, storage.rank, save_id)
+                results = self._write_files(plan.items, planner, storage.rank, storage.save_id)
         except BaseException:
             if self._claim is not None:
                 _C.release_claim(str(self.path), self._claim)
@@ -168,6 +172,21 @@ class FileSystemWriter(_stock.FileSystemWriter):
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def _storage_of(self, plan: SavePlan) -> _SaveStorage:
+        """Where ``plan`` is written to. One that was cached is an earlier save's, perhaps of a
+        writer of torch's: then this rank's files get names of their own."""
+        storage = plan.storage_data
+        if not isinstance(storage, _SaveStorage) or storage.save_id in _used_save_ids:
+            storage = _SaveStorage.of(self._own_rank(), _C.new_save_id())
+        _used_save_ids.add(storage.save_id)
+        return storage
+
+    def _own_rank(self) -> int:
+        """This rank in the process group that saves."""
+        if self.rank is not None:
+            return self.rank
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     def _write_files(
         self, items: list[WriteItem], planner: SavePlanner, rank: int, save_id: int

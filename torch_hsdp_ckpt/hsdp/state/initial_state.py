@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import Optimizer
 
 from ...common.gate import wait_at_gate
+from ..optimizers import check_can_step
 from .optimizer_plan import is_torchs
 
 # Those whose step on trial has made no state (SGD without momentum): they need no second one.
@@ -25,7 +26,8 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
     """``optimizer.state_dict()``; where that has no state yet, with the one that a first step would
     begin with, for every parameter that requires a gradient.
 
-    RuntimeError for an optimizer that can't make a step without gradients. Not to be called while
+    RuntimeError for an optimizer that can't make a step without gradients, NotImplementedError for
+    one that can't step on shards at all. Not to be called while
     another thread uses the optimizer, unless that has made a step."""
     inner = _innermost(optimizer)
     state = inner.__dict__.get("state")
@@ -58,6 +60,7 @@ def _is_trained(optimizer: Optimizer) -> bool:
 
 
 def _step_on_trial(optimizer: Optimizer) -> None:
+    check_can_step(optimizer)
     # Past what schedulers have put around it, who count steps, and past the hooks of users.
     step: Any = type(optimizer).step
     if getattr(step, "hooked", False):
