@@ -357,8 +357,20 @@ class ReadTurn:
     name: str
     value: int
 
+class GradAccumulation:
+    """What gradients are added up in that wait for a later backward to reduce them: as autograd
+    leaves them, or in the reduction's dtype; then either the wrapper casts their sum when a
+    backward is over, or autograd each of its terms."""
+
+    COMPUTED: GradAccumulation
+    REDUCED: GradAccumulation
+    REDUCED_BY_AUTOGRAD: GradAccumulation
+    name: str
+    value: int
+
 class UnitPrecision:
-    """The dtypes that a unit computes and reduces in; None: as stored, as computed."""
+    """The dtypes that a unit computes and reduces in; None: as stored, as computed (as stored too
+    with ``REDUCED_BY_AUTOGRAD``)."""
 
     def __init__(
         self,
@@ -366,6 +378,7 @@ class UnitPrecision:
         param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         keep_low_precision_grads: bool = False,
+        accumulation: GradAccumulation = ...,
     ) -> None: ...
 
 class Collectives:

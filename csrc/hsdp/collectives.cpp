@@ -66,15 +66,49 @@ void Collectives::SetReduceGroups(std::string shard_group,
   replica_group_ = std::move(replica_group);
 }
 
-bool Collectives::backend_is(const char* name, c10::DeviceType device) const {
-  return c10d::resolve_process_group(reduce_group_)->getBackend(device)->getBackendName() == name;
+c10::intrusive_ptr<c10d::Backend> Collectives::backend(c10::DeviceType device) const {
+  return c10d::resolve_process_group(reduce_group_)->getBackend(device);
+}
+
+// No method of a backend tells this. These two are the ones of torch's own that copy a device's
+// tensors through the host; all others wait on streams.
+bool Collectives::host_orders(c10::DeviceType device) const {
+  if (device == c10::kCPU) return true;
+  const std::string name = backend(device)->getBackendName();
+  return name == "gloo" || name == "mpi";
 }
 
 bool Collectives::exchanges(c10::DeviceType device) const {
-  return device == c10::kCPU && backend_is("gloo", device);
+  return device == c10::kCPU && backend(device)->getBackendName() == "gloo";
 }
 
-bool Collectives::coalesces(c10::DeviceType device) const { return backend_is("nccl", device); }
+bool Collectives::coalesces(c10::DeviceType device) const {
+  return backend(device)->supportsCoalescing();
+}
+
+// On a device `wait` makes the current stream wait for the operation, which may run on a stream of
+// the backend's own.
+Works Collectives::Ordered(WorkPtr work, const at::Tensor& tensor) const {
+  if (host_orders(tensor.device().type())) return {std::move(work)};
+  if (work) work->wait();
+  return {};
+}
+
+// A backend that can't average says so before it sends anything, and so it does on all ranks. A
+// rank that fails for reasons of its own must not do otherwise than its peers.
+template <typename Issue>
+WorkPtr Collectives::AverageIfItCan(Issue issue) const {
+  try {
+    return issue(/*average=*/true);
+  } catch (const c10::DistBackendError&) {
+    throw;
+  } catch (const c10::OutOfMemoryError&) {
+    throw;
+  } catch (const std::exception&) {
+    refuses_average_ = true;
+    return issue(/*average=*/false);
+  }
+}
 
 Works Collectives::AllGather(const std::vector<Cut>& runs) const {
   const GroupPtr group = c10d::resolve_process_group(gather_group_);
@@ -100,15 +134,14 @@ Works Collectives::AllGather(const std::vector<Cut>& runs) const {
   if (outputs.size() == 1) {
     static const auto op = FindOp<std::tuple<at::Tensor, WorkPtr>(
         at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>("c10d::_allgather_base_");
-    works.push_back(
-        std::get<1>(op.call(outputs[0], inputs[0], group, Async(inputs[0]), kDefaultTimeout)));
-  } else {
-    static const auto op =
-        FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, bool)>(
-            "c10d::allgather_into_tensor_coalesced_");
-    works.push_back(op.call(outputs, inputs, group, Async(inputs[0])));
+    return Ordered(
+        std::get<1>(op.call(outputs[0], inputs[0], group, Async(inputs[0]), kDefaultTimeout)),
+        inputs[0]);
   }
-  return works;
+  static const auto op =
+      FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, bool)>(
+          "c10d::allgather_into_tensor_coalesced_");
+  return Ordered(op.call(outputs, inputs, group, Async(inputs[0])), inputs[0]);
 }
 
 Works Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
@@ -121,13 +154,19 @@ Works Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
         at::Tensor&, at::Tensor&, const GroupPtr&, const OpPtr&, bool, int64_t)>(
         "c10d::_reduce_scatter_base_");
     at::Tensor output = outputs.at(0);
-    return {std::get<1>(
-        op.call(output, inputs[0], group, Op(average), Async(output), kDefaultTimeout))};
+    const auto issue = [&](bool averages) {
+      return std::get<1>(
+          op.call(output, inputs[0], group, Op(averages), Async(output), kDefaultTimeout));
+    };
+    return Ordered(average ? AverageIfItCan(issue) : issue(false), output);
   }
   static const auto op =
       FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, const OpPtr&,
                      bool, int64_t)>("c10d::reduce_scatter_tensor_coalesced_");
-  return {op.call(outputs, inputs, group, Op(average), Async(inputs.at(0)), kDefaultTimeout)};
+  const auto issue = [&](bool averages) {
+    return op.call(outputs, inputs, group, Op(averages), Async(inputs[0]), kDefaultTimeout);
+  };
+  return Ordered(average ? AverageIfItCan(issue) : issue(false), inputs[0]);
 }
 
 Works Collectives::ExchangePieces(const std::vector<Cut>& runs,
@@ -160,21 +199,27 @@ Works Collectives::AllReduce(const at::Tensor& tensor, bool average) const {
       at::TensorList, const GroupPtr&, const OpPtr&, const std::optional<at::Tensor>&, bool,
       int64_t)>("c10d::allreduce_");
   const std::vector<at::Tensor> tensors{tensor};
-  return {std::get<1>(op.call(tensors, c10d::resolve_process_group(replica_group_.value()),
-                              Op(average), std::nullopt, Async(tensor), kDefaultTimeout))};
+  const auto issue = [&](bool averages) {
+    return std::get<1>(op.call(tensors, c10d::resolve_process_group(replica_group_.value()),
+                               Op(averages), std::nullopt, Async(tensor), kDefaultTimeout));
+  };
+  // Behind a reduce-scatter the backend has been asked already: the sums are averages.
+  return Ordered(average && shards_ == 1 ? AverageIfItCan(issue) : issue(average), tensor);
 }
 
 Works Collectives::BroadcastFirst(const at::Tensor& tensor) const {
   static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(
       at::TensorList, const GroupPtr&, int64_t, int64_t, bool, int64_t)>("c10d::broadcast_");
   const std::vector<at::Tensor> tensors{tensor};
-  return {std::get<1>(op.call(tensors, c10d::resolve_process_group(reduce_group_), /*root_rank=*/0,
-                              /*root_tensor=*/0, Async(tensor), kDefaultTimeout))};
+  return Ordered(
+      std::get<1>(op.call(tensors, c10d::resolve_process_group(reduce_group_), /*root_rank=*/0,
+                          /*root_tensor=*/0, Async(tensor), kDefaultTimeout)),
+      tensor);
 }
 
 bool Collectives::averages(c10::DeviceType device, at::ScalarType dtype) const {
   if (shards_ * replicas_ == 1 || (dtype != at::kFloat && dtype != at::kBFloat16)) return false;
-  return backend_is("nccl", device);
+  return !host_orders(device) && !refuses_average_;
 }
 
 double Collectives::pre_scale(at::ScalarType dtype) const {

@@ -40,13 +40,16 @@ struct Cut {
 ///    reduce-scatter is an all-reduce inside.
 ///  - Otherwise ranks call collectives, coalesced where the backend launches several as one (NCCL).
 ///
+/// On a device streams order them: one that is called here is behind the current stream's work, and
+/// what that stream is given afterwards is behind it. Which backends return a work for it says
+/// nothing (of torch 2.15's two for NCCL one does), and when it is over is never asked.
+///
 /// Gathers and reductions have groups of their own: a rank that lacks a unit's gradient reduces
 /// that unit later than its peers do, and within one group its gathers would then meet their
 /// reductions. A group of one rank needs no communication; callers check the sizes.
 ///
-/// Every call returns pending works; the tensors must live until they are over. Where the backend
-/// gives none, the operation is ordered on the current stream, and the tensors must live until that
-/// stream has passed it.
+/// Where `host_orders`, a call returns pending works; the tensors must live until they are over.
+/// Elsewhere it returns none, and the tensors must live until the current stream has passed it.
 ///
 /// Ownership: none. A group held here would outlive `destroy_process_group`; after that a call
 /// throws, naming the group. Thread safety: as the process groups', one caller at a time for each
@@ -72,6 +75,8 @@ class Collectives {
   int64_t shard_rank() const { return shard_rank_; }
   int64_t replicas() const { return replicas_; }
 
+  /// Whether operations on tensors of `device` are over only when the host has waited for them.
+  bool host_orders(c10::DeviceType device) const;
   /// Whether pieces of tensors on `device` are better sent point to point than by collectives.
   bool exchanges(c10::DeviceType device) const;
   /// Whether the backend launches several collectives as one.
@@ -96,8 +101,8 @@ class Collectives {
   /// Gives `tensor` the values that the first rank of the shard group has.
   Works BroadcastFirst(const at::Tensor& tensor) const;
 
-  /// Whether the backend divides on the way, without a pass of its own (NCCL does, in float32 and
-  /// bfloat16). If not, the caller scales.
+  /// Whether the backend divides on the way, without a pass of its own, in float32 and bfloat16:
+  /// those that streams order, until one refuses to. If not, the caller scales.
   bool averages(c10::DeviceType device, at::ScalarType dtype) const;
   /// What gradients are multiplied with before they are summed in `dtype`: below one for float16
   /// only, whose sums may overflow (a power of two near the square root of the number of ranks, as
@@ -108,11 +113,15 @@ class Collectives {
   static constexpr int64_t kFirstTag =
       0x4853'0000;  // so that a user's own messages in a mesh's group are not taken for ours
 
-  bool backend_is(const char* name, c10::DeviceType device) const;
+  c10::intrusive_ptr<c10d::Backend> backend(c10::DeviceType device) const;
+  Works Ordered(WorkPtr work, const at::Tensor& tensor) const;
+  template <typename Issue>
+  WorkPtr AverageIfItCan(Issue issue) const;
 
   std::string gather_group_, reduce_group_;
   std::optional<std::string> replica_group_;
   int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1, tag_ = kFirstTag;
+  mutable bool refuses_average_ = false;  // the backend, and so on every rank
 };
 
 /// Waits for all `works` and forgets them. The first failure is thrown at once, as torch's

@@ -83,7 +83,7 @@ ShardLayout LayoutOf(const std::vector<size_t>& params, const std::vector<GradSp
 GradBucket MakeBucket(DtypePair dtypes, const Members& members, const std::vector<GradSpec>& specs,
                       const Collectives& collectives, at::Device device) {
   const int64_t shards = collectives.shards();
-  const bool sends_pieces = shards > 1 && collectives.exchanges(device.type());
+  const bool exchanges = shards > 1 && collectives.exchanges(device.type());
   std::vector<size_t> params = members.in_place;
   params.insert(params.end(), members.packed.begin(), members.packed.end());
   const int64_t alignment = AlignmentOf(dtypes);
@@ -101,8 +101,10 @@ GradBucket MakeBucket(DtypePair dtypes, const Members& members, const std::vecto
   return GradBucket{
       .computed = dtypes.computed,
       .reduced = dtypes.reduced,
-      .wire = sends_pieces ? ExchangedDtype(dtypes) : dtypes.reduced,
-      .pack_scale = sends_pieces ? 1.0 : collectives.pre_scale(dtypes.reduced),
+      .exchanges = exchanges,
+      .given = dtypes.computed,
+      .wire = exchanges ? ExchangedDtype(dtypes) : dtypes.reduced,
+      .pack_scale = exchanges ? 1.0 : collectives.pre_scale(dtypes.reduced),
       .params = std::move(params),
       .in_place = members.in_place.size(),
       .layout = std::move(layout),
@@ -183,6 +185,15 @@ GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& c
   return buckets;
 }
 
+// A gradient that goes in place has the wire's dtype in either form.
+void Expect(GradBucket& bucket, GradForm form) {
+  const at::ScalarType given = form == GradForm::kReduced ? bucket.reduced : bucket.computed;
+  if (given == bucket.given) return;
+  bucket.given = given;
+  bucket.wire = bucket.exchanges ? ExchangedDtype({given, bucket.reduced}) : bucket.reduced;
+  bucket.ones = bucket.ones.to(given);
+}
+
 void Pack(GradBucket& bucket, const std::vector<at::Tensor>& grads) {
   bucket.grads.clear();
   for (size_t p = 0; p < bucket.in_place; ++p) {
@@ -193,7 +204,7 @@ void Pack(GradBucket& bucket, const std::vector<at::Tensor>& grads) {
   }
   const int64_t numel = bucket.layout.shards() * bucket.packed_stride();
   bucket.input = at::empty({numel}, bucket.ones.options().dtype(bucket.wire));
-  kernels::BatchedCopy(bucket.ones.device(), Packer(bucket, grads).Segments(), bucket.computed,
+  kernels::BatchedCopy(bucket.ones.device(), Packer(bucket, grads).Segments(), bucket.given,
                        bucket.wire, bucket.pack_scale);
 }
 

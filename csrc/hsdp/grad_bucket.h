@@ -15,7 +15,7 @@ namespace hsdp_ckpt::hsdp {
 struct GradSpec {
   std::vector<int64_t> sizes;  ///< of the full gradient
   at::ScalarType computed;     ///< as autograd leaves it
-  at::ScalarType reduced;      ///< as it is summed
+  at::ScalarType reduced;      ///< as it is summed, over the ranks and, if so asked, over backwards
   at::ScalarType sharded;      ///< as the sharded gradient has it
 };
 
@@ -29,13 +29,15 @@ struct GradSpec {
 /// from `packed_begin` on, once a rank.
 struct GradBucket {
   at::ScalarType computed, reduced;
+  bool exchanges;              ///< ranks send pieces point to point; if not, they call collectives
+  at::ScalarType given;        ///< what the gradients are in, see Expect
   at::ScalarType wire;         ///< what is sent
   double pack_scale;           ///< what gradients are multiplied with when they are packed
   std::vector<size_t> params;  ///< indices among the unit's trainable parameters
   size_t in_place;             ///< so many of `params`, the first ones, go from where they are
   ShardLayout layout;
   int64_t packed_begin, whole_begin, stride;
-  at::Tensor ones;  ///< one for each parameter, in the dtype `computed`
+  at::Tensor ones;  ///< one for each parameter, in the dtype `given`
 
   // While a reduction is under way.
   std::vector<at::Tensor> grads{};  ///< of the parameters reduced in place, one dimension each
@@ -66,6 +68,12 @@ using GradBuckets = std::vector<std::shared_ptr<GradBucket>>;
 GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& collectives,
                         at::Device device);
 
+/// What the next reduction's gradients are in: `computed`, or `reduced` where they have waited for
+/// it and were added up meanwhile. The same on all ranks, as it decides on what is sent.
+enum class GradForm { kComputed, kReduced };
+
+/// Makes `bucket` ready for gradients of `form`. No effect if it is.
+void Expect(GradBucket& bucket, GradForm form);
 /// Takes this rank's gradients (by trainable parameter; undefined where it has none) into `bucket`:
 /// those reduced in place as they are, the others packed. Zeros stand for missing ones.
 void Pack(GradBucket& bucket, const std::vector<at::Tensor>& grads);

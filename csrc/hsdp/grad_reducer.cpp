@@ -51,28 +51,33 @@ GradReducer::~GradReducer() {
   }
 }
 
-void GradReducer::Start(std::vector<at::Tensor> grads, const ReduceOptions& options) {
+void GradReducer::Start(std::vector<at::Tensor> grads, GradForm form,
+                        const ReduceOptions& options) {
   TORCH_CHECK(reduction_->stage() == Stage::kIdle, "GradReducer: the last reduction of unit '",
               grads_->unit, "' has not been taken");
   TORCH_CHECK(grads.size() == specs_.size(), "GradReducer: ", grads.size(), " gradients for ",
               specs_.size(), " parameters");
-  for (size_t i = 0; i < grads.size(); ++i) CheckGrad(i, grads[i]);
+  for (size_t i = 0; i < grads.size(); ++i) CheckGrad(i, form, grads[i]);
   for (size_t i = 0; i < grads.size(); ++i) {
     used_here_[i] = grads[i].defined();
     if (used_here_[i]) grads[i] = grads[i].detach().contiguous();
   }
-  for (const auto& bucket : grads_->buckets) Pack(*bucket, grads);
+  for (const auto& bucket : grads_->buckets) {
+    Expect(*bucket, form);
+    Pack(*bucket, grads);
+  }
   reduction_->Allocate();
   grads.clear();  // the packed ones: allocated and last used on the compute stream
   reduction_->Start(options);
 }
 
-void GradReducer::CheckGrad(size_t i, const at::Tensor& grad) const {
+void GradReducer::CheckGrad(size_t i, GradForm form, const at::Tensor& grad) const {
   if (!grad.defined()) return;
+  const at::ScalarType given = form == GradForm::kReduced ? specs_[i].reduced : specs_[i].computed;
   TORCH_CHECK(grad.layout() == at::kStrided, "a gradient of sizes ", grad.sizes(), " in unit '",
               grads_->unit,
               "' is sparse; sharded parameters need dense gradients (nn.Embedding(sparse=False))");
-  TORCH_CHECK(grad.scalar_type() == specs_[i].computed && grad.device() == grads_->device,
+  TORCH_CHECK(grad.scalar_type() == given && grad.device() == grads_->device,
               "a gradient of sizes ", grad.sizes(), " in unit '", grads_->unit, "' is ",
               grad.scalar_type(), " on ", grad.device(), ", its parameter is ", specs_[i].computed,
               " on ", grads_->device);

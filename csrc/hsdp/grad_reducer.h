@@ -32,9 +32,9 @@ class GradReducer {
   GradReducer(const GradReducer&) = delete;
   GradReducer& operator=(const GradReducer&) = delete;
 
-  /// Takes `grads` (full size, the computed dtype; undefined where this rank has none, zeros are
-  /// sent) and starts. Throws c10::Error for a sparse gradient or one of another dtype.
-  void Start(std::vector<at::Tensor> grads, const ReduceOptions& options);
+  /// Takes `grads` (full size, in the dtypes that `form` says; undefined where this rank has none,
+  /// zeros are sent) and starts. Throws c10::Error for a sparse gradient or one of another dtype.
+  void Start(std::vector<at::Tensor> grads, GradForm form, const ReduceOptions& options);
   /// Moves on as far as it can, or to the end if `wait`. True when done. Throws DistBackendError,
   /// naming unit and rank.
   bool Advance(bool wait) { return reduction_->Advance(wait); }
@@ -72,7 +72,7 @@ class GradReducer {
 
   /// Whether the sums of the reduction under way are for the next all-reduce.
   bool KeepsSums() const;
-  void CheckGrad(size_t i, const at::Tensor& grad) const;
+  void CheckGrad(size_t i, GradForm form, const at::Tensor& grad) const;
   void CheckTarget(size_t i, const at::Tensor& target, int64_t numel) const;
   double PostScale(const GradBucket& bucket) const;
   void CallHook(GradBucket& bucket);

@@ -165,7 +165,11 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
   TORCH_CHECK(full.size() == sizes_.size(), "ParamGroup: ", full.size(), " tensors for ",
               sizes_.size(), " parameters");
   CheckNoPartial();
-  KeepGrads(full, trainable);
+  for (const size_t i : trainable) {
+    // Autograd casts to it, and takes no others for this parameter.
+    if (GradDtype(i) != FullDtype(i)) full[i].set_grad_dtype(GradDtype(i));
+  }
+  MoveGrads(full, trainable);
   Reshard();
   full_ = std::move(full);
   trainable_ = std::move(trainable);
@@ -175,7 +179,7 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
 
 // What backwards without a reduction have left here is for a later one, with the parameters that
 // are there then.
-void ParamGroup::KeepGrads(std::vector<at::Tensor>& full,
+void ParamGroup::MoveGrads(std::vector<at::Tensor>& full,
                            const std::vector<size_t>& trainable) const {
   std::vector<at::Tensor> kept(full.size());
   for (const size_t i : trainable_) kept[i] = full_[i].grad();
@@ -187,7 +191,10 @@ void ParamGroup::KeepGrads(std::vector<at::Tensor>& full,
                 "zero_grad(), before the parameter is frozen");
   }
   for (size_t i = 0; i < kept.size(); ++i) {
-    if (kept[i].defined()) full[i].mutable_grad() = kept[i].to(full[i].options());
+    if (!kept[i].defined()) continue;
+    const bool reduced = grad_form_ == GradForm::kReduced;
+    const at::ScalarType dtype = reduced ? ReduceDtype(i) : GradDtype(i);
+    full[i].mutable_grad() = kept[i].to(full[i].options().dtype(dtype));
   }
 }
 
@@ -208,14 +215,27 @@ void ParamGroup::WatchGrads(std::function<void(size_t)> on_grad) {
   }
 }
 
+at::ScalarType ParamGroup::ReduceDtype(size_t i) const {
+  const bool as_stored = precision_.accumulation == GradAccumulation::kReducedByAutograd;
+  return precision_.reduce_dtype.value_or(as_stored ? dtypes_[i] : FullDtype(i));
+}
+
+// What autograd leaves. It casts down by itself where it casts at all; up only for a sum that goes
+// on, see ExpectGrads: a gradient that is reduced at once is cast on its way.
+at::ScalarType ParamGroup::GradDtype(size_t i) const {
+  const bool casts = precision_.accumulation == GradAccumulation::kReducedByAutograd;
+  const at::ScalarType full = FullDtype(i), reduced = ReduceDtype(i);
+  return casts && c10::elementSize(reduced) <= c10::elementSize(full) ? reduced : full;
+}
+
 std::vector<GradSpec> ParamGroup::GradSpecs() const {
   std::vector<GradSpec> specs;
   for (const size_t i : trainable_) {
-    const at::ScalarType computed = FullDtype(i);
+    const bool low = precision_.keep_low_precision_grads;
     specs.push_back({.sizes = sizes_.at(i),
-                     .computed = computed,
-                     .reduced = precision_.reduce_dtype.value_or(computed),
-                     .sharded = precision_.keep_low_precision_grads ? computed : dtypes_.at(i)});
+                     .computed = GradDtype(i),
+                     .reduced = ReduceDtype(i),
+                     .sharded = low ? FullDtype(i) : dtypes_.at(i)});
   }
   return specs;
 }
@@ -299,14 +319,40 @@ void ParamGroup::Reshard() {
   lent_.reset();  // to the compute stream, which has used it last
 }
 
+void ParamGroup::ExpectGrads(bool kept) {
+  if (precision_.accumulation == GradAccumulation::kComputed) return;
+  if (kept) grad_form_ = GradForm::kReduced;
+  if (precision_.accumulation != GradAccumulation::kReducedByAutograd) return;
+  for (const size_t i : trainable_) {
+    if (ReduceDtype(i) == GradDtype(i)) continue;
+    std::optional<at::ScalarType> dtype = kept ? ReduceDtype(i) : GradDtype(i);
+    // Autograd adds in place to what is there, whatever the term's dtype: it needs no cast.
+    if (full_[i].grad().defined()) dtype.reset();
+    if (full_[i].grad_dtype() != dtype) full_[i].set_grad_dtype(dtype);
+  }
+}
+
+void ParamGroup::KeepGrads() {
+  if (precision_.accumulation == GradAccumulation::kComputed) return;
+  grad_form_ = GradForm::kReduced;
+  for (const size_t i : trainable_) {
+    at::Tensor& grad = full_[i].mutable_grad();
+    if (grad.defined()) grad = grad.detach().to(ReduceDtype(i));
+  }
+}
+
+// Peers may have waiting gradients where this rank has none: the form is that of all ranks.
 void ParamGroup::StartReduce() {
   std::vector<at::Tensor> grads;
   grads.reserve(trainable_.size());
   for (const size_t i : trainable_) {
-    grads.push_back(full_[i].grad());
-    full_[i].mutable_grad().reset();
+    at::Tensor grad = std::exchange(full_[i].mutable_grad(), {});
+    const bool fresh = grad.defined() && grad.scalar_type() == GradDtype(i);
+    if (grad_form_ == GradForm::kReduced && fresh) grad = grad.to(ReduceDtype(i));
+    grads.push_back(std::move(grad));
   }
-  reducer_->Start(std::move(grads), reduce_options_);
+  reducer_->Start(std::move(grads), grad_form_, reduce_options_);
+  grad_form_ = GradForm::kComputed;
 }
 
 void ParamGroup::DropGrads() {
@@ -315,6 +361,7 @@ void ParamGroup::DropGrads() {
 
 void ParamGroup::DropKept() {
   DropGrads();
+  grad_form_ = GradForm::kComputed;
   if (reducer_) reducer_->DropPartial();
 }
 

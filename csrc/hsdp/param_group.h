@@ -20,12 +20,22 @@
 
 namespace hsdp_ckpt::hsdp {
 
-/// The dtypes that one unit computes and reduces in; absent: as stored.
+/// What gradients are added up in that wait for a later backward to reduce them: as one of torch's
+/// wrappers has it.
+enum class GradAccumulation {
+  kComputed,  ///< as autograd leaves them (FSDP1)
+  kReduced,   ///< in the reduction's dtype, cast when a backward is over (FSDP2 before 2.15)
+  kReducedByAutograd,  ///< likewise, but autograd casts each term of a sum; and a reduction without
+                       ///< reduce_dtype is in the dtype of the shards (FSDP2 from 2.15 on)
+};
+
+/// The dtypes that one unit computes and reduces in; absent: as stored, as computed.
 struct Precision {
   std::optional<at::ScalarType> param_dtype;   ///< of the full parameters, floating point ones only
   std::optional<at::ScalarType> reduce_dtype;  ///< of the sums over the ranks
   bool keep_low_precision_grads =
       false;  ///< the sharded gradients have param_dtype, not the shards' dtype
+  GradAccumulation accumulation = GradAccumulation::kComputed;
 };
 
 /// The parameters of one unit: their shards, and their full form while the unit computes.
@@ -83,6 +93,11 @@ class ParamGroup {
   /// Takes the full parameters' memory away, or drops a gather that was started.
   void Reshard();
 
+  /// A backward begins, whose gradients are reduced when they are there, or wait for a later one's
+  /// if they are to be `kept`.
+  void ExpectGrads(bool kept);
+  /// What a backward has left waits for a later one to reduce it.
+  void KeepGrads();
   /// Takes what autograd has accumulated and starts its reduction. Parameters without a gradient
   /// contribute zeros.
   void StartReduce();
@@ -100,8 +115,10 @@ class ParamGroup {
   void MakeLayout();
   std::vector<at::Tensor> ShardTensors() const;
   at::ScalarType FullDtype(size_t i) const;
+  at::ScalarType ReduceDtype(size_t i) const;
+  at::ScalarType GradDtype(size_t i) const;
   std::vector<GradSpec> GradSpecs() const;
-  void KeepGrads(std::vector<at::Tensor>& full, const std::vector<size_t>& trainable) const;
+  void MoveGrads(std::vector<at::Tensor>& full, const std::vector<size_t>& trainable) const;
   void WatchGrads(std::function<void(size_t)> on_grad);
   void Run(const std::vector<Move>& moves, const at::Tensor& from, const at::Tensor& to) const;
   void AllGather();
@@ -137,6 +154,7 @@ class ParamGroup {
   std::vector<decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()))>
       accumulators_;
   std::shared_ptr<std::function<void(size_t)>> on_grad_;
+  GradForm grad_form_ = GradForm::kComputed;  // of the gradients that the next reduction takes
   ReduceOptions reduce_options_;
   std::unique_ptr<GradReducer> reducer_;
 };

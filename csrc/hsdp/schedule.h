@@ -128,6 +128,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void FreeIfOver(Unit& unit);
   bool FreesAfterBackward(const Unit& unit) const;
   bool Reduces(const Unit& unit) const;
+  bool Keeps(const Unit& unit) const;
   bool IsRunning(const Unit& unit) const;
   void EndBackward();
   void FinishGathers();

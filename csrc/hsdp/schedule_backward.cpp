@@ -38,10 +38,18 @@ void Schedule::QueueBackward() {
     if (Reduces(*unit) && !Contains(participants_, unit)) reduced.push_back(unit);
   }
   reductions_.Begin(reduced);
+  for (const UnitPtr& unit : participants_) {
+    if (unit->trains()) unit->group->ExpectGrads(/*kept=*/Keeps(*unit));
+  }
 }
 
 bool Schedule::Reduces(const Unit& unit) const {
   return unit.sync && unit.trains() && phase_ != Phase::kBackwardInForward;
+}
+
+// A backward that a forward calls keeps nothing for long: what runs after the forward reduces.
+bool Schedule::Keeps(const Unit& unit) const {
+  return !unit.sync && unit.trains() && phase_ == Phase::kBackward;
 }
 
 // -- A unit in backward
@@ -71,6 +79,7 @@ void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
   FreeIfOver(*unit);
   gathers_.GradientsComplete(*unit);
   if (Reduces(*unit)) reductions_.GradientsComplete(unit);
+  if (Keeps(*unit)) unit->group->KeepGrads();
 }
 
 // A parameter that is trained has been used for the last time when its gradient arrives. A frozen
@@ -102,6 +111,8 @@ void Schedule::EndBackward() {
   for (const UnitPtr& unit : units_) {
     if (FreesAfterBackward(*unit)) Release(unit);
     if (last_backward_ && unit->trains()) unit->group->reducer().Join();
+    // Of a unit that was not used as a whole, too.
+    if (Keeps(*unit) && Contains(participants_, unit)) unit->group->KeepGrads();
   }
   NoteOwing();
   gathers_.Clear();

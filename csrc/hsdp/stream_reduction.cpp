@@ -32,15 +32,10 @@ void StreamReduction::Begin() {
     bucket->works = collectives.ReduceScatter(outputs, Runs(*bucket), averages(*bucket));
   }
   stage_ = Stage::kScatter;
-  // With streams the all-reduce queues up behind on its own, unless there is work to wait for
-  // (Gloo's): that is over only when peers have come, who may be waiting for a gather that this
-  // rank has still to start.
-  const auto is_queued = [](const auto& bucket) {
-    return std::all_of(bucket->works.begin(), bucket->works.end(),
-                       [](const auto& work) { return !work; });
-  };
-  const GradBuckets& buckets = grads().buckets;
-  if (!on_cpu() && std::all_of(buckets.begin(), buckets.end(), is_queued)) StartAllReduces();
+  // On a stream the all-reduce queues up behind at once, so that its place there is the same on all
+  // ranks. Where the host orders, the reduce-scatter is over only when peers have come, who may be
+  // waiting for a gather that this rank has still to start.
+  if (!collectives.host_orders(grads().device.type())) StartAllReduces();
 }
 
 void StreamReduction::StartAllReduces() {

@@ -9,7 +9,8 @@ namespace hsdp_ckpt::hsdp {
 
 /// Reductions that run as collectives, on the device's reduce stream: the stream orders packing,
 /// reduce-scatter, all-reduce and what comes after them. On the CPU, where there are no streams,
-/// and with a backend that returns works (Gloo's on CUDA), the works are waited for in between.
+/// and with a backend that goes through the host (Gloo on CUDA), the works are waited for in
+/// between.
 ///
 /// All ranks get the same bits: the all-reduce leaves them so, and gradients of parameters without
 /// dimensions are broadcast by the shard group's first rank.

@@ -30,13 +30,20 @@ void BindValues(py::module_& module) {
       .value("TAKEN", hsdp::ReadTurn::kTaken)
       .value("HELD", hsdp::ReadTurn::kHeld)
       .value("BUSY", hsdp::ReadTurn::kBusy);
+  py::enum_<hsdp::GradAccumulation>(module, "GradAccumulation")
+      .value("COMPUTED", hsdp::GradAccumulation::kComputed)
+      .value("REDUCED", hsdp::GradAccumulation::kReduced)
+      .value("REDUCED_BY_AUTOGRAD", hsdp::GradAccumulation::kReducedByAutograd);
   py::class_<hsdp::Precision>(module, "UnitPrecision")
       .def(py::init([](std::optional<at::ScalarType> param_dtype,
-                       std::optional<at::ScalarType> reduce_dtype, bool keep_low_precision_grads) {
-             return hsdp::Precision{param_dtype, reduce_dtype, keep_low_precision_grads};
+                       std::optional<at::ScalarType> reduce_dtype, bool keep_low_precision_grads,
+                       hsdp::GradAccumulation accumulation) {
+             return hsdp::Precision{param_dtype, reduce_dtype, keep_low_precision_grads,
+                                    accumulation};
            }),
            py::kw_only(), py::arg("param_dtype") = py::none(), py::arg("reduce_dtype") = py::none(),
-           py::arg("keep_low_precision_grads") = false);
+           py::arg("keep_low_precision_grads") = false,
+           py::arg("accumulation") = hsdp::GradAccumulation::kComputed);
   py::class_<base::ShardRows>(module, "ShardRows")
       .def_readonly("first", &base::ShardRows::first)
       .def_readonly("count", &base::ShardRows::count);

@@ -52,25 +52,42 @@ class FakeWork : public c10d::Work {
   std::optional<int64_t> questions_left_;
 };
 
-/// The first one of two ranks, whose peer does nothing.
+/// What a FakeBackend is like.
+struct Abilities {
+  std::string name = "fake";
+  bool coalesces = false;
+  bool averages = true;
+};
+
+/// The first one of two ranks, whose peer does nothing. It returns a work for every operation,
+/// whether it was called for one or not.
 class FakeBackend : public c10d::Backend {
  public:
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
-  FakeBackend(std::string unit, Log& log)
-      : Backend(/*rank=*/0, /*size=*/2), unit_(std::move(unit)), log_(log) {}
+  FakeBackend(std::string unit, Log& log, Abilities abilities)
+      : Backend(/*rank=*/0, /*size=*/2),
+        unit_(std::move(unit)),
+        log_(log),
+        abilities_(std::move(abilities)) {}
 
-  const std::string getBackendName() const override { return "fake"; }
+  const std::string getBackendName() const override { return abilities_.name; }
+  bool supportsCoalescing() const override { return abilities_.coalesces; }
   WorkPtr _allgather_base(at::Tensor&, at::Tensor&, const c10d::AllgatherOptions&) override {
     return Issue("gather");
   }
   WorkPtr _reduce_scatter_base(at::Tensor& output, at::Tensor&,
-                               const c10d::ReduceScatterOptions&) override {
-    output.zero_();
+                               const c10d::ReduceScatterOptions& options) override {
+    CheckOp(options.reduceOp);
+    if (output.is_cpu()) output.zero_();
     return Issue("reduce-scatter");
   }
-  WorkPtr allreduce(std::vector<at::Tensor>&, const c10d::AllreduceOptions&) override {
+  WorkPtr allreduce(std::vector<at::Tensor>&, const c10d::AllreduceOptions& options) override {
+    CheckOp(options.reduceOp);
     return Issue("all-reduce");
+  }
+  WorkPtr broadcast(std::vector<at::Tensor>&, const c10d::BroadcastOptions&) override {
+    return Issue("broadcast");
   }
 
   /// The operation that was issued last.
@@ -84,18 +101,25 @@ class FakeBackend : public c10d::Backend {
     return last_;
   }
 
+  void CheckOp(const c10d::ReduceOp& op) const {
+    TORCH_CHECK_NOT_IMPLEMENTED(abilities_.averages || op != c10d::ReduceOp::AVG, "no AVG here");
+  }
+
   const std::string unit_;
   Log& log_;
+  const Abilities abilities_;
   c10::intrusive_ptr<FakeWork> last_;
 };
 
-/// A process group that is registered as long as this lives.
+/// A process group that is registered as long as this lives, with one backend for CPU and CUDA.
 class FakeGroup {
  public:
-  FakeGroup(std::string name, const std::string& unit, Log& log)
-      : name_(std::move(name)), backend_(c10::make_intrusive<FakeBackend>(unit, log)) {
+  FakeGroup(std::string name, const std::string& unit, Log& log, const Abilities& abilities = {})
+      : name_(std::move(name)), backend_(c10::make_intrusive<FakeBackend>(unit, log, abilities)) {
     group_ = c10::make_intrusive<c10d::ProcessGroup>(/*rank=*/0, /*size=*/2);
-    group_->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::CUSTOM, backend_);
+    for (const auto device : {at::kCPU, at::kCUDA}) {
+      group_->setBackend(device, c10d::ProcessGroup::BackendType::CUSTOM, backend_);
+    }
     c10d::register_process_group(name_, group_);
   }
   ~FakeGroup() { c10d::unregister_process_group(name_); }

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 
 from .. import _C
@@ -17,6 +18,13 @@ from .module_tree import child_prefix, is_wrapped, modules_of_unit
 # Gradients can be reduced in these, and mixed precision can compute in them.
 REDUCIBLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# From torch 2.15 on the full parameters of FSDP2 tell autograd the dtype of their gradients.
+_FSDP2_ACCUMULATION = (
+    _C.GradAccumulation.REDUCED_BY_AUTOGRAD
+    if hasattr(FSDPParam, "unsharded_grad_dtype")
+    else _C.GradAccumulation.REDUCED
+)
+
 # A module has this attribute where its buffers were converted: by the buffer's name the dtype that
 # it had, and the dtype that it was given.
 _BUFFERS_CAST = "_hsdp_ckpt_buffers_cast"
@@ -25,9 +33,10 @@ _BUFFERS_CAST = "_hsdp_ckpt_buffers_cast"
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """``param_dtype``: of the full parameters, their gathers and the computation. ``reduce_dtype``:
-    of the reduction (None: the gradients' own). ``buffer_dtype``: the buffers are converted to it
-    once, at the first forward. None: as the parameters, gradients and buffers are.
-    ``keep_low_precision_grads``: the sharded gradients stay in ``param_dtype``."""
+    of the reduction (None: the gradients' own, see ``accumulation``). ``buffer_dtype``: the buffers
+    are converted to it once, at the first forward. None: as the parameters, gradients and buffers
+    are. ``keep_low_precision_grads``: the sharded gradients stay in ``param_dtype``.
+    ``accumulation``: what gradients are added up in that wait for a reduction."""
 
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -36,6 +45,7 @@ class Precision:
     cast_forward_inputs: bool = True
     cast_root_forward_inputs: bool = True
     keep_low_precision_grads: bool = False
+    accumulation: _C.GradAccumulation = _C.GradAccumulation.COMPUTED
 
     @staticmethod
     def of(given: MixedPrecision | MixedPrecisionPolicy | None, *modules: nn.Module) -> "Precision":
@@ -51,6 +61,7 @@ class Precision:
                 output_dtype=given.output_dtype,
                 cast_forward_inputs=given.cast_forward_inputs,
                 cast_root_forward_inputs=given.cast_forward_inputs,
+                accumulation=_FSDP2_ACCUMULATION,
             )
         return Precision(
             param_dtype=given.param_dtype,
@@ -72,6 +83,7 @@ class Precision:
             param_dtype=self.param_dtype,
             reduce_dtype=self.reduce_dtype,
             keep_low_precision_grads=self.keep_low_precision_grads,
+            accumulation=self.accumulation,
         )
 
     def input_dtype(self, outermost: bool) -> torch.dtype | None:
