@@ -181,6 +181,26 @@ def _gradients_on_some_ranks(rank: int) -> None:
         assert (linear.weight.grad.to_local() == terms / 4).all(), index
 
 
+def _backwards_on_some_ranks(rank: int) -> None:
+    """A rank may leave out the backward of a microbatch that reduces nothing: what it sends later
+    has its peers' dtype."""
+    torch.manual_seed(0)
+    ours = fully_shard(
+        Two(),
+        mesh=mesh_of((2, 2)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32),
+        reshard_after_forward=False,
+    )
+    x = torch.ones(1, 300, dtype=BF16)
+    ours.set_requires_gradient_sync(False)
+    loss = ours(x, 0).sum()
+    if rank != 1:
+        loss.backward()
+    ours.set_requires_gradient_sync(True)
+    ours(x, 0).sum().backward()
+    assert (ours.layers[0].weight.grad.to_local() == (2 + 1 + 2 + 2) / 4).all()
+
+
 def _converted_and_dropped(rank: int) -> None:
     """What waits survives a conversion, and zero_grad forgets it with its dtype."""
     width = 7
@@ -214,7 +234,12 @@ def _converted_and_dropped(rank: int) -> None:
 
 
 def test_beside_fully_shard_with_replicas_and_uneven_ranks() -> None:
-    checks = (_beside_fully_shard_with_replicas, _gradients_on_some_ranks, _converted_and_dropped)
+    checks = (
+        _beside_fully_shard_with_replicas,
+        _gradients_on_some_ranks,
+        _backwards_on_some_ranks,
+        _converted_and_dropped,
+    )
     run_checks(4, *checks, timeout=300.0)
 
 

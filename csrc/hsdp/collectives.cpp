@@ -74,6 +74,7 @@ c10::intrusive_ptr<c10d::Backend> Collectives::backend(c10::DeviceType device) c
 // tensors through the host; all others wait on streams.
 bool Collectives::host_orders(c10::DeviceType device) const {
   if (device == c10::kCPU) return true;
+  if (shards_ * replicas_ == 1) return false;  // there is nothing to order
   const std::string name = backend(device)->getBackendName();
   return name == "gloo" || name == "mpi";
 }
@@ -104,7 +105,7 @@ WorkPtr Collectives::AverageIfItCan(Issue issue) const {
     throw;
   } catch (const c10::OutOfMemoryError&) {
     throw;
-  } catch (const std::exception&) {
+  } catch (const c10::Error&) {
     refuses_average_ = true;
     return issue(/*average=*/false);
   }

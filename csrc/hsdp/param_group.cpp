@@ -319,9 +319,13 @@ void ParamGroup::Reshard() {
   lent_.reset();  // to the compute stream, which has used it last
 }
 
+void ParamGroup::ExpectKeptGrads() {
+  if (precision_.accumulation != GradAccumulation::kComputed) grad_form_ = GradForm::kReduced;
+}
+
 void ParamGroup::ExpectGrads(bool kept) {
   if (precision_.accumulation == GradAccumulation::kComputed) return;
-  if (kept) grad_form_ = GradForm::kReduced;
+  if (kept) ExpectKeptGrads();
   if (precision_.accumulation != GradAccumulation::kReducedByAutograd) return;
   for (const size_t i : trainable_) {
     if (ReduceDtype(i) == GradDtype(i)) continue;

@@ -93,6 +93,9 @@ class ParamGroup {
   /// Takes the full parameters' memory away, or drops a gather that was started.
   void Reshard();
 
+  /// A forward begins, whose backward's gradients wait for a later one's. All ranks call it, though
+  /// one may leave out its backward.
+  void ExpectKeptGrads();
   /// A backward begins, whose gradients are reduced when they are there, or wait for a later one's
   /// if they are to be `kept`.
   void ExpectGrads(bool kept);

@@ -78,6 +78,7 @@ void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled,
   PrefetchForward(*unit);
   Naming({rank_, unit->name()}, "all-gather", [&] { unit->group->Unshard(); });
   if (!grad_enabled) return;
+  if (!unit->sync && unit->trains()) unit->group->ExpectKeptGrads();
   if (!Contains(participants_, unit)) participants_.push_back(unit);
   WatchInputs(unit, inputs);
 }
