@@ -12,6 +12,7 @@ Nothing here talks to other ranks: one that has made its optimizer later has not
 import contextlib
 import functools
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -32,6 +33,9 @@ from .state.optimizer_mismatch import keys_with_dimensions
 # Optimizers that held replaced parameters. One that holds a module's may hold the next one's, and
 # is at hand then: to find those that nobody knows takes a look at all objects of the process.
 _known: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+# One thread adopts at a time: two may train models of one optimizer.
+_adopting = threading.RLock()
 
 _postponed: ContextVar[bool] = ContextVar("postponed", default=False)
 
@@ -65,9 +69,10 @@ def adopt_everywhere() -> None:
     such parameters at all."""
     if _postponed.get() or not some_are_replaced():
         return
-    _adopt_for(list(_known))
-    if some_are_replaced():
-        _adopt_for(_optimizers_of_process())
+    with _adopting:
+        _adopt_for(list(_known))
+        if some_are_replaced():
+            _adopt_for(_optimizers_of_process())
 
 
 def _adopt_for(optimizers: list[Optimizer]) -> None:
@@ -93,9 +98,14 @@ def adopt(optimizer: Optimizer) -> None:
     state that can't be cut by the parameter's rows, naming it."""
     if not some_are_replaced():
         return
-    adoptions = _adoptions(optimizer)
-    if not adoptions:
-        return
+    with _adopting:
+        adoptions = _adoptions(optimizer)
+        _exchange(optimizer, adoptions)
+        if adoptions:
+            _known.add(optimizer)
+
+
+def _exchange(optimizer: Optimizer, adoptions: list[_Adoption]) -> None:
     for each in adoptions:
         original, parameter = each.original, each.replacement.parameter
         if each.state is not None:
@@ -103,7 +113,6 @@ def adopt(optimizer: Optimizer) -> None:
             optimizer.state[parameter] = each.state
         _move_gradient(original, each.replacement)
         each.group[each.position] = parameter
-    _known.add(optimizer)
 
 
 @_disable_dynamo  # part of a compiled step it would be traced

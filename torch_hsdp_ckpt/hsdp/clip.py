@@ -16,6 +16,7 @@ def clip_grad_norm(
 ) -> torch.Tensor:
     """Scales gradients as ``FullyShardedDataParallel.clip_grad_norm_`` says and returns their norm
     before. The zero that stands for no gradients is on ``device``."""
+    norm_type = float(norm_type)  # or a text: "inf"
     by_mesh = _with_grads_by_mesh(parameters)
     if not by_mesh:
         return torch.zeros((), device=device)
@@ -56,14 +57,18 @@ def _norms_of_sharded(grads: list[DTensor], norm_type: float) -> list[torch.Tens
     ]
     norms = torch.stack([_norm(grad.to_local(), norm_type) for grad in grads])
     if mesh.size(shard_dim) > 1:
-        norms = _over_shards(norms, norm_type, torch.tensor(counts), mesh.get_group(shard_dim))
+        counted = torch.tensor(counts, device=norms.device)
+        norms = _over_shards(norms, norm_type, counted, mesh.get_group(shard_dim))
     return list(norms.unbind())
 
 
 def _norm(local: torch.Tensor, norm_type: float) -> torch.Tensor:
+    """In float32 at least: the square of a float16 gradient's norm has no place in float16."""
+    dtype = torch.promote_types(local.dtype, torch.float32)
     if local.numel() == 0:  # a rank without rows, for whom torch has no largest element
-        return local.new_full((), math.inf if norm_type == -math.inf else 0.0)
-    norm: torch.Tensor = torch.linalg.vector_norm(local, norm_type)
+        identity = math.inf if norm_type == -math.inf else 0.0
+        return local.new_full((), identity, dtype=dtype)
+    norm: torch.Tensor = torch.linalg.vector_norm(local, norm_type, dtype=dtype)
     return norm
 
 
@@ -77,6 +82,6 @@ def _over_shards(
         dist.all_reduce(norms, op, group)
         return norms
     power = norm_type or 1.0  # the zero norm counts elements
-    sums = torch.where(counts.to(norms.device), norms**power, 0.0)
+    sums = torch.where(counts, norms**power, 0.0)
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
     return sums ** (1.0 / power)

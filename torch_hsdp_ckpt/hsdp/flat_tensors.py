@@ -60,9 +60,10 @@ def tensors_behind(values: Iterable[Any]) -> list[torch.Tensor]:
         if type(value) in _ATOMS or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, torch.Tensor):
+        # By type(): isinstance would ask objects that stand for others, which may be gone.
+        if issubclass(type(value), torch.Tensor):
             found.append(value)
-        elif not isinstance(value, _NOT_LOOKED_INTO):
+        elif not issubclass(type(value), _NOT_LOOKED_INTO):
             waiting.extend(_held_by(value)[:_ITEMS])
     return found
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _C
 from ..common.agreement import Agreement, group_timeout
-from .own_groups import GroupRequest, OwnGroup, meet, new_group_of_all
+from .own_groups import GroupRequest, OwnGroup, group_of_all, meet
 
 _Shared = WeakValueDictionary[tuple[str, tuple[int, ...]], OwnGroup]
 
@@ -112,11 +112,7 @@ def _shared_group(
 
 def _group_of_all(parent: dist.ProcessGroup, device_type: str) -> str:
     if parent not in _of_all_ranks:
-        _of_all_ranks[parent] = new_group_of_all(
-            dist.get_process_group_ranks(parent),
-            group_timeout(parent, (device_type,)),
-            str(dist.get_backend_config(parent)),
-        )
+        _of_all_ranks[parent] = group_of_all(parent, group_timeout(parent, (device_type,)))
     return _of_all_ranks[parent]
 
 

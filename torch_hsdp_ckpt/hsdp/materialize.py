@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .module_tree import modules_of_unit
-from .shards import mark_as_replaced
+from .shards import check_is_not_shared, mark_as_replaced
 from .slots import Slot
 
 _BUCKET_BYTES = 250 * 1024 * 1024  # one broadcast sends so many, as in torch's wrappers
@@ -41,6 +41,8 @@ def materialize(
     initialize = _initialization(param_init_fn, device)
     aliases = _slots_of_parameters(owners)
     originals = [first.parameter for first, *_ in aliases]
+    for first, *_ in aliases:
+        check_is_not_shared(first)
     with torch.no_grad():
         for owner in owners:
             initialize(owner)

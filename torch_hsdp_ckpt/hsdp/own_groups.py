@@ -93,10 +93,13 @@ def _new_gloo_group(name: str, request: GroupRequest) -> Any:
 
 
 def _end(default: "weakref.ref[Any]", name: str) -> None:
-    held = [_alive.get(default(), {}).pop(name, None)]
+    world = default()
+    if world is None:  # destroy_process_group has ended it
+        return
+    held = [_alive.get(world, {}).pop(name, None)]
     if held[0] is None:
         return
-    if default() is _c10d.GroupMember.WORLD:  # if not, no name is registered
+    if world is _c10d.GroupMember.WORLD:  # if not, no name is registered
         _c10d._unregister_process_group(name)
     # This may be the garbage collector's call, in the midst of anything: threading's own locks may
     # be taken.
@@ -116,32 +119,40 @@ def _has_ended(task: int) -> bool:
     return not os.path.exists(f"/proc/self/task/{task}")
 
 
-def new_group_of_all(ranks: Sequence[int], timeout: timedelta, backend: str) -> str:
-    """The name of a group of all ranks of the job, on any backend. It stays until
-    ``destroy_process_group``: with NCCL ending a group is collective, and models do not go at the
-    same time on all ranks."""
-    group: Any = dist.new_group(
-        list(ranks),
-        timeout=timeout,
-        backend=backend,
-        use_local_synchronization=True,
-        group_desc="hsdp_ckpt_reduce",
-    )
+def group_of_all(like: dist.ProcessGroup, timeout: timedelta) -> str:
+    """The name of another group of the ranks of ``like``, on its backend; every rank of the job has
+    to ask for one of its own. It is made once and stays until ``destroy_process_group``: with NCCL
+    ending a group is collective, and models do not go at the same time on all ranks."""
+    ranks = dist.get_process_group_ranks(like)
+    group = _named_group(f"hsdp_ckpt/reduce/{like.group_name}/{ranks}", ranks, like, timeout)
     return str(group.group_name)
 
 
 def group_of_this_rank(like: dist.ProcessGroup) -> Any:
-    """A group of this rank alone with the backend of ``like``, one that torch knows, for meshes. It
-    is made once and stays until ``destroy_process_group``."""
-    rank, world = dist.get_rank(), _c10d._world
-    backend = str(dist.get_backend_config(like))
-    name = f"hsdp_ckpt/rank {rank}/{backend}"
+    """A group of this rank alone with the backend of ``like``, for meshes. It is made once and
+    stays until ``destroy_process_group``."""
+    rank, backend = dist.get_rank(), str(dist.get_backend_config(like))
+    return _named_group(f"hsdp_ckpt/rank {rank}/{backend}", [rank], like, group_timeout(like))
+
+
+def _named_group(
+    name: str, ranks: Sequence[int], like: dist.ProcessGroup, timeout: timedelta
+) -> Any:
+    """A group that torch knows, by a name that follows from its ranks: ``new_group`` of torch 2.11
+    takes one from how many groups a rank has, also where only its members meet."""
+    world = _c10d._world
     for group, known in world.pg_names.items():
         if known == name:
             return group
-    store = _c10d._get_default_store()
     group, _ = _c10d._new_process_group_helper(
-        1, 0, [rank], backend, store, name, timeout=group_timeout(like), group_desc="hsdp_ckpt_rank"
+        len(ranks),
+        ranks.index(dist.get_rank()),
+        list(ranks),
+        str(dist.get_backend_config(like)),
+        _c10d._get_default_store(),
+        name,
+        timeout=timeout,
+        group_desc="torch_hsdp_ckpt",
     )
-    world.pg_group_ranks[group] = {rank: 0}
+    world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
     return group

@@ -11,10 +11,13 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .flat_tensors import new_tensors, tensors_of_graph
-from .module_tree import modules_of_unit
+from .module_tree import RUNNER, modules_of_unit
 
-# The attributes that every module has hold no results; buffers may.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_buffers"}
+# The attributes that every module has hold no results, nor do a wrapper's own; buffers may.
+_WITHOUT_RESULTS = (frozenset(vars(nn.Module())) - {"_buffers"}) | {RUNNER, "_runner", "_unit"}
+
+# The number of the next node of autograd's graph, in this thread.
+sequence_number = torch._C._autograd._get_sequence_nr
 
 
 class _Attribute(NamedTuple):
@@ -48,7 +51,7 @@ class Results:
         """``arguments``: what forward was given; ``modules``: gives the unit's; ``since``:
         autograd's sequence number when it began."""
         found = tensors_of_graph(outputs, since)
-        if not torch.is_grad_enabled():
+        if sequence_number() == since:  # no graph was made
             return found
         if self._attributes is None or not found:
             self._attributes = _attributes_with_results(modules(), since)
@@ -64,7 +67,7 @@ def _attributes_with_results(modules: Iterable[nn.Module], since: int) -> list[_
         for outermost in modules
         for module in modules_of_unit(outermost)
         for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE and new_tensors([value], since)
+        if name not in _WITHOUT_RESULTS and new_tensors([value], since)
     ]
 
 

@@ -36,10 +36,10 @@ class Root:
         self.units = units
         self.is_dissolved = False
         self._groups = ModelGroups()
-        peers, channel = _meet_peers(units, self._groups)
-        for unit in units:
-            unit.check_materialized()
-            unit.take_replaced()
+        problem = _first_problem(units)
+        peers, channel = _meet_peers(units, self._groups, problem)
+        if problem is not None:
+            raise problem
         self.schedule = _C.Schedule(
             prefetch,
             dist.get_rank(),
@@ -80,6 +80,12 @@ class Root:
         self._keeps_full = False
         self._show_sharded()
 
+    def hide_freed(self) -> None:
+        """Shows the sharded parameters where full ones are shown that have no memory any more."""
+        for unit in self.units:
+            if unit.showing_full and not unit.core.is_unsharded:
+                unit.show_sharded()
+
     def _show_sharded(self) -> None:
         for unit in self.units:
             unit.show_sharded()
@@ -88,12 +94,13 @@ class Root:
     def turn(self) -> Iterator[None]:
         """Within the block forwards and backwards of other threads wait; it waits for them, not for
         this thread's own."""
-        turn = self.schedule.take_turn()
+        schedule = self.schedule  # not there any more if the root is dissolved within
+        turn = schedule.take_turn()
         try:
             yield
         finally:
             if turn == _C.ReadTurn.TAKEN:
-                self.schedule.end_read()
+                schedule.end_read()
 
     @contextmanager
     def reading(self, whole: str = "", put_back: bool = True) -> Iterator[None]:
@@ -119,8 +126,13 @@ class Root:
             )
         shown: list[ShardedUnit] = []
         try:
+            if self.is_dissolved:
+                raise RuntimeError(
+                    f"rank {dist.get_rank()}: module {self.units[0].core.name} has become a part "
+                    "of another outermost module while its state was waited for: ask again"
+                )
             # If neither, this is in a wrapper's state_dict(), for one within.
-            if first or self.schedule.running_here():
+            if first or schedule.running_here():
                 shown = [unit for unit in self.units if unit.showing_full]
                 self._show_sharded()
             yield
@@ -128,7 +140,7 @@ class Root:
             for unit in shown if put_back else ():
                 unit.show_full()
             if first:
-                self.schedule.end_read()
+                schedule.end_read()
 
     def dissolve(self) -> None:
         """Lets the units go, to another root; nothing of them is in flight then. A graph of a
@@ -137,16 +149,17 @@ class Root:
         RuntimeError inside of this thread's own forward or backward, and where ``no_sync`` has left
         gradients that nobody has reduced."""
         self.reset()
-        if self.schedule.owes():
-            raise RuntimeError(
-                f"rank {dist.get_rank()}: module {self.units[0].core.name} keeps gradients that no "
-                "backward has reduced yet (no_sync): run one that does before a part of it is used "
-                "within another outermost module"
-            )
-        for unit in self.units:
-            unit.schedule = None
-        self.is_dissolved = True
-        del self.schedule  # what a graph finds gone
+        with self.turn():
+            if self.schedule.owes():
+                raise RuntimeError(
+                    f"rank {dist.get_rank()}: module {self.units[0].core.name} keeps gradients "
+                    "that no backward has reduced yet (no_sync): run one that does before a part "
+                    "of it is used within another outermost module"
+                )
+            for unit in self.units:
+                unit.schedule = None
+            self.is_dissolved = True
+            del self.schedule  # what a graph finds gone
 
     def reset(self) -> None:
         """Puts the sharded parameters into their slots; then nothing derived from them is in
@@ -163,15 +176,29 @@ class Root:
             pass
 
 
-def _meet_peers(units: list[ShardedUnit], groups: ModelGroups) -> tuple[PeerGroup | None, int]:
+def _first_problem(units: list[ShardedUnit]) -> Exception | None:
+    """Why this rank can't run its units as they are, if it can't."""
+    try:
+        for unit in units:
+            unit.check_materialized()
+            unit.take_replaced()
+    except (ValueError, RuntimeError) as error:
+        return error
+    return None
+
+
+def _meet_peers(
+    units: list[ShardedUnit], groups: ModelGroups, problem: Exception | None
+) -> tuple[PeerGroup | None, int]:
     """Waits for the other ranks of the mesh at its first forward; returns their group and a channel
-    that none of them has used. RuntimeError on every rank if they have other units."""
+    that none of them has used. RuntimeError on every rank if they have other units, or only some of
+    them have a ``problem``."""
     global _next_channel
     channel = _next_channel
     try:
         peers = groups.peers(units[0].mesh)
         if peers is not None:
-            channel = _check_same_units(peers, units, channel)
+            channel = _check_same_units(peers, units, problem, channel)
     except _DifferentModules:
         raise
     except RuntimeError as error:
@@ -184,17 +211,21 @@ def _meet_peers(units: list[ShardedUnit], groups: ModelGroups) -> tuple[PeerGrou
     return peers, channel
 
 
-def _check_same_units(peers: PeerGroup, units: list[ShardedUnit], channel: int) -> int:
+def _check_same_units(
+    peers: PeerGroup, units: list[ShardedUnit], problem: Exception | None, channel: int
+) -> int:
     """All ranks have units of the same shapes, in the same order; RuntimeError on every rank with
     the first one that differs. Returns the largest of the ranks' ``channel``."""
     agreement = peers.agreement("wrapped modules")
-    signatures = [unit.signature() for unit in units]
+    # A problem comes first: it is what differs, if not all ranks have it.
+    signatures = [f"problem: {problem is not None}", *(unit.signature() for unit in units)]
     digest = hashlib.sha256(json.dumps(signatures).encode()).digest()
     answers = agreement.exchange("compare", _CHANNEL_AND_DIGEST.pack(channel, digest))
     channels, digests = zip(*map(_CHANNEL_AND_DIGEST.unpack, answers), strict=True)
     if set(digests) == {digest}:
         return int(max(channels))
-    described = json.dumps([signatures, [unit.describe() for unit in units]]).encode()
+    descriptions = [str(problem or "no problem"), *(unit.describe() for unit in units)]
+    described = json.dumps([signatures, descriptions]).encode()
     everyones = [json.loads(answer) for answer in agreement.exchange("describe", described)]
     differing = "\n\t".join(_first_difference(peers.ranks, everyones))
     raise _DifferentModules(

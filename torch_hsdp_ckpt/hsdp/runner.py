@@ -18,13 +18,10 @@ from .eager import keep_dynamo_out
 from .flat_tensors import flat_tensors
 from .module_tree import RUNNER, without_wrappers
 from .precision import Precision
-from .results import Results, with_gathered_steps
+from .results import Results, sequence_number, with_gathered_steps
 from .root import Root
 from .transforms import check_not_traced, in_transform, outside_of_transforms
 from .unit import ShardedUnit
-
-# That of the next node of autograd's graph in this thread.
-_sequence_number = torch._C._autograd._get_sequence_nr
 
 
 class Runner:
@@ -128,9 +125,12 @@ class Runner:
             args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
         core = self.unit.core
         inputs = flat_tensors((args, kwargs)) if core.frozen else ()
+        is_outermost = not root.schedule.running_here()
         root.schedule.enter_forward(core, torch.is_grad_enabled(), inputs)
+        if is_outermost:
+            root.hide_freed()  # what the last pass has kept, and this one may not call
         self.unit.show_full()
-        since = _sequence_number()
+        since = sequence_number()
         outputs = with_gathered_steps(call(*args, **kwargs), self.run)
         outputs = self.precision.cast_outputs(outputs)
         if not root.in_backward():
@@ -189,6 +189,7 @@ class Runner:
             return
         self.unit.show_sharded()
         root.schedule.abort_forward(self.unit.core)
+        root.hide_freed()
 
     def reading(self, whole: str = "") -> AbstractContextManager[None]:
         """``Root.reading``, also before there is a root, which then is not made meanwhile."""

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from .precision import REDUCIBLE_DTYPES
-from .slots import RegisteredParameter
+from .slots import RegisteredParameter, Slot
 
 # FSDP2's extension point for what is gathered, as methods of a tensor subclass or as attributes.
 _GATHER_EXTENSIONS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
@@ -103,6 +103,24 @@ def check_can_be_sharded(registered: RegisteredParameter, device: torch.device) 
         )
 
 
+def check_is_not_shared(slot: Slot) -> None:
+    """Raises ValueError for a parameter on the meta device that a module which was wrapped before
+    has too: what it has got there is sharded already."""
+    note = _note_on(slot.parameter)
+    if note is not None:
+        raise ValueError(
+            f"rank {dist.get_rank()}: module {type(slot.module).__name__}: parameter {slot.name} "
+            f"{_shared_with_wrapped(note)}"
+        )
+
+
+def _shared_with_wrapped(note: Replacement) -> str:
+    return (
+        f"is shared with another wrapped module, which has sharded it as {note.name}: wrap "
+        "one module that holds all uses, or leave both modules to the same unit"
+    )
+
+
 def _why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
     """What is wrong with ``parameter`` and what to do; an empty text if nothing is."""
     if isinstance(parameter, DTensor):
@@ -123,10 +141,7 @@ def _why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
         )
     note = _note_on(parameter)
     if note is not None and note.is_sharded:
-        return (
-            f"is shared with another wrapped module, which has sharded it as {note.name}: wrap "
-            "one module that holds all uses, or leave both modules to the same unit"
-        )
+        return _shared_with_wrapped(note)
     if parameter.requires_grad and parameter.dtype not in REDUCIBLE_DTYPES:
         return (
             f"is {parameter.dtype}, whose gradients are not reduced here (float64, float32, "

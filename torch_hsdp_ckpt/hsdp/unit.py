@@ -282,12 +282,14 @@ class ShardedUnit:
     def take_replaced(self) -> None:
         """Before the first forward: takes DTensors that somebody has registered in place of the
         parameters (an initialisation that computes them anew, say). ValueError for one that is
-        placed otherwise."""
-        if self._sharded_table.replaced_parameter() is None:
+        placed otherwise, RuntimeError for a plain one."""
+        current = [places[0].table.get(places[0].name) for places in self.slots]
+        if all(map(operator.is_, current, self.sharded)):
             return
-        first_slots = [places[0] for places in self.slots]
-        if all(isinstance(slot.table.get(slot.name), DTensor) for slot in first_slots):
-            self.rebind()
+        for index, parameter in enumerate(current):
+            if not isinstance(parameter, DTensor):
+                raise self._replaced_error(index)
+        self.rebind()
 
     def check_materialized(self) -> None:
         """Raises RuntimeError if there are parameters on the meta device."""
@@ -305,8 +307,10 @@ class ShardedUnit:
         replaced = self._sharded_table.replaced_parameter()
         if replaced is None:
             return
-        index = next(i for i, p in enumerate(self.sharded) if p is replaced)
-        raise RuntimeError(
+        raise self._replaced_error(next(i for i, p in enumerate(self.sharded) if p is replaced))
+
+    def _replaced_error(self, index: int) -> RuntimeError:
+        return RuntimeError(
             f"rank {dist.get_rank()}: parameter {self.names[index]} of module {self.core.name} was "
             "replaced or removed after wrapping, which the wrapper can't follow: replace it "
             "before, copy values into it (with torch.no_grad()), or use "
