@@ -143,6 +143,26 @@ def _clipping(rank: int) -> None:
             assert_same(outcomes)
 
 
+def _clipping_in_float16(rank: int) -> None:
+    """A norm whose square float16 has no place for."""
+    low = ours.MixedPrecision(param_dtype=torch.float16, keep_low_precision_grads=True)
+    model = fsdp1(ours, nn.Linear(4, 4, bias=False), mixed_precision=low)
+    (200 * model(torch.ones(2, 4))).sum().backward()
+    norm = model.clip_grad_norm_(1.0, "2")
+    assert float(norm) == 400.0 * 4
+    assert all(bool(p.grad.to_local().abs().gt(0).all()) for p in model.parameters())
+
+
+def _tied_on_meta(rank: int) -> None:
+    """A parameter of two units is refused on the meta device as elsewhere."""
+    with torch.device("meta"):
+        net = layers()
+    net[1].weight = net[0].weight
+    net[0] = fsdp1(ours, net[0])
+    with pytest.raises(ValueError, match="weight is shared with another wrapped module"):
+        fsdp1(ours, net)
+
+
 def _zeroed_between(rank: int) -> None:
     """``test_multiple_optimizers``."""
     trained = []
@@ -316,6 +336,8 @@ def test_fsdp1() -> None:
         _arguments_that_contradict,
         _tensor_subclasses,
         _clipping,
+        _clipping_in_float16,
+        _tied_on_meta,
         _zeroed_between,
         _summons_between,
         _wrapping_policies,

@@ -88,10 +88,42 @@ def _replaced_before_forward(rank: int) -> None:
         model.reshard()
         assert torch.equal(whole(model.weight), torch.full((4, 4), 2.0))
         assert model.weight.grad is not None
+    recurrent = ours.fully_shard(nn.LSTM(4, 4))  # which has a __setattr__ of its own
+    recurrent.weight_ih_l0 = nn.Parameter(torch.ones_like(recurrent.weight_ih_l0))
+    recurrent(torch.ones(2, 3, 4))[0].sum().backward()
+    recurrent.reshard()
+    assert torch.equal(whole(recurrent.weight_ih_l0), torch.ones(16, 4))
     model = ours.fully_shard(nn.Linear(4, 4))
-    model.weight = nn.Parameter(torch.ones(4, 4))
-    with pytest.raises(RuntimeError, match=r"weight of module .* was replaced"):
+    if rank == 2:
+        model.weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(RuntimeError, match=r"rank 2: .*weight of module .* was replaced"):
         model(torch.ones(2, 4))
+
+
+def _freed_is_not_shown(rank: int) -> None:
+    """What a forward has kept and shown goes when another one raises, or passes it by."""
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, skip: bool, fail: bool = False) -> Tensor:
+            x = self.first(x) if skip else self.second(self.first(x))
+            if fail:
+                raise ArithmeticError
+            return x
+
+    model = sharded(ours, Skips(), reshard_after_forward=False)
+    x = torch.ones(2, 4)
+    model(x, skip=False)
+    assert not isinstance(model.second.weight, DTensor)
+    model(x, skip=True)
+    assert isinstance(model.second.weight, DTensor)
+    with pytest.raises(ArithmeticError):
+        model(x, skip=False, fail=True)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    model(x, skip=False).sum().backward()
 
 
 class _Chunked(nn.Module):
@@ -386,18 +418,6 @@ def _wrong_prefetches(rank: int) -> None:
     assert_same(grads)
 
 
-def _divide_factors(rank: int) -> None:
-    """``test_set_reduce_scatter_divide_factor``, for which torch's Gloo has no operation."""
-    for reduce_dtype in (None, torch.bfloat16):
-        policy = ours.MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-        model = sharded(ours, layers(), mp_policy=policy)
-        for module in (model, *model.children()):
-            module.set_gradient_divide_factor(2.0)
-        x = torch.full((2, 4), float(rank == 1))
-        model(x).sum().backward()
-        assert torch.equal(whole(model[1].bias.grad), torch.full((4,), 2.0 * 4 / 2.0))
-
-
 def _biases_alone(rank: int) -> None:
     """``test_train_mixed_requires_grad_per_group``: only biases train, frozen before or after."""
     for frozen_first in (True, False):
@@ -454,6 +474,7 @@ def test_fsdp2() -> None:
         _unshard_before_any_forward,
         _part_after_whole,
         _replaced_before_forward,
+        _freed_is_not_shown,
         _chunked_loss,
         _structured_values,
         _settings_of_parts,
@@ -469,7 +490,6 @@ def test_fsdp2() -> None:
         _without_inputs,
         _state_taken_once,
         _wrong_prefetches,
-        _divide_factors,
         _biases_alone,
         _float8_beside_float32,
         _torchs_clipping,

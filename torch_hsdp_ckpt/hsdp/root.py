@@ -228,9 +228,12 @@ def _check_same_units(
     described = json.dumps([signatures, descriptions]).encode()
     everyones = [json.loads(answer) for answer in agreement.exchange("describe", described)]
     differing = "\n\t".join(_first_difference(peers.ranks, everyones))
+    here = f"(this is rank {dist.get_rank()})"
+    if len({theirs[0] for theirs, _ in everyones}) > 1:
+        raise _DifferentModules(f"some ranks can't run their modules {here}:\n\t{differing}")
     raise _DifferentModules(
-        f"ranks have wrapped different modules (this is rank {dist.get_rank()}). Wrap the same "
-        f"ones, with the same arguments, on all ranks. The first that differs:\n\t{differing}"
+        f"ranks have wrapped different modules {here}. Wrap the same ones, with the same "
+        f"arguments, on all ranks. The first that differs:\n\t{differing}"
     )
 
 
