@@ -123,7 +123,11 @@ def _freed_is_not_shown(rank: int) -> None:
     with pytest.raises(ArithmeticError):
         model(x, skip=False, fail=True)
     assert all(isinstance(p, DTensor) for p in model.parameters())
+    bias = model.second.bias
+    model(x, skip=False)
+    bias.requires_grad_(False)  # and the full ones are made anew
     model(x, skip=False).sum().backward()
+    assert bias.grad is None and model.first.bias.grad is not None
 
 
 class _Chunked(nn.Module):

@@ -175,6 +175,8 @@ def _errors(rank: int) -> None:
         parameters = dict(ours.named_parameters())
         own = torch.func.functional_call(ours, parameters, (x,))
         torch.testing.assert_close(own, net(x))
+        again = torch.func.functional_call(ours, parameters, (x,))
+        torch.testing.assert_close(again, ours(x))
         others = {name: p.detach().clone() for name, p in parameters.items()}
         with pytest.raises(RuntimeError, match="functional_call"):
             torch.func.functional_call(ours, others, (x,))

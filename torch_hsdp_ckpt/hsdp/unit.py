@@ -198,6 +198,7 @@ class ShardedUnit:
         self.schedule = schedule
         self.full = full
         self._requires_grad = requires_grad
+        self.show_sharded()  # full ones of before may be shown
         self._full_table = SlotTable(self.slots, full)
         self._gradients = self._gradients_of(trainable)
 
@@ -268,8 +269,7 @@ class ShardedUnit:
                 f"module {self.core.name} can't run while its full parameters are summoned: leave "
                 "summon_full_params first"
             )
-        if not self.showing_full:
-            self._check_slots()
+        self._follow_slots()
         if not all(map(operator.is_, map(_LOCAL, self.sharded), self._bound_locals)):
             gate.wait_at_gate()
             self.rebind()  # a module inside was converted, by to() or double(), past the wrapper
@@ -302,6 +302,15 @@ class ShardedUnit:
                 f"{', '.join(self.on_meta)}. Call the outermost module's to_empty(device=...) and "
                 "then the modules' reset_parameters, or load_state_dict(assign=True)"
             )
+
+    def _follow_slots(self) -> None:
+        """Finds in the slots what this unit has put there last. ``functional_call``, whose forward
+        changes that, puts back what it has found before."""
+        if not self.showing_full:
+            self._check_slots()
+        elif self._full_table is not None and self._full_table.replaced_parameter() is not None:
+            self._check_slots()
+            self.showing_full = False
 
     def _check_slots(self) -> None:
         replaced = self._sharded_table.replaced_parameter()
