@@ -24,9 +24,9 @@ MICROBATCHES = 5
 
 
 class Net(nn.Module):
-    """``tied`` is used twice in each forward, ``frozen`` is; if ``skips``, ``spare`` has no gradient
-    in every second microbatch, the last block runs in the first microbatches only and the one
-    before it in the later ones."""
+    """``tied`` is used twice in each forward, ``frozen`` is; if ``skips``, ``spare`` has no
+    gradient in every second microbatch, the last block runs in the first microbatches only and the
+    one before it in the later ones."""
 
     def __init__(self, width: int, skips: bool = True) -> None:
         super().__init__()
