@@ -100,36 +100,6 @@ def _replaced_before_forward(rank: int) -> None:
         model(torch.ones(2, 4))
 
 
-def _freed_is_not_shown(rank: int) -> None:
-    """What a forward has kept and shown goes when another one raises, or passes it by."""
-
-    class Skips(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor, skip: bool, fail: bool = False) -> Tensor:
-            x = self.first(x) if skip else self.second(self.first(x))
-            if fail:
-                raise ArithmeticError
-            return x
-
-    model = sharded(ours, Skips(), reshard_after_forward=False)
-    x = torch.ones(2, 4)
-    model(x, skip=False)
-    assert not isinstance(model.second.weight, DTensor)
-    model(x, skip=True)
-    assert isinstance(model.second.weight, DTensor)
-    with pytest.raises(ArithmeticError):
-        model(x, skip=False, fail=True)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
-    bias = model.second.bias
-    model(x, skip=False)
-    bias.requires_grad_(False)  # and the full ones are made anew
-    model(x, skip=False).sum().backward()
-    assert bias.grad is None and model.first.bias.grad is not None
-
-
 class _Chunked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -485,7 +455,6 @@ def test_fsdp2() -> None:
         _unshard_before_any_forward,
         _part_after_whole,
         _replaced_before_forward,
-        _freed_is_not_shown,
         _chunked_loss,
         _structured_values,
         _settings_of_parts,

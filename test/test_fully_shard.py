@@ -255,5 +255,38 @@ def _methods(rank: int) -> None:
         ours.register_comm_hook(None, lambda *_: None)
 
 
+def _freed_is_not_shown(rank: int) -> None:
+    """What a forward has kept and shown goes when another one raises, or passes it by."""
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, skip: bool, fail: bool = False) -> torch.Tensor:
+            x = self.first(x) if skip else self.second(self.first(x))
+            if fail:
+                raise ArithmeticError
+            return x
+
+    model = Skips()
+    for module in (model.first, model.second, model):
+        fully_shard(module, reshard_after_forward=False)
+    x = torch.ones(2, 4)
+    model(x, skip=False)
+    assert not isinstance(model.second.weight, DTensor)
+    model(x, skip=True)
+    assert isinstance(model.second.weight, DTensor)
+    with pytest.raises(ArithmeticError):
+        model(x, skip=False, fail=True)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    bias = model.second.bias
+    model(x, skip=False)
+    bias.requires_grad_(False)  # and the full ones are made anew
+    model(x, skip=False).sum().backward()
+    assert bias.grad is None and model.first.bias.grad is not None
+
+
 def test_both_faces() -> None:
-    run_checks(4, _same_bits, _settings, _mixed_precision, _constructor, _methods)
+    checks = (_same_bits, _settings, _freed_is_not_shown, _mixed_precision, _constructor, _methods)
+    run_checks(4, *checks)
