@@ -9,9 +9,7 @@
 namespace hsdp_ckpt::hsdp {
 namespace {
 
-using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
 using OpPtr = c10::intrusive_ptr<c10d::ReduceOp>;
-using Works = Collectives::Works;
 
 constexpr int64_t kDefaultTimeout = -1;  // what the group was made with
 
@@ -22,25 +20,11 @@ OpPtr Op(bool average) {
   return c10::make_intrusive<c10d::ReduceOp>(average ? c10d::ReduceOp::AVG : c10d::ReduceOp::SUM);
 }
 
+// The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup
+// were renamed in between.
 template <typename Signature>
 auto FindOp(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-// The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup
-// were renamed in between.
-void Send(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, int64_t tag,
-          Works& works) {
-  static const auto op =
-      FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::send");
-  if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, tag));
-}
-
-void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer, int64_t tag,
-             Works& works) {
-  static const auto op =
-      FindOp<WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t)>("c10d::recv_");
-  if (tensor.numel() > 0) works.push_back(op.call({tensor}, group, peer, tag));
 }
 
 }  // namespace
@@ -89,8 +73,8 @@ bool Collectives::coalesces(c10::DeviceType device) const {
 
 // On a device `wait` makes the current stream wait for the operation, which may run on a stream of
 // the backend's own.
-Works Collectives::Ordered(WorkPtr work, const at::Tensor& tensor) const {
-  if (host_orders(tensor.device().type())) return {std::move(work)};
+PendingWorks Collectives::Ordered(WorkPtr work, const at::Tensor& tensor) const {
+  if (host_orders(tensor.device().type())) return PendingWorks(std::move(work));
   if (work) work->wait();
   return {};
 }
@@ -111,19 +95,19 @@ WorkPtr Collectives::AverageIfItCan(Issue issue) const {
   }
 }
 
-Works Collectives::AllGather(const std::vector<Cut>& runs) const {
+PendingWorks Collectives::AllGather(const std::vector<Cut>& runs) const {
   const GroupPtr group = c10d::resolve_process_group(gather_group_);
-  Works works;
   if (exchanges(runs.at(0).run.device().type())) {
+    PendingWorks works(departures_, departures_ ? departures_->Begin(Joint::kGather) : JointOp{});
     // Receives come first, as a message that finds its receiver waiting goes at once. Peers come in
     // turns, so that no rank is every other one's first.
     for (int64_t step = 1; step < shards_; ++step) {
       const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
-      for (const Cut& cut : runs) Receive(cut.piece(peer), group, peer, tag_, works);
+      for (const Cut& cut : runs) works.Receive(cut.piece(peer), group, peer);
     }
     for (int64_t step = 1; step < shards_; ++step) {
       const int64_t peer = (shard_rank_ + step) % shards_;
-      for (const Cut& cut : runs) Send(cut.piece(shard_rank_), group, peer, tag_, works);
+      for (const Cut& cut : runs) works.Send(cut.piece(shard_rank_), group, peer);
     }
     return works;
   }
@@ -145,8 +129,8 @@ Works Collectives::AllGather(const std::vector<Cut>& runs) const {
   return Ordered(op.call(outputs, inputs, group, Async(inputs[0])), inputs[0]);
 }
 
-Works Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
-                                 const std::vector<Cut>& runs, bool average) const {
+PendingWorks Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
+                                        const std::vector<Cut>& runs, bool average) const {
   const GroupPtr group = c10d::resolve_process_group(reduce_group_);
   std::vector<at::Tensor> inputs;
   for (const Cut& cut : runs) inputs.push_back(cut.run);
@@ -170,32 +154,37 @@ Works Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
   return Ordered(average ? AverageIfItCan(issue) : issue(false), inputs[0]);
 }
 
-Works Collectives::ExchangePieces(const std::vector<Cut>& runs,
-                                  const std::vector<std::vector<at::Tensor>>& inbox) const {
+JointOp Collectives::BeginReduction() const {
+  return departures_ ? departures_->Begin(Joint::kReduction) : JointOp{};
+}
+
+PendingWorks Collectives::ExchangePieces(const JointOp& reduction, const std::vector<Cut>& runs,
+                                         const std::vector<std::vector<at::Tensor>>& inbox) const {
   const GroupPtr group = c10d::resolve_process_group(reduce_group_);
-  Works works;
+  PendingWorks works(departures_, reduction);
   for (int64_t step = 1; step < shards_; ++step) {
     const int64_t peer = (shard_rank_ + shards_ - step) % shards_;
     for (const at::Tensor& piece : inbox.at(static_cast<size_t>(peer)))
-      Receive(piece, group, peer, tag_, works);
+      works.Receive(piece, group, peer);
   }
   for (int64_t step = 1; step < shards_; ++step) {
     const int64_t peer = (shard_rank_ + step) % shards_;
-    for (const Cut& cut : runs) Send(cut.piece(peer), group, peer, tag_, works);
+    for (const Cut& cut : runs) works.Send(cut.piece(peer), group, peer);
   }
   return works;
 }
 
-Works Collectives::SwapReplicas(const at::Tensor& output, const at::Tensor& inbox) const {
+PendingWorks Collectives::SwapReplicas(const JointOp& reduction, const at::Tensor& output,
+                                       const at::Tensor& inbox) const {
   const GroupPtr group = c10d::resolve_process_group(replica_group_.value());
   const int64_t peer = 1 - group->getRank();
-  Works works;
-  Receive(inbox, group, peer, tag_, works);
-  Send(output, group, peer, tag_, works);
+  PendingWorks works(departures_, reduction);
+  works.Receive(inbox, group, peer);
+  works.Send(output, group, peer);
   return works;
 }
 
-Works Collectives::AllReduce(const at::Tensor& tensor, bool average) const {
+PendingWorks Collectives::AllReduce(const at::Tensor& tensor, bool average) const {
   static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(
       at::TensorList, const GroupPtr&, const OpPtr&, const std::optional<at::Tensor>&, bool,
       int64_t)>("c10d::allreduce_");
@@ -208,7 +197,7 @@ Works Collectives::AllReduce(const at::Tensor& tensor, bool average) const {
   return Ordered(average && shards_ == 1 ? AverageIfItCan(issue) : issue(average), tensor);
 }
 
-Works Collectives::BroadcastFirst(const at::Tensor& tensor) const {
+PendingWorks Collectives::BroadcastFirst(const at::Tensor& tensor) const {
   static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(
       at::TensorList, const GroupPtr&, int64_t, int64_t, bool, int64_t)>("c10d::broadcast_");
   const std::vector<at::Tensor> tensors{tensor};
@@ -231,13 +220,16 @@ double Collectives::pre_scale(at::ScalarType dtype) const {
   return 1.0 / static_cast<double>(factor);
 }
 
-void Await(Works& works, int64_t rank, const std::function<std::string()>& what) {
+void Await(PendingWorks& works, int64_t rank, const std::function<std::string()>& what) {
+  const auto raise = [&](const char* cause) {
+    TORCH_CHECK_WITH(DistBackendError, false, what(), " failed on rank ", rank, ": ", cause);
+  };
   try {
-    for (WorkPtr& work : std::exchange(works, {})) {
-      if (work) work->wait();
-    }
+    works.Wait();
+  } catch (const c10::Error& error) {
+    raise(error.what_without_backtrace());
   } catch (const std::exception& error) {
-    TORCH_CHECK_WITH(DistBackendError, false, what(), " failed on rank ", rank, ": ", error.what());
+    raise(error.what());
   }
 }
 

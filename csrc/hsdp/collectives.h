@@ -4,14 +4,17 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
 #include <vector>
 
-namespace hsdp_ckpt::hsdp {
+#include "hsdp/departures.h"
+#include "hsdp/pending_works.h"
 
-using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+namespace hsdp_ckpt::hsdp {
 
 /// So many bytes of one rank travel alone, from where they are to where they belong. Fewer are
 /// packed with others: a message or a collective of their own costs more than the copies. Between
@@ -56,8 +59,6 @@ struct Cut {
 /// group.
 class Collectives {
  public:
-  using Works = std::vector<WorkPtr>;
-
   /// The names are those of `ProcessGroup.group_name`. `replica_group` is absent on a 1-D mesh.
   /// `rank` is that in the job, for messages.
   Collectives(std::string shard_group, std::optional<std::string> replica_group, int64_t rank);
@@ -65,10 +66,11 @@ class Collectives {
   /// Gives the reductions groups of their own, of the same ranks. Until this is called they use the
   /// groups given above.
   void SetReduceGroups(std::string shard_group, std::optional<std::string> replica_group);
-  /// Numbers what is sent point to point: the same number on all ranks of the groups, and another
-  /// one for every outermost module. The ranks agree on an order of messages within each of these,
-  /// not between them.
-  void SetChannel(int64_t channel) { tag_ = kFirstTag + channel; }
+  /// Those of the root. They number what is sent point to point: the ranks agree on an order of
+  /// messages within each root, not between them. Until this is called there are no peers.
+  void SetDepartures(std::shared_ptr<Departures> departures) {
+    departures_ = std::move(departures);
+  }
 
   int64_t rank() const { return rank_; }
   int64_t shards() const { return shards_; }
@@ -84,22 +86,25 @@ class Collectives {
 
   /// Brings every rank's piece of every run to all; this rank's are in place. Without `exchanges`
   /// the pieces of a run are equal, and without `coalesces` there is one run.
-  Works AllGather(const std::vector<Cut>& runs) const;
+  PendingWorks AllGather(const std::vector<Cut>& runs) const;
   /// Without `exchanges`: outputs[i] becomes the sum of all ranks' pieces of runs[i], for this
   /// rank; or their average.
-  Works ReduceScatter(const std::vector<at::Tensor>& outputs, const std::vector<Cut>& runs,
-                      bool average) const;
+  PendingWorks ReduceScatter(const std::vector<at::Tensor>& outputs, const std::vector<Cut>& runs,
+                             bool average) const;
+  /// With `exchanges`: a reduction begins, in the order of all ranks.
+  JointOp BeginReduction() const;
   /// With `exchanges`: every rank's piece of every run goes to that rank, and what rank r has for
-  /// this one comes to inbox[r][run].
-  Works ExchangePieces(const std::vector<Cut>& runs,
-                       const std::vector<std::vector<at::Tensor>>& inbox) const;
-  /// With `exchanges` and two replicas: swaps `output` for the other one's.
-  Works SwapReplicas(const at::Tensor& output, const at::Tensor& inbox) const;
+  /// this one comes to inbox[r][run]. Part of `reduction`.
+  PendingWorks ExchangePieces(const JointOp& reduction, const std::vector<Cut>& runs,
+                              const std::vector<std::vector<at::Tensor>>& inbox) const;
+  /// With `exchanges` and two replicas: swaps `output` for the other one's. Part of `reduction`.
+  PendingWorks SwapReplicas(const JointOp& reduction, const at::Tensor& output,
+                            const at::Tensor& inbox) const;
   /// Makes `tensor` the sum over the replicas, or their average.
-  Works AllReduce(const at::Tensor& tensor, bool average) const;
+  PendingWorks AllReduce(const at::Tensor& tensor, bool average) const;
 
   /// Gives `tensor` the values that the first rank of the shard group has.
-  Works BroadcastFirst(const at::Tensor& tensor) const;
+  PendingWorks BroadcastFirst(const at::Tensor& tensor) const;
 
   /// Whether the backend divides on the way, without a pass of its own, in float32 and bfloat16:
   /// those that streams order, until one refuses to. If not, the caller scales.
@@ -110,23 +115,21 @@ class Collectives {
   double pre_scale(at::ScalarType dtype) const;
 
  private:
-  static constexpr int64_t kFirstTag =
-      0x4853'0000;  // so that a user's own messages in a mesh's group are not taken for ours
-
   c10::intrusive_ptr<c10d::Backend> backend(c10::DeviceType device) const;
-  Works Ordered(WorkPtr work, const at::Tensor& tensor) const;
+  PendingWorks Ordered(WorkPtr work, const at::Tensor& tensor) const;
   template <typename Issue>
   WorkPtr AverageIfItCan(Issue issue) const;
 
   std::string gather_group_, reduce_group_;
   std::optional<std::string> replica_group_;
-  int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1, tag_ = kFirstTag;
+  std::shared_ptr<Departures> departures_;
+  int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1;
   mutable bool refuses_average_ = false;  // the backend, and so on every rank
 };
 
 /// Waits for all `works` and forgets them. The first failure is thrown at once, as torch's
-/// DistBackendError; the group is of no use after it. `what` names the operation: "the all-gather
-/// of unit layers.3".
-void Await(Collectives::Works& works, int64_t rank, const std::function<std::string()>& what);
+/// DistBackendError; the group is of no use after it, unless a peer has left the step
+/// (PendingWorks). `what` names the operation: "the all-gather of unit layers.3".
+void Await(PendingWorks& works, int64_t rank, const std::function<std::string()>& what);
 
 }  // namespace hsdp_ckpt::hsdp

@@ -23,12 +23,18 @@ void ForwardOrder::Begin(const UnitPtr& outermost) {
   calls_.clear();
   position_ = 0;
   on_track_ = true;
+  has_raised_ = false;
   // A peer may be about to repeat its last pass, which this one differs from. A pass never seen is
   // asked about call by call.
   const auto known = last_passes_.find(outermost.get());
   const bool seen = known != last_passes_.end() && !known->second.empty();
   if (outermost_ != outermost.get() && seen) Agree(outermost.get());
   outermost_ = outermost.get();
+}
+
+void ForwardOrder::Forget() {
+  last_passes_.clear();
+  outermost_ = nullptr;
 }
 
 void ForwardOrder::Follow(const UnitPtr& unit) {
@@ -75,8 +81,7 @@ void ForwardOrder::Agree(const Unit* unit) const {
     TORCH_CHECK(false, "rank ", rank_, " has reached ", NameOf(here), " (wrapped call ", call,
                 " of this forward)",
                 expected ? ", its last forward ran module " + expected->name() + " here" : "",
-                ", and no other rank has come along within the group's timeout. ", kRule, ". ",
-                error.what());
+                ", and no other rank has come along. ", kRule, ". ", error.what());
   }
   const std::string differing = peers_->Differing(all, [&](const std::vector<int64_t>& words) {
     return NameOf(words[0]) + ", wrapped call " + std::to_string(words[1]) + " of its forward";

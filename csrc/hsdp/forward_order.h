@@ -35,7 +35,12 @@ class ForwardOrder {
   /// What has been called becomes the last pass.
   void Keep();
   /// The pass has raised: it is no guide.
-  void LoseTrack() { on_track_ = false; }
+  void LoseTrack() { has_raised_ = true; }
+  /// Nothing is known of the ranks' last passes.
+  void Forget();
+
+  /// Whether this pass has called what the last one called, and all of it; it may have raised.
+  bool IsComplete() const { return on_track_ && position_ == LastPass().size(); }
 
   /// The unit that the last pass called next; null if it called none.
   UnitPtr Next() const;
@@ -44,7 +49,7 @@ class ForwardOrder {
 
  private:
   const UnitSequence& LastPass() const;
-  bool AtEnd() const { return on_track_ && position_ == LastPass().size(); }
+  bool AtEnd() const { return IsComplete() && !has_raised_; }
   void Agree(const Unit* unit) const;
   int64_t IndexOf(const Unit* unit) const;
   std::string NameOf(int64_t index) const;
@@ -58,6 +63,7 @@ class ForwardOrder {
   UnitSequence calls_;               // of this pass
   size_t position_ = 0;              // in the last pass: the call that is expected next
   bool on_track_ = false;            // this pass has followed the last one so far
+  bool has_raised_ = false;
 };
 
 }  // namespace hsdp_ckpt::hsdp

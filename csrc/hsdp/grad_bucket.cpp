@@ -245,7 +245,7 @@ void AddPartial(GradBucket& bucket) {
 void Clear(GradBucket& bucket) {
   bucket.grads.clear();
   bucket.inbox.clear();
-  bucket.works.clear();
+  bucket.works = {};
   bucket.input.reset();
   bucket.output.reset();
   bucket.other.reset();

@@ -46,7 +46,7 @@ struct GradBucket {
   at::Tensor output{};
   bool is_average = false;  ///< `output` has been divided already
   at::Tensor other{};       ///< the other replica's output, to be added
-  Collectives::Works works{};
+  PendingWorks works{};
 
   at::Tensor partial{};  ///< sums over the shards that wait for an all-reduce; outlives a reduction
 

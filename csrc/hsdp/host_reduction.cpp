@@ -49,8 +49,8 @@ void SumPieces(GradBucket& bucket, int64_t rank, double scale) {
 /// thread. The tasks own it, so that it outlives a reducer which is let go meanwhile.
 class BackgroundReduction : public std::enable_shared_from_this<BackgroundReduction> {
  public:
-  BackgroundReduction(std::shared_ptr<const UnitGrads> grads, bool all_reduce)
-      : grads_(std::move(grads)), all_reduce_(all_reduce) {}
+  BackgroundReduction(std::shared_ptr<const UnitGrads> grads, const JointOp& op, bool all_reduce)
+      : grads_(std::move(grads)), op_(op), all_reduce_(all_reduce) {}
 
   std::future<void> Run() {
     std::future<void> done = done_.get_future();
@@ -95,7 +95,7 @@ class BackgroundReduction : public std::enable_shared_from_this<BackgroundReduct
     const Collectives& collectives = *grads_->collectives;
     if (collectives.replicas() == 2) {
       bucket.other = at::empty_like(bucket.output);
-      bucket.works = collectives.SwapReplicas(bucket.output, bucket.other);
+      bucket.works = collectives.SwapReplicas(op_, bucket.output, bucket.other);
     } else {
       bucket.works = collectives.AllReduce(bucket.output, /*average=*/false);
     }
@@ -108,6 +108,7 @@ class BackgroundReduction : public std::enable_shared_from_this<BackgroundReduct
   }
 
   const std::shared_ptr<const UnitGrads> grads_;
+  const JointOp op_;
   const bool all_reduce_;
   std::promise<void> done_;
 };
@@ -128,15 +129,16 @@ void HostReduction::Allocate() {
 }
 
 void HostReduction::Begin() {
+  const JointOp op = grads().collectives->BeginReduction();
   if (grads().collectives->shards() > 1) {
-    for (const auto& bucket : grads().buckets) PostPieces(*bucket);
+    for (const auto& bucket : grads().buckets) PostPieces(op, *bucket);
   }
   stage_ = Stage::kAllReduce;
   const bool all_reduce = options_.all_reduce && grads().collectives->replicas() > 1;
-  done_ = std::make_shared<BackgroundReduction>(grads_, all_reduce)->Run();
+  done_ = std::make_shared<BackgroundReduction>(grads_, op, all_reduce)->Run();
 }
 
-void HostReduction::PostPieces(GradBucket& bucket) const {
+void HostReduction::PostPieces(const JointOp& op, GradBucket& bucket) const {
   const Collectives& collectives = *grads().collectives;
   std::vector<std::vector<at::Tensor>> pieces(static_cast<size_t>(collectives.shards()));
   for (int64_t r = 0; r < collectives.shards(); ++r) {
@@ -144,7 +146,7 @@ void HostReduction::PostPieces(GradBucket& bucket) const {
     const at::Tensor& from_peer = bucket.inbox[static_cast<size_t>(r)];
     pieces[static_cast<size_t>(r)] = Pieces(bucket, from_peer, collectives.shard_rank());
   }
-  bucket.works = collectives.ExchangePieces(Runs(bucket), pieces);
+  bucket.works = collectives.ExchangePieces(op, Runs(bucket), pieces);
 }
 
 void HostReduction::MoveOn(bool wait) {

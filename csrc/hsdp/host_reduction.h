@@ -26,7 +26,7 @@ class HostReduction final : public Reduction {
   void MoveOn(bool wait) override;
 
  private:
-  void PostPieces(GradBucket& bucket) const;
+  void PostPieces(const JointOp& op, GradBucket& bucket) const;
 
   std::future<void> done_;  // what the background threads do for this reduction
 };

@@ -96,6 +96,7 @@ class ParamGroup {
   /// A forward begins, whose backward's gradients wait for a later one's. All ranks call it, though
   /// one may leave out its backward.
   void ExpectKeptGrads();
+  bool expects_kept_grads() const { return grad_form_ == GradForm::kReduced; }
   /// A backward begins, whose gradients are reduced when they are there, or wait for a later one's
   /// if they are to be `kept`.
   void ExpectGrads(bool kept);
@@ -146,7 +147,7 @@ class ParamGroup {
   at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank, while a gather
                        // is on its way
   at::Tensor lent_;    // bytes: what the full parameters' storages point into while unsharded
-  Collectives::Works gather_works_;
+  PendingWorks gather_works_;
   std::unique_ptr<DeviceStreams::Mark> gather_mark_;
   State state_ = State::kSharded;
 

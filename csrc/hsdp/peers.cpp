@@ -1,34 +1,40 @@
 #include "hsdp/peers.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-#include <tuple>
+
+#include "hsdp/pending_works.h"
 
 namespace hsdp_ckpt::hsdp {
 
+// Messages, through the first rank: unlike a collective's they can be given up when a rank leaves.
 std::vector<std::vector<int64_t>> Peers::Exchange(const std::vector<int64_t>& words) const {
-  using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
-  using WorkPtr = c10::intrusive_ptr<c10d::Work>;
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("c10d::_allgather_base_", "")
-                             .typed<std::tuple<at::Tensor, WorkPtr>(
-                                 at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>();
+  const GroupPtr group = c10d::resolve_process_group(group_);
   const auto count = static_cast<int64_t>(words.size());
   const auto ranks = static_cast<int64_t>(ranks_.size());
-  at::Tensor input = at::empty({count}, at::kLong);
-  at::Tensor output = at::empty({ranks * count}, at::kLong);
-  std::copy(words.begin(), words.end(), input.mutable_data_ptr<int64_t>());
-  const WorkPtr work =
-      std::get<1>(op.call(output, input, c10d::resolve_process_group(group_), true, -1));
-  if (work) work->wait();
+  const int64_t here = group->getRank();
+  const JointOp op = departures_->Begin(Joint::kQuestion);
+  at::Tensor everyones = at::empty({ranks, count}, at::kLong);
+  std::copy(words.begin(), words.end(), everyones[here].mutable_data_ptr<int64_t>());
+  PendingWorks works(departures_, op);
+  if (here == 0) {
+    for (int64_t rank = 1; rank < ranks; ++rank) works.Receive(everyones[rank], group, rank);
+    works.Wait();
+    works = PendingWorks(departures_, op);
+    for (int64_t rank = 1; rank < ranks; ++rank) works.Send(everyones, group, rank);
+  } else {
+    // What comes back covers what was sent, which may still be on its way.
+    works.Send(everyones[here].clone(), group, /*peer=*/0);
+    works.Receive(everyones, group, /*peer=*/0);
+  }
+  works.Wait();
   std::vector<std::vector<int64_t>> all;
-  const int64_t* from = output.const_data_ptr<int64_t>();
-  for (int64_t rank = 0; rank < ranks; ++rank)
+  const int64_t* from = everyones.const_data_ptr<int64_t>();
+  for (int64_t rank = 0; rank < ranks; ++rank) {
     all.emplace_back(from + rank * count, from + (rank + 1) * count);
+  }
   return all;
 }
 

@@ -70,6 +70,9 @@ class ReduceQueue {
   void RethrowKept();
   void Clear();
 
+  /// Whether no reduction is left to start.
+  bool all_started() const { return queue_.empty(); }
+
  private:
   struct Entry {
     UnitPtr unit;

@@ -21,12 +21,19 @@ bool AutogradRuns() { return torch::autograd::get_current_graph_task_id() != -1;
 Schedule::Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared_ptr<Peers> peers,
                    std::function<void()> on_backward_end)
     : rank_(rank),
+      peers_(std::move(peers)),
       on_backward_end_(std::move(on_backward_end)),
       turn_(std::make_shared<Turn>(
           [this] { return c10::str("rank ", rank_, ": module ", units_[0]->name(), ": "); })),
-      order_(units_, std::move(peers), rank),
+      order_(units_, peers_, rank),
       gathers_(backward_prefetch, rank),
       reductions_(gathers_, rank) {}
+
+// A model that is dropped after a backward that raised has left it. What is under way in the
+// background, in threads that the next model needs, waits for nobody then.
+Schedule::~Schedule() {
+  if (in_backward()) LeaveStep("backward");
+}
 
 void Schedule::Add(const UnitPtr& unit, std::vector<at::Tensor> full,
                    std::vector<size_t> trainable) {
@@ -85,6 +92,7 @@ void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled,
 
 void Schedule::BeginForward(const UnitPtr& outermost) {
   ForgetLastPass();
+  MeetAfterError(Meeting::kForward);
   if (phase_ == Phase::kBackwardDone) {
     for (const UnitPtr& unit : units_) unit->inputs = 0;
     participants_.clear();
@@ -179,11 +187,16 @@ void Schedule::AbortForward(const UnitPtr& unit) {
   if (AutogradRuns()) return;
   const auto at = std::find_if(active_.rbegin(), active_.rend(),
                                [&](const Call& call) { return call.unit == unit; });
+  // A call that is not there has ended with an error of the schedule's own.
+  const bool reaches_backward = at == active_.rend() || at->grad_enabled;
   if (at != active_.rend()) active_.erase(at.base() - 1, active_.end());
-  order_.LoseTrack();
   const auto end = c10::make_scope_exit([this] {
     if (active_.empty()) turn_->EndForward();
   });
+  // Peers are told before this rank waits for anything. They have no need of it where all has been
+  // gathered and no backward is to come.
+  if (active_.empty() && (reaches_backward || !order_.IsComplete())) LeaveStep("forward");
+  order_.LoseTrack();
   ReleaseAfterError(unit);
   if (!active_.empty()) return;
   for (const UnitPtr& other : units_) ReleaseAfterError(other);
@@ -200,6 +213,7 @@ void Schedule::ReleaseAfterError(const UnitPtr& unit) {
 }
 
 void Schedule::StartUnshard(const UnitPtr& unit) {
+  if (active_.empty() && !in_backward()) MeetAfterError(Meeting::kForward);
   unit->unsharded_by_user = true;
   GatherAnew(*unit);
 }
@@ -246,6 +260,7 @@ void Schedule::Reset() {
     if (turn == ReadTurn::kTaken) turn_->EndRead();
   });
   const bool backward_has_raised = in_backward();
+  if (backward_has_raised && !HasSentAll()) LeaveStep("backward");
   std::exception_ptr late;
   try {
     if (!backward_has_raised) FinishReductions();
@@ -254,16 +269,20 @@ void Schedule::Reset() {
   }
   for (const UnitPtr& unit : units_) {
     // All units: one whose result could not be taken has left the queue already.
-    if (unit->trains()) unit->group->reducer().Drop();
+    if (unit->trains()) DropReduction(*unit);
     if (backward_has_raised) unit->group->DropGrads();
-    Release(unit);
+    if (backward_has_raised) {
+      ReleaseAfterError(unit);
+    } else {
+      Release(unit);
+    }
   }
   gathers_.Clear();
   reductions_.Clear();
   active_.clear();
   graph_of_grads_ = false;
   if (backward_has_raised) {
-    owing_.clear();
+    NoteOwing();  // peers may keep gradients of that backward
     phase_ = Phase::kBackwardDone;
   }
   if (late) std::rethrow_exception(late);

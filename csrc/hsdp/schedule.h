@@ -35,8 +35,9 @@ namespace hsdp_ckpt::hsdp {
 /// the calls alone, never on what its outputs look like.
 ///
 /// Errors of one rank (gradients that can't be taken, hooks that raise) are kept until its peers
-/// have what they wait for, and raised at the end of backward. Errors of collectives name this rank
-/// and the unit.
+/// have what they wait for, and raised at the end of backward. One that leaves a forward or
+/// backward which peers need this rank in becomes theirs too (Departures), and all ranks meet
+/// before they go on. Errors of collectives name this rank and the unit.
 ///
 /// Thread safety: one thread at a time, and the turn says which one. Forwards, backwards, BeginRead
 /// and Reset may come from any thread and wait for it; all other calls are for whoever has it, or
@@ -47,6 +48,9 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   /// `peers`: between all ranks; null for one rank alone. `rank`: in the default group, for errors.
   Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared_ptr<Peers> peers,
            std::function<void()> on_backward_end);
+  ~Schedule();
+  Schedule(const Schedule&) = delete;
+  Schedule& operator=(const Schedule&) = delete;
 
   /// Adds a unit, or binds its parameters anew: `full` are its full parameters, `trainable` the
   /// indices of those that require gradients (see ParamGroup::BindFull). In the same order on all
@@ -105,6 +109,9 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
     bool grad_enabled;
   };
 
+  /// What is about to begin when the ranks meet after an error.
+  enum class Meeting : int64_t { kForward, kBackward };
+
   // Forward.
   void BeginForward(const UnitPtr& outermost);
   void ForgetLastPass();
@@ -114,6 +121,15 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   bool FreesAfterForward(const Unit& unit, const Call& call, bool was_last) const;
   void EndForward();
   void ReleaseAfterError(const UnitPtr& unit);
+
+  // Errors of one rank.
+  void LeaveStep(const char* what);
+  void MeetAfterError(Meeting meeting);
+  std::vector<int64_t> StateWords(Meeting meeting) const;
+  void CheckMeeting(const std::vector<std::vector<int64_t>>& all) const;
+  void GoOnFrom(const std::vector<std::vector<int64_t>>& all);
+  bool HasSentAll() const;
+  void DropReduction(Unit& unit);
 
   // Backward.
   bool in_backward() const {
@@ -142,6 +158,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
                   void (Schedule::*method)(const UnitPtr&));
 
   const int64_t rank_;
+  const std::shared_ptr<Peers> peers_;  // null for one rank alone
   const std::function<void()> on_backward_end_;
   const std::shared_ptr<Turn> turn_;
 

@@ -14,6 +14,7 @@ namespace hsdp_ckpt::hsdp {
 
 void Schedule::BeginBackward() {
   if (in_backward()) return;
+  MeetAfterError(Meeting::kBackward);
   const std::shared_ptr<void> until_over = turn_->BeginBackward();
   phase_ = active_.empty() ? Phase::kBackward : Phase::kBackwardInForward;
   graph_of_grads_ = false;

@@ -86,11 +86,8 @@ void StreamReduction::MoveOn(bool wait) {
 }
 
 bool StreamReduction::WorksAreOver() const {
-  const auto is_over = [](const auto& bucket) {
-    return std::all_of(bucket->works.begin(), bucket->works.end(),
-                       [](const auto& work) { return !work || work->isCompleted(); });
-  };
-  return std::all_of(grads().buckets.begin(), grads().buckets.end(), is_over);
+  return std::all_of(grads().buckets.begin(), grads().buckets.end(),
+                     [](const auto& bucket) { return bucket->works.AreOver(); });
 }
 
 void StreamReduction::TakeWorks() {

@@ -57,10 +57,16 @@ void BindCommunication(py::module_& module) {
            py::arg("replica_group"), py::arg("rank"))
       .def("set_reduce_groups", &hsdp::Collectives::SetReduceGroups, py::arg("shard_group"),
            py::arg("replica_group"))
-      .def("set_channel", &hsdp::Collectives::SetChannel, py::arg("channel"));
+      .def(
+          "set_peers",
+          [](hsdp::Collectives& self, const hsdp::Peers& peers) {
+            self.SetDepartures(peers.departures());
+          },
+          py::arg("peers"));
 
   py::class_<hsdp::Peers, std::shared_ptr<hsdp::Peers>>(module, "Peers")
-      .def(py::init<std::string, std::vector<int64_t>>(), py::arg("group"), py::arg("ranks"));
+      .def(py::init<std::string, std::vector<int64_t>, int64_t>(), py::arg("group"),
+           py::arg("ranks"), py::arg("channel"));
 }
 
 using UnitClass = py::class_<hsdp::Unit, std::shared_ptr<hsdp::Unit>>;

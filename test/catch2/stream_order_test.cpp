@@ -101,7 +101,7 @@ TEST_CASE("collectives on a device leave no works", "[schedule]") {
   CHECK(collectives.BroadcastFirst(OnDevice()).empty());
   CHECK(log == Log{"reduce-scatter a", "wait for reduce-scatter a", "all-reduce a",
                    "wait for all-reduce a", "broadcast a", "wait for broadcast a"});
-  CHECK(collectives.AllReduce(at::ones({4}), /*average=*/false).size() == 1);
+  CHECK_FALSE(collectives.AllReduce(at::ones({4}), /*average=*/false).empty());
 }
 
 TEST_CASE("what a backend can do is asked of the backend, not of its name", "[schedule]") {

@@ -36,8 +36,8 @@ class PeerGroup:
     name: str
     ranks: tuple[int, ...]
 
-    def for_schedule(self) -> _C.Peers:
-        return _C.Peers(self.name, self.ranks)
+    def for_schedule(self, channel: int) -> _C.Peers:
+        return _C.Peers(self.name, self.ranks, channel)
 
     def agreement(self, purpose: str) -> Agreement:
         by_name: Any = dist.distributed_c10d._resolve_process_group

@@ -40,10 +40,11 @@ class Root:
         peers, channel = _meet_peers(units, self._groups, problem)
         if problem is not None:
             raise problem
+        schedule_peers = peers.for_schedule(channel) if peers is not None else None
         self.schedule = _C.Schedule(
             prefetch,
             dist.get_rank(),
-            peers.for_schedule() if peers is not None else None,
+            schedule_peers,
             weak_callback(self._end_backward),
         )
         self._keeps_full = False
@@ -51,7 +52,8 @@ class Root:
             groups = self._groups.reduce(unit.mesh)
             if groups is not None:
                 unit.collectives.set_reduce_groups(groups.shard, groups.replica)
-            unit.collectives.set_channel(channel)
+            if schedule_peers is not None:
+                unit.collectives.set_peers(schedule_peers)
             unit.bind(self.schedule)
 
     @staticmethod

@@ -1,0 +1,62 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <memory>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+#include <vector>
+
+#include "hsdp/departures.h"
+
+namespace hsdp_ckpt::hsdp {
+
+using WorkPtr = c10::intrusive_ptr<c10d::Work>;
+using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
+
+/// What has been sent and is not known to be over: the works of one operation, which this object
+/// owns.
+///
+/// Works that nobody has waited for must not be destroyed while peers may still answer them: Gloo
+/// stops to read from a connection, for good, when the receiver of what arrives is gone. So they
+/// are put aside here, with the memory that peers write to, for some minutes: a message that both
+/// sides have posted is over within moments, and one that a peer never posts needs nobody.
+///
+/// Thread safety: none, but for what is put aside.
+class PendingWorks {
+ public:
+  PendingWorks() = default;
+  /// Of a collective, which may be null. Its wait ends with it or with the group's timeout.
+  explicit PendingWorks(WorkPtr work) : works_{std::move(work)} {}
+  /// Of messages between two ranks each, which are given up when a rank has left the step without
+  /// having begun `op` (Departures). Without departures there are no peers that might.
+  PendingWorks(std::shared_ptr<Departures> departures, const JointOp& op)
+      : departures_(std::move(departures)), op_(op) {}
+  ~PendingWorks();
+  PendingWorks(PendingWorks&& other) noexcept = default;
+  PendingWorks& operator=(PendingWorks&& other) noexcept;
+
+  /// Posts a message between two ranks of `group`: nothing for a tensor without elements. `peer`:
+  /// the other one's number in the group.
+  void Send(const at::Tensor& tensor, const GroupPtr& group, int64_t peer);
+  void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer);
+
+  bool empty() const { return works_.empty(); }
+  /// Whether all of them are over. Of messages nobody knows until they are waited for.
+  bool AreOver() const;
+  /// Waits for all, in their order, and forgets them. The first failure is thrown at once, as the
+  /// work throws it; c10::DistBackendError if they are given up, in which case this rank has left
+  /// the step.
+  void Wait();
+
+ private:
+  void WaitForMessages() const;
+  int64_t tag() const { return departures_ ? departures_->tag() : Departures::kFirstTag; }
+
+  std::vector<WorkPtr> works_;
+  std::shared_ptr<Departures> departures_;  // null for collectives
+  JointOp op_{};
+};
+
+}  // namespace hsdp_ckpt::hsdp
