@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import Block, Net, batch
 from ranks import run_checks, run_ranks
 from torch import nn
@@ -89,12 +90,7 @@ def _blocks_of(model: Any) -> list[Block]:
 
 
 def _every_place(rank: int) -> None:
-    for face, shape, reshard in (
-        (_sharded, (2, 2), None),
-        (_sharded, (4,), False),
-        (_wrapped, (2, 2), False),
-        (_wrapped, (4,), None),
-    ):
+    for face, shape, reshard in ((_sharded, (2, 2), None), (_wrapped, (4,), False)):
         model = face(_net(), shape, reshard)
 
         def step(model: Any = model) -> None:
@@ -171,8 +167,69 @@ def _accumulated(rank: int) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+class _Ordered(Net):
+    order: tuple[int, ...] = (0, 1, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in self.order:
+            x = self.blocks[i](x)
+        return self.head(x)
+
+
+def _ordered(order: tuple[int, ...]) -> _Ordered:
+    torch.manual_seed(0)
+    net = _Ordered(7, 13, 3, blocks=4)
+    net.order = order
+    return net
+
+
+def _other_modules_next(rank: int) -> None:
+    """The rank that had the error has run forward to its end, as the others have, and been in no
+    backward."""
+    model = _sharded(_ordered((0, 1, 2, 3)), (2, 2))
+    x = batch(_net(), 0, rank)
+    _step_with_an_error(lambda: loss_of(model, x).backward(), model.blocks[3], "forward", rank)
+    model.order = (2, 0)
+    for step in range(2):
+        model.zero_grad()
+        loss_of(model, batch(_net(), step, rank)).backward()
+        expected = mean_grads(
+            _ordered((2, 0)), lambda n, r, s=step: loss_of(n, batch(_net(), s, r))
+        )
+        assert_close(grads(model), expected)
+
+
+def _told_at_once(rank: int) -> None:
+    """The ranks agree on an error by means of their own before anybody goes on."""
+    model = _sharded(_net(), (2, 2))
+    x = batch(_net(), 0, rank)
+    _step_with_an_error(lambda: loss_of(model, x).backward(), model.blocks[2], "backward", rank)
+    errors = torch.ones(1)
+    dist.all_reduce(errors)
+    assert errors.item() == 4
+    model.blocks[0].unshard()
+    _goes_on(model, rank)
+
+
+def _two_models(rank: int) -> None:
+    first, second = _sharded(_net(), (2, 2)), _sharded(_net(), (2, 2))
+    x = batch(_net(), 0, rank)
+
+    def step() -> None:
+        (loss_of(first, x) + loss_of(second, x)).backward()
+
+    step()
+    _step_with_an_error(step, second.blocks[1], "forward", rank)
+    _goes_on(first, rank)
+    _goes_on(second, rank)
+
+
 def test_and_whatever_is_under_way() -> None:
     run_checks(4, _first_forward, _twice_and_on_all_ranks, _evaluation, _accumulated, timeout=300.0)
+
+
+def test_and_whatever_comes_next() -> None:
+    run_checks(4, _other_modules_next, _told_at_once, _two_models, timeout=300.0)
 
 
 def _kept_of(net: Any, x: torch.Tensor) -> torch.Tensor:
@@ -223,11 +280,14 @@ def _many_replicas(rank: int) -> None:
     """Each rank a replica: it needs the others in backward only, in an all-reduce of Gloo's."""
     model = _sharded(_net(), (4, 1))
     x = batch(_net(), 0, rank)
-    handles = [_fail(model.blocks[1], "forward")]
-    with pytest.raises(_Asked):
-        model(x)
-    handles[0].remove()
-    _goes_on(model, rank)
+    for alone in (False, True):
+        handle = _fail(model.blocks[1], "forward")
+        with torch.set_grad_enabled(not alone):
+            if not alone or rank == 1:
+                with pytest.raises(_Asked):
+                    model(x)
+        handle.remove()
+        _goes_on(model, rank)
 
 
 def test_that_is_meant() -> None:
@@ -239,7 +299,7 @@ def _dropped(rank: int) -> None:
     mesh: a gather under way, reductions in the background."""
     for face in (_sharded, _wrapped):
         for where, block in (("backward", 2), ("backward", 0), ("forward", 1)):
-            for _ in range(3):
+            for _ in range(2):
                 model = face(_net(), (2, 2))
                 handle = _fail(_blocks_of(model)[block], where)
                 with pytest.raises(_Asked):

@@ -2,9 +2,11 @@
 
 #include <c10/util/Exception.h>
 
+#include <mutex>
 #include <sstream>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
 
 namespace hsdp_ckpt::hsdp {
 namespace {
@@ -30,7 +32,41 @@ struct Departure {
   }
 };
 
+/// The departures of all roots of this process.
+class Roots {
+ public:
+  static Roots& OfProcess() {
+    static auto& roots = *new Roots();  // threads that are never joined may ask for them
+    return roots;
+  }
+
+  void Add(const std::shared_ptr<Departures>& one) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(all_, [](const auto& weak) { return weak.expired(); });
+    all_.push_back(one);
+  }
+
+  std::vector<std::shared_ptr<Departures>> Alive() const {
+    const std::lock_guard lock(mutex_);
+    std::vector<std::shared_ptr<Departures>> alive;
+    for (const auto& weak : all_) {
+      if (auto one = weak.lock()) alive.push_back(std::move(one));
+    }
+    return alive;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<std::weak_ptr<Departures>> all_;
+};
+
 }  // namespace
+
+std::shared_ptr<Departures> Departures::Make(std::string group, int64_t channel) {
+  std::shared_ptr<Departures> made(new Departures(std::move(group), channel));
+  Roots::OfProcess().Add(made);
+  return made;
+}
 
 std::string Departures::Key(int64_t round) const {
   return c10::str("departures/", channel_, "/", round);
@@ -40,8 +76,8 @@ c10::intrusive_ptr<c10d::Store> Departures::store() const {
   return c10d::resolve_process_group(group_)->getStore();
 }
 
-int64_t Departures::tag() const {
-  return kFirstTag + round_ % kRounds * kChannels + channel_ % kChannels;
+int64_t Departures::tag(int64_t round) const {
+  return kFirstTag + round % kRounds * kChannels + channel_ % kChannels;
 }
 
 JointOp Departures::Begin(Joint kind) {
@@ -54,16 +90,30 @@ Departures::Counts Departures::counts() const {
   return counts;
 }
 
+void Departures::Leave(const std::string& why) {
+  for (const auto& one : Roots::OfProcess().Alive()) {
+    if (one->group_ != group_) continue;
+    one->has_raised_ = true;
+    one->LeaveAlone(why);
+  }
+}
+
+void Departures::Follow(const std::string& why) {
+  for (const auto& one : Roots::OfProcess().Alive()) {
+    if (one->group_ == group_) one->LeaveAlone(why);
+  }
+}
+
 // Nobody waits for an answer here: an error, or Ctrl-C, is on its way up. Without its store, which
 // is gone with the group or the process that holds it, a rank can tell nothing; peers see
 // connections close then.
-void Departures::Leave(const std::string& why) {
+void Departures::LeaveAlone(const std::string& why) {
   if (left_.exchange(true)) return;
   try {
     const auto told = store();
     const std::string key = Key(round_);
-    const int64_t place = told->add(key, 1);
-    told->set(c10::str(key, "/", place), Departure{counts(), why}.ToText());
+    said_at_ = c10::str(key, "/", told->add(key, 1));
+    told->set(said_at_, Departure{counts(), why}.ToText());
   } catch (const std::exception&) {
   }
 }
@@ -84,7 +134,14 @@ std::string Departures::WhyInVain(const JointOp& op) const {
 
 void Departures::GoOn(const Counts& counts) {
   for (size_t kind = 0; kind < counts.size(); ++kind) begun_.at(kind) = counts.at(kind);
-  left_ = false;
+  try {
+    const auto told = store();
+    const std::string last = Key(round_ - 1);
+    if (said_at_ == last + "/1") told->deleteKey(last);
+    if (!said_at_.empty()) told->deleteKey(std::exchange(said_at_, {}));
+  } catch (const std::exception&) {  // see LeaveAlone
+  }
+  left_ = has_raised_ = false;
 }
 
 }  // namespace hsdp_ckpt::hsdp

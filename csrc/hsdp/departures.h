@@ -3,6 +3,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <utility>
@@ -26,11 +27,11 @@ struct JointOp {
 /// that would do so for ever.
 ///
 /// Such errors are counted in rounds. Who has one says at once how far it has come, in the group's
-/// store. Peers that have waited for more than a moment look there (PendingWorks): if what they
-/// wait for is beyond that point they leave the step too, with an error that names the first one.
-/// What all have begun is never given up, so whether a rank goes on does not depend on who is
-/// faster. All ranks meet again at their next forward (Schedule), and the next round begins, whose
-/// messages have another tag: none is taken for one that the last round has left behind.
+/// store, of all roots of these ranks: a step may use several. Peers that have waited for more than
+/// a moment look there (PendingWorks): if what they wait for is beyond that point they leave the
+/// step too, with an error that names the first one. What all ranks have begun is never given up.
+/// They meet again at their next forward (Schedule), and the next round begins, whose messages have
+/// another tag: none is taken for one that the last round has left behind.
 ///
 /// In a step without an error nothing is written or read. Ownership: none, the group is looked up
 /// by name at every call. Thread safety: all of it but EnterRound and GoOn, which are the
@@ -42,29 +43,36 @@ class Departures {
 
   /// `group`: the name of a group of all ranks, whose store they have in common. `channel`: of this
   /// root; the same on all ranks, another one for every other root.
-  Departures(std::string group, int64_t channel) : group_(std::move(group)), channel_(channel) {}
+  static std::shared_ptr<Departures> Make(std::string group, int64_t channel);
 
   /// Begins one of `kind`.
   JointOp Begin(Joint kind);
-  /// This rank leaves the round; `why` names the error that was the first. No effect if it has left
-  /// it before.
+  /// This rank leaves the round, in which an error is raised here; `why` names it. Those who have
+  /// left before keep to what they have said then.
   void Leave(const std::string& why);
+  /// The same, for a wait in vain whose error may have nobody to be raised to yet.
+  void Follow(const std::string& why);
   bool left() const { return left_; }
+  /// Whether the error that ended the round has been raised here.
+  bool has_raised() const { return has_raised_; }
   /// Why somebody has left who has not begun `op`; empty if there is nobody.
   std::string WhyInVain(const JointOp& op) const;
 
   /// The next round begins, for what the ranks have to say to each other before they go on.
   void EnterRound() { ++round_; }
-  /// All ranks have met in it and go on, from the same counts.
+  /// All ranks have met in it and go on, from the same counts. Nobody looks at the last one again.
   void GoOn(const Counts& counts);
   Counts counts() const;
 
-  /// Numbers what is sent point to point in this round.
-  int64_t tag() const;
+  /// Numbers what is sent point to point in a round.
+  int64_t tag(int64_t round) const;
   /// Above what a user's own messages in a mesh's group may have.
   static constexpr int64_t kFirstTag = 0x2000'0000;
 
  private:
+  Departures(std::string group, int64_t channel) : group_(std::move(group)), channel_(channel) {}
+
+  void LeaveAlone(const std::string& why);
   std::string Key(int64_t round) const;
   c10::intrusive_ptr<c10d::Store> store() const;
 
@@ -72,7 +80,8 @@ class Departures {
   const int64_t channel_;
   std::array<std::atomic<int64_t>, 3> begun_{};
   std::atomic<int64_t> round_ = 0;
-  std::atomic<bool> left_ = false;
+  std::atomic<bool> left_ = false, has_raised_ = false;
+  std::string said_at_;  // the key of what this rank has said of its departure
 };
 
 }  // namespace hsdp_ckpt::hsdp

@@ -37,6 +37,22 @@ void ForwardOrder::Forget() {
   outermost_ = nullptr;
 }
 
+int64_t ForwardOrder::PassesDigest() const {
+  constexpr uint64_t kPrime = 1099511628211;  // FNV-1a's, over the units' numbers
+  uint64_t digest = 0;                        // a sum, as the passes are in the order of addresses
+  for (const auto& [outermost, calls] : last_passes_) {
+    uint64_t pass = 14695981039346656037U;
+    const auto add = [&](const Unit* unit) {
+      pass = (pass ^ static_cast<uint64_t>(IndexOf(unit))) * kPrime;
+    };
+    add(outermost);
+    if (outermost == outermost_) add(nullptr);
+    for (const UnitPtr& unit : calls) add(unit.get());
+    digest += pass;
+  }
+  return static_cast<int64_t>(digest);
+}
+
 void ForwardOrder::Follow(const UnitPtr& unit) {
   if (Next() == unit) {
     ++position_;

@@ -38,6 +38,8 @@ class ForwardOrder {
   void LoseTrack() { has_raised_ = true; }
   /// Nothing is known of the ranks' last passes.
   void Forget();
+  /// The same number where the last passes have been the same.
+  int64_t PassesDigest() const;
 
   /// Whether this pass has called what the last one called, and all of it; it may have raised.
   bool IsComplete() const { return on_track_ && position_ == LastPass().size(); }

@@ -66,6 +66,7 @@ class ParamGroup {
   /// The wrapped module's name, for messages.
   const std::string& name() const { return name_; }
   void set_name(std::string name) { name_ = std::move(name); }
+  int64_t shards() const { return collectives_->shards(); }
   /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new
   /// flat buffer.
   std::vector<at::Tensor> ShardFull(const std::vector<at::Tensor>& full);

@@ -26,7 +26,7 @@ class Peers {
   Peers(std::string group, std::vector<int64_t> ranks, int64_t channel)
       : group_(std::move(group)),
         ranks_(std::move(ranks)),
-        departures_(std::make_shared<Departures>(group_, channel)) {}
+        departures_(Departures::Make(group_, channel)) {}
 
   /// Returns everybody's `words` in the order of the ranks, as many from each. Blocks until all
   /// ranks are here; throws what the group throws if they don't come within its timeout, and

@@ -7,9 +7,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <deque>
-#include <list>
+#include <map>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -29,10 +28,40 @@ constexpr auto kLongest = std::chrono::minutes(5);
 // were renamed in between.
 using MessageOp = WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t);
 
+/// Works that were put aside.
+class Abandoned {
+ public:
+  static Abandoned& OfProcess() {
+    static auto& abandoned = *new Abandoned();  // peers may answer until the process ends
+    return abandoned;
+  }
+
+  void Take(std::vector<WorkPtr> works) {
+    const std::lock_guard lock(mutex_);
+    kept_.push_back({Clock::now(), std::move(works)});
+  }
+
+  void DropOld() {
+    std::deque<Entry> old;  // destroyed without the lock
+    const std::lock_guard lock(mutex_);
+    for (; !kept_.empty() && Clock::now() - kept_.front().since > kLongest; kept_.pop_front())
+      old.push_back(std::move(kept_.front()));
+  }
+
+ private:
+  struct Entry {
+    Clock::time_point since;
+    std::vector<WorkPtr> works;
+  };
+
+  std::mutex mutex_;
+  std::deque<Entry> kept_;
+};
+
 /// Somebody who waits for messages.
 struct Waiting {
   const std::vector<WorkPtr>& works;
-  const Departures& departures;
+  const std::shared_ptr<Departures> departures;
   const JointOp op;
   const Clock::time_point since = Clock::now();
   std::string why_in_vain{};
@@ -48,100 +77,60 @@ class Watch {
     return watch;
   }
 
-  void Add(Waiting& waiting) {
+  int64_t Add(Waiting& waiting) {
     const std::lock_guard lock(mutex_);
-    waiting_.push_back(&waiting);
-    quiet_looks_ = 0;
-    if (asleep_) somebody_waits_.notify_one();
+    waiting_.emplace(++last_, &waiting);
+    return last_;
   }
 
-  // Not while the thread looks at it.
-  void Remove(Waiting& waiting) {
-    std::unique_lock lock(mutex_);
-    looked_.wait(lock, [&] { return looking_at_ != &waiting; });
-    waiting_.remove(&waiting);
+  void Remove(int64_t number) {
+    const std::lock_guard lock(mutex_);
+    waiting_.erase(number);
   }
 
  private:
+  struct Impatient {
+    int64_t number;
+    std::shared_ptr<Departures> departures;
+    JointOp op;
+  };
+
   Watch() {
     std::thread([this] {
       c10::setThreadName("hsdp_watch");
       for (;;) {
-        AwaitSomebody();
         std::this_thread::sleep_for(kMoment);
-        LookAtAll();
+        for (const Impatient& one : AllImpatient()) {
+          // The store may take its time: nobody waits for it.
+          const std::string why = one.departures->WhyInVain(one.op);
+          if (!why.empty()) GiveUp(one.number, why);
+        }
+        Abandoned::OfProcess().DropOld();
       }
     }).detach();
   }
 
-  // The thread falls asleep only when nobody has come for a while, as waking it costs who comes.
-  void AwaitSomebody() {
-    std::unique_lock lock(mutex_);
-    if (!waiting_.empty() || ++quiet_looks_ < kQuietLooks) return;
-    asleep_ = true;
-    somebody_waits_.wait(lock, [this] { return !waiting_.empty(); });
-    asleep_ = false;
-  }
-
-  void LookAtAll() {
-    std::unique_lock lock(mutex_);
-    const std::vector<Waiting*> all(waiting_.begin(), waiting_.end());
-    for (Waiting* waiting : all) {
-      const bool still = std::find(waiting_.begin(), waiting_.end(), waiting) != waiting_.end();
-      if (!still || !waiting->why_in_vain.empty() || Clock::now() - waiting->since < kMoment)
-        continue;
-      looking_at_ = waiting;
-      lock.unlock();  // the store may take its time
-      const std::string why = waiting->departures.WhyInVain(waiting->op);
-      lock.lock();
-      if (!why.empty()) GiveUp(*waiting, why);
-      looking_at_ = nullptr;
-      looked_.notify_all();
-    }
-  }
-
-  static void GiveUp(Waiting& waiting, const std::string& why) {
-    waiting.why_in_vain = why;
-    for (const WorkPtr& work : waiting.works) work->abort();
-  }
-
-  static constexpr int kQuietLooks = 10;
-
-  std::mutex mutex_;
-  std::condition_variable somebody_waits_, looked_;
-  std::list<Waiting*> waiting_;
-  const Waiting* looking_at_ = nullptr;
-  int quiet_looks_ = 0;
-  bool asleep_ = false;
-};
-
-/// Works that were put aside.
-class Abandoned {
- public:
-  static Abandoned& OfProcess() {
-    static auto& abandoned = *new Abandoned();  // peers may answer until the process ends
-    return abandoned;
-  }
-
-  void Take(std::vector<WorkPtr> works) {
-    std::deque<Entry> over;  // destroyed without the lock
+  std::vector<Impatient> AllImpatient() {
     const std::lock_guard lock(mutex_);
-    const Clock::time_point now = Clock::now();
-    while (!kept_.empty() && now - kept_.front().since > kLongest) {
-      over.push_back(std::move(kept_.front()));
-      kept_.pop_front();
+    std::vector<Impatient> all;
+    for (const auto& [number, waiting] : waiting_) {
+      if (waiting->why_in_vain.empty() && Clock::now() - waiting->since > kMoment)
+        all.push_back({number, waiting->departures, waiting->op});
     }
-    kept_.push_back({now, std::move(works)});
+    return all;
   }
 
- private:
-  struct Entry {
-    Clock::time_point since;
-    std::vector<WorkPtr> works;
-  };
+  void GiveUp(int64_t number, const std::string& why) {
+    const std::lock_guard lock(mutex_);
+    const auto at = waiting_.find(number);
+    if (at == waiting_.end()) return;
+    at->second->why_in_vain = why;
+    for (const WorkPtr& work : at->second->works) work->abort();
+  }
 
   std::mutex mutex_;
-  std::deque<Entry> kept_;
+  std::map<int64_t, Waiting*> waiting_;
+  int64_t last_ = 0;
 };
 
 }  // namespace
@@ -188,15 +177,15 @@ void PendingWorks::Wait() {
 }
 
 void PendingWorks::WaitForMessages() const {
-  Waiting waiting{works_, *departures_, op_};
-  Watch::OfProcess().Add(waiting);
-  auto over = c10::make_scope_exit([&] { Watch::OfProcess().Remove(waiting); });
+  Waiting waiting{works_, departures_, op_};
+  const int64_t number = Watch::OfProcess().Add(waiting);
+  auto over = c10::make_scope_exit([&] { Watch::OfProcess().Remove(number); });
   const bool all =
       std::all_of(works_.begin(), works_.end(), [](const WorkPtr& work) { return work->wait(); });
   if (all) return;
   over.release();
-  Watch::OfProcess().Remove(waiting);
-  departures_->Leave(waiting.why_in_vain);
+  Watch::OfProcess().Remove(number);
+  departures_->Follow(waiting.why_in_vain);
   TORCH_CHECK_WITH(DistBackendError, false, "given up, as ", waiting.why_in_vain,
                    ". All ranks leave this step, and can go on with the next one");
 }

@@ -20,8 +20,8 @@ using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
 ///
 /// Works that nobody has waited for must not be destroyed while peers may still answer them: Gloo
 /// stops to read from a connection, for good, when the receiver of what arrives is gone. So they
-/// are put aside here, with the memory that peers write to, for some minutes: a message that both
-/// sides have posted is over within moments, and one that a peer never posts needs nobody.
+/// are put aside, with the memory that peers write to, for some minutes: a message that both sides
+/// have posted is over within moments, and one that a peer never posts needs nobody.
 ///
 /// Thread safety: none, but for what is put aside.
 class PendingWorks {
@@ -52,10 +52,10 @@ class PendingWorks {
 
  private:
   void WaitForMessages() const;
-  int64_t tag() const { return departures_ ? departures_->tag() : Departures::kFirstTag; }
+  int64_t tag() const { return departures_ ? departures_->tag(op_.round) : Departures::kFirstTag; }
 
   std::vector<WorkPtr> works_;
-  std::shared_ptr<Departures> departures_;  // null for collectives
+  std::shared_ptr<Departures> departures_;  // null for collectives, and without peers
   JointOp op_{};
 };
 

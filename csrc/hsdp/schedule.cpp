@@ -29,12 +29,6 @@ Schedule::Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared
       gathers_(backward_prefetch, rank),
       reductions_(gathers_, rank) {}
 
-// A model that is dropped after a backward that raised has left it. What is under way in the
-// background, in threads that the next model needs, waits for nobody then.
-Schedule::~Schedule() {
-  if (in_backward()) LeaveStep("backward");
-}
-
 void Schedule::Add(const UnitPtr& unit, std::vector<at::Tensor> full,
                    std::vector<size_t> trainable) {
   if (!Contains(units_, unit)) units_.push_back(unit);
@@ -79,12 +73,15 @@ void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled,
   }
   turn_->BeginForward();
   if (active_.empty()) BeginForward(unit);
+  auto unless_gathered = c10::make_scope_exit([this] { may_be_missed_ = true; });
   active_.push_back({unit, grad_enabled});
   order_.Follow(unit);
   GatherAnew(*unit);
   PrefetchForward(*unit);
+  unless_gathered.release();
   Naming({rank_, unit->name()}, "all-gather", [&] { unit->group->Unshard(); });
   if (!grad_enabled) return;
+  may_be_missed_ = true;
   if (!unit->sync && unit->trains()) unit->group->ExpectKeptGrads();
   if (!Contains(participants_, unit)) participants_.push_back(unit);
   WatchInputs(unit, inputs);
@@ -98,6 +95,7 @@ void Schedule::BeginForward(const UnitPtr& outermost) {
     participants_.clear();
   }
   phase_ = Phase::kForward;
+  may_be_missed_ = false;
   order_.Begin(outermost);
 }
 
@@ -187,15 +185,14 @@ void Schedule::AbortForward(const UnitPtr& unit) {
   if (AutogradRuns()) return;
   const auto at = std::find_if(active_.rbegin(), active_.rend(),
                                [&](const Call& call) { return call.unit == unit; });
-  // A call that is not there has ended with an error of the schedule's own.
-  const bool reaches_backward = at == active_.rend() || at->grad_enabled;
   if (at != active_.rend()) active_.erase(at.base() - 1, active_.end());
   const auto end = c10::make_scope_exit([this] {
     if (active_.empty()) turn_->EndForward();
   });
-  // Peers are told before this rank waits for anything. They have no need of it where all has been
-  // gathered and no backward is to come.
-  if (active_.empty() && (reaches_backward || !order_.IsComplete())) LeaveStep("forward");
+  // Peers are told before this rank waits for anything. They have no need of it where nothing is
+  // gathered, or all has been and no backward is to come.
+  const bool is_missed = may_be_missed_ || !order_.IsComplete();
+  if (active_.empty() && is_missed && GathersAnything()) LeaveStep("forward");
   order_.LoseTrack();
   ReleaseAfterError(unit);
   if (!active_.empty()) return;
@@ -213,7 +210,10 @@ void Schedule::ReleaseAfterError(const UnitPtr& unit) {
 }
 
 void Schedule::StartUnshard(const UnitPtr& unit) {
-  if (active_.empty() && !in_backward()) MeetAfterError(Meeting::kForward);
+  if (active_.empty() && !AutogradRuns()) {
+    if (in_backward()) Reset();  // it has raised
+    MeetAfterError(Meeting::kForward);
+  }
   unit->unsharded_by_user = true;
   GatherAnew(*unit);
 }
@@ -264,6 +264,8 @@ void Schedule::Reset() {
   std::exception_ptr late;
   try {
     if (!backward_has_raised) FinishReductions();
+  } catch (const c10::DistBackendError&) {
+    if (!has_told_error()) late = std::current_exception();
   } catch (...) {
     late = std::current_exception();
   }

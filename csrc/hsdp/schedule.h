@@ -48,9 +48,6 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   /// `peers`: between all ranks; null for one rank alone. `rank`: in the default group, for errors.
   Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared_ptr<Peers> peers,
            std::function<void()> on_backward_end);
-  ~Schedule();
-  Schedule(const Schedule&) = delete;
-  Schedule& operator=(const Schedule&) = delete;
 
   /// Adds a unit, or binds its parameters anew: `full` are its full parameters, `trainable` the
   /// indices of those that require gradients (see ParamGroup::BindFull). In the same order on all
@@ -128,7 +125,12 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   std::vector<int64_t> StateWords(Meeting meeting) const;
   void CheckMeeting(const std::vector<std::vector<int64_t>>& all) const;
   void GoOnFrom(const std::vector<std::vector<int64_t>>& all);
+  void ForgetStep();
   bool HasSentAll() const;
+  bool GathersAnything() const;
+  /// Whether this rank has left the step with an error that somebody here has heard of.
+  bool has_told_error() const { return peers_ && peers_->departures()->has_raised(); }
+  void EndReductions();
   void DropReduction(Unit& unit);
 
   // Backward.
@@ -136,6 +138,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
     return phase_ == Phase::kBackward || phase_ == Phase::kBackwardInForward;
   }
   void BeginBackward();
+  void BackwardIsOver(int64_t number);
   void QueueBackward();
   void BeforeBackward(const UnitPtr& unit);
   void UnshardInBackward(const UnitPtr& unit);
@@ -168,7 +171,9 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   UnitSequence participants_;  // units with a forward since the last backward ended, by first call
   UnitSequence owing_;         // units that keep gradients which have not been reduced
   Phase phase_ = Phase::kForward;
-  bool last_backward_ = true;    // what a user has said of the next backward
+  int64_t backwards_ = 0;       // begun
+  bool may_be_missed_ = false;  // peers may need this rank, though its forward has called all units
+  bool last_backward_ = true;   // what a user has said of the next backward
   bool graph_of_grads_ = false;  // the last backward has made a graph, which uses full parameters
   GatherQueue gathers_;
   ReduceQueue reductions_;

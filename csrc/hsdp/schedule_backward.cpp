@@ -22,10 +22,20 @@ void Schedule::BeginBackward() {
     unit->backward.Begin(unit->group->trainable().size());
   }
   QueueBackward();
+  // What the callback owns goes with it, or with a backward that has raised and never calls it.
+  const std::shared_ptr<void> until_gone(
+      nullptr, [weak = weak_from_this(), until_over, number = ++backwards_](void*) {
+        if (const auto self = weak.lock()) self->BackwardIsOver(number);
+      });
   torch::autograd::Engine::get_default_engine().queue_callback(
-      [weak = weak_from_this(), until_over] {
+      [weak = weak_from_this(), until_gone] {
         if (const auto self = weak.lock()) self->EndBackward();
       });
+}
+
+// Peers are told of a backward that has raised while its error is on its way up.
+void Schedule::BackwardIsOver(int64_t number) {
+  if (in_backward() && number == backwards_ && !HasSentAll()) LeaveStep("backward");
 }
 
 void Schedule::QueueBackward() {

@@ -10,11 +10,11 @@
 namespace hsdp_ckpt::hsdp {
 namespace {
 
-// The words that a rank tells the others when they meet: what it is about to begin, how far it has
-// come, and which of these hold for each unit.
+// The words that a rank tells the others when they meet: what it is about to begin, what its last
+// passes were, how far it has come, and which of these hold for each unit.
 constexpr int64_t kOwes = 1, kExpectsKept = 2, kTakesPart = 4;
 
-constexpr size_t kCountsAt = 1;
+constexpr size_t kPassesAt = 1, kCountsAt = 2;
 constexpr size_t kUnitsAt = kCountsAt + std::tuple_size_v<Departures::Counts>;
 
 }  // namespace
@@ -30,6 +30,8 @@ void Schedule::LeaveStep(const char* what) {
 // own come here when they have waited in vain for what this rank has not begun.
 void Schedule::MeetAfterError(Meeting meeting) {
   if (!peers_ || !peers_->departures()->left()) return;
+  EndReductions();
+  if (meeting == Meeting::kForward) ForgetStep();
   const std::vector<int64_t> words = StateWords(meeting);
   peers_->departures()->EnterRound();
   std::vector<std::vector<int64_t>> all;
@@ -44,11 +46,22 @@ void Schedule::MeetAfterError(Meeting meeting) {
   }
   CheckMeeting(all);
   GoOnFrom(all);
-  if (meeting == Meeting::kForward) order_.Forget();
+}
+
+// What the step has left differs between the ranks.
+void Schedule::ForgetStep() {
+  for (const UnitPtr& unit : units_) {
+    ReleaseAfterError(unit);
+    unit->inputs = 0;
+  }
+  gathers_.Clear();
+  participants_.clear();
+  graph_of_grads_ = false;
+  phase_ = Phase::kForward;
 }
 
 std::vector<int64_t> Schedule::StateWords(Meeting meeting) const {
-  std::vector<int64_t> words{static_cast<int64_t>(meeting)};
+  std::vector<int64_t> words{static_cast<int64_t>(meeting), order_.PassesDigest()};
   for (const int64_t count : peers_->departures()->counts()) words.push_back(count);
   for (const UnitPtr& unit : units_) {
     words.push_back((Contains(owing_, unit) ? kOwes : 0) |
@@ -78,30 +91,28 @@ void Schedule::CheckMeeting(const std::vector<std::vector<int64_t>>& all) const 
               rank_, "):", differing);
 }
 
-// What the step has left may differ between ranks, and decides on what they send each other: which
-// units owe a reduction, and in what dtype, and which have had a forward.
+// What decides on what the ranks send each other is made equal: which units owe a reduction, in
+// what dtype, and what they expect forward to call.
 void Schedule::GoOnFrom(const std::vector<std::vector<int64_t>>& all) {
   Departures::Counts counts{};
-  std::vector<int64_t> some(units_.size(), 0), every(units_.size(), ~int64_t{0});
+  std::vector<int64_t> some(units_.size(), 0);
   for (const auto& words : all) {
     for (size_t kind = 0; kind < counts.size(); ++kind)
       counts.at(kind) = std::max(counts.at(kind), words[kCountsAt + kind]);
     for (size_t i = 0; i < units_.size(); ++i) {
       some[i] |= words[kUnitsAt + i];
-      every[i] &= words[kUnitsAt + i];
     }
   }
   owing_.clear();
-  bool alike = true;
   for (size_t i = 0; i < units_.size(); ++i) {
     if (some[i] & kOwes) owing_.push_back(units_[i]);
     if (some[i] & kExpectsKept) units_[i]->group->ExpectKeptGrads();
-    alike = alike && ((some[i] ^ every[i]) & kTakesPart) == 0;
   }
-  if (!alike) {
-    participants_.clear();
-    for (const UnitPtr& unit : units_) unit->inputs = 0;
-  }
+  const bool alike = std::all_of(all.begin(), all.end(), [&](const auto& words) {
+    return words[kPassesAt] == all[0][kPassesAt];
+  });
+  if (!alike) order_.Forget();
+  ++counts.at(static_cast<size_t>(Joint::kQuestion));  // the one that has brought these words
   peers_->departures()->GoOn(counts);
 }
 
@@ -112,6 +123,27 @@ bool Schedule::HasSentAll() const {
         return unit->trains() && (!Reduces(*unit) || unit->group->reducer().has_partial());
       });
   return gathers_.empty() && reductions_.all_started() && !kept;
+}
+
+bool Schedule::GathersAnything() const {
+  return std::any_of(units_.begin(), units_.end(),
+                     [](const UnitPtr& unit) { return unit->group->shards() > 1; });
+}
+
+// Takes the reductions under way. Those that are given up are dropped; their error is this step's
+// if none has been raised yet.
+void Schedule::EndReductions() {
+  std::exception_ptr given_up;
+  try {
+    FinishReductions();
+  } catch (const c10::DistBackendError&) {
+    given_up = std::current_exception();
+  }
+  for (const UnitPtr& unit : units_) {
+    if (unit->trains()) DropReduction(*unit);
+  }
+  reductions_.Clear();
+  if (given_up && !has_told_error()) std::rethrow_exception(given_up);
 }
 
 void Schedule::DropReduction(Unit& unit) {

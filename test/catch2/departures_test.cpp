@@ -74,7 +74,7 @@ class TwoRanks {
       groups_.back()->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::CUSTOM,
                                  c10::make_intrusive<SilentBackend>(rank));
       c10d::register_process_group(name, groups_.back());
-      ranks_.push_back(std::make_shared<Departures>(name, /*channel=*/3));
+      ranks_.push_back(Departures::Make(name, /*channel=*/3));
     }
   }
   ~TwoRanks() { EndGroups(); }
@@ -116,15 +116,18 @@ TEST_CASE("only what a rank has not begun before it left is waited for in vain",
   CHECK(ranks[0]->WhyInVain({Joint::kReduction, 2, 0}) == "rank 1 has left, at last");
   CHECK(ranks[0]->WhyInVain({Joint::kQuestion, 1, 0}) == "rank 1 has left, at last");
 
+  CHECK(ranks[1]->has_raised());
+
   // Who follows says how far it has come too.
-  ranks[0]->Leave("rank 1 has left, at last");
+  ranks[0]->Follow("rank 1 has left, at last");
+  CHECK_FALSE(ranks[0]->has_raised());
   CHECK(ranks[1]->WhyInVain({Joint::kGather, 1, 0}) == "rank 1 has left, at last");
 }
 
 TEST_CASE("ranks that have met go on from the same counts under another tag", "[schedule]") {
   const TwoRanks ranks;
-  const int64_t tag = ranks[0]->tag();
-  CHECK(ranks[1]->tag() == tag);
+  const int64_t tag = ranks[0]->tag(0);
+  CHECK(ranks[1]->tag(0) == tag);
   ranks[1]->Leave("rank 1 has left");
   ranks[0]->Begin(Joint::kGather);
   ranks[0]->Leave("rank 1 has left");
@@ -132,12 +135,23 @@ TEST_CASE("ranks that have met go on from the same counts under another tag", "[
     ranks[rank]->EnterRound();
     ranks[rank]->GoOn({1, 0, 0});
     CHECK_FALSE(ranks[rank]->left());
-    CHECK(ranks[rank]->tag() > tag);
+    CHECK(ranks[rank]->tag(1) > tag);
   }
-  CHECK(ranks[0]->tag() == ranks[1]->tag());
+
   const JointOp op = ranks[1]->Begin(Joint::kGather);
   CHECK(op.number == 2);
+  CHECK(op.round == 1);
   CHECK(ranks[1]->WhyInVain(op).empty());
+}
+
+TEST_CASE("a rank leaves with all of its roots", "[schedule]") {
+  const TwoRanks ranks;
+  const auto other_here = Departures::Make("peers of 0", /*channel=*/4);
+  const auto other_there = Departures::Make("peers of 1", /*channel=*/4);
+  ranks[1]->Leave("rank 1 has left");
+  CHECK(other_there->left());
+  CHECK_FALSE(other_here->left());
+  CHECK(other_here->WhyInVain(other_here->Begin(Joint::kGather)) == "rank 1 has left");
 }
 
 TEST_CASE("without its group a rank leaves silently", "[schedule]") {
