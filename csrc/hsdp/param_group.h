@@ -65,7 +65,7 @@ class ParamGroup {
 
   /// The wrapped module's name, for messages.
   const std::string& name() const { return name_; }
-  void set_name(std::string name) { name_ = std::move(name); }
+  void set_name(std::string name);
   /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new
   /// flat buffer.
   std::vector<at::Tensor> ShardFull(const std::vector<at::Tensor>& full);
@@ -84,6 +84,7 @@ class ParamGroup {
   void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
                 std::function<void(size_t)> on_grad);
 
+  at::Device device() const { return device_; }
   State state() const { return state_; }
   /// Starts the all-gather. No effect unless sharded.
   void StartGather();
@@ -127,9 +128,11 @@ class ParamGroup {
   void AllGather();
   void AwaitGather();
   void JoinGather();
-  void Lend(uint8_t* base, const std::vector<int64_t>& offsets);
+  void LendAll(uint8_t* base, const std::vector<int64_t>& offsets);
+  void TakeBackAll();
 
   std::string name_;
+  std::string why_freed_;  // what a use of a full parameter without memory is told
   std::vector<std::vector<int64_t>> sizes_;
   std::vector<at::ScalarType> dtypes_;
   const Precision precision_;
