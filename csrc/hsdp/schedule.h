@@ -153,9 +153,10 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   UnitSequence participants_;  // units with a forward since the last backward ended, by first call
   UnitSequence owing_;         // units that keep gradients which have not been reduced
   Phase phase_ = Phase::kForward;
-  bool last_backward_ = true;      // what a user has said of the next backward
-  bool has_hidden_graph_ = false;  // a graph uses full parameters, and no output announces that
-  UnitSequence begun_;             // units that this backward has come to and has not freed
+  bool last_backward_ = true;       // what a user has said of the next backward
+  bool has_hidden_graph_ = false;   // a graph uses full parameters, and no output announces that
+  bool uses_hidden_graph_ = false;  // the backward under way may
+  UnitSequence begun_;              // units that this backward has come to and has not freed
   GatherQueue gathers_;
   ReduceQueue reductions_;
 };

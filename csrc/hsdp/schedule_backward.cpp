@@ -17,6 +17,7 @@ void Schedule::BeginBackward() {
   if (in_backward()) return;
   const std::shared_ptr<void> until_over = turn_->BeginBackward();
   phase_ = active_.empty() ? Phase::kBackward : Phase::kBackwardInForward;
+  uses_hidden_graph_ = has_hidden_graph_;
   has_hidden_graph_ = has_hidden_graph_ && torch::autograd::get_current_graph_task_keep_graph();
   begun_.clear();
   for (const UnitPtr& unit : units_) {
@@ -97,8 +98,9 @@ void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
 // nodes that can run autograd takes those of a device in the order of falling sequence numbers, and
 // a node's inputs have lower ones: so at a node from before the unit's forward no node of it is
 // left. A graph task within another one has a higher number, and is over when the other goes on.
+// Where nodes of hidden graphs lie is not known.
 void Schedule::FreePassed() {
-  if (begun_.empty()) return;
+  if (begun_.empty() || uses_hidden_graph_) return;
   const auto node = torch::autograd::get_current_node();
   if (node == nullptr) return;
   const int graph_task = torch::autograd::get_current_graph_task_id();
@@ -106,7 +108,8 @@ void Schedule::FreePassed() {
     const bool same_task = graph_task == unit->backward.graph_task;
     const bool passed = same_task ? node->sequence_nr() < unit->backward.first_node
                                   : graph_task < unit->backward.graph_task;
-    if (!passed || node->device() != unit->group->device()) return false;
+    const bool complete = unit->backward.complete || !unit->trains();
+    if (!passed || !complete || node->device() != unit->group->device()) return false;
     FreeAfterBackward(*unit);
     return true;
   });

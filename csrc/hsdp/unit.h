@@ -23,6 +23,7 @@ enum class ReshardAfterForward {
 struct BackwardProgress {
   std::vector<bool> arrived;         ///< by trainable parameter: its gradient is there
   size_t arrivals = 0;               ///< how many of them
+  bool complete = false;             ///< all of them have arrived
   int graph_task = -1;               ///< autograd's, which has come to the unit's outputs last
   uint64_t first_node = UINT64_MAX;  ///< of the forwards whose outputs those are, see Unit
   bool in_parts = false;             ///< gradients have arrived in other graph tasks than that one
@@ -30,6 +31,7 @@ struct BackwardProgress {
   void Begin(size_t trainable) {
     arrived.assign(trainable, false);
     arrivals = 0;
+    complete = false;
     graph_task = -1;
     first_node = UINT64_MAX;
     in_parts = false;
@@ -42,6 +44,7 @@ struct BackwardProgress {
     if (++arrivals < arrived.size()) return false;
     arrived.assign(arrived.size(), false);
     arrivals = 0;
+    complete = true;
     return true;
   }
 };
