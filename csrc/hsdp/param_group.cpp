@@ -152,7 +152,6 @@ std::vector<at::Tensor> ParamGroup::EmptyFull() const {
   std::vector<at::Tensor> full;
   for (size_t i = 0; i < sizes_.size(); ++i) {
     full.push_back(at::empty(sizes_[i], at::TensorOptions(FullDtype(i)).device(device_)));
-    TakeBack(full.back(), why_freed_);
   }
   return full;
 }
@@ -177,6 +176,9 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
   MoveGrads(full, trainable);
   Reshard();
   full_ = std::move(full);
+  // Not before: a profiler that notes shapes asks for the address of whatever an operator is given,
+  // and Parameters are made by one.
+  TakeBackAll();
   trainable_ = std::move(trainable);
   WatchGrads(std::move(on_grad));
   reducer_ = std::make_unique<GradReducer>(name_, GradSpecs(), device_, collectives_, streams_);
