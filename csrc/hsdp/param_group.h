@@ -74,13 +74,14 @@ class ParamGroup {
   /// ones stay valid for whoever holds them.
   std::vector<at::Tensor> Rebind(const std::vector<at::Tensor>& shards, at::Device device);
 
-  /// Full-size tensors without memory, in the dtypes of the computation, for the caller to make
-  /// Parameters of.
+  /// Full-size tensors without values, in the dtypes of the computation, for the caller to make
+  /// Parameters of. BindFull takes their memory back.
   std::vector<at::Tensor> EmptyFull() const;
-  /// Takes those Parameters. From here on unsharding fills them; `on_grad` is called by autograd
-  /// each time that parameter `trainable[i]`'s gradient is accumulated, without the GIL. Gradients
-  /// that wait for a reduction are taken over. Throws c10::Error while partial sums wait for an
-  /// all-reduce, or where such a gradient's parameter is no longer trained.
+  /// Takes those Parameters. From here on unsharding fills them, and while they have no memory
+  /// their use raises; `on_grad` is called by autograd each time that parameter `trainable[i]`'s
+  /// gradient is accumulated, without the GIL. Gradients that wait for a reduction are taken over.
+  /// Throws c10::Error while partial sums wait for an all-reduce, or where such a gradient's
+  /// parameter is no longer trained.
   void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
                 std::function<void(size_t)> on_grad);
 
