@@ -386,9 +386,7 @@ def _frozen_is_freed(rank: int) -> None:
     held: list[list[int]] = []
 
     def look(grad: torch.Tensor) -> None:
-        held.append(
-            [i for i, w in enumerate(ours.module) if w._unit.full[1].untyped_storage().nbytes() > 0]
-        )
+        held.append([i for i, w in enumerate(ours.module) if w._unit.core.is_unsharded])
 
     for reentrant in (None, True, False):
         ours.zero_grad()

@@ -13,7 +13,7 @@ from ranks import run_checks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from training import assert_close, grads, loss_of, mean_grads, mesh_of, wrap
+from training import assert_close, grads, loss_of, mean_grads, mesh_of, unsharded, wrap
 
 from torch_hsdp_ckpt import fully_shard
 
@@ -116,7 +116,44 @@ LOSSES: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "vmap, forward": lambda m, x: torch.func.vmap(m)(x).square().mean() + loss_of(m, 3 * x),
     "jacobian": lambda m, x: torch.func.jacrev(m)(x).square().mean(),
     "vjp, forward, pull": lambda m, x: _pulled_late(m, x),
+    "penalty, evaluation": lambda m, x: _then_evaluated(m, x, _penalty(m, x)),
+    "vmap, evaluation": lambda m, x: _then_evaluated(m, x, torch.func.vmap(m)(x).square().mean()),
+    "penalty, zero_grad": lambda m, x: _then_without_gradients(m, _penalty(m, x)),
+    "penalty, state dict": lambda m, x: _then_saved(m, _penalty(m, x)),
+    "create_graph, evaluation": lambda m, x: _then_evaluated(m, x, _penalty_of_autograd(m, x)),
+    "create_graph, zero_grad": lambda m, x: _then_without_gradients(m, _penalty_of_autograd(m, x)),
+    "jacobian, vectorized": lambda m, x: _vectorized(m, x, create_graph=True).square().mean(),
+    "vectorized, forward": lambda m, x: _vectorized(m, x).square().mean() + loss_of(m, x),
 }
+
+
+def _vectorized(model: Model, x: torch.Tensor, **options: bool) -> torch.Tensor:
+    return torch.autograd.functional.jacobian(model, x, vectorize=True, **options)
+
+
+def _penalty_of_autograd(model: Model, x: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    (inner,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return inner.square().mean()
+
+
+def _then_without_gradients(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    if any(isinstance(p, DTensor) for p in model.parameters()):  # one process adds up all ranks'
+        model.zero_grad()
+    return loss
+
+
+def _then_saved(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    model.state_dict()
+    return loss
+
+
+def _then_evaluated(model: nn.Module, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        evaluated = model(x)
+        torch.func.vmap(model)(x)
+    torch.testing.assert_close(evaluated, model(x))
+    return loss
 
 
 def _pulled_late(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -144,15 +181,9 @@ def _training(rank: int) -> None:
                         p.grad = expected[next(n for n, q in single.named_parameters() if q is p)]
                     for optimizer in optimizers:
                         optimizer.step()
-                    assert _memory(ours) == 0, "the backward has freed all"
+                    assert not unsharded(ours), "the backward has freed all"
             except BaseException as error:
                 raise AssertionError(f"{name}, face {number}, step {step}") from error
-
-
-def _memory(model: nn.Module) -> int:
-    units = {id(m._unit): m._unit for m in model.modules() if "_unit" in m.__dict__}
-    full = [p for unit in units.values() for p in unit.full]
-    return sum(p.untyped_storage().nbytes() for p in full)
 
 
 def _mixed_precision(rank: int) -> None:
@@ -196,7 +227,7 @@ def _errors(rank: int) -> None:
         with pytest.raises(ArithmeticError):
             torch.func.grad(_loss(ours))(x)
         handle.remove()
-        assert all(isinstance(p, DTensor) for p in ours.parameters()) and _memory(ours) == 0
+        assert all(isinstance(p, DTensor) for p in ours.parameters()) and not unsharded(ours)
         loss_of(ours, x).backward()
         assert_close(grads(ours), expected)
 

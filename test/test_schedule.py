@@ -115,7 +115,7 @@ def _gathers_are_started_as_told(rank: int) -> None:
 
 
 def _in_memory(units: Iterable) -> str:
-    return "".join("x" if unit.full[0].untyped_storage().nbytes() > 0 else "." for unit in units)
+    return "".join("x" if unit.core.is_unsharded else "." for unit in units)
 
 
 def _what_forward_frees(rank: int) -> None:

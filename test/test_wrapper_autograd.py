@@ -12,10 +12,9 @@ from ranks import run_checks
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, wrap
+from training import assert_close, full, grads, loss_of, mean_grads, mesh_of, unsharded, wrap
 
 from torch_hsdp_ckpt import fully_shard
-from torch_hsdp_ckpt.hsdp.runner import named_runners
 
 
 def _gradient_penalty(rank: int) -> None:
@@ -55,12 +54,7 @@ def _gradient_penalty(rank: int) -> None:
             optimizer.step()
         for (name, p), q in zip(ours.named_parameters(), single.parameters(), strict=True):
             torch.testing.assert_close(full(p), q.detach(), rtol=1e-4, atol=1e-5, msg=name)
-        memory = [
-            p.untyped_storage().nbytes()
-            for _, runner in named_runners(ours)
-            for p in runner.unit.full
-        ]
-        assert sum(memory) == 0, "the last backward has freed them"
+        assert not unsharded(ours), "the last backward has freed them"
         ours.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of a cycle that is not made here
@@ -101,14 +95,7 @@ def _penalty_of_a_unit_that_ran_before(rank: int) -> None:
                 for p, q in zip(ours.parameters(), single.parameters(), strict=True):
                     p.mul_(0.9)
                     q.mul_(0.9)
-        assert (
-            sum(
-                p.untyped_storage().nbytes()
-                for _, runner in named_runners(ours)
-                for p in runner.unit.full
-            )
-            == 0
-        )
+        assert not unsharded(ours)
 
 
 class Forces(nn.Module):

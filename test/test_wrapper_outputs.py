@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ import torch
 from models import Block
 from ranks import run_checks
 from torch import nn
+from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from training import assert_close, grads, mean_grads, mesh_of, wrap
+from training import assert_close, grads, loss_of, mean_grads, mesh_of, wrap
 
 from torch_hsdp_ckpt import fully_shard
 from torch_hsdp_ckpt.hsdp.flat_tensors import flat_tensors, tensors_behind
@@ -314,8 +317,79 @@ class Twice(nn.Module):
 
 
 def _recomputed_twice(rank: int) -> None:
-    for outer in (True, False):
-        _check(Twice(reentrant=False, outer=outer), rank, _input)
+    for reentrant, outer in itertools.product((True, False), repeat=2):
+        _check(Twice(reentrant, outer), rank, _input)
+    partly_frozen = Twice(reentrant=True, outer=True)
+    for unit in partly_frozen.units:
+        unit.part.up.requires_grad_(False)
+    _check(partly_frozen, rank, _input)
+
+
+class Hidden(nn.Module):
+    """Puts its result where no walk finds it. Each kind of parameter is needed for the gradient of
+    its input."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner, self.kind = Block(WIDTH, 10), kind
+        self.norm = nn.LayerNorm(WIDTH)
+        self.scale = nn.Parameter(torch.full((WIDTH,), 0.8))
+
+    def forward(self, x: torch.Tensor) -> None:
+        parts = {"linear": self.inner, "norm": self.norm, "scale": lambda x: x * self.scale}
+        HIDDEN.append(parts[self.kind](x))
+
+
+HIDDEN: list[torch.Tensor] = []
+
+
+class UsesHidden(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.units, self.head = nn.ModuleList(Hidden(kind) for _ in range(2)), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        for unit in self.units:
+            unit(x)
+            x = HIDDEN.pop().sin()
+        return self.head(x)
+
+
+def _hidden_results(rank: int) -> None:
+    """Backward says which module it is, and what to do. Whoever does it gets the gradients."""
+    for kind in ("linear", "norm", "scale"):
+        net = UsesHidden(kind)
+        expected = mean_grads(net, lambda n, r: loss_of(n, _input(r)))
+        function = copy.deepcopy(net)
+        for unit in (*function.units, function):
+            fully_shard(unit, mesh=mesh_of((2, 2)), reshard_after_forward=True)
+        class_ = wrap(copy.deepcopy(net), policy=ModuleWrapPolicy({Hidden}))
+        for ours, name in ((class_, "Hidden"), (function, "Hidden")):
+            for _ in range(2):
+                loss = loss_of(ours, _input(rank))
+                with pytest.raises(RuntimeError, match="is used while it has no memory") as error:
+                    loss.backward()
+                text = str(error.value)
+                assert re.match(rf"rank {rank}: .* of module .*units\.[01] \({name}\)", text), text
+                assert "reshard_after_forward=False" in text and "setStorage" not in text
+        for unit in function.units:
+            unit.set_reshard_after_forward(False)
+        kept = wrap(
+            copy.deepcopy(net),
+            (4,),
+            policy=ModuleWrapPolicy({Hidden}),
+            sharding_strategy=ShardingStrategy.SHARD_GRAD_OP,
+        )
+        for ours in (function, kept):
+            ours.zero_grad()
+            loss_of(ours, _input(rank)).backward()
+            assert_close(grads(ours), expected)
+
+
+def test_hidden_results() -> None:
+    run_checks(4, _hidden_results)
 
 
 def test_results_in_objects() -> None:
@@ -350,8 +424,39 @@ def _inputs_in_objects(rank: int) -> None:
     _check(Stack(lambda: [Frozen() for _ in range(3)]), rank, _input)
 
 
-def test_frozen_units_get_their_inputs_in_objects() -> None:
-    run_checks(4, _inputs_in_objects)
+def _graphs_in_any_order(rank: int) -> None:
+    """Backwards of graphs that are older than the last forward, with frozen units and an input
+    that is a leaf, the same in all steps."""
+    net = Stack(lambda: [Frozen() for _ in range(3)])
+    leaf = _input(10 + rank).requires_grad_()
+
+    def losses(model: nn.Module, r: int) -> Iterator[torch.Tensor]:
+        first, second = (model(_input(step + r)).square().mean() for step in (0, 20))
+        yield first
+        third = model(_input(10 + r)).square().mean()
+        yield second
+        yield third
+
+    expected = mean_grads(net, lambda n, r: sum(losses(n, r)))
+    for ours in _faces(net):
+        for _ in range(2):
+            ours.zero_grad()
+            for loss in losses(ours, rank):
+                loss.backward()
+            assert_close(grads(ours), expected)
+        for _ in range(3):
+            leaf.grad = None
+            ours(leaf).square().mean().backward()
+            torch.testing.assert_close(leaf.grad, _grad_of_input(net, leaf))
+
+
+def _grad_of_input(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    (grad,) = torch.autograd.grad(net(x).square().mean(), x)
+    return grad
+
+
+def test_frozen_units() -> None:
+    run_checks(4, _inputs_in_objects, _graphs_in_any_order)
 
 
 def test_the_walk_ends() -> None:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from torch_hsdp_ckpt import FullyShardedDataParallel
+from torch_hsdp_ckpt.hsdp.runner import named_runners
 
 
 def mesh_of(shape: tuple[int, ...], device: str = "cpu"):
@@ -69,6 +70,12 @@ def assert_close(
                 atol=1e-6,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
+
+
+def unsharded(model: nn.Module) -> list[str]:
+    """The units whose full parameters have memory now."""
+    runners = dict(named_runners(model))
+    return [name for name, runner in runners.items() if runner.unit.core.is_unsharded]
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "hsdp/lent_memory.h"
 #include "kernels/batched_copy.h"
 
 namespace hsdp_ckpt::hsdp {
@@ -14,14 +15,6 @@ constexpr int64_t kShardAlignment = 16;  // bytes, for vector loads and the reco
 
 uint8_t* Bytes(const at::Tensor& tensor) {
   return static_cast<uint8_t*>(tensor.mutable_data_ptr());
-}
-
-void SetMemory(const at::Tensor& tensor, void* data, int64_t nbytes) {
-  c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
-  // There is no deleter, as the buffer belongs to the group, which takes the pointers back before
-  // it lets go of it.
-  storage->set_data_ptr_noswap(at::DataPtr(data, tensor.device()));
-  storage->set_nbytes(static_cast<size_t>(nbytes));
 }
 
 }  // namespace
@@ -47,7 +40,19 @@ ParamGroup::ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::
 ParamGroup::~ParamGroup() {
   // The full parameters may outlive the group in somebody's hands; they must not point into its
   // memory then.
-  for (const at::Tensor& full : full_) SetMemory(full, nullptr, 0);
+  TakeBackAll();
+}
+
+void ParamGroup::set_name(std::string name) {
+  name_ = std::move(name);
+  why_freed_ = c10::str(
+      "rank ", collectives_->rank(), ": a full parameter of module ", name_,
+      " is used while it has no memory. It has some while the module computes, and in backward "
+      "from "
+      "where that comes to a tensor which the module has returned or kept: return all tensors that "
+      "losses and other modules use, in tuples, lists, dicts or objects with attributes. Or keep "
+      "the parameters from forward to backward, with reshard_after_forward=False (fully_shard) or "
+      "ShardingStrategy.SHARD_GRAD_OP");
 }
 
 at::ScalarType ParamGroup::FullDtype(size_t i) const {
@@ -147,7 +152,6 @@ std::vector<at::Tensor> ParamGroup::EmptyFull() const {
   std::vector<at::Tensor> full;
   for (size_t i = 0; i < sizes_.size(); ++i) {
     full.push_back(at::empty(sizes_[i], at::TensorOptions(FullDtype(i)).device(device_)));
-    SetMemory(full.back(), nullptr, 0);
   }
   return full;
 }
@@ -172,6 +176,9 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
   MoveGrads(full, trainable);
   Reshard();
   full_ = std::move(full);
+  // Not before: a profiler that notes shapes asks for the address of whatever an operator is given,
+  // and Parameters are made by one.
+  TakeBackAll();
   trainable_ = std::move(trainable);
   WatchGrads(std::move(on_grad));
   reducer_ = std::make_unique<GradReducer>(name_, GradSpecs(), device_, collectives_, streams_);
@@ -291,25 +298,27 @@ void ParamGroup::Unshard() {
   if (state_ == State::kUnsharded) return;
   StartGather();
   if (is_whole_) {
-    Lend(Bytes(flat_), shard_offsets_);
+    LendAll(Bytes(flat_), shard_offsets_);
   } else {
     JoinGather();
     if (packed_.defined()) Run(plan_.unpack, packed_, lent_);
     packed_.reset();
-    if (lent_.defined()) Lend(Bytes(lent_), plan_.full_offsets);
+    if (lent_.defined()) LendAll(Bytes(lent_), plan_.full_offsets);
   }
   state_ = State::kUnsharded;
 }
 
-void ParamGroup::Lend(uint8_t* base, const std::vector<int64_t>& offsets) {
-  for (size_t i = 0; i < full_.size(); ++i) {
-    SetMemory(full_[i], base + offsets[i], static_cast<int64_t>(full_[i].nbytes()));
-  }
+void ParamGroup::LendAll(uint8_t* base, const std::vector<int64_t>& offsets) {
+  for (size_t i = 0; i < full_.size(); ++i) Lend(full_[i], base + offsets[i]);
+}
+
+void ParamGroup::TakeBackAll() {
+  for (const at::Tensor& full : full_) TakeBack(full, why_freed_);
 }
 
 void ParamGroup::Reshard() {
   if (state_ == State::kUnsharded) {
-    for (const at::Tensor& full : full_) SetMemory(full, nullptr, 0);
+    TakeBackAll();
   } else if (state_ == State::kGathering) {
     // Peers count on the rows that this rank sends, and write into this buffer.
     JoinGather();

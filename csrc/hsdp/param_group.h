@@ -65,7 +65,7 @@ class ParamGroup {
 
   /// The wrapped module's name, for messages.
   const std::string& name() const { return name_; }
-  void set_name(std::string name) { name_ = std::move(name); }
+  void set_name(std::string name);
   int64_t shards() const { return collectives_->shards(); }
   /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new
   /// flat buffer.
@@ -75,16 +75,18 @@ class ParamGroup {
   /// ones stay valid for whoever holds them.
   std::vector<at::Tensor> Rebind(const std::vector<at::Tensor>& shards, at::Device device);
 
-  /// Full-size tensors without memory, in the dtypes of the computation, for the caller to make
-  /// Parameters of.
+  /// Full-size tensors without values, in the dtypes of the computation, for the caller to make
+  /// Parameters of. BindFull takes their memory back.
   std::vector<at::Tensor> EmptyFull() const;
-  /// Takes those Parameters. From here on unsharding fills them; `on_grad` is called by autograd
-  /// each time that parameter `trainable[i]`'s gradient is accumulated, without the GIL. Gradients
-  /// that wait for a reduction are taken over. Throws c10::Error while partial sums wait for an
-  /// all-reduce, or where such a gradient's parameter is no longer trained.
+  /// Takes those Parameters. From here on unsharding fills them, and while they have no memory
+  /// their use raises; `on_grad` is called by autograd each time that parameter `trainable[i]`'s
+  /// gradient is accumulated, without the GIL. Gradients that wait for a reduction are taken over.
+  /// Throws c10::Error while partial sums wait for an all-reduce, or where such a gradient's
+  /// parameter is no longer trained.
   void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
                 std::function<void(size_t)> on_grad);
 
+  at::Device device() const { return device_; }
   State state() const { return state_; }
   /// Starts the all-gather. No effect unless sharded.
   void StartGather();
@@ -129,9 +131,11 @@ class ParamGroup {
   void AllGather();
   void AwaitGather();
   void JoinGather();
-  void Lend(uint8_t* base, const std::vector<int64_t>& offsets);
+  void LendAll(uint8_t* base, const std::vector<int64_t>& offsets);
+  void TakeBackAll();
 
   std::string name_;
+  std::string why_freed_;  // what a use of a full parameter without memory is told
   std::vector<std::vector<int64_t>> sizes_;
   std::vector<at::ScalarType> dtypes_;
   const Precision precision_;

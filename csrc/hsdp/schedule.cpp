@@ -2,12 +2,14 @@
 // backward's.
 #include "hsdp/schedule.h"
 
+#include <ATen/SequenceNumber.h>
 #include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
 #include <utility>
 
+#include "hsdp/outside_of_transforms.h"
 #include "hsdp/unit_errors.h"
 
 namespace hsdp_ckpt::hsdp {
@@ -40,35 +42,36 @@ void Schedule::Add(const UnitPtr& unit, std::vector<at::Tensor> full,
       [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](size_t slot) {
         const auto self = weak.lock();
         const auto alive = weak_unit.lock();
-        if (self && alive) self->GradArrived(alive, slot);
+        if (!self || !alive) return;
+        const OutsideOfTransforms outside;
+        self->GradArrived(alive, slot);
       });
   unit->frozen = frozen;
   // A recomputation binds anew what was frozen or unfrozen since its forward: other gradients come.
   unit->backward.Begin(unit->group->trainable().size());
 }
 
-void Schedule::OnGradient(const at::Tensor& tensor, const UnitPtr& unit,
-                          void (Schedule::*method)(const UnitPtr&)) {
-  tensor.register_hook(
-      [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit), method](const at::Tensor&) {
-        const auto self = weak.lock();
-        const auto alive = weak_unit.lock();
-        if (!alive) return;
-        TORCH_CHECK(self, "module ", alive->name(),
-                    ": since this forward it has been used within another outermost module, and "
-                    "this backward has lost its parameters: run forward and backward of one "
-                    "before the other's forward");
-        ((*self).*method)(alive);
-      });
+// Calls BeforeBackward when the gradient of `output` is computed, if both still live.
+void Schedule::AnnounceBackward(const at::Tensor& output, const UnitPtr& unit) {
+  output.register_hook([weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit),
+                        first_node = unit->first_node](const at::Tensor&) {
+    const auto self = weak.lock();
+    const auto alive = weak_unit.lock();
+    if (!alive) return;
+    TORCH_CHECK(self, "module ", alive->name(),
+                ": since this forward it has been used within another outermost module, and "
+                "this backward has lost its parameters: run forward and backward of one "
+                "before the other's forward");
+    const OutsideOfTransforms outside;
+    self->BeforeBackward(alive, first_node);
+  });
 }
 
-void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled,
-                            const std::vector<at::Tensor>& inputs) {
+void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled) {
+  if (grad_enabled) unit->first_node = std::min(unit->first_node, at::sequence_number::peek());
   if (AutogradRuns()) {
     // Activation checkpointing computes the forward again: no new pass, nothing to record.
     UnshardInBackward(unit);
-    // In a reentrant checkpoint nothing required gradients the first time.
-    if (unit->inputs == 0) WatchInputs(unit, inputs);
     return;
   }
   turn_->BeginForward();
@@ -84,14 +87,13 @@ void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled,
   may_be_missed_ = true;
   if (!unit->sync && unit->trains()) unit->group->ExpectKeptGrads();
   if (!Contains(participants_, unit)) participants_.push_back(unit);
-  WatchInputs(unit, inputs);
 }
 
 void Schedule::BeginForward(const UnitPtr& outermost) {
   ForgetLastPass();
   MeetAfterError(Meeting::kForward);
   if (phase_ == Phase::kBackwardDone) {
-    for (const UnitPtr& unit : units_) unit->inputs = 0;
+    for (const UnitPtr& unit : units_) unit->first_node = UINT64_MAX;
     participants_.clear();
   }
   phase_ = Phase::kForward;
@@ -105,10 +107,19 @@ void Schedule::ForgetLastPass() {
   if (in_backward()) return Reset();
   for (const UnitPtr& unit : units_) {
     const bool kept = unit->unsharded_by_user || !unit->reshard_after_backward;
-    const bool sharded = unit->group->state() == ParamGroup::State::kSharded;
-    unit->outdated = graph_of_grads_ && !kept && !sharded;
-    if (!graph_of_grads_ && !kept) unit->group->Reshard();
+    if (kept) continue;
+    if (has_hidden_graph_) {
+      Outdate(*unit);
+    } else {
+      unit->group->Reshard();
+    }
   }
+}
+
+// A graph needs the full parameters as they are.
+void Schedule::Outdate(Unit& unit) {
+  unit.outdated = unit.group->state() != ParamGroup::State::kSharded;
+  unit.unsharded_by_user = false;
 }
 
 // A forward uses the shards as they are now.
@@ -129,18 +140,9 @@ void Schedule::PrefetchForward(const Unit& unit) {
   if (const UnitPtr next = order_.Next()) prefetch(*next);
 }
 
-void Schedule::WatchInputs(const UnitPtr& unit, const std::vector<at::Tensor>& inputs) {
-  if (!unit->frozen) return;
-  for (const at::Tensor& input : inputs) {
-    if (!input.requires_grad()) continue;
-    ++unit->inputs;
-    OnGradient(input, unit, &Schedule::InputArrived);
-  }
-}
-
 void Schedule::LeaveForward(const UnitPtr& unit, const std::vector<at::Tensor>& outputs) {
   for (const at::Tensor& output : outputs) {
-    if (output.requires_grad()) OnGradient(output, unit, &Schedule::BeforeBackward);
+    if (output.requires_grad()) AnnounceBackward(output, unit);
   }
   if (AutogradRuns()) return;
   const Call call = std::move(active_.back());
@@ -157,7 +159,7 @@ void Schedule::LeaveForward(const UnitPtr& unit, const std::vector<at::Tensor>& 
 
 bool Schedule::FreesAfterForward(const Unit& unit, const Call& call, bool was_last) const {
   // What a graph of gradients needs stays, whoever runs it meanwhile.
-  if (graph_of_grads_) return false;
+  if (has_hidden_graph_) return false;
   if (!call.grad_enabled) return true;
   switch (unit.reshard_after_forward) {
     case ReshardAfterForward::kAlways:
@@ -275,6 +277,8 @@ void Schedule::Reset() {
     if (backward_has_raised) unit->group->DropGrads();
     if (backward_has_raised) {
       ReleaseAfterError(unit);
+    } else if (has_hidden_graph_) {
+      Outdate(*unit);
     } else {
       Release(unit);
     }
@@ -282,9 +286,10 @@ void Schedule::Reset() {
   gathers_.Clear();
   reductions_.Clear();
   active_.clear();
-  graph_of_grads_ = false;
+  begun_.clear();
   if (backward_has_raised) {
     NoteOwing();  // peers may keep gradients of that backward
+    has_hidden_graph_ = false;
     phase_ = Phase::kBackwardDone;
   }
   if (late) std::rethrow_exception(late);

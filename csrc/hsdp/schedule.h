@@ -29,7 +29,8 @@ namespace hsdp_ckpt::hsdp {
 ///    the last backward's end takes part, with zeros where it has no gradient.
 ///
 /// A backward with create_graph frees nothing, as the graph that it makes is one that no hook of a
-/// unit announces: the next backward does; a forward gathers anew what it runs itself. A backward
+/// unit announces: the next backward does that keeps no graph; a forward gathers anew what it runs
+/// itself. So do transforms of torch.func, whose graphs no hook sees. A backward
 /// that a forward calls leaves the units of that forward as they are and reduces nothing: the
 /// backward that runs after the forward does. What a rank frees after forward therefore depends on
 /// the calls alone, never on what its outputs look like.
@@ -54,9 +55,11 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   /// ranks.
   void Add(const UnitPtr& unit, std::vector<at::Tensor> full, std::vector<size_t> trainable);
   /// Pre-forward: the full parameters are usable when this returns. Also during a recomputation
-  /// inside backward. `inputs`: the tensors among the forward's arguments, of a unit with frozen
-  /// parameters; others need not name them.
-  void EnterForward(const UnitPtr& unit, bool grad_enabled, const std::vector<at::Tensor>& inputs);
+  /// inside backward.
+  void EnterForward(const UnitPtr& unit, bool grad_enabled);
+  /// A graph is made now that no output of a unit announces, as that of a backward with
+  /// create_graph: full parameters stay until a backward has used it.
+  void ExpectHiddenGraph() { has_hidden_graph_ = true; }
   /// Post-forward. `outputs`: the tensors among the unit's results; those that require gradients
   /// announce its backward.
   void LeaveForward(const UnitPtr& unit, const std::vector<at::Tensor>& outputs);
@@ -69,9 +72,10 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void Unshard(const UnitPtr& unit);
   /// Frees the full parameters of one unit now.
   void Release(const UnitPtr& unit);
-  /// Frees all full parameters and ends what is in flight: before anybody looks at or replaces the
-  /// shards. Gradients of a backward that raised are dropped; those that a backward which was not
-  /// the last has left on their way are taken.
+  /// Ends what is in flight, and frees all full parameters, but for those that a graph needs which
+  /// no output announces: before anybody looks at or replaces the shards. Gradients of a backward
+  /// that raised are dropped; those that a backward which was not the last has left on their way
+  /// are taken.
   void Reset();
   /// Whether the next backward ends with all of its gradients taken. If not, the last ones may be
   /// taken by the next backward, and the computation goes on meanwhile.
@@ -112,9 +116,9 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   // Forward.
   void BeginForward(const UnitPtr& outermost);
   void ForgetLastPass();
+  static void Outdate(Unit& unit);
   void GatherAnew(Unit& unit);
   void PrefetchForward(const Unit& unit);
-  void WatchInputs(const UnitPtr& unit, const std::vector<at::Tensor>& inputs);
   bool FreesAfterForward(const Unit& unit, const Call& call, bool was_last) const;
   void EndForward();
   void ReleaseAfterError(const UnitPtr& unit);
@@ -140,11 +144,11 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void BeginBackward();
   void BackwardIsOver(int64_t number);
   void QueueBackward();
-  void BeforeBackward(const UnitPtr& unit);
+  void BeforeBackward(const UnitPtr& unit, uint64_t first_node);
   void UnshardInBackward(const UnitPtr& unit);
   void GradArrived(const UnitPtr& unit, size_t slot);
-  void InputArrived(const UnitPtr& unit);
-  void FreeIfOver(Unit& unit);
+  void FreePassed();
+  void FreeAfterBackward(Unit& unit);
   bool FreesAfterBackward(const Unit& unit) const;
   bool Reduces(const Unit& unit) const;
   bool Keeps(const Unit& unit) const;
@@ -156,9 +160,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
 
   ReadTurn FinishFor(ReadTurn turn);
   void JoinReductions();
-  /// Calls `method` with `unit` when the gradient of `tensor` is computed, if both still live.
-  void OnGradient(const at::Tensor& tensor, const UnitPtr& unit,
-                  void (Schedule::*method)(const UnitPtr&));
+  void AnnounceBackward(const at::Tensor& output, const UnitPtr& unit);
 
   const int64_t rank_;
   const std::shared_ptr<Peers> peers_;  // null for one rank alone
@@ -174,7 +176,9 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   int64_t backwards_ = 0;       // begun
   bool may_be_missed_ = false;  // peers may need this rank, though its forward has called all units
   bool last_backward_ = true;   // what a user has said of the next backward
-  bool graph_of_grads_ = false;  // the last backward has made a graph, which uses full parameters
+  bool has_hidden_graph_ = false;   // a graph uses full parameters, and no output announces that
+  bool uses_hidden_graph_ = false;  // the backward under way may
+  UnitSequence begun_;              // units that this backward has come to and has not freed
   GatherQueue gathers_;
   ReduceQueue reductions_;
 };

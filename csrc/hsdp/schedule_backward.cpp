@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "hsdp/outside_of_transforms.h"
 #include "hsdp/schedule.h"
 
 namespace hsdp_ckpt::hsdp {
@@ -17,7 +18,9 @@ void Schedule::BeginBackward() {
   MeetAfterError(Meeting::kBackward);
   const std::shared_ptr<void> until_over = turn_->BeginBackward();
   phase_ = active_.empty() ? Phase::kBackward : Phase::kBackwardInForward;
-  graph_of_grads_ = false;
+  uses_hidden_graph_ = has_hidden_graph_;
+  has_hidden_graph_ = has_hidden_graph_ && torch::autograd::get_current_graph_task_keep_graph();
+  begun_.clear();
   for (const UnitPtr& unit : units_) {
     unit->backward.Begin(unit->group->trainable().size());
   }
@@ -29,6 +32,7 @@ void Schedule::BeginBackward() {
       });
   torch::autograd::Engine::get_default_engine().queue_callback(
       [weak = weak_from_this(), until_gone] {
+        const OutsideOfTransforms outside;
         if (const auto self = weak.lock()) self->EndBackward();
       });
 }
@@ -65,46 +69,71 @@ bool Schedule::Keeps(const Unit& unit) const {
 
 // -- A unit in backward
 
-void Schedule::BeforeBackward(const UnitPtr& unit) {
+void Schedule::BeforeBackward(const UnitPtr& unit, uint64_t first_node) {
   BeginBackward();
   // In its hooks autograd's mode tells of create_graph.
-  graph_of_grads_ = graph_of_grads_ || at::GradMode::is_enabled();
+  has_hidden_graph_ = has_hidden_graph_ || at::GradMode::is_enabled();
   UnshardInBackward(unit);
+  unit->backward.graph_task = torch::autograd::get_current_graph_task_id();
+  unit->backward.first_node = std::min(unit->backward.first_node, first_node);
+  if (!Contains(begun_, unit)) begun_.push_back(unit);
   unit->on_backward();
 }
 
 void Schedule::UnshardInBackward(const UnitPtr& unit) {
   BeginBackward();
+  FreePassed();
   gathers_.Unshard(unit);
-}
-
-void Schedule::InputArrived(const UnitPtr& unit) {
-  BeginBackward();
-  ++unit->backward.inputs_arrived;
-  FreeIfOver(*unit);
 }
 
 void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
   BeginBackward();
-  if (!unit->backward.GradArrived(slot)) return;
-  FreeIfOver(*unit);
+  BackwardProgress& backward = unit->backward;
+  const bool begun = backward.graph_task != -1;
+  const int graph_task = torch::autograd::get_current_graph_task_id();
+  // A reentrant checkpoint within the unit runs a backward of its own. There may be more of them.
+  backward.in_parts = backward.in_parts || (begun && graph_task != backward.graph_task);
+  if (!backward.GradArrived(slot)) return;
+  // All are used for the last time when the last gradient arrives, but for what FreePassed frees.
+  if (!unit->frozen && !backward.in_parts) {
+    FreeAfterBackward(*unit);
+    std::erase(begun_, unit);
+  }
   gathers_.GradientsComplete(*unit);
   if (Reduces(*unit)) reductions_.GradientsComplete(unit);
   if (Keeps(*unit)) unit->group->KeepGrads();
 }
 
-// A parameter that is trained has been used for the last time when its gradient arrives. A frozen
-// one may still be needed for the gradients of the unit's inputs.
-void Schedule::FreeIfOver(Unit& unit) {
+// Frees the units that backward has gone past: frozen parameters may be needed for the gradients of
+// the inputs alone, and parts of a forward that are computed again, for their gradients. Of the
+// nodes that can run autograd takes those of a device in the order of falling sequence numbers, and
+// a node's inputs have lower ones: so at a node from before the unit's forward no node of it is
+// left. A graph task within another one has a higher number, and is over when the other goes on.
+// Where nodes of hidden graphs lie is not known.
+void Schedule::FreePassed() {
+  if (begun_.empty() || uses_hidden_graph_) return;
+  const auto node = torch::autograd::get_current_node();
+  if (node == nullptr) return;
+  const int graph_task = torch::autograd::get_current_graph_task_id();
+  std::erase_if(begun_, [&](const UnitPtr& unit) {
+    const bool same_task = graph_task == unit->backward.graph_task;
+    const bool passed = same_task ? node->sequence_nr() < unit->backward.first_node
+                                  : graph_task < unit->backward.graph_task;
+    const bool complete = unit->backward.complete || !unit->trains();
+    if (!passed || !complete || node->device() != unit->group->device()) return false;
+    FreeAfterBackward(*unit);
+    return true;
+  });
+}
+
+void Schedule::FreeAfterBackward(Unit& unit) {
   if (!FreesAfterBackward(unit)) return;
-  if (!unit.backward.complete && unit.trains()) return;
-  if (unit.frozen && unit.backward.inputs_arrived < unit.inputs) return;
   unit.unsharded_by_user = false;
   unit.group->Reshard();
 }
 
 bool Schedule::FreesAfterBackward(const Unit& unit) const {
-  return unit.reshard_after_backward && !graph_of_grads_ && !IsRunning(unit);
+  return unit.reshard_after_backward && !has_hidden_graph_ && !IsRunning(unit);
 }
 
 bool Schedule::IsRunning(const Unit& unit) const {
@@ -127,6 +156,7 @@ void Schedule::EndBackward() {
   }
   NoteOwing();
   gathers_.Clear();
+  begun_.clear();
   phase_ = phase_ == Phase::kBackwardInForward ? Phase::kForward : Phase::kBackwardDone;
   on_backward_end_();
   for (const Call& call : active_) call.unit->on_backward();

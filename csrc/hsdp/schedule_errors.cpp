@@ -52,11 +52,12 @@ void Schedule::MeetAfterError(Meeting meeting) {
 void Schedule::ForgetStep() {
   for (const UnitPtr& unit : units_) {
     ReleaseAfterError(unit);
-    unit->inputs = 0;
+    unit->first_node = UINT64_MAX;
   }
   gathers_.Clear();
   participants_.clear();
-  graph_of_grads_ = false;
+  begun_.clear();
+  has_hidden_graph_ = false;
   phase_ = Phase::kForward;
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -20,15 +21,20 @@ enum class ReshardAfterForward {
 
 /// How far one unit is in the backward under way.
 struct BackwardProgress {
-  std::vector<bool> arrived;  ///< by trainable parameter: its gradient is there
-  size_t arrivals = 0;        ///< how many of them
-  size_t inputs_arrived = 0;  ///< gradients of the inputs that forward watches
-  bool complete = false;      ///< the gradients of all trainable parameters have arrived
+  std::vector<bool> arrived;         ///< by trainable parameter: its gradient is there
+  size_t arrivals = 0;               ///< how many of them
+  bool complete = false;             ///< all of them have arrived
+  int graph_task = -1;               ///< autograd's, which has come to the unit's outputs last
+  uint64_t first_node = UINT64_MAX;  ///< of the forwards whose outputs those are, see Unit
+  bool in_parts = false;             ///< gradients have arrived in other graph tasks than that one
 
   void Begin(size_t trainable) {
     arrived.assign(trainable, false);
-    arrivals = inputs_arrived = 0;
+    arrivals = 0;
     complete = false;
+    graph_task = -1;
+    first_node = UINT64_MAX;
+    in_parts = false;
   }
   /// Notes the gradient of one parameter. True when it was the last one of them; should more come
   /// (a reentrant checkpoint runs backward piece by piece), they count anew.
@@ -66,10 +72,12 @@ struct Unit {
   std::function<void()> on_reduced;
 
   // What the Schedule notes here.
-  bool frozen = false;  ///< some parameter is: the gradients of the inputs need its memory
+  bool frozen = false;  ///< some parameter is: it may be needed when all gradients are there
   bool unsharded_by_user = false;  ///< for a forward to come
   bool outdated = false;  ///< kept for the graph of an earlier backward: forward gathers anew
-  size_t inputs = 0;      ///< inputs of forward that require gradients, if `frozen`
+  /// The nodes of autograd's graph that this pass's forwards have made have this sequence number or
+  /// higher ones.
+  uint64_t first_node = UINT64_MAX;
   BackwardProgress backward;
 };
 

@@ -1,9 +1,11 @@
 // The wrapper's core: one call a unit and hook. The GIL is released wherever a collective may be
-// waited for; the callbacks that Python hands in take it themselves.
+// waited for; the callbacks that Python hands in take it themselves. The same calls are none of a
+// transform's in which they may be made.
 #include <pybind11/functional.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "base/shard_rows.h"
+#include "hsdp/outside_of_transforms.h"
 #include "hsdp/param_group.h"
 #include "hsdp/peers.h"
 #include "hsdp/schedule.h"
@@ -13,7 +15,7 @@ namespace py = pybind11;
 
 namespace hsdp_ckpt::python {
 
-using NoGil = py::call_guard<py::gil_scoped_release>;
+using NoGil = py::call_guard<py::gil_scoped_release, hsdp::OutsideOfTransforms>;
 
 namespace {
 
@@ -113,7 +115,6 @@ void BindUnitSettings(UnitClass& unit_class) {
       .def_readwrite("sync", &hsdp::Unit::sync)
       .def_readwrite("reshard_after_forward", &hsdp::Unit::reshard_after_forward)
       .def_readwrite("reshard_after_backward", &hsdp::Unit::reshard_after_backward)
-      .def_readonly("frozen", &hsdp::Unit::frozen)
       .def_property_readonly("is_unsharded",
                              [](const hsdp::Unit& unit) {
                                return unit.group->state() == hsdp::ParamGroup::State::kUnsharded;
@@ -151,7 +152,8 @@ void BindUnit(py::module_& module) {
             return unit.group->Rebind(shards, device);
           },
           py::arg("shards"), py::arg("device"), NoGil())
-      .def("empty_full", [](const hsdp::Unit& unit) { return unit.group->EmptyFull(); })
+      .def(
+          "empty_full", [](const hsdp::Unit& unit) { return unit.group->EmptyFull(); }, NoGil())
       .def(
           "drop_kept", [](hsdp::Unit& unit) { unit.group->DropKept(); }, NoGil())
       .def("join_grads", [](hsdp::Unit& unit) { unit.group->reducer().Join(); })
@@ -177,7 +179,8 @@ void BindSchedule(py::module_& module) {
       .def("add", &hsdp::Schedule::Add, py::arg("unit"), py::arg("full"), py::arg("trainable"),
            NoGil())
       .def("enter_forward", &hsdp::Schedule::EnterForward, py::arg("unit"), py::arg("grad_enabled"),
-           py::arg("inputs"), NoGil())
+           NoGil())
+      .def("expect_hidden_graph", &hsdp::Schedule::ExpectHiddenGraph)
       .def("leave_forward", &hsdp::Schedule::LeaveForward, py::arg("unit"), py::arg("outputs"),
            NoGil())
       .def("abort_forward", &hsdp::Schedule::AbortForward, py::arg("unit"), NoGil())

@@ -42,8 +42,13 @@ bool IsDirect(const at::Tensor& tensor) {
   }
   const at::Storage& storage =
       tensor.unsafeGetTensorImpl()->unsafe_storage();  // no count of references moves
-  return static_cast<int64_t>(storage.nbytes() / tensor.itemsize()) >=
-         tensor.storage_offset() + tensor.numel();
+  // The full parameters of sharded modules have no address while they are freed, and raise where
+  // one is asked for.
+  const bool freed =
+      storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks().get() == nullptr &&
+      tensor.numel() > 0;
+  return !freed && static_cast<int64_t>(storage.nbytes() / tensor.itemsize()) >=
+                       tensor.storage_offset() + tensor.numel();
 }
 
 int64_t VersionOf(PyObject* tensor) {

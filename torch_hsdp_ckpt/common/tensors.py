@@ -64,6 +64,10 @@ def check_storage(tensor: Tensor, name: str) -> None:
             f"{tensor.untyped_storage().size()}; "
             "was its memory freed, as that of a sharded module's full parameters is?"
         )
+    try:
+        tensor.data_ptr()
+    except RuntimeError as error:  # this package's own sharded modules free in another way
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 def row_major_parts(tensor: Tensor, limit: int) -> Iterator[Tensor]:

@@ -45,9 +45,8 @@ class Root:
             prefetch,
             dist.get_rank(),
             schedule_peers,
-            weak_callback(self._end_backward),
+            weak_callback(self._show_sharded),
         )
-        self._keeps_full = False
         for unit in units:
             groups = self._groups.reduce(unit.mesh)
             if groups is not None:
@@ -60,27 +59,6 @@ class Root:
     def in_backward() -> bool:
         """Whether autograd is running: a forward now is a recomputation."""
         return torch._C._current_graph_task_id() != -1
-
-    def keep_full_parameters(self) -> None:
-        """Forwards free nothing from here on until a backward ends, which frees all: there is a
-        graph whose backward nobody announces."""
-        self._keeps_full = True
-
-    def leave_forward(self, core: _C.Unit, outputs: Sequence[torch.Tensor]) -> None:
-        """Ends a unit's forward. ``outputs``: the tensors that announce its backward."""
-        if not self._keeps_full:
-            self.schedule.leave_forward(core, outputs)
-            return
-        policy = core.reshard_after_forward
-        core.reshard_after_forward = _C.ReshardAfterForward.NEVER
-        try:
-            self.schedule.leave_forward(core, outputs)
-        finally:
-            core.reshard_after_forward = policy
-
-    def _end_backward(self) -> None:
-        self._keeps_full = False
-        self._show_sharded()
 
     def hide_freed(self) -> None:
         """Shows the sharded parameters where full ones are shown that have no memory any more."""

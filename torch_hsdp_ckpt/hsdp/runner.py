@@ -15,7 +15,6 @@ from .. import _C
 from ..common.gate import wait_at_gate
 from .adoption import adopt_everywhere
 from .eager import keep_dynamo_out
-from .flat_tensors import flat_tensors
 from .module_tree import RUNNER, without_wrappers
 from .precision import Precision
 from .results import Results, sequence_number, with_gathered_steps
@@ -108,10 +107,9 @@ class Runner:
         """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the
         module can be used again."""
         check_not_traced(self.unit.core.name)
-        if in_transform():
-            return self._run_in_transform(call, args, kwargs)
-        root, unit = self.root_of_all(), self.unit
-        unit.before_use()
+        with outside_of_transforms():
+            root = self.root_of_all()
+            self.unit.before_use()
         try:
             return self._run_forward(root, call, args, kwargs)
         except BaseException:
@@ -124,9 +122,12 @@ class Runner:
         if self._input_dtype is not None:
             args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
         core = self.unit.core
-        inputs = flat_tensors((args, kwargs)) if core.frozen else ()
         is_outermost = not root.schedule.running_here()
-        root.schedule.enter_forward(core, torch.is_grad_enabled(), inputs)
+        root.schedule.enter_forward(core, torch.is_grad_enabled())
+        transformed = in_transform()
+        if transformed and not root.in_backward():
+            # Its graph is one of its own, in which no tensor that is found announces a backward.
+            root.schedule.expect_hidden_graph()
         if is_outermost:
             root.hide_freed()  # what the last pass has kept, and this one may not call
         self.unit.show_full()
@@ -136,7 +137,10 @@ class Runner:
         if not root.in_backward():
             # This comes before the forward is left: then another thread may read.
             self.unit.show_sharded()
-        root.leave_forward(core, self._results.find(outputs, (args, kwargs), self.modules, since))
+        announcing: list[torch.Tensor] = []
+        if not transformed:
+            announcing = self._results.find(outputs, (args, kwargs), self.modules, since)
+        root.schedule.leave_forward(core, announcing)
         return outputs
 
     def show_kept(self) -> None:
@@ -155,32 +159,6 @@ class Runner:
         with root.turn():
             if core.is_unsharded:  # no forward of another thread has come in between
                 self.unit.show_full()
-
-    def _run_in_transform(
-        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """``run`` within a transform of ``torch.func``, which has a graph of its own: no hook of
-        the schedule could gather in that. So nothing is freed until the backward of the graph that
-        the transform is part of."""
-        with outside_of_transforms():
-            root = self.root_of_all()
-            self.unit.before_use()
-        try:
-            if self._input_dtype is not None:
-                args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
-            with outside_of_transforms():
-                root.keep_full_parameters()
-                root.schedule.enter_forward(self.unit.core, torch.is_grad_enabled(), ())
-            self.unit.show_full()
-            outputs = self.precision.cast_outputs(call(*args, **kwargs))
-            self.unit.show_sharded()
-            with outside_of_transforms():
-                root.leave_forward(self.unit.core, ())
-        except BaseException:
-            with outside_of_transforms():
-                self._abort_forward(root)
-            raise
-        return outputs
 
     def _abort_forward(self, root: Root) -> None:
         # A recomputation ends by an error when it has computed enough, and backward goes on with
