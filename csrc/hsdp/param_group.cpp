@@ -51,7 +51,8 @@ void ParamGroup::set_name(std::string name) {
       "from where that comes to a tensor which the module has returned or kept: return all tensors "
       "that losses and other modules use, in tuples, lists, dicts or objects with attributes. Or "
       "keep the parameters from forward to backward, with reshard_after_forward=False "
-      "(fully_shard) or ShardingStrategy.SHARD_GRAD_OP");
+      "(fully_shard) or ShardingStrategy.SHARD_GRAD_OP. Or a backward has come between that of "
+      "create_graph=True, or a transform of torch.func, and this one: give it retain_graph=True");
 }
 
 at::ScalarType ParamGroup::FullDtype(size_t i) const {
@@ -325,6 +326,11 @@ void ParamGroup::Reshard() {
   state_ = State::kSharded;
   packed_.reset();
   lent_.reset();  // to the compute stream, which has used it last
+}
+
+bool ParamGroup::has_views() const {
+  return std::any_of(full_.begin(), full_.end(),
+                     [](const at::Tensor& full) { return full.storage().use_count() > 1; });
 }
 
 void ParamGroup::ExpectKeptGrads() {

@@ -95,6 +95,9 @@ class ParamGroup {
   void Unshard();
   /// Takes the full parameters' memory away, or drops a gather that was started.
   void Reshard();
+  /// Whether the memory of a full parameter is used under another name too: by a graph that has
+  /// detached it, for instance, or by a user.
+  bool has_views() const;
 
   /// A forward begins, whose backward's gradients wait for a later one's. All ranks call it, though
   /// one may leave out its backward.

@@ -35,8 +35,8 @@ void Schedule::Add(const UnitPtr& unit, std::vector<at::Tensor> full,
                    std::vector<size_t> trainable) {
   if (!Contains(units_, unit)) units_.push_back(unit);
   const bool backward_has_raised = in_backward() && !AutogradRuns();
-  if (backward_has_raised) unit->group->DropGrads();
   const bool frozen = trainable.size() < full.size();
+  if (backward_has_raised) unit->group->DropGrads();
   unit->group->BindFull(
       std::move(full), std::move(trainable),
       [weak = weak_from_this(), weak_unit = std::weak_ptr<Unit>(unit)](size_t slot) {
@@ -68,9 +68,10 @@ void Schedule::AnnounceBackward(const at::Tensor& output, const UnitPtr& unit) {
 }
 
 void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled) {
-  if (grad_enabled) unit->first_node = std::min(unit->first_node, at::sequence_number::peek());
+  const uint64_t next_node = at::sequence_number::peek();
   if (AutogradRuns()) {
     // Activation checkpointing computes the forward again: no new pass, nothing to record.
+    if (grad_enabled) unit->first_node = std::min(unit->first_node, next_node);
     UnshardInBackward(unit);
     return;
   }
@@ -84,6 +85,18 @@ void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled) {
   unless_gathered.release();
   Naming({rank_, unit->name()}, "all-gather", [&] { unit->group->Unshard(); });
   if (!grad_enabled) return;
+  CountForBackward(unit);
+  unit->first_node = std::min(unit->first_node, next_node);
+}
+
+// A unit whose outputs may have gradients. A forward without gradients changes nothing for the
+// graphs of those before it, which more backwards may be to use.
+void Schedule::CountForBackward(const UnitPtr& unit) {
+  if (phase_ == Phase::kBackwardDone) {
+    for (const UnitPtr& other : units_) other->first_node = UINT64_MAX;
+    participants_.clear();
+    phase_ = Phase::kForward;
+  }
   may_be_missed_ = true;
   if (!unit->sync && unit->trains()) unit->group->ExpectKeptGrads();
   if (!Contains(participants_, unit)) participants_.push_back(unit);
@@ -92,11 +105,6 @@ void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled) {
 void Schedule::BeginForward(const UnitPtr& outermost) {
   ForgetLastPass();
   MeetAfterError(Meeting::kForward);
-  if (phase_ == Phase::kBackwardDone) {
-    for (const UnitPtr& unit : units_) unit->first_node = UINT64_MAX;
-    participants_.clear();
-  }
-  phase_ = Phase::kForward;
   may_be_missed_ = false;
   order_.Begin(outermost);
 }

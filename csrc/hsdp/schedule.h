@@ -100,7 +100,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   ///   kBackward             it ends                   kBackwardDone
   ///   kBackwardInForward    it ends                   kForward
   ///   kBackwardDone         another backward begins   kBackward: of the same graph
-  ///   kBackwardDone         a forward begins          kForward: its units are counted anew
+  ///   kBackwardDone         a forward with gradients  kForward: its units are counted anew
   ///   kBackward(InForward)  Reset, once it raised     kBackwardDone
   enum class Phase { kForward, kBackward, kBackwardInForward, kBackwardDone };
 
@@ -115,6 +115,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
 
   // Forward.
   void BeginForward(const UnitPtr& outermost);
+  void CountForBackward(const UnitPtr& unit);
   void ForgetLastPass();
   static void Outdate(Unit& unit);
   void GatherAnew(Unit& unit);
@@ -155,6 +156,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   bool IsRunning(const Unit& unit) const;
   void EndBackward();
   void FinishGathers();
+  void StartUnqueued();
   void StartReductionsBefore(const Unit& unit, size_t limit);
   void NoteOwing();
 
@@ -178,6 +180,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   bool last_backward_ = true;   // what a user has said of the next backward
   bool has_hidden_graph_ = false;   // a graph uses full parameters, and no output announces that
   bool uses_hidden_graph_ = false;  // the backward under way may
+  bool keeps_graph_ = false;        // the backward under way does
   UnitSequence begun_;              // units that this backward has come to and has not freed
   GatherQueue gathers_;
   ReduceQueue reductions_;

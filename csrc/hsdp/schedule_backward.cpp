@@ -19,7 +19,8 @@ void Schedule::BeginBackward() {
   const std::shared_ptr<void> until_over = turn_->BeginBackward();
   phase_ = active_.empty() ? Phase::kBackward : Phase::kBackwardInForward;
   uses_hidden_graph_ = has_hidden_graph_;
-  has_hidden_graph_ = has_hidden_graph_ && torch::autograd::get_current_graph_task_keep_graph();
+  keeps_graph_ = torch::autograd::get_current_graph_task_keep_graph();
+  has_hidden_graph_ = has_hidden_graph_ && keeps_graph_;
   begun_.clear();
   for (const UnitPtr& unit : units_) {
     unit->backward.Begin(unit->group->trainable().size());
@@ -94,8 +95,8 @@ void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
   // A reentrant checkpoint within the unit runs a backward of its own. There may be more of them.
   backward.in_parts = backward.in_parts || (begun && graph_task != backward.graph_task);
   if (!backward.GradArrived(slot)) return;
-  // All are used for the last time when the last gradient arrives, but for what FreePassed frees.
-  if (!unit->frozen && !backward.in_parts) {
+  // Mostly all are used for the last time when the last gradient arrives. FreePassed has the rest.
+  if (!unit->frozen && !backward.in_parts && !unit->group->has_views()) {
     FreeAfterBackward(*unit);
     std::erase(begun_, unit);
   }
@@ -104,12 +105,12 @@ void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
   if (Keeps(*unit)) unit->group->KeepGrads();
 }
 
-// Frees the units that backward has gone past: frozen parameters may be needed for the gradients of
-// the inputs alone, and parts of a forward that are computed again, for their gradients. Of the
-// nodes that can run autograd takes those of a device in the order of falling sequence numbers, and
-// a node's inputs have lower ones: so at a node from before the unit's forward no node of it is
-// left. A graph task within another one has a higher number, and is over when the other goes on.
-// Where nodes of hidden graphs lie is not known.
+// Frees the units that backward has gone past: frozen and detached parameters may be needed for the
+// gradients of the inputs alone, and parts of a forward that are computed again, for their
+// gradients. Of the nodes that can run autograd takes those of a device in the order of falling
+// sequence numbers, and a node's inputs have lower ones: so at a node from before the unit's
+// forward no node of it is left. A graph task within another one has a higher number, and is over
+// when the other goes on. Where nodes of hidden graphs lie is not known.
 void Schedule::FreePassed() {
   if (begun_.empty() || uses_hidden_graph_) return;
   const auto node = torch::autograd::get_current_node();
@@ -144,15 +145,18 @@ bool Schedule::IsRunning(const Unit& unit) const {
 // -- A backward ends
 
 void Schedule::EndBackward() {
+  has_hidden_graph_ = has_hidden_graph_ && keeps_graph_;  // what a part of this one made is used
   reductions_.AllReady();
   FinishGathers();
   reductions_.StartReady();
+  StartUnqueued();
   reductions_.Take(last_backward_ ? 0 : ReduceQueue::kInFlight);
   for (const UnitPtr& unit : units_) {
     if (FreesAfterBackward(*unit)) Release(unit);
     if (last_backward_ && unit->trains()) unit->group->reducer().Join();
     // Of a unit that was not used as a whole, too.
-    if (Keeps(*unit) && Contains(participants_, unit)) unit->group->KeepGrads();
+    const bool may_have_some = Contains(participants_, unit) || unit->backward.arrivals > 0;
+    if (Keeps(*unit) && may_have_some) unit->group->KeepGrads();
   }
   NoteOwing();
   gathers_.Clear();
@@ -163,6 +167,16 @@ void Schedule::EndBackward() {
   // Whoever gets the turn next takes errors too: this backward's has to be taken before.
   const auto give_turn = c10::make_scope_exit([this] { turn_->EndBackward(); });
   reductions_.RethrowKept();
+}
+
+// Of an older graph than the last forward's: units that no queue expects, and of which some
+// parameters had no gradient in it. Those that got all of theirs have been reduced at once.
+void Schedule::StartUnqueued() {
+  for (const UnitPtr& unit : units_) {
+    if (!Reduces(*unit) || unit->backward.arrivals == 0) continue;
+    const bool is_queued = Contains(participants_, unit) || Contains(owing_, unit);
+    if (!is_queued) reductions_.GradientsComplete(unit);
+  }
 }
 
 // Starts the gathers that this rank had no use for: peers may wait for them before they can join a

@@ -19,7 +19,7 @@ from .module_tree import RUNNER, without_wrappers
 from .precision import Precision
 from .results import Results, sequence_number, with_gathered_steps
 from .root import Root
-from .transforms import check_not_traced, in_transform, outside_of_transforms
+from .transforms import check_not_traced, in_transform, makes_graph, outside_of_transforms
 from .unit import ShardedUnit
 
 
@@ -125,7 +125,7 @@ class Runner:
         is_outermost = not root.schedule.running_here()
         root.schedule.enter_forward(core, torch.is_grad_enabled())
         transformed = in_transform()
-        if transformed and not root.in_backward():
+        if transformed and makes_graph() and not root.in_backward():
             # Its graph is one of its own, in which no tensor that is found announces a backward.
             root.schedule.expect_hidden_graph()
         if is_outermost:

@@ -14,6 +14,13 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def makes_graph() -> bool:
+    """Whether what a transform runs may make a graph. With ``no_grad`` within two of them the
+    outer one still may."""
+    level = torch._C._functorch.maybe_current_level()
+    return torch.is_grad_enabled() or (level is not None and level > 1)
+
+
 def outside_of_transforms() -> contextlib.AbstractContextManager[None]:
     """Within the block tensors are made and computed with as if there were no transform."""
     guard: contextlib.AbstractContextManager[None] = torch._C._DisableFuncTorch()
