@@ -1,9 +1,13 @@
 """Models on parts of the ranks, and the process groups that models have: made by their own ranks
 alone, gone with the models."""
 
+import contextlib
 import gc
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,3 +213,67 @@ def _destroy(rank: int) -> None:
 
 def test_after_destroy_process_group() -> None:
     run_ranks(_destroy, 4)
+
+
+# Rank 0 raises in its backward and ends. The others answer the reduction that it has begun in the
+# midst of the interpreter's own end.
+_RAISES_AND_ENDS = """
+import sys
+import time
+import torch
+import torch.distributed as dist
+from models import batch, uneven_net
+from torch_hsdp_ckpt import FullyShardedDataParallel, ShardingStrategy
+
+class Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("no luck")
+
+class Waits:
+    def __del__(self, finalizing=sys.is_finalizing, print=print, sleep=time.sleep):
+        print("ends" if finalizing() else "too early", flush=True)
+        sleep(2)
+
+def wrapped(module):
+    return FullyShardedDataParallel(module, sharding_strategy=ShardingStrategy.NO_SHARD)
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=3)
+net = uneven_net()
+net.blocks[1] = wrapped(net.blocks[1])
+net = wrapped(net)
+if rank == 0:
+    net.module.blocks[0].register_forward_hook(lambda module, args, output: Raises.apply(output))
+loss = net(batch(uneven_net(), 0, rank)).sum()
+if rank == 0:
+    waits = Waits()
+    try:
+        loss.backward()
+    except ValueError:
+        del net, loss
+else:
+    sys.stdin.readline()
+    loss.backward()
+"""
+
+
+def test_a_process_ends_before_its_reductions(tmp_path: Path) -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank in range(3):
+            program = [sys.executable, "-c", _RAISES_AND_ENDS, str(rank), f"{tmp_path}/rendezvous"]
+            ranks.append(subprocess.Popen(program, cwd=Path(__file__).parent, **pipes))
+            stack.enter_context(ranks[-1])
+            stack.callback(ranks[-1].kill)
+        line = ranks[0].stdout.readline()
+        for other in ranks[1:]:
+            other.stdin.write(b"go on\n")
+            other.stdin.flush()
+        _, errors = ranks[0].communicate(timeout=120)
+    assert (line, ranks[0].returncode) == (b"ends\n", 0), errors.decode()

@@ -389,6 +389,8 @@ class Collectives:
 class Peers:
     def __init__(self, group: str, ranks: Sequence[int], channel: int) -> None: ...
 
+def keep_if_pending(group: str) -> None: ...
+
 class Unit:
     name: str
     sync: bool

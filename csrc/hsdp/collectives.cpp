@@ -66,8 +66,9 @@ bool Collectives::coalesces(c10::DeviceType device) const {
 
 // On a device `wait` makes the current stream wait for the operation, which may run on a stream of
 // the backend's own.
-PendingWorks Collectives::Ordered(WorkPtr work, const at::Tensor& tensor) const {
-  if (host_orders(tensor.device().type())) return PendingWorks(std::move(work));
+PendingWorks Collectives::Ordered(WorkPtr work, const GroupPtr& group,
+                                  const at::Tensor& tensor) const {
+  if (host_orders(tensor.device().type())) return {std::move(work), group};
   if (work) work->wait();
   return {};
 }
@@ -114,12 +115,12 @@ PendingWorks Collectives::AllGather(const std::vector<Cut>& runs) const {
         at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>("c10d::_allgather_base_");
     return Ordered(
         std::get<1>(op.call(outputs[0], inputs[0], group, Async(inputs[0]), kDefaultTimeout)),
-        inputs[0]);
+        group, inputs[0]);
   }
   static const auto op =
       FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, bool)>(
           "c10d::allgather_into_tensor_coalesced_");
-  return Ordered(op.call(outputs, inputs, group, Async(inputs[0])), inputs[0]);
+  return Ordered(op.call(outputs, inputs, group, Async(inputs[0])), group, inputs[0]);
 }
 
 PendingWorks Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
@@ -136,7 +137,7 @@ PendingWorks Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
       return std::get<1>(
           op.call(output, inputs[0], group, Op(averages), Async(output), kDefaultTimeout));
     };
-    return Ordered(average ? AverageIfItCan(issue) : issue(false), output);
+    return Ordered(average ? AverageIfItCan(issue) : issue(false), group, output);
   }
   static const auto op =
       FindOp<WorkPtr(const at::TensorList, const at::TensorList, const GroupPtr&, const OpPtr&,
@@ -144,7 +145,7 @@ PendingWorks Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
   const auto issue = [&](bool averages) {
     return op.call(outputs, inputs, group, Op(averages), Async(inputs[0]), kDefaultTimeout);
   };
-  return Ordered(average ? AverageIfItCan(issue) : issue(false), inputs[0]);
+  return Ordered(average ? AverageIfItCan(issue) : issue(false), group, inputs[0]);
 }
 
 JointOp Collectives::BeginReduction() const {
@@ -181,23 +182,24 @@ PendingWorks Collectives::AllReduce(const at::Tensor& tensor, bool average) cons
   static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(
       at::TensorList, const GroupPtr&, const OpPtr&, const std::optional<at::Tensor>&, bool,
       int64_t)>("c10d::allreduce_");
+  const GroupPtr group = c10d::resolve_process_group(replica_group_.value());
   const std::vector<at::Tensor> tensors{tensor};
   const auto issue = [&](bool averages) {
-    return std::get<1>(op.call(tensors, c10d::resolve_process_group(replica_group_.value()),
-                               Op(averages), std::nullopt, Async(tensor), kDefaultTimeout));
+    return std::get<1>(
+        op.call(tensors, group, Op(averages), std::nullopt, Async(tensor), kDefaultTimeout));
   };
   // Behind a reduce-scatter the backend has been asked already: the sums are averages.
-  return Ordered(average && shards_ == 1 ? AverageIfItCan(issue) : issue(average), tensor);
+  return Ordered(average && shards_ == 1 ? AverageIfItCan(issue) : issue(average), group, tensor);
 }
 
 PendingWorks Collectives::BroadcastFirst(const at::Tensor& tensor) const {
   static const auto op = FindOp<std::tuple<std::vector<at::Tensor>, WorkPtr>(
       at::TensorList, const GroupPtr&, int64_t, int64_t, bool, int64_t)>("c10d::broadcast_");
+  const GroupPtr group = c10d::resolve_process_group(reduce_group_);
   const std::vector<at::Tensor> tensors{tensor};
-  return Ordered(
-      std::get<1>(op.call(tensors, c10d::resolve_process_group(reduce_group_), /*root_rank=*/0,
-                          /*root_tensor=*/0, Async(tensor), kDefaultTimeout)),
-      tensor);
+  return Ordered(std::get<1>(op.call(tensors, group, /*root_rank=*/0, /*root_tensor=*/0,
+                                     Async(tensor), kDefaultTimeout)),
+                 group, tensor);
 }
 
 bool Collectives::averages(c10::DeviceType device, at::ScalarType dtype) const {

@@ -116,7 +116,7 @@ class Collectives {
 
  private:
   c10::intrusive_ptr<c10d::Backend> backend(c10::DeviceType device) const;
-  PendingWorks Ordered(WorkPtr work, const at::Tensor& tensor) const;
+  PendingWorks Ordered(WorkPtr work, const GroupPtr& group, const at::Tensor& tensor) const;
   template <typename Issue>
   WorkPtr AverageIfItCan(Issue issue) const;
 

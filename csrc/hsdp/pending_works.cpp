@@ -8,9 +8,11 @@
 #include <chrono>
 #include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <utility>
 
 #include "hsdp/c10d_ops.h"
@@ -35,9 +37,9 @@ class Abandoned {
     return abandoned;
   }
 
-  void Take(std::vector<WorkPtr> works) {
+  void Take(std::vector<WorkPtr> works, std::shared_ptr<const void> use) {
     const std::lock_guard lock(mutex_);
-    kept_.push_back({Clock::now(), std::move(works)});
+    kept_.push_back({Clock::now(), std::move(works), std::move(use)});
   }
 
   void DropOld() {
@@ -51,10 +53,43 @@ class Abandoned {
   struct Entry {
     Clock::time_point since;
     std::vector<WorkPtr> works;
+    std::shared_ptr<const void> use;
   };
 
   std::mutex mutex_;
   std::deque<Entry> kept_;
+};
+
+/// Knows which groups have collectives that are not over.
+class GroupUses {
+ public:
+  static GroupUses& OfProcess() {
+    static auto& uses = *new GroupUses();  // collectives may be under way until the process ends
+    return uses;
+  }
+
+  /// What a collective holds until it is over.
+  std::shared_ptr<const void> Add(const GroupPtr& group) {
+    const std::lock_guard lock(mutex_);
+    std::weak_ptr<const void>& known = uses_[group.get()];
+    std::shared_ptr<const void> use = known.lock();
+    if (!use) known = use = std::make_shared<int>();
+    return use;
+  }
+
+  /// Forgets a group that has none; says whether that is so.
+  bool Forget(const GroupPtr& group) {
+    const std::lock_guard lock(mutex_);
+    const auto found = uses_.find(group.get());
+    if (found == uses_.end()) return true;
+    if (!found->second.expired()) return false;
+    uses_.erase(found);
+    return true;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<const c10d::ProcessGroup*, std::weak_ptr<const void>> uses_;
 };
 
 /// Somebody who waits for messages.
@@ -134,13 +169,19 @@ class Watch {
 
 }  // namespace
 
+PendingWorks::PendingWorks(WorkPtr work, const GroupPtr& group)
+    : works_{std::move(work)}, use_(GroupUses::OfProcess().Add(group)) {}
+
 PendingWorks::~PendingWorks() {
-  if (!works_.empty()) Abandoned::OfProcess().Take(std::move(works_));
+  if (works_.empty()) return;
+  if (AreOver()) use_.reset();
+  Abandoned::OfProcess().Take(std::move(works_), std::move(use_));
 }
 
 PendingWorks& PendingWorks::operator=(PendingWorks&& other) noexcept {
   // What this one held is the other's to put aside.
   std::swap(works_, other.works_);
+  std::swap(use_, other.use_);
   std::swap(departures_, other.departures_);
   std::swap(op_, other.op_);
   return *this;
@@ -185,6 +226,11 @@ void PendingWorks::WaitForMessages() const {
   departures_->Follow(waiting.why_in_vain);
   TORCH_CHECK_WITH(DistBackendError, false, "given up, as ", waiting.why_in_vain,
                    ". All ranks leave this step, and can go on with the next one");
+}
+
+void KeepIfPending(const std::string& name) {
+  const GroupPtr group = c10d::resolve_process_group(name);
+  if (!GroupUses::OfProcess().Forget(group)) new GroupPtr(group);
 }
 
 }  // namespace hsdp_ckpt::hsdp

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
@@ -27,8 +28,8 @@ using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
 class PendingWorks {
  public:
   PendingWorks() = default;
-  /// Of a collective, which may be null. Its wait ends with it or with the group's timeout.
-  explicit PendingWorks(WorkPtr work) : works_{std::move(work)} {}
+  /// Of a collective of `group`; may be null. Its wait ends with it or with the group's timeout.
+  PendingWorks(WorkPtr work, const GroupPtr& group);
   /// Of messages between two ranks each, which are given up when a rank has left the step without
   /// having begun `op` (Departures). Without departures there are no peers that might.
   PendingWorks(std::shared_ptr<Departures> departures, const JointOp& op)
@@ -55,8 +56,15 @@ class PendingWorks {
   int64_t tag() const { return departures_ ? departures_->tag(op_.round) : Departures::kFirstTag; }
 
   std::vector<WorkPtr> works_;
+  std::shared_ptr<const void> use_;         // of a collective's group, while it is not over
   std::shared_ptr<Departures> departures_;  // null for collectives, and without peers
   JointOp op_{};
 };
+
+/// Keeps the group of this name until the process ends if a collective of it is not over: its
+/// destructor would wait for peers that may never come. It can't do so in another thread either:
+/// that one needs Python's lock in the end, and where the interpreter has gone meanwhile it takes
+/// the process down.
+void KeepIfPending(const std::string& group);
 
 }  // namespace hsdp_ckpt::hsdp

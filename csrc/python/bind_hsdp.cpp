@@ -8,6 +8,7 @@
 #include "hsdp/outside_of_transforms.h"
 #include "hsdp/param_group.h"
 #include "hsdp/peers.h"
+#include "hsdp/pending_works.h"
 #include "hsdp/schedule.h"
 #include "python/module.h"
 
@@ -69,6 +70,7 @@ void BindCommunication(py::module_& module) {
   py::class_<hsdp::Peers, std::shared_ptr<hsdp::Peers>>(module, "Peers")
       .def(py::init<std::string, std::vector<int64_t>, int64_t>(), py::arg("group"),
            py::arg("ranks"), py::arg("channel"));
+  module.def("keep_if_pending", &hsdp::KeepIfPending, py::arg("group"));
 }
 
 using UnitClass = py::class_<hsdp::Unit, std::shared_ptr<hsdp::Unit>>;

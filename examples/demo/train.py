@@ -308,6 +308,9 @@ def run(args: argparse.Namespace) -> None:
         if args.export:
             trainer.export(args.export)
         journal.write("end", step=trainer.step)
+    # All leave together: threads of Gloo hold the tensors of a collective for a moment longer than
+    # it takes, and one that lets go of them when Python has ended takes the process down.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -5,10 +5,7 @@ Only the ranks of such a group take part in making it, and nothing that torch co
 some of them have made a group among themselves, and the next group that they all make then hangs.
 """
 
-import _thread
 import hashlib
-import os
-import time
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,13 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from .. import _C
 from ..common.agreement import group_timeout
 
 _c10d: Any = dist.distributed_c10d
-
-# Freeing a group whose last collective has failed would wait for peers that do not come; then its
-# threads end later, by the group's timeout.
-_SECONDS_FOR_FREEING = 2.0
 
 
 class GroupRequest(NamedTuple):
@@ -96,27 +90,13 @@ def _end(default: "weakref.ref[Any]", name: str) -> None:
     world = default()
     if world is None:  # destroy_process_group has ended it
         return
-    held = [_alive.get(world, {}).pop(name, None)]
-    if held[0] is None:
+    group = _alive.get(world, {}).pop(name, None)
+    if group is None:
         return
     if world is _c10d.GroupMember.WORLD:  # if not, no name is registered
+        _C.keep_if_pending(name)
         _c10d._unregister_process_group(name)
-    # This may be the garbage collector's call, in the midst of anything: threading's own locks may
-    # be taken.
-    tasks: list[int] = []
-
-    def free() -> None:
-        tasks.append(_thread.get_native_id())
-        held.clear()
-
-    _thread.start_new_thread(free, ())
-    deadline = time.monotonic() + _SECONDS_FOR_FREEING
-    while time.monotonic() < deadline and not (tasks and _has_ended(tasks[0])):
-        time.sleep(0.0005)
-
-
-def _has_ended(task: int) -> bool:
-    return not os.path.exists(f"/proc/self/task/{task}")
+    del group
 
 
 def group_of_all(like: dist.ProcessGroup, timeout: timedelta) -> str:
