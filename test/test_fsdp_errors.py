@@ -398,6 +398,7 @@ def _frozen_is_freed(rank: int) -> None:
             out = checkpoint(ours, h, use_reentrant=reentrant)
         out.square().mean().backward()
         assert_close(grads(ours), expected)
+    assert len(held) == 3
     for late in held:
         assert not {1, 2, 3} & set(late), held
 

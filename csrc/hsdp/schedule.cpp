@@ -93,7 +93,6 @@ void Schedule::EnterForward(const UnitPtr& unit, bool grad_enabled) {
 // graphs of those before it, which more backwards may be to use.
 void Schedule::CountForBackward(const UnitPtr& unit) {
   if (phase_ == Phase::kBackwardDone) {
-    for (const UnitPtr& other : units_) other->first_node = UINT64_MAX;
     participants_.clear();
     phase_ = Phase::kForward;
   }
@@ -105,6 +104,9 @@ void Schedule::CountForBackward(const UnitPtr& unit) {
 void Schedule::BeginForward(const UnitPtr& outermost) {
   ForgetLastPass();
   MeetAfterError(Meeting::kForward);
+  if (phase_ == Phase::kBackwardDone) {
+    for (const UnitPtr& unit : units_) unit->first_node = UINT64_MAX;
+  }
   may_be_missed_ = false;
   order_.Begin(outermost);
 }
