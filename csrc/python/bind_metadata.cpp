@@ -4,6 +4,7 @@
 #include <set>
 #include <string>
 
+#include "checkpoint/load/metadata_file.h"
 #include "format/metadata.h"
 #include "format/trailer.h"
 #include "pickle/pickle_strings.h"
@@ -269,6 +270,27 @@ py::bytes Trailer(const py::buffer& pickle) {
   return format::MetadataTrailer(Span(pickle.request()));
 }
 
+py::bytes MarkMetadata(const py::buffer& file, uint64_t run, uint64_t commit) {
+  const py::buffer_info view = file.request();
+  std::string marked;
+  {
+    const py::gil_scoped_release released;
+    marked = format::WithRunMark(Span(view), {run, commit}, "the metadata to be written");
+  }
+  return marked;
+}
+
+// (run, commit), or None.
+py::object ReadRunMark(const std::string& directory) {
+  std::optional<format::RunMark> mark;
+  {
+    const py::gil_scoped_release released;
+    mark = checkpoint::ReadRunMark(io::PosixFileSystem(), directory);
+  }
+  if (!mark) return py::none();
+  return py::make_tuple(mark->run, mark->commit);
+}
+
 }  // namespace
 
 py::object MetadataToPython(const format::Metadata& metadata) {
@@ -281,6 +303,8 @@ void BindMetadata(py::module_& module) {
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
   module.def("metadata_files", &Files, py::arg("file"), py::arg("path"));
   module.def("encode_metadata", &Encode, py::arg("metadata"));
+  module.def("mark_metadata", &MarkMetadata, py::arg("file"), py::arg("run"), py::arg("commit"));
+  module.def("read_run_mark", &ReadRunMark, py::arg("directory"));
   module.def("metadata_trailer", &Trailer, py::arg("pickle"));
 }
 

@@ -1,5 +1,7 @@
 #include "checkpoint/load/metadata_file.h"
 
+#include <array>
+
 #include "base/error.h"
 #include "format/metadata.h"
 #include "io/file.h"
@@ -16,6 +18,15 @@ std::vector<std::byte> ReadMetadataFile(io::FileSystem& fs, const std::string& d
   std::vector<std::byte> bytes(static_cast<size_t>(size));
   file.ReadAt(bytes, 0, "metadata");
   return bytes;
+}
+
+std::optional<format::RunMark> ReadRunMark(io::FileSystem& fs, const std::string& directory) {
+  const io::File file = io::File::OpenInside(fs, directory, ".metadata", io::OpenMode::kRead);
+  std::array<std::byte, format::kRunMarkSize + format::kMetadataTrailerSize> end;
+  const int64_t size = file.Size();
+  if (size < static_cast<int64_t>(end.size())) return std::nullopt;
+  file.ReadAt(end, size - static_cast<int64_t>(end.size()), "metadata");
+  return format::ParseRunMark(end);
 }
 
 }  // namespace hsdp_ckpt::checkpoint
