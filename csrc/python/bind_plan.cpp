@@ -181,6 +181,8 @@ void BindPlan(py::module_& module) {
              return format::ProcessIdentity{host, boot, pid, start};
            }),
            py::arg("host"), py::arg("boot"), py::arg("pid"), py::arg("start"))
+      .def("__eq__", [](const format::ProcessIdentity& a,
+                        const format::ProcessIdentity& b) { return a == b; })
       .def_readonly("host", &format::ProcessIdentity::host)
       .def_readonly("boot", &format::ProcessIdentity::boot)
       .def_readonly("pid", &format::ProcessIdentity::pid)

@@ -44,6 +44,7 @@ class FaultFileSystem : public io::FileSystem {
     calls_ = 0;
   }
   int calls() const { return calls_; }
+  std::map<std::string, int64_t> modified;  ///< by path, seconds; 0 for others
   bool direct_supported = true;
   bool direct_write_supported = true;
 
@@ -113,7 +114,9 @@ class FaultFileSystem : public io::FileSystem {
     }
     const auto found = entries_.find(path);
     if (found == entries_.end()) return -ENOENT;
-    *status = {false, static_cast<int64_t>(found->second->bytes.size()), 0};
+    const auto time = modified.find(path);
+    *status = {false, static_cast<int64_t>(found->second->bytes.size()),
+               time == modified.end() ? 0 : time->second};
     return 0;
   }
   int List(const std::string& directory, std::vector<std::string>* names) override {

@@ -102,8 +102,7 @@ def _commit_as_coordinator(
         files[name] = _C.ExpectedFile(name, result.file_size, exact=True)
     metadata = complete_metadata(built, opened.gathered.metadata, results)
     claim = opened.unfinished.take_claim()
-    opened.request.writer._commit(claim, metadata, list(files.values()))
-    return metadata
+    return opened.request.writer._commit(claim, metadata, list(files.values()))
 
 
 def _result(request: SaveRequest, written: Written, votes: Sequence[_Vote]) -> SaveResult:

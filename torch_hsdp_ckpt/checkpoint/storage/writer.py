@@ -122,6 +122,8 @@ class FileSystemWriter(_stock.FileSystemWriter):
     """
 
     _claim: str | None = None  # on the coordinator, from the plan to the commit
+    # The training run that the checkpoint is of, and its number there; see csrc/format/trailer.h.
+    _run_mark: tuple[int, int] | None = None
 
     def _uses_torch(self) -> bool:
         return (
@@ -178,7 +180,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         writer of torch's: then this rank's files get names of their own."""
         storage = plan.storage_data
         if not isinstance(storage, _SaveStorage) or storage.save_id in _used_save_ids:
-            storage = _SaveStorage.of(self._own_rank(), _C.new_save_id())
+            storage = _SaveStorage.of(self._own_rank(), _C.new_save_id(claimed=False))
         _used_save_ids.add(storage.save_id)
         return storage
 
@@ -278,9 +280,11 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
     def _claim_for_save(self) -> tuple[int, str]:
         """Makes a new save the one that may commit here: its id, and the claim."""
-        save_id = _C.new_save_id()
+        save_id = _C.new_save_id(claimed=True)
         name = self._own_metadata_path().name
-        return save_id, _C.claim_directory(str(self.path), name, save_id, self.overwrite)
+        claim = _C.claim_directory(str(self.path), name, save_id, self.overwrite)
+        make_room(self.path, name, claim, self.sync_files)
+        return save_id, claim
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, _C.ExpectedFile] = {}
@@ -311,9 +315,11 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
     def _commit(
         self, claim: str, metadata: bytes | memoryview, files: Sequence[_C.ExpectedFile]
-    ) -> None:
-        """Makes a checkpoint of data files that are durable."""
+    ) -> bytes | memoryview:
+        """Makes a checkpoint of data files that are durable; the bytes of its metadata."""
         path = self._own_metadata_path()
+        if self._run_mark is not None:
+            metadata = _C.mark_metadata(metadata, *self._run_mark)
         with _commit_lock:
             request = _C.CommitRequest(
                 directory=str(self.path),
@@ -330,6 +336,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
             _logger.warning(
                 "the checkpoint is saved; a file of an older one could not be removed: %s", reason
             )
+        return metadata
 
     def _own_metadata_path(self) -> Path:
         return Path(self._get_metadata_path(None if self.use_collectives else self.rank))
@@ -410,6 +417,29 @@ def _named_files(metadata_path: Path) -> list[bytes]:
             "the checkpoint that is replaced can't be read, its files are left: %s", error
         )
         return []
+
+
+def make_room(
+    directory: str | os.PathLike[str],
+    metadata_name: str,
+    claim: str,
+    sync: bool,
+    own: Sequence[_C.ProcessIdentity] = (),
+) -> None:
+    """Removes what saves that have ended left in a directory that ``claim`` holds, before this one
+    needs the room. ``own``: processes of which no save there is under way. What can't be removed
+    stays: the save itself may still have room."""
+    try:
+        result = _C.remove_leftovers(os.fspath(directory), metadata_name, claim, own, sync)
+    except (CheckpointError, OSError) as error:
+        _logger.warning("%s: leftovers of other saves are left: %s", directory, error)
+        return
+    if result.removed:
+        _logger.info(
+            "%s: removed %d files of saves that did not end", directory, len(result.removed)
+        )
+    for reason in result.left:
+        _logger.warning("a leftover of another save could not be removed: %s", reason)
 
 
 def remove_quietly(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
