@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from ...common import gate
 from ...common.agreement import NestedCallError, agreement_of
-from ...errors import CheckpointError
+from ...errors import CheckpointError, CorruptCheckpointError
 from ..storage.staging import StagingPool
 from ..storage.writer import FileSystemWriter
 from .async_call import prepare_call
@@ -29,6 +29,15 @@ from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
 InFlight = Literal["wait", "raise", "replace"]
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+def _error_of(job: Job, error: Exception) -> Exception:
+    """The error of a save, for a caller who may have begun another one since."""
+    if isinstance(error, OSError) and error.errno is not None:
+        text = f"{error.strerror} (the asynchronous save into {job.path})"
+        return OSError(error.errno, text, error.filename)
+    kind = CorruptCheckpointError if isinstance(error, CorruptCheckpointError) else CheckpointError
+    return kind(f"the asynchronous save into {job.path} has failed: {error}")
 
 
 class _InFlight:
@@ -50,6 +59,8 @@ class _InFlight:
         if before is not None:
             try:
                 before.future.result()
+            except Exception as error:
+                raise _error_of(before, error) from error
             finally:
                 self._forget(before)
 
@@ -169,6 +180,11 @@ def async_save(
         RuntimeError: called within a call of its own, by a signal handler or a ``Stateful`` object.
     """
     _check_options(snapshot, in_flight, max_staging_bytes)
+    if not threading.main_thread().is_alive():
+        raise CheckpointError(
+            "async_save: the interpreter ends (this is an atexit handler), and no thread can be "
+            "had any more; save before"
+        )
     writer = writer_for(storage_writer, checkpoint_id)
     reason = _why_torch_saves(
         async_stager, async_checkpointer_type, why_dcp_plans(writer, planner, use_collectives)
