@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from small_checkpoints import flipped, load_small, save_small
 
 import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt import _C
 from torch_hsdp_ckpt.checkpoint.storage.metadata import encode_metadata, read_metadata
 
 PROGRAM = Path(h.__file__).parent / "hsdp-ckpt"
@@ -72,6 +73,29 @@ def test_verify_and_the_program_agree(tmp_path: Path, writer: Callable[..., Any]
     for command in ("verify", "inspect"):
         done = _run(command, path)
         assert done.returncode == 1 and ".metadata" in done.stdout + done.stderr, command
+
+
+def test_a_checkpoint_that_is_saved_over_meanwhile_is_not_wrong(tmp_path: Path) -> None:
+    save_small(tmp_path)
+    saves: list[str] = []
+    asked = [False]
+
+    def save_over(op: str, path: str) -> int:
+        if op == "open" and path.endswith(".distcp") and len(saves) < 3 and not asked[0]:
+            asked[0] = True  # what follows are the save's own calls
+            saves.append(path)
+            save_small(tmp_path)
+            asked[0] = False
+        return 0
+
+    _C._inject_fault(save_over)
+    try:
+        report = h.verify(tmp_path, threads=1)
+    finally:
+        _C._inject_fault(None)
+    assert len(saves) == 3 and report.ok and report.files == 1, report.problems
+    (tmp_path / ".metadata").write_bytes(b"damaged")
+    assert not h.verify(tmp_path).ok
 
 
 def test_what_the_program_shows_of_hostile_metadata(tmp_path: Path) -> None:

@@ -162,6 +162,17 @@ void SyncDirectory(FileSystem& fs, const std::string& path) {
   Checked("fsync", path, -1, [&] { return fs.SyncDirectory(path.empty() ? "." : path); });
 }
 
+// Makes the entry of a new directory durable in its parent. One may be made in a parent that can't
+// be read (mode 733), and so not be opened to be synced: then all of its file system is.
+static void SyncEntry(FileSystem& fs, const std::string& parent, const std::string& path) {
+  try {
+    SyncDirectory(fs, parent);
+  } catch (const base::IoError& error) {
+    if (error.error_number() != EACCES) throw;
+    Checked("syncfs", path, -1, [&] { return fs.SyncFileSystem(path); });
+  }
+}
+
 void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
   const size_t end = path.find_last_not_of('/');
   if (end == std::string::npos) return;  // a root, or where we are
@@ -191,7 +202,7 @@ void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
     if (rc < 0) throw base::IoError("mkdir", path, -1, -rc);
     break;
   }
-  if (sync) SyncDirectory(fs, parent);
+  if (sync) SyncEntry(fs, parent, path);
 }
 
 }  // namespace hsdp_ckpt::io

@@ -74,6 +74,8 @@ class FileSystem {
   virtual int Remove(const std::string& path) = 0;
   /// Makes the directory's entries (files made, renamed, removed in it) survive a power loss.
   virtual int SyncDirectory(const std::string& path) = 0;
+  /// Makes all of the file system that `path` is on survive a power loss.
+  virtual int SyncFileSystem(const std::string& path) = 0;
 };
 
 /// The operating system's own, behind a test's fault if there is one (io/injected_fault.h, in

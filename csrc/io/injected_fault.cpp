@@ -109,6 +109,9 @@ class FaultyFileSystem : public FileSystem {
   int SyncDirectory(const std::string& path) override {
     return Call("fsync", path, [&] { return real_.SyncDirectory(path); });
   }
+  int SyncFileSystem(const std::string& path) override {
+    return Call("syncfs", path, [&] { return real_.SyncFileSystem(path); });
+  }
 
  private:
   template <typename Real>

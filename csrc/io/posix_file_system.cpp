@@ -149,6 +149,13 @@ class Posix : public FileSystem {
     ::close(fd);
     return rc;
   }
+  int SyncFileSystem(const std::string& path) override {
+    const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return -errno;
+    const int rc = Result(::syncfs(fd));
+    ::close(fd);
+    return rc;
+  }
 
  private:
   static std::string RealPath(const std::string& path) {

@@ -258,6 +258,27 @@ TEST(CommitTest, TheParentOfADirectoryThatIsThereNeedsSyncingOnlyWhereItCanBe) {
   }
 }
 
+// Mode 733: what is in it can't be listed, and it can't be opened to be synced.
+TEST(CommitTest, ADirectoryInAParentThatCantBeReadIsDurableTooOrAnError) {
+  for (const bool can_sync_all : {true, false}) {
+    FaultFileSystem fs;
+    fs.MakeDirectory("/");
+    io::MakeDirectories(fs, "/dropbox", true);
+    fs.set_fault([&](const std::string& op, const std::string& path, int) {
+      if (op == "fsync directory" && path == "/dropbox") return -EACCES;
+      return op == "syncfs" && !can_sync_all ? -EIO : 0;
+    });
+    if (!can_sync_all) {
+      EXPECT_THROW(io::MakeDirectories(fs, "/dropbox/job", true), base::IoError);
+      continue;
+    }
+    io::MakeDirectories(fs, "/dropbox/job", true);
+    fs.PowerLoss(FaultFileSystem::Loss::kEverything);
+    io::FileStatus status;
+    EXPECT_TRUE(io::GetStatus(fs, "/dropbox/job", &status));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, PowerLossTest,
                          testing::Values(FaultFileSystem::Loss::kEverything,
                                          FaultFileSystem::Loss::kOnlyBytes,

@@ -161,6 +161,15 @@ class FaultFileSystem : public io::FileSystem {
     return 0;
   }
 
+  int SyncFileSystem(const std::string& path) override {
+    const std::lock_guard lock(mutex_);
+    if (const int rc = Ask("syncfs", path); rc < 0) return rc;
+    durable_entries_ = entries_;
+    durable_directories_ = directories_;
+    for (auto& [name, inode] : entries_) inode->durable = inode->bytes;
+    return 0;
+  }
+
  private:
   struct Inode {
     std::vector<char> bytes;

@@ -194,22 +194,23 @@ class CheckpointManager:
         writer = FileSystemWriter(checkpoints.path_of(self.root, step))
 
         def begin() -> bytes:
-            commit = self._owner.begin_save(self._job)
+            found = checkpoints.contents(self.root)
+            commit = self._owner.begin_save(found, self._job)
             writer._run_mark = self._owner.run, commit
-            self._make_room()
+            self._make_room(found)
             return b""
 
         self._agreement.verdict("begin", begin)
         return writer
 
-    def _make_room(self) -> None:
+    def _make_room(self, found: checkpoints.Contents) -> None:
         """Removes what no checkpoint needs, before the save needs the room."""
         try:
-            checkpoints.sweep(self.root, self._job)
+            checkpoints.sweep(self.root, found.incomplete, self._job)
             if self._restored_step is not None:
                 # What a job that was killed behind its last commit had still to delete. The newest
                 # one has just been read, so that what stays is good.
-                self._prune({self._restored_step})
+                self._prune(found, {self._restored_step})
                 self._restored_step = None
         except (CheckpointError, OSError) as error:
             _logger.warning("%s: leftovers of other saves are left: %s", self.root, error)
@@ -227,7 +228,7 @@ class CheckpointManager:
             return
         try:
             if self._owner.holds_root:  # else what is old is another job's to say
-                self._prune({step})
+                self._prune(checkpoints.contents(self.root), {step})
         except OSError as error:
             # The save is good; what could not be deleted now is tried again after the next one.
             _logger.warning(
@@ -258,12 +259,12 @@ class CheckpointManager:
     def _no_dist(self) -> bool:
         return self._agreement.size == 1
 
-    def _prune(self, spare: set[int]) -> None:
+    def _prune(self, found: checkpoints.Contents, spare: set[int]) -> None:
         run, damaged = self._owner.run, frozenset(self._damaged)
         retention = checkpoints.Retention(run, self.keep_last, self.keep_every, damaged)
-        if gone := checkpoints.prune(self.root, retention, spare):
+        if gone := checkpoints.prune(self.root, found, retention, spare):
             _logger.info("deleted the checkpoints of steps %s", gone)
-        self._name_what_stays(checkpoints.contents(self.root), run)
+        self._name_what_stays(found, run)
 
     def _name_what_stays(self, found: checkpoints.Contents, run: int) -> None:
         """Says once of each directory with the name of a step that it is not this run's."""

@@ -198,25 +198,27 @@ class Retention:
     damaged: Collection[int] = ()
 
 
-def prune(root: Path, retention: Retention, spare: Collection[int] = ()) -> list[int]:
+def prune(
+    root: Path, found: Contents, retention: Retention, spare: Collection[int] = ()
+) -> list[int]:
     """Deletes checkpoints of the run that were committed before the newest ``keep_last`` good ones;
-    returns their steps.
+    returns their steps. ``found``: what ``root`` holds.
 
     Good are those that are not ``damaged`` and have none that :func:`damage` sees. Steps in
     ``spare`` stay, and so does whatever is not of this run. Call it on one rank after a save has
     committed."""
     if retention.keep_last < 1:
         raise ValueError(f"at least the newest checkpoint is kept: keep={retention.keep_last}")
-    own = [found for found in contents(root).committed if found.run == retention.run]
+    own = [each for each in found.committed if each.run == retention.run]
     good = _newest_good(root, own, retention)
     # As long as there are too few good ones, even a damaged one may be of use to somebody.
     if len(good) < retention.keep_last:
         return []
-    stays = {found.step for found in good} | set(spare)
+    stays = {each.step for each in good} | set(spare)
     if retention.keep_every:
-        stays.update(found.step for found in own if found.step % retention.keep_every == 0)
-    older = [found for found in own if found.order < good[-1].order]
-    gone = [found.step for found in older if found.step not in stays]
+        stays.update(each.step for each in own if each.step % retention.keep_every == 0)
+    older = [each for each in own if each.order < good[-1].order]
+    gone = [each.step for each in older if each.step not in stays]
     for step in gone:
         remove(path_of(root, step))
     return gone
@@ -263,13 +265,13 @@ def _remove_if_empty(directory: Path) -> None:
             raise
 
 
-def sweep(root: Path, own: Sequence[_C.ProcessIdentity]) -> None:
+def sweep(root: Path, incomplete: Sequence[int], own: Sequence[_C.ProcessIdentity]) -> None:
     """Removes what saves that were killed, and removals that were interrupted, have left under
     ``root``, so that the next save has the room.
 
-    ``own``: the processes of this job, of which no save may be under way. What a process may still
+    ``incomplete``: the steps. ``own``: the processes of this job, of which no save may be under way. What a process may still
     write stays (see ``make_room``)."""
-    for step in contents(root).incomplete:
+    for step in incomplete:
         path = path_of(root, step)
         if path.is_symlink() or not os.listdir(path) or _has_save_under_way(path, own):
             continue

@@ -36,12 +36,11 @@ class RunOwner:
         """Notes the newest checkpoint: one that comes later and is not this job's is another's."""
         self._seen_commit = max(self._seen_commit, found.newest.commit)
 
-    def begin_save(self, job: Sequence[_C.ProcessIdentity]) -> int:
-        """Makes sure that this job, whose processes are ``job``, saves into the root; returns the
-        number of the next commit.
+    def begin_save(self, found: run_directory.Contents, job: Sequence[_C.ProcessIdentity]) -> int:
+        """Makes sure that this job, whose processes are ``job``, saves into the root, which holds
+        ``found``; returns the number of the next commit.
 
         Raises CheckpointError if another job does."""
-        found = run_directory.contents(self._root)
         if self._claim is None or not (self._root / self._claim).exists():
             self._take_root(job, found.newest.commit)
         self.run = self.run or found.newest.run or secrets.randbits(64) | 1

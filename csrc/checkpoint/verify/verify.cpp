@@ -5,6 +5,7 @@
 #include <mutex>
 #include <set>
 
+#include "base/crc32.h"
 #include "base/error.h"
 #include "base/parallel.h"
 #include "checkpoint/load/load_planner.h"
@@ -16,6 +17,8 @@ namespace hsdp_ckpt::checkpoint {
 namespace {
 
 const std::string kMetadata = ".metadata";
+// As many times is a checkpoint looked at that is saved over meanwhile.
+constexpr int kReadings = 10;
 
 class Verifier {
  public:
@@ -293,10 +296,33 @@ class Verifier {
   VerifyReport report_;
 };
 
+// Which checkpoint is here: the checksum of each metadata file. Nothing of one that can't be read.
+std::map<std::string, uint32_t> ChecksumsOfMetadata(io::FileSystem& fs,
+                                                    const std::string& directory) {
+  std::map<std::string, uint32_t> checksums;
+  try {
+    for (const std::string& name : io::ListDirectory(fs, directory)) {
+      if (name.ends_with(kMetadata))
+        checksums[name] = base::Crc32(ReadMetadataFile(fs, directory, name));
+    }
+  } catch (const base::Error&) {
+    // The verifier meets the same, and reports it.
+  }
+  return checksums;
+}
+
 }  // namespace
 
 VerifyReport Verify(io::FileSystem& fs, const std::string& directory, int threads) {
-  return Verifier(fs, directory, std::max(threads, 1)).Run();
+  for (int reading = 1;; ++reading) {
+    const auto before = ChecksumsOfMetadata(fs, directory);
+    VerifyReport report = Verifier(fs, directory, std::max(threads, 1)).Run();
+    // A save that commits meanwhile removes the files of the checkpoint before, which is no damage.
+    if (report.problems.empty() || ChecksumsOfMetadata(fs, directory) == before) return report;
+    if (reading < kReadings) continue;
+    report.problems = {{".", "", "saved over again and again while it was verified"}};
+    return report;
+  }
 }
 
 }  // namespace hsdp_ckpt::checkpoint
