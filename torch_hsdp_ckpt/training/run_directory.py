@@ -269,8 +269,8 @@ def sweep(root: Path, incomplete: Sequence[int], own: Sequence[_C.ProcessIdentit
     """Removes what saves that were killed, and removals that were interrupted, have left under
     ``root``, so that the next save has the room.
 
-    ``incomplete``: the steps. ``own``: the processes of this job, of which no save may be under way. What a process may still
-    write stays (see ``make_room``)."""
+    ``incomplete``: the steps. ``own``: the processes of this job, of which no save may be under
+    way. What a process may still write stays (see ``make_room``)."""
     for step in incomplete:
         path = path_of(root, step)
         if path.is_symlink() or not os.listdir(path) or _has_save_under_way(path, own):
