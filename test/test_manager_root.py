@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from save_faults import at_call, calls_of
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
@@ -74,13 +73,25 @@ def _rename_host(host: str) -> None:
     socket.sethostname(host)
 
 
-def _killed_save(root: Path, step: int, op: tuple[str, str] = ("fsync", "data")) -> None:
-    """A save by a manager that is killed at its last call of this kind."""
-    calls = calls_of(lambda: _save(root.parent / "watched", step))
-    shutil.rmtree(root.parent / "watched")
-    number = len(calls) - 1 - calls[::-1].index(op)
-    at_call(number, lambda path: os.kill(os.getpid(), signal.SIGKILL) or 0)  # type: ignore[func-returns-value]
+def _die_at_the_first_synced_data_file() -> None:
+    def kill(op: str, path: str) -> int:
+        if op == "fsync" and path.endswith(".distcp"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    _C._inject_fault(kill)
+
+
+def _killed_save(root: Path, step: int) -> None:
+    _die_at_the_first_synced_data_file()
     _save(root, step)
+
+
+def _leave_root_claimed(root: Path, step: int) -> None:
+    """A job that ends without a word."""
+    manager = h.CheckpointManager(root)
+    manager.save(step, _state(step))
+    os._exit(0)
 
 
 # ---- what is the run's
@@ -189,24 +200,19 @@ def test_a_job_on_another_host_is_taken_over_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody can see whether it runs: a restart in another pod must go on."""
-
-    def killed() -> None:
-        h.CheckpointManager(tmp_path).save(1, _state(1))
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert _in_child(killed, "another") == -signal.SIGKILL
+    assert _in_child(lambda: _leave_root_claimed(tmp_path, 1), "another") == 0
     first = h.CheckpointManager(tmp_path)
     with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
         first.save(2, _state(2))
         first.save(3, _state(3))
     assert sum("has not said that it is done" in line for line in caplog.messages) == 1
-    assert _in_child(lambda: h.CheckpointManager(tmp_path).save(4, _state(4)), "third") == 0
-    (claim,) = tmp_path.glob(".manager*")  # its process has ended without a word
+    assert _in_child(lambda: _leave_root_claimed(tmp_path, 4), "third") == 0
+    (claim,) = tmp_path.glob(".manager*")
     with pytest.raises(h.CheckpointError, match="another job has begun to save"):
         first.save(5, _state(5))
     claim.unlink()
     late = h.CheckpointManager(tmp_path)
-    assert _in_child(lambda: h.CheckpointManager(tmp_path).save(6, _state(6)), "fourth") == 0
+    assert _in_child(lambda: _leave_root_claimed(tmp_path, 6), "fourth") == 0
     with pytest.raises(h.CheckpointError, match="another job has begun to save"):
         late.save(7, _state(7))  # a commit that came after it was made
 
@@ -272,14 +278,7 @@ def test_leftovers_in_one_directory_do_not_pile_up(tmp_path: Path) -> None:
         for value in range(3):
 
             def killed(path: Path = path, value: int = value) -> None:
-                at_call(1_000_000, lambda path: 0)
-                _C._inject_fault(
-                    lambda op, where: (
-                        os.kill(os.getpid(), signal.SIGKILL) or 0  # type: ignore[func-returns-value]
-                        if (op, where[-7:]) == ("fsync", ".distcp")
-                        else 0
-                    )
-                )
+                _die_at_the_first_synced_data_file()
                 h.save(_state(value), checkpoint_id=path)
 
             assert _in_child(killed, host) == -signal.SIGKILL
