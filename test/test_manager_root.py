@@ -146,10 +146,14 @@ def test_after_going_back_the_new_branch_is_kept_and_restored(
         for step in range(100, 1001, 100):
             manager.save(step, _state(step))
     with h.CheckpointManager(tmp_path, keep_last=3, keep_every=500) as manager:
-        for step in (600, 650, 700, 750):
-            manager.save(step, _state(-step))
-            assert step in manager.steps(), "what was saved last is there"
+        with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
+            for step in (600, 650, 700, 750):
+                manager.save(step, _state(-step))
+                assert step in manager.steps(), "what was saved last is there"
         assert manager.steps() == [500, 650, 700, 750, 1000]
+    (said,) = [line for line in caplog.messages if "newer by number only" in line]
+    assert "step 600 is saved" in said and "steps [800, 900, 1000]" in said
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
         assert _restored(tmp_path) == (750, -750)
     assert any("steps [1000] are newer by number only" in line for line in caplog.messages)

@@ -82,6 +82,7 @@ class CheckpointManager:
         self._job: list[_C.ProcessIdentity] = []  # the processes of all ranks, from the first save
         self._owner = RunOwner(self.root)  # of use on the coordinator
         self._named: set[str] = set()  # what the log has said of things in the way
+        self._said_behind = False  # see _say_if_behind
         self._agreement.verdict("root", self._check_root)
         self._damaged: set[int] = set()
         self._saved_step: int | None = None
@@ -198,10 +199,24 @@ class CheckpointManager:
             commit = self._owner.begin_save(found, self._job)
             writer._run_mark = self._owner.run, commit
             self._make_room(found)
+            self._say_if_behind(step, [each.step for each in found.committed])
             return b""
 
         self._agreement.verdict("begin", begin)
         return writer
+
+    def _say_if_behind(self, step: int, committed: list[int]) -> None:
+        """Says once that training has gone back, so that a mistake is noticed."""
+        higher = sorted(other for other in committed if other > step)
+        if higher and not self._said_behind:
+            self._said_behind = True
+            _logger.warning(
+                "%s: step %d is saved, and is the newest then; steps %s are newer by number only: "
+                "they are of another branch, and go before it",
+                self.root,
+                step,
+                higher,
+            )
 
     def _make_room(self, found: checkpoints.Contents) -> None:
         """Removes what no checkpoint needs, before the save needs the room."""
