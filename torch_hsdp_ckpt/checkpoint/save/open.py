@@ -35,13 +35,20 @@ class SaveRequest:
     started: float
 
 
+def _nothing() -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class PreparedState:
-    """A rank's state, ready to be compared with the other ranks' ones."""
+    """A rank's state, ready to be compared with the other ranks' ones.
+
+    ``needs_gathering``: it holds tensors that only DCP knows how to divide. ``keep_for_planning``:
+    to be called before the state is planned anew, since ranks have not planned the same."""
 
     local: LocalState
     digests: bytes
-    needs_gathering: bool  # it holds tensors that only DCP knows how to divide
+    needs_gathering: bool
+    keep_for_planning: Callable[[], None] = _nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +163,7 @@ def _open(
     gathered = GatheredPlan()
     if not comparison.agreed:
         say_once(comparison.describe())
-        gathered = gather_plan(agreement, local, lambda: comparison.divide(local.names).gathered)
+        gathered = gather_plan(agreement, local, lambda: _names_to_gather(begun.state, comparison))
     return Opened(
         request=request,
         local=local,
@@ -166,6 +173,11 @@ def _open(
         writers=[slot.writer for slot in slots],
         unfinished=unfinished,
     )
+
+
+def _names_to_gather(state: PreparedState, comparison: Comparison) -> Sequence[str]:
+    state.keep_for_planning()
+    return comparison.divide(state.local.names).gathered
 
 
 @dataclasses.dataclass(frozen=True)
