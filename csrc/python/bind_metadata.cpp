@@ -4,6 +4,7 @@
 #include <set>
 #include <string>
 
+#include "checkpoint/load/metadata_file.h"
 #include "format/metadata.h"
 #include "format/trailer.h"
 #include "pickle/pickle_strings.h"
@@ -265,6 +266,15 @@ py::object Encode(const py::object& metadata) {
   return py::bytes(file);
 }
 
+py::bytes ReadFile(const std::string& directory, const std::string& name) {
+  std::vector<std::byte> bytes;
+  {
+    const py::gil_scoped_release released;
+    bytes = checkpoint::ReadMetadataFile(io::PosixFileSystem(), directory, name);
+  }
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
 py::bytes Trailer(const py::buffer& pickle) {
   return format::MetadataTrailer(Span(pickle.request()));
 }
@@ -280,6 +290,7 @@ void BindMetadata(py::module_& module) {
   module.attr("MAX_METADATA_BYTES") = format::kMaxMetadataBytes;
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
   module.def("metadata_files", &Files, py::arg("file"), py::arg("path"));
+  module.def("read_metadata_file", &ReadFile, py::arg("directory"), py::arg("name"));
   module.def("encode_metadata", &Encode, py::arg("metadata"));
   module.def("metadata_trailer", &Trailer, py::arg("pickle"));
 }

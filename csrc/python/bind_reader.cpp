@@ -86,10 +86,12 @@ void BindReads(py::module_& module) {
   using checkpoint::RangeRead;
   using checkpoint::RecordPlace;
   py::class_<RecordPlace>(module, "RecordPlace")
-      .def(py::init([](std::string fqn, std::string file, int64_t offset, int64_t length) {
-             return RecordPlace{std::move(fqn), std::move(file), offset, length};
+      .def(py::init([](std::string fqn, std::string file, int64_t offset, int64_t length,
+                       const format::Shape& chunk) {
+             const uint32_t owner = format::RecordOwner(fqn, chunk);
+             return RecordPlace{std::move(fqn), std::move(file), offset, length, owner};
            }),
-           py::arg("fqn"), py::arg("file"), py::arg("offset"), py::arg("length"))
+           py::arg("fqn"), py::arg("file"), py::arg("offset"), py::arg("length"), py::arg("chunk"))
       .def_readonly("fqn", &RecordPlace::name)
       .def_readonly("file", &RecordPlace::file)
       .def_readonly("offset", &RecordPlace::offset)

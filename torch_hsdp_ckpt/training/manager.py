@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpoint.load.load import load
 from ..checkpoint.save.async_save import AsyncSave, async_save, await_save
 from ..checkpoint.save.save import save
+from ..checkpoint.storage.directory import directory_of
 from ..common.agreement import agreement_of
 from ..errors import CheckpointError, CorruptCheckpointError
 from . import run_directory as checkpoints
@@ -63,7 +64,7 @@ class CheckpointManager:
     ) -> None:
         _check_at_least_one(save_every=save_every, keep_last=keep_last, keep_every=keep_every)
         _check_staging_bytes(max_staging_bytes, asynchronous)
-        self.root = Path(root)
+        self.root = directory_of(root)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
         self.preempted = False
         self.asynchronous, self.max_staging_bytes = asynchronous, max_staging_bytes

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard, cast
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.format_utils import BroadcastingTorchSaveReader
 from torch.distributed.checkpoint.planner import LoadPlanner
@@ -20,7 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from ...common.default_device import without_default_device
 from ...common.gate import wait_at_gate
+from ...common.rank_failure import raise_of_dcp
 from ...errors import CheckpointError
+from ..positional import storage_by_position
 from ..stateful import values_of
 from ..storage.reader import CheckedPlanner, FileSystemReader
 from .apply import Applied, apply, hand_over
@@ -31,6 +34,7 @@ from .ranks import LoadRanks, gather_ranks
 from .read import read
 
 
+@storage_by_position("storage_reader")
 def load(
     state_dict: dict[str, Any],
     *,
@@ -190,5 +194,8 @@ def _load_with_torch(
     no_dist: bool,
 ) -> Applied:
     alone = no_dist or not dist.is_available() or not dist.is_initialized()
-    _dcp_load_state_dict(values, reader, process_group, no_dist=alone, planner=planner)
+    try:
+        _dcp_load_state_dict(values, reader, process_group, no_dist=alone, planner=planner)
+    except CheckpointException as error:
+        raise_of_dcp("load", error)
     return Applied(values)

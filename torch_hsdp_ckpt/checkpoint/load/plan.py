@@ -11,6 +11,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from ... import _C
 from ...errors import CheckpointError
+from ..storage.directory import encoded
+from ..storage.metadata import LazyMetadata, decode_metadata
 from ..storage.objects import load_object
 from ..storage.reader import FileSystemReader
 from ..storage.tensor_reads import PlannedData, plan_reads, read_objects
@@ -129,6 +131,8 @@ def plan_natively(
         raise PlannerNeededError
     is_coordinator = opened.ranks.agreement.is_coordinator
     reads = reads_of_state(state_dict, planner, native, is_coordinator)
+    path = reader._get_metadata_path()
+    planner.metadata = LazyMetadata.lazy(lambda: decode_metadata(opened.metadata, path))
     files = reader.open_files(reads.records, direct)
     sharded = plan_reads(files, reader.path, reads.sharded)
     unsharded = plan_reads(files, reader.path, reads.unsharded)
@@ -138,9 +142,9 @@ def plan_natively(
 
 def _native_planner(state_dict: dict[str, Any], opened: Opened) -> _C.LoadPlanner:
     reader = opened.reader
-    native = _C.LoadPlanner(opened.metadata, str(reader._get_metadata_path()))
+    native = _C.LoadPlanner(opened.metadata, encoded(reader._get_metadata_path()))
     if not state_dict:  # a planner that fills it makes what the metadata says
-        native.check_sizes(str(reader.path))
+        native.check_sizes(encoded(reader.path))
     return native
 
 

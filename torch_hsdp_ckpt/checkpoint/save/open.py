@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from ... import _C
 from ...common.agreement import Agreement, agreement_of
+from ..storage.directory import encoded
 from ..storage.writer import FileSystemWriter
 from .gathered_plan import GatheredPlan, gather_plan
 from .local_state import DIGEST_BYTES, LocalState, SortedNames
@@ -196,7 +197,7 @@ def _begin(
         agreement.is_coordinator, rank=agreement.rank, use_collectives=True
     )
     state = prepare()
-    _C.make_directories(str(writer.path), writer.sync_files)
+    _C.make_directories(encoded(writer.path), writer.sync_files)
     save_id = unfinished.claim_directory() if agreement.is_coordinator else 0
     return _Begun(state, save_id)
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from ...common.default_device import without_default_device
+from ...common.rank_failure import raise_of_dcp
+from ..positional import storage_by_position
 from ..stateful import values_of
 from ..storage.writer import FileSystemWriter
 from .commit import write_and_commit
@@ -25,6 +28,7 @@ from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
 from .write import write
 
 
+@storage_by_position("storage_writer")
 def save(
     state_dict: dict[str, Any],
     *,
@@ -53,7 +57,7 @@ def save(
         state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain values.
             Tensors are on the CPU or on CUDA devices. A plain tensor or value under the same name
             on all ranks is saved once.
-        checkpoint_id: the directory.
+        checkpoint_id: the directory, also as a ``file://`` address.
         storage_writer: a :class:`FileSystemWriter` with other options than the default ones, or
             another storage.
         planner: None for the default one.
@@ -70,21 +74,26 @@ def save(
         CheckpointError: anything else: ``overwrite=False`` and there is a checkpoint, another save
             has taken the directory over, a shard that no rank of the group holds, a rank that died
             or did not answer within the group's timeout, an exception of any other class on one of
-            the ranks.
+            the ranks, an address (``s3://``) for a directory.
+
+    Both are ``CheckpointException``s of DCP too, and name their ``failures`` by rank.
     """
     writer = writer_for(storage_writer, checkpoint_id)
     if reason := why_dcp_plans(writer, planner, use_collectives):
         say_once(f"DCP plans this save: {reason}")
-        with without_default_device():
-            metadata: Metadata = dcp.save(
-                state_dict,
-                checkpoint_id=checkpoint_id,
-                storage_writer=writer,
-                planner=planner,
-                process_group=process_group,
-                no_dist=no_dist,
-                use_collectives=use_collectives,
-            )
+        try:
+            with without_default_device():
+                metadata: Metadata = dcp.save(
+                    state_dict,
+                    checkpoint_id=checkpoint_id,
+                    storage_writer=writer,
+                    planner=planner,
+                    process_group=process_group,
+                    no_dist=no_dist,
+                    use_collectives=use_collectives,
+                )
+        except CheckpointException as error:
+            raise_of_dcp("save", error)
         return metadata
     assert isinstance(writer, FileSystemWriter)
     if checkpoint_id is not None:

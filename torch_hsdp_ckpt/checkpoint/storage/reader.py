@@ -19,6 +19,7 @@ from torch.futures import Future
 from ... import _C
 from ...common.gate import wait_at_gate
 from ...errors import CheckpointError, CorruptCheckpointError
+from .directory import directory_of, encoded
 from .metadata import read_metadata_bytes
 from .objects import checked_stream
 from .staged_reads import TensorRead
@@ -46,7 +47,8 @@ class FileSystemReader(_stock.FileSystemReader):
     only the rows asked for are read.
 
     Args:
-        path: the checkpoint's directory.
+        path: the checkpoint's directory, also as a ``file://`` address. A relative path is made
+            absolute here.
         _extension_registry: as in torch; data files written with extensions are read by torch's own
             code, unchecked.
         trust_objects: False (default) refuses objects that are more than tensors and plain data,
@@ -70,12 +72,15 @@ class FileSystemReader(_stock.FileSystemReader):
         *,
         trust_objects: bool = False,
     ) -> None:
-        super().__init__(path, _extension_registry)
+        super().__init__(directory_of(path), _extension_registry)
         self.trust_objects = trust_objects
         self._metadata_error: Exception | None = None
         # DCP's protocol hands the metadata to its planner, and comes back to the reader with that
         # planner's plan: what the plan is checked against has to wait here.
         self._load_planner: _C.LoadPlanner | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        super().reset(directory_of(checkpoint_id) if checkpoint_id else None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_load_planner": None, "_metadata_error": None}
@@ -97,21 +102,15 @@ class FileSystemReader(_stock.FileSystemReader):
 
     def read_metadata_file(self, rank: int | None = None) -> bytes:
         """The bytes of the checkpoint's `.metadata`, or of a rank's own."""
-        path = os.fspath(self._get_metadata_path(rank))
-        directory = os.path.dirname(os.path.realpath(path))
-        if os.path.islink(path) and directory != os.path.realpath(self.path):
-            raise CheckpointError(
-                f"{path}: a link that leads out of the checkpoint's directory is not followed"
-            )
-        return read_metadata_bytes(path)
+        return read_metadata_bytes(self._get_metadata_path(rank))
 
     def use_metadata_file(self, file: bytes, rank: int | None = None) -> Metadata:
         """The metadata in a file's bytes, which is the one that later reads are checked against."""
-        planner = _C.LoadPlanner(file, os.fspath(self._get_metadata_path(rank)))
+        planner = _C.LoadPlanner(file, encoded(self._get_metadata_path(rank)))
         # A planner may make what it loads of what the metadata says. One rank asks for all files'
         # sizes, not a thousand: under dcp.load its error is every rank's.
         if rank is None and _is_coordinator():
-            planner.check_sizes_leniently(str(self.path))
+            planner.check_sizes_leniently(encoded(self.path))
         # A rank's own metadata has that rank's chunks only, and nobody knows what the others should
         # have.
         self._load_planner = planner if rank is None else None
@@ -149,7 +148,7 @@ class FileSystemReader(_stock.FileSystemReader):
 
     def open_files(self, records: Sequence[_C.RecordPlace], direct: bool) -> _C.CheckpointReader:
         """The records' files, open. ``direct``: see CheckpointReader."""
-        files = _C.CheckpointReader(str(self.path), direct)
+        files = _C.CheckpointReader(encoded(self.path), direct)
         open_files(files, records)
         return files
 
@@ -206,8 +205,10 @@ class FileSystemReader(_stock.FileSystemReader):
 
     def _record(self, item: ReadItem) -> _C.RecordPlace:
         place = self._place(item)
-        fqn = item.storage_index.fqn
-        return _C.RecordPlace(fqn, place.relative_path, place.offset, place.length)
+        index = item.storage_index
+        return _C.RecordPlace(
+            index.fqn, place.relative_path, place.offset, place.length, index.offset or ()
+        )
 
     def _what(self, item: ReadItem) -> str:
         record = self._record(item)

@@ -13,7 +13,12 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from ... import _C
 from ...common.tensors import RECORD_DTYPES, check_storage, is_row_major_on_cpu
-from ...errors import CheckpointError, CorruptCheckpointError
+from ...errors import (
+    CheckpointError,
+    CheckpointOSError,
+    CorruptCheckpointError,
+    os_error,
+)
 from .objects import check_explained
 from .staged_reads import BATCH_BYTES, StagedPart, TensorRead, cut_into_parts, read_staged
 
@@ -61,7 +66,7 @@ def open_files(files: _C.CheckpointReader, records: Sequence[_C.RecordPlace]) ->
     try:
         files.open([record.file for record in records], read_threads())
     except OSError as error:
-        path = str(error.filename)
+        path = os.fsdecode(error.filename)
         names = [record.fqn for record in records if path.endswith(f"/{record.file}")]
         if not names:
             raise
@@ -147,8 +152,8 @@ def written_in_part(error: CheckpointError | OSError) -> CheckpointError | OSErr
     warning = "tensors of the state dict may have been written in part"
     if isinstance(error, OSError):
         if error.errno is None:
-            return OSError(f"{error}; {warning}")
-        return OSError(error.errno, f"{error.strerror}; {warning}", error.filename)
+            return CheckpointOSError(f"{error}; {warning}")
+        return os_error(error.errno, f"{error.strerror}; {warning}", error.filename)
     is_corrupt = isinstance(error, CorruptCheckpointError)
     kind = CorruptCheckpointError if is_corrupt else CheckpointError
     return kind(f"{error}; {warning}")

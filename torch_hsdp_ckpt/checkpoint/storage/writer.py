@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PosixPath
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from ... import _C
 from ...common.tensors import RECORD_DTYPES, check_storage, is_plain
 from ...errors import CheckpointError
 from .data_file import COPY_BLOCK, DataFile
+from .directory import directory_of, encoded
 from .metadata import encode_metadata, read_metadata_bytes
 
 _logger = logging.getLogger(__name__)
@@ -98,7 +100,8 @@ class FileSystemWriter(_stock.FileSystemWriter):
     If a save fails or the machine loses power, the older checkpoint loads as before.
 
     Args:
-        path: directory of the checkpoint, made if it is missing. All ranks see the same one.
+        path: directory of the checkpoint, made if it is missing, also as a ``file://`` address. All
+            ranks see the same one. A relative path is made absolute here.
         single_file_per_rank: one data file per rank (default), else one per tensor or object.
         sync_files: fsync files and directories (default). Without it a power loss can lose the
             checkpoint.
@@ -123,6 +126,12 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
     _claim: str | None = None  # on the coordinator, from the plan to the commit
 
+    def __init__(self, path: str | os.PathLike[str], *args: Any, **named: Any) -> None:
+        super().__init__(directory_of(path), *args, **named)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        super().reset(directory_of(checkpoint_id) if checkpoint_id else None)
+
     def _uses_torch(self) -> bool:
         return (
             bool(self.transforms.extensions)
@@ -130,7 +139,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        _C.make_directories(str(self.path), self.sync_files)
+        _C.make_directories(encoded(self.path), self.sync_files)
         metadata = self._own_metadata_path()
         if not self.overwrite and os.path.lexists(metadata):
             raise CheckpointError(
@@ -165,10 +174,10 @@ class FileSystemWriter(_stock.FileSystemWriter):
                 results = self._write_files(plan.items, planner, storage.rank, storage.save_id)
         except BaseException:
             if self._claim is not None:
-                _C.release_claim(str(self.path), self._claim)
+                _C.release_claim(encoded(self.path), self._claim)
             raise
         if self.sync_files:
-            _C.sync_directory(str(self.path))
+            _C.sync_directory(encoded(self.path))
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -210,6 +219,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         self,
         name: str,
         reserve: int,
+        owners: Sequence[int] = (),
         image: _C.FileImage = _C.FileImage(),  # noqa: B008 (immutable)
         copies: Sequence[_C.StagingCopy] = (),
         planned: _C.PlannedFile | None = None,
@@ -225,12 +235,13 @@ class FileSystemWriter(_stock.FileSystemWriter):
             image,
             copies,
             planned,
+            owners,
         )
 
     def _write_file(
         self, name: str, items: list[WriteItem], planner: SavePlanner
     ) -> list[WriteResult]:
-        file = self._data_file(name, _reserve(_tensors_among(items)))
+        file = self._data_file(name, _reserve(_tensors_among(items)), owners_of(items))
         try:
             written = add_items(file, items, planner)
             size = file.finish()
@@ -280,7 +291,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         """Makes a new save the one that may commit here: its id, and the claim."""
         save_id = _C.new_save_id()
         name = self._own_metadata_path().name
-        return save_id, _C.claim_directory(str(self.path), name, save_id, self.overwrite)
+        return save_id, _C.claim_directory(encoded(self.path), name, save_id, self.overwrite)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, _C.ExpectedFile] = {}
@@ -307,6 +318,8 @@ class FileSystemWriter(_stock.FileSystemWriter):
             return meta
         if type(meta.checkpoint_id) not in (str, PosixPath):
             meta.checkpoint_id = str(os.fspath(meta.checkpoint_id))
+        if not _is_utf8(str(meta.checkpoint_id)):
+            meta.checkpoint_id = None
         return meta
 
     def _commit(
@@ -316,7 +329,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         path = self._own_metadata_path()
         with _commit_lock:
             request = _C.CommitRequest(
-                directory=str(self.path),
+                directory=encoded(self.path),
                 metadata_name=path.name,
                 claim=claim,
                 metadata=metadata,
@@ -344,6 +357,24 @@ def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) 
     for item in tensors:
         _add_tensor(file, item.index.fqn, _tensor_of(item, planner))
     return objects + tensors
+
+
+def owners_of(items: Sequence[WriteItem]) -> list[int]:
+    """Whose a plan's items are, for the file's index, in the order in which :func:`add_items` adds
+    them."""
+    objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
+    return [
+        _C.record_owner(item.index.fqn, item.index.offset or ())
+        for item in objects + _tensors_among(items)
+    ]
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tensors_among(items: Sequence[WriteItem]) -> list[WriteItem]:
@@ -402,7 +433,7 @@ def _named_files(metadata_path: Path) -> list[bytes]:
     """The data files that the checkpoint in place names; none if there is none, or if it can't be
     read any more."""
     try:
-        return _C.metadata_files(read_metadata_bytes(metadata_path), os.fspath(metadata_path))
+        return _C.metadata_files(read_metadata_bytes(metadata_path), encoded(metadata_path))
     except FileNotFoundError:
         return []
     except (CheckpointError, OSError) as error:
