@@ -4,11 +4,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "base/bytes.h"
 #include "checkpoint/load/checkpoint_reader.h"
 #include "format/metadata.h"
 #include "format/record_dtype.h"
-#include "format/saved_object.h"
 #include "io/file.h"
 #include "python/module.h"
 
@@ -73,12 +71,6 @@ py::list ReadObjects(const checkpoint::CheckpointReader& reader,
     object = {};
   }
   return out;
-}
-
-void CheckObject(const py::bytes& data, const std::string& what, const pickle::TorchNames& names) {
-  const auto bytes = base::AsBytes(std::string_view(data));
-  const py::gil_scoped_release release;
-  format::CheckSavedObject(bytes, what, names);
 }
 
 void BindReads(py::module_& module) {
@@ -149,17 +141,6 @@ void BindReadPlan(py::module_& module) {
 }  // namespace
 
 void BindReader(py::module_& module) {
-  py::class_<pickle::TorchNames>(module, "TorchNames")
-      .def(py::init([](decltype(pickle::TorchNames::renamed_modules) renamed_modules,
-                       decltype(pickle::TorchNames::renamed_globals) renamed_globals,
-                       decltype(pickle::TorchNames::tensor_classes) tensor_classes,
-                       decltype(pickle::TorchNames::storage_item_sizes) storage_item_sizes) {
-             return pickle::TorchNames{std::move(renamed_modules), std::move(renamed_globals),
-                                       std::move(tensor_classes), std::move(storage_item_sizes)};
-           }),
-           py::kw_only(), py::arg("renamed_modules"), py::arg("renamed_globals"),
-           py::arg("tensor_classes"), py::arg("storage_item_sizes"));
-  module.def("check_object", &CheckObject, py::arg("data"), py::arg("what"), py::arg("names"));
   module.def(
       "is_in_memory",
       [](const std::string& path) { return io::PosixFileSystem().IsInMemory(path); },

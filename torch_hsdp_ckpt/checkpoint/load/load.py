@@ -5,7 +5,7 @@ A load goes through ``open`` (what `.metadata` says), ``plan`` (which bytes go w
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard, cast
 
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from ...common.default_device import without_default_device
 from ...common.gate import wait_at_gate
 from ...errors import CheckpointError
 from ..stateful import values_of
+from ..storage.objects import Trust
 from ..storage.reader import CheckedPlanner, FileSystemReader
 from .apply import Applied, apply, hand_over
 from .exchange import MODES, ExchangeMode
@@ -40,6 +41,7 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     trust_objects: bool = False,
+    allow: Iterable[type] = (),
     exchange: ExchangeMode = "auto",
 ) -> None:
     """Loads a checkpoint into ``state_dict``, in place, as
@@ -65,8 +67,11 @@ def load(
             asked for a few at a time (32 MiB), and every rank reads for itself.
         process_group: the ranks that load. The default group by default.
         no_dist: load in this process alone.
-        trust_objects: True unpickles objects that are more than tensors and plain data. Only for
-            checkpoints of a source you trust: it can run anything.
+        trust_objects: True unpickles objects that are more than tensors and everyday kinds
+            (``docs/supported.md``). Only for checkpoints of a source you trust: it can run
+            anything.
+        allow: classes that objects may be instances of, besides those of the values that
+            ``state_dict`` has in their places. They are filled without any code of theirs.
         exchange: how replicas share what they read. "auto": through shared memory on one host, over
             Gloo between hosts, not at all from a file system in memory; "shared", "network" and
             "off" force it. The result is the same.
@@ -74,8 +79,8 @@ def load(
     Raises, on every rank, whichever failed:
         CorruptCheckpointError: bytes differ from their checksums or from the format; names the
             rank, file and tensor.
-        CheckpointError: a key or a shape is not what the checkpoint has; an object is not plain
-            data; a rank is gone.
+        CheckpointError: a key or a shape is not what the checkpoint has; an object is of a class
+            that is not allowed; a rank is gone.
         OSError: the operating system refused, with ``errno`` and ``filename``.
 
     Keys, shapes and objects are checked before the first tensor is written. Behind any of these
@@ -84,21 +89,23 @@ def load(
     wait_at_gate()
     if exchange not in MODES:
         raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
+    allow = tuple(allow)
+    trust = Trust.of(trust_objects, allow)
     reader = _reader(checkpoint_id, storage_reader)
     planner = planner or DefaultLoadPlanner()
-    values, failure = values_of({key: state_dict[key] for key in sorted(state_dict)})
+    values, failure = values_of({key: state_dict[key] for key in sorted(state_dict, key=str)})
     if not _reads_natively(reader):
         if failure is not None:
             raise failure
         _check_broadcast(reader, values)
-        checked = CheckedPlanner(planner, lambda item: item.storage_index.fqn, trust_objects)
+        checked = CheckedPlanner(planner, lambda item: item.storage_index.fqn, trust)
         with without_default_device():
             applied = _load_with_torch(
                 values, reader, cast(LoadPlanner, checked), process_group, no_dist
             )
     else:
         ranks = gather_ranks(process_group, no_dist, failure)
-        with _trusting(reader, trust_objects), without_default_device():
+        with _trusting(reader, trust_objects, allow), without_default_device():
             applied = _load(values, reader, planner, ranks, exchange, no_dist)
     hand_over(applied, state_dict)
 
@@ -145,14 +152,17 @@ def _reads_natively(reader: StorageReader) -> TypeGuard[FileSystemReader]:
 
 
 @contextlib.contextmanager
-def _trusting(reader: FileSystemReader, trust_objects: bool) -> Iterator[None]:
+def _trusting(
+    reader: FileSystemReader, trust_objects: bool, allow: tuple[type, ...]
+) -> Iterator[None]:
     """The reader's own word holds too."""
-    before = reader.trust_objects
-    reader.trust_objects = trust_objects or before
+    before = reader.trust_objects, reader.allow
+    reader.trust_objects = trust_objects or reader.trust_objects
+    reader.allow = (*reader.allow, *allow)
     try:
         yield
     finally:
-        reader.trust_objects = before
+        reader.trust_objects, reader.allow = before
 
 
 def _load(

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from ... import _C
 from ...common.agreement import Agreement, agreement_of
+from ..storage.saved_objects import check_saved_object, check_trusted_object
 from ..storage.writer import FileSystemWriter
 from .gathered_plan import GatheredPlan, gather_plan
 from .local_state import DIGEST_BYTES, LocalState, SortedNames
@@ -27,12 +28,19 @@ _OPENING = struct.Struct(f"<{2 * DIGEST_BYTES}s?QIIqQ")
 
 @dataclasses.dataclass(frozen=True)
 class SaveRequest:
-    """What a call asks for: who writes, among which ranks. ``started``: by ``perf_counter``."""
+    """What a call asks for: who writes, among which ranks. ``started``: by ``perf_counter``.
+    ``trust_objects``: objects that take trust to be loaded are saved too."""
 
     writer: FileSystemWriter
     agreement: Agreement
     global_ranks: Sequence[int]  # of the saving process group, in its order
     started: float
+    trust_objects: bool
+
+    def check_object(self, name: str, data: memoryview) -> None:
+        """Raises CheckpointError for an object that may not be saved."""
+        check = check_trusted_object if self.trust_objects else check_saved_object
+        check(name, data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +109,16 @@ class Comparison:
 
 
 def request_of(
-    writer: FileSystemWriter, process_group: dist.ProcessGroup | None, purpose: str, no_dist: bool
+    writer: FileSystemWriter,
+    process_group: dist.ProcessGroup | None,
+    purpose: str,
+    no_dist: bool,
+    trust_objects: bool,
 ) -> SaveRequest:
     """The request of a call, made by all ranks of the group. ``purpose``: see ``agreement_of``."""
     agreement = agreement_of(process_group, purpose, no_dist)
     global_ranks = _global_ranks(process_group, no_dist)
-    return SaveRequest(writer, agreement, global_ranks, time.perf_counter())
+    return SaveRequest(writer, agreement, global_ranks, time.perf_counter(), trust_objects)
 
 
 def _global_ranks(process_group: dist.ProcessGroup | None, no_dist: bool) -> Sequence[int]:

@@ -34,6 +34,7 @@ def save(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
+    trust_objects: bool = False,
 ) -> Metadata:
     """Saves a distributed state dict, as ``torch.distributed.checkpoint.save`` does, in its format.
 
@@ -61,6 +62,9 @@ def save(
         no_dist: save this process's state alone.
         use_collectives: False saves without coordination, as in DCP: every rank has a metadata of
             its own.
+        trust_objects: False refuses objects that ``load`` would refuse (``docs/supported.md`` has
+            the kinds that it takes); True saves them, with a warning, for a ``load`` with
+            ``trust_objects=True``. What DCP plans is saved with a warning in any case.
 
     Returns:
         The ``Metadata``, decoded when it is looked at; its ``result`` is a :class:`SaveResult`.
@@ -69,8 +73,8 @@ def save(
         OSError: a system call failed; ``errno`` and ``filename`` are set.
         CheckpointError: anything else: ``overwrite=False`` and there is a checkpoint, another save
             has taken the directory over, a shard that no rank of the group holds, a rank that died
-            or did not answer within the group's timeout, an exception of any other class on one of
-            the ranks.
+            or did not answer within the group's timeout, an object that could not be loaded, an
+            exception of any other class on one of the ranks.
     """
     writer = writer_for(storage_writer, checkpoint_id)
     if reason := why_dcp_plans(writer, planner, use_collectives):
@@ -90,7 +94,7 @@ def save(
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
     values, failure = values_of(state_dict)
-    request = request_of(writer, process_group, "save", no_dist)
+    request = request_of(writer, process_group, "save", no_dist, trust_objects)
 
     def prepare() -> PreparedState:
         if failure is not None:

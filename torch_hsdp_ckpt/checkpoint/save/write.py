@@ -160,7 +160,7 @@ def _write_file(
             data_file.flush()
             on_read()
         _add_records(data_file, file.copied)
-        written = add_items(data_file, file.items, staged.planner)
+        written = add_items(data_file, file.items, staged.planner, opened.request.check_object)
         if file.live_end is LiveEnd.AT_END:
             data_file.flush()
             on_read()

@@ -4,9 +4,10 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as _stock
 from torch import Tensor
@@ -20,7 +21,8 @@ from ... import _C
 from ...common.gate import wait_at_gate
 from ...errors import CheckpointError, CorruptCheckpointError
 from .metadata import read_metadata_bytes
-from .objects import checked_stream
+from .nested_keys import NestedKeys, set_object
+from .objects import Trust, checked_stream
 from .staged_reads import TensorRead
 from .tensor_reads import (
     PlannedData,
@@ -49,8 +51,11 @@ class FileSystemReader(_stock.FileSystemReader):
         path: the checkpoint's directory.
         _extension_registry: as in torch; data files written with extensions are read by torch's own
             code, unchecked.
-        trust_objects: False (default) refuses objects that are more than tensors and plain data,
-            which DCP's planner would unpickle and so run. True hands them on as they are.
+        trust_objects: False (default) refuses objects that are made of more than the everyday kinds
+            (``docs/supported.md``), which DCP's planner would unpickle and so run. True hands them
+            on as they are.
+        allow: classes that objects may be instances of besides, and those of the state dict's own
+            values. They are filled without any code of theirs.
 
     Raises (through DCP as ``CheckpointException`` with these as each rank's cause):
         CorruptCheckpointError: bytes differ from their checksums or from the format; names the file
@@ -69,9 +74,11 @@ class FileSystemReader(_stock.FileSystemReader):
         _extension_registry: Any = None,
         *,
         trust_objects: bool = False,
+        allow: Iterable[type] = (),
     ) -> None:
         super().__init__(path, _extension_registry)
         self.trust_objects = trust_objects
+        self.allow = tuple(allow)
         self._metadata_error: Exception | None = None
         # DCP's protocol hands the metadata to its planner, and comes back to the reader with that
         # planner's plan: what the plan is checked against has to wait here.
@@ -143,7 +150,7 @@ class FileSystemReader(_stock.FileSystemReader):
         items = self._sort(plan, planner)
         sharded = self._plan_tensors(files, items.sharded, planner)
         unsharded = self._plan_tensors(files, items.unsharded, planner)
-        objects = self._read_objects(files, items.objects)
+        objects = self._read_objects(files, items.objects, planner)
         update = PlannerUpdate(self, planner, files, items, [sharded, unsharded], objects)
         return PlannedData(sharded.reads, unsharded.reads, update)
 
@@ -156,8 +163,12 @@ class FileSystemReader(_stock.FileSystemReader):
     def read_encoded(self, items: list[ReadItem], planner: LoadPlanner) -> None:
         """Reads what extensions wrote, by torch's own code, but only from files inside the
         directory and with objects checked as well."""
-        checked = CheckedPlanner(planner, self._what, self.trust_objects)
+        checked = CheckedPlanner(planner, self._what, self.trust())
         super().read_data(LoadPlan(items), cast(LoadPlanner, checked)).wait()
+
+    def trust(self) -> Trust:
+        """What objects may be made of."""
+        return Trust.of(self.trust_objects, self.allow)
 
     def read_batch(
         self, files: _C.CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner
@@ -224,12 +235,13 @@ class FileSystemReader(_stock.FileSystemReader):
         return _PlannedTensors(items, targets, plan_reads(files, self.path, reads))
 
     def _read_objects(
-        self, files: _C.CheckpointReader, items: Sequence[ReadItem]
+        self, files: _C.CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner
     ) -> list[tuple[ReadItem, io.BytesIO]]:
         records = [self._record(item) for item in items]
         read = read_objects(files, records)
+        trust = self.trust()
         return [
-            (item, checked_stream(data, self._what(item), self.trust_objects))
+            (item, checked_stream(data, self._what(item), trust.for_target(_target(item, planner))))
             for item, data in zip(items, read, strict=True)
         ]
 
@@ -276,10 +288,26 @@ class PlannerUpdate:
             tensors.commit(self.planner)
         for batch in _batches(self.items.batched):
             self.reader.read_batch(self.files, batch, self.planner)
-        for item, stream in self.objects:
-            self.planner.load_bytes(item, stream)
+        self._load_objects()
         if self.items.encoded:
             self.reader.read_encoded(self.items.encoded, self.planner)
+
+    def _load_objects(self) -> None:
+        planner = self.planner
+        if getattr(type(planner), "load_bytes", None) is not DefaultLoadPlanner.load_bytes:
+            for item, stream in self.objects:
+                planner.load_bytes(item, stream)
+            return
+        assert isinstance(planner, DefaultLoadPlanner)
+        keys = NestedKeys(planner.original_state_dict)
+        for item, stream in self.objects:
+            value = torch.load(stream, weights_only=False)  # bytes of this process, or trusted
+            set_object(planner, keys, item.dest_index.fqn, value)
+
+
+def _target(item: ReadItem, planner: LoadPlanner) -> Any:
+    """What is now where an object goes; None if the planner does not say."""
+    return getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
 
 
 def _is_coordinator() -> bool:
@@ -298,13 +326,12 @@ class CheckedPlanner:
     """A planner for torch's own reading code, which checks objects before the planner gets them.
     ``what`` names an item in messages."""
 
-    def __init__(
-        self, planner: LoadPlanner, what: Callable[[ReadItem], str], trust_objects: bool
-    ) -> None:
-        self._planner, self._what, self._trust = planner, what, trust_objects
+    def __init__(self, planner: LoadPlanner, what: Callable[[ReadItem], str], trust: Trust) -> None:
+        self._planner, self._what, self._trust = planner, what, trust
 
     def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
-        stream = checked_stream(value.getvalue(), self._what(item), self._trust)
+        trust = self._trust.for_target(_target(item, self._planner))
+        stream = checked_stream(value.getvalue(), self._what(item), trust)
         self._planner.load_bytes(item, stream)
 
     def __getattr__(self, name: str) -> Any:

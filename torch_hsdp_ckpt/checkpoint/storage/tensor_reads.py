@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -14,7 +13,7 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 from ... import _C
 from ...common.tensors import RECORD_DTYPES, check_storage, is_row_major_on_cpu
 from ...errors import CheckpointError, CorruptCheckpointError
-from .objects import check_explained
+from .objects import Trust, load_object
 from .staged_reads import BATCH_BYTES, StagedPart, TensorRead, cut_into_parts, read_staged
 
 
@@ -186,7 +185,7 @@ def _read_with_torch(files: _C.CheckpointReader, read: TensorRead, directory: st
     checksums."""
     what = f"{directory}/{read.record.file}: {read.record.fqn}"
     (data,) = files.read_objects([read.record], 1)
-    tensor = _load_tensor(data, what)
+    tensor = _load_tensor(data, what, read.target)
     shape, offsets, lengths = list(tensor.shape), list(read.offsets), list(read.lengths)
     if not _lies_within(offsets, lengths, shape):
         raise CorruptCheckpointError(
@@ -196,14 +195,8 @@ def _read_with_torch(files: _C.CheckpointReader, read: TensorRead, directory: st
     read.target.copy_(narrow_tensor_by_index(tensor, offsets, lengths))
 
 
-def _load_tensor(data: bytes, what: str) -> Tensor:
-    try:
-        check_explained(data, what)
-        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except CorruptCheckpointError:
-        raise
-    except Exception as error:
-        raise CorruptCheckpointError(f"{what}: torch.load refuses the record: {error}") from error
+def _load_tensor(data: bytes, what: str, target: Tensor) -> Tensor:
+    tensor = load_object(data, what, Trust.of(False, ()).for_target(target))
     if not isinstance(tensor, Tensor):
         raise CorruptCheckpointError(f"{what}: expected a tensor, got {type(tensor).__name__}")
     return tensor

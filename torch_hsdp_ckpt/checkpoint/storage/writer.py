@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as _stock
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -24,6 +25,7 @@ from ...common.tensors import RECORD_DTYPES, check_storage, is_plain
 from ...errors import CheckpointError
 from .data_file import COPY_BLOCK, DataFile
 from .metadata import encode_metadata, read_metadata_bytes
+from .saved_objects import CheckObject, check_trusted_object, warn_of_object
 
 _logger = logging.getLogger(__name__)
 # One commit at a time in a process: the second sees what the first left, and its files are checked
@@ -232,7 +234,9 @@ class FileSystemWriter(_stock.FileSystemWriter):
     ) -> list[WriteResult]:
         file = self._data_file(name, _reserve(_tensors_among(items)))
         try:
-            written = add_items(file, items, planner)
+            is_dcps = type(planner) is DefaultSavePlanner
+            check = check_trusted_object if is_dcps else warn_of_object
+            written = add_items(file, items, planner, check)
             size = file.finish()
         except BaseException:
             file.discard()
@@ -335,12 +339,18 @@ class FileSystemWriter(_stock.FileSystemWriter):
         return Path(self._get_metadata_path(None if self.use_collectives else self.rank))
 
 
-def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteItem]:
-    """Adds a plan's items, objects first; the items in the order of their records."""
+def add_items(
+    file: DataFile, items: Sequence[WriteItem], planner: SavePlanner, check: CheckObject
+) -> list[WriteItem]:
+    """Adds a plan's items, objects first; the items in the order of their records. ``check``: looks
+    at each object."""
     objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
     tensors = _tensors_among(items)
     if objects:
-        file.add_objects([(item.index.fqn, _object_of(item, planner)) for item in objects])
+        records = [(item.index.fqn, _object_of(item, planner)) for item in objects]
+        for name, data in records:
+            check(name, data)
+        file.add_objects(records)
     for item in tensors:
         _add_tensor(file, item.index.fqn, _tensor_of(item, planner))
     return objects + tensors
