@@ -63,6 +63,10 @@ class Pair(NamedTuple):
     second: Any
 
 
+class NamedTensor(torch.Tensor):
+    pass
+
+
 class Words(dict[str, int]):
     pass
 
@@ -127,6 +131,8 @@ EVERYDAY: dict[str, Any] = {
     "bytes": [b"", b"\xff\0", bytearray(b"ab")],
     "namespace": argparse.Namespace(lr=0.1),
     "types": [int, type(None), torch.float16, torch.Size([2, 3]), torch.device("cpu")],
+    "named tensor": torch.arange(3.0).as_subclass(NamedTensor),
+    "module": torch.nn.Linear(2, 1),
     "return types": torch.max(torch.arange(4.0).reshape(2, 2), 0),
     "ellipsis": ...,
 }
@@ -147,7 +153,17 @@ def test_everyday_kinds_load_without_trust(tmp_path: Path, saver: str) -> None:
     else:
         dcp.save(dict(SAVED), checkpoint_id=tmp_path, no_dist=True)
     state: dict[str, Any] = dict.fromkeys(SAVED)
-    classes = (Phase, Flags, Outer.Inner, TrainState, Slotted, Pair, Words)
+    classes = (
+        Phase,
+        Flags,
+        Outer.Inner,
+        TrainState,
+        Slotted,
+        Pair,
+        Words,
+        NamedTensor,
+        torch.nn.Linear,
+    )
     h.load(state, checkpoint_id=tmp_path, no_dist=True, allow=classes)
     like = dict(SAVED)  # whose values' own classes are allowed
     h.load(like, checkpoint_id=tmp_path, no_dist=True)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 from torch.distributed.tensor import DTensor
 
 from ... import _C
+from ...common.tensors import is_plain_subclass, without_subclass
 from ...errors import CheckpointError
 from ..storage.nested_keys import NestedKeys, set_object
 from ..storage.staged_reads import TensorRead
@@ -142,7 +143,8 @@ def _check_tensor(name: str, value: Any, size: list[int]) -> None:
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise CheckpointError(f"{name}: the checkpoint has a tensor, the state dict {kind}")
-    if type(value) not in (Tensor, torch.nn.Parameter, DTensor):
+    is_common = type(value) in (Tensor, torch.nn.Parameter, DTensor)
+    if not is_common and not is_plain_subclass(value):
         raise PlannerNeededError
     if list(value.shape) != size:
         raise CheckpointError(
@@ -155,7 +157,9 @@ def _local_boxes(
 ) -> Iterator[_LocalBox]:
     """One box; none for a DTensor on a mesh that this rank is not in."""
     if not isinstance(value, DTensor):
-        yield _LocalBox(name, [0] * len(size), size, value.detach(), is_sharded=False)
+        is_common = type(value) in (Tensor, torch.nn.Parameter)
+        target = value.detach() if is_common else without_subclass(value)
+        yield _LocalBox(name, [0] * len(size), size, target, is_sharded=False)
     elif value.device_mesh.get_coordinate() is not None:
         if type(value._local_tensor) is not Tensor:
             raise PlannerNeededError

@@ -125,7 +125,11 @@ def capture(
     request: SaveRequest, state_dict: dict[str, Any], planner: DefaultSavePlanner
 ) -> Captured | None:
     """Looks at a state dict; None where DCP has to plan a part of it."""
-    live = _C.LiveState(state_dict)
+    try:
+        live = _C.LiveState(state_dict)
+    except Exception:
+        _refuse_kinds(request, state_dict)  # which the error knows no names of
+        raise
     frozen_planner = FrozenPlanner(planner.flatten_state_dict, planner.flatten_sharded_tensors)
     if not planner.flatten_state_dict:
         return None
@@ -144,6 +148,12 @@ def capture(
     _structures.insert(0, structure)
     del _structures[_KEPT:]
     return Captured(live, structure, frozen_planner)
+
+
+def _refuse_kinds(request: SaveRequest, state_dict: dict[str, Any]) -> None:
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state_dict, is_coordinator=request.agreement.is_coordinator)
+    assert LocalState(planner).names
 
 
 def _kept_structure(key: Any, live: _C.LiveState) -> Structure | None:

@@ -203,7 +203,7 @@ class ObjectBuilder:
             made = self.call(function, inner)
         if type(made) is not cls:
             made = made.as_subclass(cls)
-        if hasattr(cls, "__setstate__") and cls in self._allowed:
+        if cls in self._allowed:  # it may have a way of its own to set its state
             set_instance_state(self.bounds, made, state)
         else:
             set_attributes(self.bounds, made, (state,))
@@ -212,6 +212,8 @@ class ObjectBuilder:
     def _wrapper_subclass(self, cls: type, arguments: Arguments) -> Tensor:
         """(class, dtype, size, stride, offset, layout, device, requires grad): a tensor without
         memory; what it wraps are its attributes."""
+        if cls is Tensor:  # a class that is not allowed, see ClassesOfTensors
+            raise CheckpointError("it needs the class of a tensor that wraps others")
         fits = len(arguments) == 8 and arguments[0] is cls and cls in self._allowed
         expect(fits and type(arguments[1]) is torch.dtype, _WRAPPER, arguments)
         _, dtype, size, stride, offset, layout, device, requires_grad = arguments

@@ -64,6 +64,20 @@ class AllowedClasses:
         return AllowedClasses({**found, **self.classes}) if found else self
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassesOfTensors:
+    """For a tensor's record, of which only the numbers are taken: a class that is not allowed is
+    left out, the tensor is a plain one."""
+
+    allowed: AllowedClasses
+
+    def find(self, module: str, name: str) -> type | None:
+        return self.allowed.find(module, name) or torch.Tensor
+
+    def has_inner(self, module: str, name: str) -> bool:
+        return self.allowed.has_inner(module, name)
+
+
 class ImportedClasses:
     """All classes of the modules that are there: for what this process has itself just written."""
 

@@ -27,6 +27,7 @@ _VALUES = (str, bytes, int, float, complex, frozenset)
 # States that are no more than attributes, whatever the class says of itself.
 _PLAIN_SETTERS = (
     torch.nn.Module.__setstate__,
+    torch.Tensor.__setstate__,
     getattr(dataclasses, "_dataclass_setstate", None),
 )
 

@@ -10,7 +10,7 @@ from typing_extensions import Buffer
 from ... import _C
 from ...errors import CheckpointError, CorruptCheckpointError
 from .object_builder import ObjectBuilder
-from .object_classes import AllowedClasses, Classes, ImportedClasses
+from .object_classes import AllowedClasses, Classes, ClassesOfTensors, ImportedClasses
 from .object_legacy import OBJECT, PICKLES, StorageScan
 from .object_storages import ArchiveStorages, InPlace, Loaded
 from .object_table import MalformedError
@@ -24,7 +24,7 @@ class Trust:
     that objects may be made of without that."""
 
     objects: bool
-    classes: AllowedClasses
+    classes: Classes
 
     @staticmethod
     def of(trust_objects: bool, allow: Any) -> "Trust":
@@ -36,7 +36,14 @@ class Trust:
 
     def for_target(self, target: Any) -> "Trust":
         """An object that goes where ``target`` is may be of its classes."""
+        assert isinstance(self.classes, AllowedClasses)
         return Trust(self.objects, self.classes.with_those_in(target))
+
+    @staticmethod
+    def for_tensor(target: torch.Tensor) -> "Trust":
+        """For a tensor's record whose numbers go to ``target``."""
+        allowed = AllowedClasses.of(()).with_those_in(target)
+        return Trust(False, ClassesOfTensors(allowed))
 
 
 def load_object(data: bytes, what: str, trust: Trust) -> Any:

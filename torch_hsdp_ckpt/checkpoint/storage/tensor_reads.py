@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from ... import _C
-from ...common.tensors import RECORD_DTYPES, check_storage, is_row_major_on_cpu
+from ...common.tensors import (
+    RECORD_DTYPES,
+    check_storage,
+    is_row_major_on_cpu,
+    why_not_saved,
+)
 from ...errors import CheckpointError, CorruptCheckpointError
 from .objects import Trust, load_object
 from .staged_reads import BATCH_BYTES, StagedPart, TensorRead, cut_into_parts, read_staged
@@ -88,6 +93,8 @@ def plan_reads(
     OSError; nothing is written."""
     directory = os.fspath(directory)
     resolved = files.resolve([_box_read(read, directory) for read in reads], read_threads())
+    for index in resolved.torch_only:
+        _check_writable(reads[index], directory)
     staged = _stage(resolved.staged, reads, directory)
     return PlannedReads(
         files=files,
@@ -172,7 +179,7 @@ def _check_writable(read: TensorRead, directory: str) -> None:
     """CheckpointError for a target that torch could not copy a dense record to."""
     reason = ""
     if read.target.layout != torch.strided:
-        reason = f"of layout {read.target.layout}, the record is dense"
+        reason = f"of layout {read.target.layout}, and only dense ones are filled"
     elif torch._debug_has_internal_overlap(read.target) == 1:
         reason = "expanded, several of its elements share memory"
     if reason:
@@ -186,6 +193,10 @@ def _read_with_torch(files: _C.CheckpointReader, read: TensorRead, directory: st
     what = f"{directory}/{read.record.file}: {read.record.fqn}"
     (data,) = files.read_objects([read.record], 1)
     tensor = _load_tensor(data, what, read.target)
+    if reason := why_not_saved(tensor):
+        raise CheckpointError(
+            f"{what}: what stock torch has saved here can't be restored: {reason}"
+        )
     shape, offsets, lengths = list(tensor.shape), list(read.offsets), list(read.lengths)
     if not _lies_within(offsets, lengths, shape):
         raise CorruptCheckpointError(
@@ -196,7 +207,7 @@ def _read_with_torch(files: _C.CheckpointReader, read: TensorRead, directory: st
 
 
 def _load_tensor(data: bytes, what: str, target: Tensor) -> Tensor:
-    tensor = load_object(data, what, Trust.of(False, ()).for_target(target))
+    tensor = load_object(data, what, Trust.for_tensor(target))
     if not isinstance(tensor, Tensor):
         raise CorruptCheckpointError(f"{what}: expected a tensor, got {type(tensor).__name__}")
     return tensor

@@ -21,11 +21,23 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ... import _C
-from ...common.tensors import RECORD_DTYPES, check_storage, is_plain
+from ...common.tensors import (
+    RECORD_DTYPES,
+    check_storage,
+    is_plain,
+    is_plain_subclass,
+    why_not_saved,
+    without_subclass,
+)
 from ...errors import CheckpointError
 from .data_file import COPY_BLOCK, DataFile
 from .metadata import encode_metadata, read_metadata_bytes
-from .saved_objects import CheckObject, check_trusted_object, warn_of_object
+from .saved_objects import (
+    CheckObject,
+    check_saved_object,
+    check_trusted_object,
+    warn_of_object,
+)
 
 _logger = logging.getLogger(__name__)
 # One commit at a time in a process: the second sees what the first left, and its files are checked
@@ -380,11 +392,17 @@ def _tensor_of(item: WriteItem, planner: SavePlanner) -> Tensor:
 
 
 def _add_tensor(file: DataFile, name: str, tensor: Tensor) -> None:
+    if reason := why_not_saved(tensor):
+        raise CheckpointError(f"{name}: {reason}")
+    if type(tensor) is not Tensor and is_plain_subclass(tensor):
+        tensor = without_subclass(tensor)
     check_storage(tensor, name)
     if is_plain(tensor):
         file.add_tensor(name, tensor)
-    else:
-        file.add_objects([(name, _torch_saved(tensor))])
+        return
+    data = _torch_saved(tensor)
+    check_saved_object(name, data)
+    file.add_objects([(name, data)])
 
 
 def write_result(
