@@ -179,6 +179,8 @@ class LocalState:
 
 
 def _refuse_kind(tensor: Tensor, name: str) -> None:
+    if isinstance(tensor, ShardedTensor):  # answers no question of this kind
+        return
     if reason := why_not_saved(tensor):
         raise CheckpointError(f"{name}: {reason}")
 
@@ -186,7 +188,7 @@ def _refuse_kind(tensor: Tensor, name: str) -> None:
 def _saved_form(tensor: Tensor, name: str) -> Tensor:
     """What is saved of a tensor of a subclass: the plain tensor that it is, or itself, if DCP can
     plan it. Raises CheckpointError if it can't."""
-    if isinstance(tensor, DTensor) or _is_checkpointable(tensor):
+    if isinstance(tensor, (DTensor, ShardedTensor)) or _is_checkpointable(tensor):
         return tensor
     _refuse_kind(tensor, name)
     if is_plain_subclass(tensor):
