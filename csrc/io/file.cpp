@@ -38,6 +38,28 @@ int64_t File::Size() const {
   return Checked("fstat", path_, -1, [&] { return raw_->Size(); });
 }
 
+bool File::IsSame(const File& other) const {
+  FileIdentity own, others;
+  Checked("fstat", path_, -1, [&] { return raw_->Identify(&own); });
+  Checked("fstat", other.path_, -1, [&] { return other.raw_->Identify(&others); });
+  return own == others;
+}
+
+int64_t File::Allocated() const {
+  return Checked("fstat", path_, -1, [&] { return raw_->Allocated(); });
+}
+
+void CheckNotHoles(const File& file, int64_t size, const std::string& what) {
+  constexpr int64_t kAlwaysTaken = int64_t{64} << 20;
+  constexpr int64_t kMostCompressed = 1024;  // bytes of a file for one on the disk
+  if (size <= kAlwaysTaken) return;
+  const int64_t allocated = file.Allocated();
+  if (allocated == 0 || size / kMostCompressed <= allocated) return;
+  throw base::CorruptionError(
+      file.path(), what, std::to_string(size) + " bytes",
+      "a file of holes, with " + std::to_string(allocated) + " bytes on the disk");
+}
+
 void File::ReadAt(std::span<std::byte> target, int64_t offset, const std::string& what) const {
   size_t done = 0;
   while (done < target.size()) {

@@ -57,6 +57,8 @@ class FaultyFile : public RawFile {
   int Sync() override {
     return Call("fsync", [&] { return real_->Sync(); });
   }
+  int64_t Allocated() override { return real_->Allocated(); }
+  int Identify(FileIdentity* identity) override { return real_->Identify(identity); }
   int DisableDirect() override {
     return Call("fcntl", [&] { return real_->DisableDirect(); });
   }

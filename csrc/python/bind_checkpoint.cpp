@@ -96,7 +96,8 @@ std::string MakeTorchPrefix(int64_t rank, uint64_t save_id) {
 
 std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
     const std::string& directory, const std::string& name, int threads, bool sync, int64_t reserve,
-    const ImageMemory& image, std::vector<std::shared_ptr<snapshot::StagingCopy>> copies) {
+    const ImageMemory& image, std::vector<std::shared_ptr<snapshot::StagingCopy>> copies,
+    std::vector<uint32_t> owners) {
   const auto parsed = format::DataFileName::Parse(name);
   if (!parsed) throw py::value_error("not a data file's name: " + name);
   const py::gil_scoped_release release;
@@ -112,6 +113,7 @@ std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
           .threads = threads,
           .sync = sync,
           .reserve = reserve,
+          .owners = std::move(owners),
           .image = {image.offset,
                     {reinterpret_cast<std::byte*>(image.address), static_cast<size_t>(image.size)},
                     checksums}});
@@ -188,7 +190,8 @@ void BindCheckpoint(py::module_& module) {
       .def_readonly("left", &checkpoint::CleanupResult::left);
   py::class_<checkpoint::ShardFileWriter>(module, "ShardFileWriter")
       .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"),
-           py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"))
+           py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"),
+           py::arg("owners"))
       .def("write_tensors", &WriteAll, py::arg("parts"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
       .def("finish", &checkpoint::ShardFileWriter::Finish, released);
@@ -228,6 +231,10 @@ void BindCheckpoint(py::module_& module) {
       [](const std::string& path) { io::SyncDirectory(io::PosixFileSystem(), path); },
       py::arg("path"), released);
   module.def("new_save_id", &format::NewSaveId, py::arg("claimed"));
+  module.def(
+      "record_owner",
+      [](const std::string& name, const Shape& chunk) { return format::RecordOwner(name, chunk); },
+      py::arg("name"), py::arg("chunk"));
   module.def(
       "crc32",
       [](uintptr_t address, size_t size, uint32_t seed) {

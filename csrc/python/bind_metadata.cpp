@@ -266,6 +266,15 @@ py::object Encode(const py::object& metadata) {
   return py::bytes(file);
 }
 
+py::bytes ReadFile(const std::string& directory, const std::string& name) {
+  std::vector<std::byte> bytes;
+  {
+    const py::gil_scoped_release released;
+    bytes = checkpoint::ReadMetadataFile(io::PosixFileSystem(), directory, name);
+  }
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
 py::bytes Trailer(const py::buffer& pickle) {
   return format::MetadataTrailer(Span(pickle.request()));
 }
@@ -302,6 +311,7 @@ void BindMetadata(py::module_& module) {
   module.attr("MAX_METADATA_BYTES") = format::kMaxMetadataBytes;
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
   module.def("metadata_files", &Files, py::arg("file"), py::arg("path"));
+  module.def("read_metadata_file", &ReadFile, py::arg("directory"), py::arg("name"));
   module.def("encode_metadata", &Encode, py::arg("metadata"));
   module.def("mark_metadata", &MarkMetadata, py::arg("file"), py::arg("run"), py::arg("commit"));
   module.def("read_run_mark", &ReadRunMark, py::arg("directory"));

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import CheckpointError
-from .rank_failure import RankFailure, raise_failures
+from .rank_failure import RankFailure, raise_alone, raise_failures
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class _Result:
 
     def get(self) -> bytes:
         if self.error is not None:
-            raise self.error
+            raise_alone(self.error)
         return self.payload
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from .. import _C
 from ..checkpoint.load.load import load
 from ..checkpoint.save.async_save import AsyncSave, async_save, await_save
 from ..checkpoint.save.save import save
+from ..checkpoint.storage.directory import directory_of
 from ..checkpoint.storage.writer import FileSystemWriter
 from ..common.agreement import agreement_of
 from ..errors import CheckpointError, CorruptCheckpointError
@@ -54,6 +55,10 @@ class CheckpointManager:
             by :meth:`close`.
         max_staging_bytes: what ``async_save`` takes under that name, 0 or more, only with
             ``asynchronous``: other saves copy nothing. None: no bound.
+        trust_objects: objects that only trust can load are saved, and :meth:`restore_latest`
+            loads them. It can run anything: for directories that only you write to.
+        allow: classes that objects may be instances of when they are loaded, besides those of the
+            state's own values. See :func:`load`.
 
     Without torch.distributed it is for one process. Raises ValueError for a number below its least,
     and for ``max_staging_bytes`` without ``asynchronous``; OSError, on every rank, for a root that
@@ -70,13 +75,16 @@ class CheckpointManager:
         process_group: Any = None,
         asynchronous: bool = False,
         max_staging_bytes: int | None = None,
+        trust_objects: bool = False,
+        allow: Iterable[type] = (),
     ) -> None:
         _check_at_least_one(save_every=save_every, keep_last=keep_last, keep_every=keep_every)
         _check_staging_bytes(max_staging_bytes, asynchronous)
-        self.root = Path(root)
+        self.root = directory_of(root)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
         self.preempted = False
         self.asynchronous, self.max_staging_bytes = asynchronous, max_staging_bytes
+        self.trust_objects, self.allow = trust_objects, tuple(allow)
         self._process_group = process_group
         self._agreement = agreement_of(process_group, "manager")
         self._job: list[_C.ProcessIdentity] = []  # the processes of all ranks, from the first save
@@ -172,6 +180,7 @@ class CheckpointManager:
                 storage_writer=writer,
                 process_group=self._process_group,
                 no_dist=self._no_dist,
+                trust_objects=self.trust_objects,
             )
             self._saved_step = step
             self._committed(step)
@@ -182,6 +191,7 @@ class CheckpointManager:
             process_group=self._process_group,
             no_dist=self._no_dist,
             max_staging_bytes=self.max_staging_bytes,
+            trust_objects=self.trust_objects,
         )
         self._in_flight, self._saved_step = future, step
         self._settled = threading.Event()
@@ -359,7 +369,12 @@ class CheckpointManager:
         is raised."""
         try:
             load(
-                state, checkpoint_id=path, process_group=self._process_group, no_dist=self._no_dist
+                state,
+                checkpoint_id=path,
+                process_group=self._process_group,
+                no_dist=self._no_dist,
+                trust_objects=self.trust_objects,
+                allow=self.allow,
             )
         except (CorruptCheckpointError, OSError) as error:
             if not checkpoints.is_damage(error):

@@ -16,6 +16,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .. import _C
+from ..checkpoint.storage.directory import encoded
 from ..checkpoint.storage.metadata import read_metadata
 from ..checkpoint.storage.writer import make_room
 from ..errors import CheckpointError
@@ -131,7 +132,7 @@ def contents(root: Path) -> Contents:
 def _look_at(path: Path, step: int) -> RunCheckpoint | None:
     """The checkpoint in ``path``; None if none is committed there."""
     try:
-        mark = _C.read_run_mark(os.fspath(path))
+        mark = _C.read_run_mark(encoded(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -276,9 +277,9 @@ def sweep(root: Path, incomplete: Sequence[int], own: Sequence[_C.ProcessIdentit
         if path.is_symlink() or not os.listdir(path) or _has_save_under_way(path, own):
             continue
         # With the claim, a save of a process that nobody here can see can't commit any more.
-        claim = _C.claim_directory(str(path), ".metadata", _C.new_save_id(claimed=True), True)
+        claim = _C.claim_directory(encoded(path), ".metadata", _C.new_save_id(claimed=True), True)
         make_room(path, ".metadata", claim, True, own)
-        _C.release_claim(str(path), claim)
+        _C.release_claim(encoded(path), claim)
         _remove_if_empty(path)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import _C
+from ..checkpoint.storage.directory import encoded
 from ..errors import CheckpointError
 from . import run_directory
 
@@ -60,9 +61,9 @@ class RunOwner:
                 self._check_other(name, owner, newest)
         self.release()
         save_id = _C.new_save_id(claimed=True)
-        claim = _C.claim_directory(str(self._root), _CLAIMED, save_id, True)
+        claim = _C.claim_directory(encoded(self._root), _CLAIMED, save_id, True)
         self._claim = claim
-        self._release = weakref.finalize(self, _release, str(self._root), claim, os.getpid())
+        self._release = weakref.finalize(self, _release, encoded(self._root), claim, os.getpid())
 
     def _check_other(self, name: str, owner: _C.ProcessIdentity, newest: int) -> None:
         """Looks at another job's claim. Raises CheckpointError if that job runs."""
@@ -96,6 +97,6 @@ class RunOwner:
         self._claim = self._release = None
 
 
-def _release(root: str, claim: str, process: int) -> None:
+def _release(root: bytes, claim: str, process: int) -> None:
     if os.getpid() == process:  # a forked child ends with a copy of its parent's manager
         _C.release_claim(root, claim)

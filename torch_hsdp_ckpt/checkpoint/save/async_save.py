@@ -141,6 +141,7 @@ def async_save(
     snapshot: SnapshotMode = "lazy",
     in_flight: InFlight = "wait",
     max_staging_bytes: int | None = None,
+    trust_objects: bool = False,
 ) -> Any:
     """Saves the state at the call while training goes on;
     ``torch.distributed.checkpoint.async_save``'s arguments and more.
@@ -169,6 +170,7 @@ def async_save(
             that do not lie contiguous. Tensors that do not fit are written first, from where they
             are: the next step waits for that, or this call where nothing guards them. None: all of
             1/R of the shard is copied.
+        trust_objects: as :func:`save` has it.
 
     Raises:
         CheckpointError: on every rank: the save before has failed (once; the next call saves
@@ -213,7 +215,7 @@ def async_save(
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
     request = AsyncRequest(
-        save=request_of(writer, process_group, "async_save", no_dist),
+        save=request_of(writer, process_group, "async_save", no_dist, trust_objects),
         planner=default_planner(planner),
         mode=snapshot,
         limits=StagingLimits(_in_flight.pool, max_staging_bytes),

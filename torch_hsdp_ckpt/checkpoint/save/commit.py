@@ -76,7 +76,7 @@ def _write_and_commit(opened: Opened, write_part: Callable[[], Written]) -> Save
     result = _result(request, written, votes)
     level = logging.INFO if agreement.is_coordinator else logging.DEBUG
     _logger.log(level, "saved %s: %s", path, result)
-    return SavedMetadata.lazy(lambda: _read_back(path, trailer, encoded), result)
+    return SavedMetadata.of(lambda: _read_back(path, trailer, encoded), result)
 
 
 def _packed_vote(written: Written) -> bytes:
