@@ -99,6 +99,34 @@ def test_a_lost_peer_is_an_error_within_the_timeout(tmp_path: Path, how: str) ->
     run_ranks(_lost_peer, 3, how, str(tmp_path), allow_death=(2,) if how == "dies" else ())
 
 
+def _life(rank: int, store: str, path: str, life: int) -> None:
+    """One of several sets of processes that torchrun starts one after another over one store. The
+    default group stands for NCCL's, which leaves no addresses there."""
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the backend)
+
+    dist.destroy_process_group()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(life)
+    dist.init_process_group(
+        "fake",
+        store=dist.FileStore(store, 99),  # which no life deletes at its end
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    state = {"w": torch.zeros(3)}
+    with h.CheckpointManager(path) as manager:
+        assert manager.restore_latest(state) == (life or None)
+        manager.save(life + 1, {"w": torch.full((3,), life + 1.0)})
+        assert manager.restore_latest(state) == life + 1
+    assert state["w"].tolist() == [life + 1.0] * 3
+
+
+def test_the_ranks_meet_again_over_the_store_of_the_life_before(tmp_path: Path) -> None:
+    for life in range(2):
+        run_ranks(_life, 2, str(tmp_path / "store"), str(tmp_path / "run"), life)
+    assert sorted(os.listdir(tmp_path / "run")) == ["step-000001", "step-000002"]
+
+
 def test_alone_it_needs_no_group() -> None:
     alone: Agreement = agreement_of(None, "save", no_dist=True)
     assert alone.run("step", lambda: b"x") == [b"x"]

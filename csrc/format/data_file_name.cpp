@@ -45,9 +45,10 @@ std::optional<DataFileName> DataFileName::Parse(const std::string& name) {
   return out.ToString() == name ? std::optional(out) : std::nullopt;
 }
 
-uint64_t NewSaveId() {
+uint64_t NewSaveId(bool claimed) {
   std::random_device device;
-  return uint64_t{device()} << 32 | device();
+  const uint64_t random = uint64_t{device()} << 32 | device();
+  return claimed ? random | 1 : random & ~uint64_t{1};
 }
 
 }  // namespace hsdp_ckpt::format

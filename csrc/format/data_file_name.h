@@ -28,12 +28,15 @@ struct DataFileName {
                           ///< formats): has no index
   int64_t number = 0;
 
+  /// Whether the save that the file belongs to had claimed its directory before it wrote: then a
+  /// later claim there has ended it.
+  bool claimed() const { return (save_id & 1) != 0; }
   std::string ToString() const;
   /// Nullopt for every name that ToString never gives.
   static std::optional<DataFileName> Parse(const std::string& name);
 };
 
-/// 64 random bits from the operating system.
-uint64_t NewSaveId();
+/// 64 bits from the operating system, random but for the lowest one: see DataFileName::claimed.
+uint64_t NewSaveId(bool claimed);
 
 }  // namespace hsdp_ckpt::format

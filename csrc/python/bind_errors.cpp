@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "python/module.h"
 
 namespace py = pybind11;
@@ -18,11 +19,18 @@ py::object ErrorType(const char* name) {
   return py::module_::import("torch_hsdp_ckpt.errors").attr(name);
 }
 
-// A damaged file's names need not be UTF-8, and an error about them is to be no other error.
+// A damaged file's names need not be UTF-8, and an error about them is to be no other error;
+// nor is a name to do anything to the terminal that shows the message.
 py::object Text(const std::exception& error) {
-  const std::string_view text = error.what();
+  const std::string text = base::Printable(error.what());
   return py::reinterpret_steal<py::object>(
       PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
+}
+
+// As Python's own functions name files, which need not be UTF-8 either.
+py::object FileName(const std::string& path) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
 }
 
 void Raise(const py::object& exception) {
@@ -43,7 +51,7 @@ void BindErrors(py::module_&) {
           std::string(std::strerror(error.error_number())) + " (" + error.op() +
           (error.offset() < 0 ? "" : " at offset " + std::to_string(error.offset())) + ")";
       Raise(py::module_::import("builtins")
-                .attr("OSError")(error.error_number(), message, error.path()));
+                .attr("OSError")(error.error_number(), message, FileName(error.path())));
     } catch (const base::CorruptionError& error) {
       Raise(ErrorType("CorruptCheckpointError")(Text(error)));
     } catch (const base::Error& error) {

@@ -9,6 +9,7 @@ one number on the mesh's own groups."""
 
 import dataclasses
 import logging
+import os
 import pickle
 import struct
 import threading
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import CheckpointError
-from .rank_failure import RankFailure, raise_failures
+from .rank_failure import RankFailure, raise_alone, raise_failures
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _logger = logging.getLogger(__name__)
 _SLOT = struct.Struct("<?Q119s")
 _INLINE = 119
 _LENGTH = struct.Struct("<Q")
+# What torchrun sets the same for all ranks, and otherwise each time that it starts them.
+_LIFE = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE")
 
 
 class NestedCallError(RuntimeError):
@@ -92,7 +95,7 @@ class _Result:
 
     def get(self) -> bytes:
         if self.error is not None:
-            raise self.error
+            raise_alone(self.error)
         return self.payload
 
 
@@ -342,8 +345,7 @@ def _private_group(parent: Any, purpose: str, generation: int) -> dist.ProcessGr
     # This is not dist.new_group, which counts its calls to name the groups: ranks outside a
     # sub-group would count otherwise.
     store = dist.PrefixStore(
-        f"torch_hsdp_ckpt/{parent.group_name}/{purpose}/{generation}",
-        dist.distributed_c10d._get_default_store(),
+        f"torch_hsdp_ckpt/{parent.group_name}/{purpose}/{generation}", own_store()
     )
     rank, size = dist.get_rank(parent), dist.get_world_size(parent)
     try:
@@ -352,6 +354,18 @@ def _private_group(parent: Any, purpose: str, generation: int) -> dist.ProcessGr
         raise CheckpointError(
             f"{purpose}: rank {rank} of {size} timed out waiting for its peers: {error}"
         ) from error
+
+
+def own_store() -> Any:
+    """The default group's store, for groups of this package's own: what another life of the job has
+    left there is not seen.
+
+    torchrun gives the processes that it starts again the store of those before (torch 2.11 to 2.15,
+    ``--rdzv-backend c10d``), in which Gloo would find the addresses of dead peers."""
+    life = "/".join(os.environ.get(name, "") for name in _LIFE)
+    return dist.PrefixStore(
+        f"torch_hsdp_ckpt/life/{life}", dist.distributed_c10d._get_default_store()
+    )
 
 
 def group_timeout(group: Any, device_types: Sequence[str] = ("cpu", "cuda")) -> timedelta:

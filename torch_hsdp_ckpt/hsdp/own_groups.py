@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..common.agreement import group_timeout
+from ..common.agreement import group_timeout, own_store
 
 _c10d: Any = dist.distributed_c10d
 
@@ -62,7 +62,7 @@ def meet(request: GroupRequest, kept: OwnGroup | None) -> OwnGroup:
     the ranks: models may be gone on some of them, and still be there on others.
 
     Raises torch's RuntimeError if a rank does not come within the timeout."""
-    store = _c10d._get_default_store()
+    store = own_store()
     size, key = len(request.ranks), request.key()
     # Nobody comes to a meeting before all have come to the one before it.
     meeting = f"{key}/{(store.add(key, 1) - 1) // size}"
@@ -78,7 +78,7 @@ def meet(request: GroupRequest, kept: OwnGroup | None) -> OwnGroup:
 
 
 def _new_gloo_group(name: str, request: GroupRequest) -> Any:
-    store = dist.PrefixStore(f"{name}/", _c10d._get_default_store())
+    store = dist.PrefixStore(f"{name}/", own_store())
     rank, size = request.ranks.index(dist.get_rank()), len(request.ranks)
     gloo = dist.ProcessGroup.BackendType.GLOO
     group: Any = dist.ProcessGroup(store, rank, size)
@@ -149,7 +149,7 @@ def _named_group(
         ranks.index(dist.get_rank()),
         list(ranks),
         str(dist.get_backend_config(like)),
-        _c10d._get_default_store(),
+        own_store(),
         name,
         timeout=timeout,
         group_desc="torch_hsdp_ckpt",

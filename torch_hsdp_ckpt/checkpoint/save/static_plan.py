@@ -5,7 +5,7 @@ other values. Where they are equal nobody has to be told anything; ``csrc/checkp
 every rank's records and all their places."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorProperties
@@ -18,6 +18,24 @@ from .local_state import LocalState, Sharding, SortedNames
 
 # Before torch 2.15 the metadata says nothing of strides.
 _HAS_STRIDES = any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
+
+
+# Bytes of plain tensors that one rank writes, the smallest ones: what belongs together, such as
+# random states, may differ from rank to rank, and has to come from one.
+_TOGETHER = 16 << 20
+
+
+def written_together(sizes: Mapping[str, int]) -> set[str]:
+    """The names, of plain tensors and their bytes, that one rank writes. The others, which are
+    worth it, are dealt out to all ranks."""
+    together: set[str] = set()
+    left = _TOGETHER
+    for name in sorted(sizes, key=lambda name: (sizes[name], name)):
+        left -= sizes[name]
+        if left < 0:
+            break
+        together.add(name)
+    return together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +97,11 @@ def make_static_plan(
     shard of another shape than mesh and placements give it."""
     shardings = _Shardings(global_ranks)
     tensors = [_planned_dtensor(state, name, shardings) for name in names.dtensors]
-    tensors += [_planned_tensor(state, name, shardings) for name in names.tensors]
+    together = written_together({name: state.values[name].nbytes for name in names.tensors})
+    for name in names.tensors:
+        sharding = shardings.of_plain_tensor(name in together)
+        value: Tensor = state.values[name]
+        tensors.append(_PlannedTensor(name, value, value, sharding))
     with_details = rank == 0  # what DCP's metadata says of a tensor, by the coordinator's
     plan = _C.SavePlan(shardings.arguments, (_argument(it, with_details) for it in tensors))
     _check_local_shards(plan.local_shards(rank), tensors, rank)
@@ -110,7 +132,7 @@ class _Shardings:
     def __init__(self, global_ranks: Sequence[int]) -> None:
         self._size = len(global_ranks)
         self._rank_in_group = {rank: i for i, rank in enumerate(global_ranks)}
-        self._numbers: dict[_ShardingKey | None, int] = {}  # None: plain tensors' one
+        self._numbers: dict[_ShardingKey | bool, int] = {}  # a bool: plain tensors' ones
         self.arguments: list[_C.Sharding] = []
 
     def of_dtensor(self, sharding: Sharding) -> int:
@@ -121,15 +143,15 @@ class _Shardings:
             self._add(key, _C.Sharding(list(mesh.shape), ranks, sharding.dims, whole=False))
         return self._numbers[key]
 
-    def of_plain_tensor(self) -> int:
+    def of_plain_tensor(self, is_coordinators: bool) -> int:
         """Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is
         one rank's, as in DCP."""
-        if None not in self._numbers:
-            ranks = range(self._size)
-            self._add(None, _C.Sharding([self._size], ranks, (-1,), whole=True))
-        return self._numbers[None]
+        if is_coordinators not in self._numbers:
+            ranks = range(1 if is_coordinators else self._size)
+            self._add(is_coordinators, _C.Sharding([len(ranks)], ranks, (-1,), whole=True))
+        return self._numbers[is_coordinators]
 
-    def _add(self, key: _ShardingKey | None, sharding: _C.Sharding) -> None:
+    def _add(self, key: _ShardingKey | bool, sharding: _C.Sharding) -> None:
         self._numbers[key] = len(self.arguments)
         self.arguments.append(sharding)
 
@@ -141,11 +163,6 @@ def _planned_dtensor(state: LocalState, name: str, shardings: _Shardings) -> _Pl
     local = value._local_tensor
     check_storage(local.detach(), name)
     return _PlannedTensor(name, value, local, shardings.of_dtensor(sharding))
-
-
-def _planned_tensor(state: LocalState, name: str, shardings: _Shardings) -> _PlannedTensor:
-    value: Tensor = state.values[name]
-    return _PlannedTensor(name, value, value, shardings.of_plain_tensor())
 
 
 def _check_local_shards(shards: _C.ChunkList, tensors: Sequence[_PlannedTensor], rank: int) -> None:
