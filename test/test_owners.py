@@ -113,3 +113,17 @@ def test_stocks_files_are_checked_by_dtype_and_shape(tmp_path: Path) -> None:
         (tmp_path / ".metadata").write_bytes(encode_metadata(metadata)[:-24])
         problems = h.verify(tmp_path).problems
         assert [problem.record for problem in problems] == [one]
+
+
+def test_files_of_the_first_index_have_no_owners() -> None:
+    path = Path(__file__).parent / "data" / "index_version_1"
+    state: dict[str, Any] = {
+        "weight": torch.zeros(3, 4),
+        "half": torch.zeros(5, dtype=torch.bfloat16),
+        "step": 0,
+    }
+    h.load(state, checkpoint_id=path)
+    torch.testing.assert_close(state["weight"], torch.arange(12.0).view(3, 4))
+    torch.testing.assert_close(state["half"], torch.full((5,), 1.5, dtype=torch.bfloat16))
+    assert state["step"] == 7
+    assert not h.verify(path).problems

@@ -41,6 +41,7 @@ class FilePool final : public FileSystem {
   }
   int Remove(const std::string& path) override { return fs_.Remove(path); }
   int SyncDirectory(const std::string& path) override { return fs_.SyncDirectory(path); }
+  int SyncFileSystem(const std::string& path) override { return fs_.SyncFileSystem(path); }
 
  private:
   class PooledFile;
