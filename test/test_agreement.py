@@ -133,7 +133,8 @@ def test_alone_it_needs_no_group() -> None:
     assert alone.verdict("step", lambda: b"y" * 100) == b"y" * 100
     error: Any = ValueError("mine")
     for call in (alone.run, alone.verdict):
-        with pytest.raises(ValueError, match="mine"):
+        with pytest.raises(h.CheckpointError, match="ValueError: mine") as caught:
             call("step", lambda: _fail(error))
-    with pytest.raises(ValueError, match="mine"):
+        assert caught.value.__cause__ is error
+    with pytest.raises(h.CheckpointError, match="ValueError: mine"):
         alone.exchange("step", error=error)
