@@ -69,7 +69,7 @@ def _state_of(rank: int) -> dict[str, Any]:
         "numpy": torch.full((624,), rank),
         "python": ("state", rank),
         "seed": rank,
-        "average": {"mean": torch.full((64, 1024), float(rank)), "count": torch.tensor(rank)},
+        "average": {"mean": torch.full((4, 1024), float(rank)), "count": torch.tensor(rank)},
     }
 
 

@@ -1,7 +1,6 @@
 """What the ranks can't plan alone: gathered, planned by DCP on the coordinator, scattered."""
 
 import dataclasses
-import itertools
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from ...common.agreement import Agreement
 from ...errors import CheckpointError
 from .local_state import LocalState
-from .static_plan import written_together
+from .static_plan import is_one_ranks
 
 _SHOWN = 20  # keys in one error message
 
@@ -86,22 +85,24 @@ def _kind_of(item: WriteItem) -> str:
 
 
 def _keep_together(plans: Sequence[SavePlan]) -> list[SavePlan]:
-    """Leaves objects, and the plain tensors that belong to them, to the first rank that has
+    """Leaves objects, and the small plain tensors that belong to them, to the first rank that has
     them."""
-    sizes: dict[str, int] = {}
-    for item in itertools.chain.from_iterable(plan.items for plan in plans):
-        if item.type == WriteItemType.BYTE_IO:
-            sizes[item.index.fqn] = 0
-        elif item.type == WriteItemType.TENSOR and item.tensor_data is not None:
-            data = item.tensor_data
-            sizes[item.index.fqn] = math.prod(data.size) * data.properties.dtype.itemsize
-    together, seen = written_together(sizes), set[str]()
+    seen = set[str]()
     kept: list[SavePlan] = []
     for plan in plans:
         items = [item for item in plan.items if item.index.fqn not in seen]
-        seen.update(item.index.fqn for item in items if item.index.fqn in together)
+        seen.update(item.index.fqn for item in items if _is_one_ranks(item))
         kept.append(dataclasses.replace(plan, items=items))
     return kept
+
+
+def _is_one_ranks(item: WriteItem) -> bool:
+    if item.type == WriteItemType.BYTE_IO:
+        return True
+    data = item.tensor_data
+    if item.type != WriteItemType.TENSOR or data is None:
+        return False
+    return is_one_ranks(math.prod(data.size) * data.properties.dtype.itemsize)
 
 
 def plan_by_dcp(plans: Sequence[SavePlan], flatten: bool) -> tuple[list[SavePlan], Metadata]:

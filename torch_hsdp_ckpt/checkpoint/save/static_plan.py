@@ -5,7 +5,7 @@ other values. Where they are equal nobody has to be told anything; ``csrc/checkp
 every rank's records and all their places."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorProperties
@@ -19,23 +19,15 @@ from .local_state import LocalState, Sharding, SortedNames
 # Before torch 2.15 the metadata says nothing of strides.
 _HAS_STRIDES = any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
 
-
-# Bytes of plain tensors that one rank writes, the smallest ones: what belongs together, such as
-# random states, may differ from rank to rank, and has to come from one.
-_TOGETHER = 16 << 20
+# Bytes that a plain tensor has at the most to be small. Random states are, some 5 KiB.
+_SMALL = 16 << 10
 
 
-def written_together(sizes: Mapping[str, int]) -> set[str]:
-    """The names, of plain tensors and their bytes, that one rank writes. The others, which are
-    worth it, are dealt out to all ranks."""
-    together: set[str] = set()
-    left = _TOGETHER
-    for name in sorted(sizes, key=lambda name: (sizes[name], name)):
-        left -= sizes[name]
-        if left < 0:
-            break
-        together.add(name)
-    return together
+def is_one_ranks(nbytes: int) -> bool:
+    """Whether the rank that writes the objects writes a plain tensor of this size as well: what
+    belongs together, such as the parts of a random state, may differ by rank, and has to come from
+    one. Larger ones are worth it to be dealt out to all ranks."""
+    return nbytes <= _SMALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +89,7 @@ def make_static_plan(
     shard of another shape than mesh and placements give it."""
     shardings = _Shardings(global_ranks)
     tensors = [_planned_dtensor(state, name, shardings) for name in names.dtensors]
-    together = written_together({name: state.values[name].nbytes for name in names.tensors})
-    for name in names.tensors:
-        sharding = shardings.of_plain_tensor(name in together)
-        value: Tensor = state.values[name]
-        tensors.append(_PlannedTensor(name, value, value, sharding))
+    tensors += [_planned_tensor(state, name, shardings) for name in names.tensors]
     with_details = rank == 0  # what DCP's metadata says of a tensor, by the coordinator's
     plan = _C.SavePlan(shardings.arguments, (_argument(it, with_details) for it in tensors))
     _check_local_shards(plan.local_shards(rank), tensors, rank)
@@ -163,6 +151,12 @@ def _planned_dtensor(state: LocalState, name: str, shardings: _Shardings) -> _Pl
     local = value._local_tensor
     check_storage(local.detach(), name)
     return _PlannedTensor(name, value, local, shardings.of_dtensor(sharding))
+
+
+def _planned_tensor(state: LocalState, name: str, shardings: _Shardings) -> _PlannedTensor:
+    value: Tensor = state.values[name]
+    sharding = shardings.of_plain_tensor(is_one_ranks(value.nbytes))
+    return _PlannedTensor(name, value, value, sharding)
 
 
 def _check_local_shards(shards: _C.ChunkList, tensors: Sequence[_PlannedTensor], rank: int) -> None:
