@@ -22,6 +22,7 @@ from save_faults import (
     at_call,
     calls_of,
     errors_for,
+    is_about_older_files,
     kill_at_every_call,
     loaded,
     no_fault,
@@ -49,6 +50,8 @@ def _refused(rank: int, path: str) -> None:
         for number, (call, error) in enumerate(
             zip(calls[failing], errors_for(calls[failing]), strict=True)
         ):
+            if is_about_older_files(calls[failing], number):
+                continue
             if rank == failing:
                 at_call(number, lambda path, error=error: -error)  # type: ignore[misc]
             future = h.async_save(new, checkpoint_id=path)
