@@ -170,6 +170,22 @@ def test_checkpoints_without_a_mark_come_before_all_others(tmp_path: Path) -> No
     assert _restored(tmp_path) == (5, 5)
 
 
+def test_a_checkpoint_saved_by_hand_after_all_others_is_the_newest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _save(tmp_path, 1, 2)
+    by_hand = tmp_path / "step-000005"
+    h.save(_state(5), checkpoint_id=by_hand)
+    os.utime(by_hand / ".metadata", (time.time() + 1,) * 2)
+    with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
+        assert _restored(tmp_path) == (5, 5)
+    assert any("step 5 comes first: no manager has saved it" in line for line in caplog.messages)
+    _save(tmp_path, 6)  # goes on with the run's numbers
+    assert [_C.read_run_mark(str(tmp_path / f"step-{n:06d}"))[1] for n in (1, 2, 6)] == [1, 2, 3]  # type: ignore[index]
+    os.utime(tmp_path / "step-000006" / ".metadata", (time.time() + 2,) * 2)
+    assert _restored(tmp_path) == (6, 6)
+
+
 def test_stock_torch_reads_a_checkpoint_with_a_mark(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     assert _C.read_run_mark(str(tmp_path / "step-000001"))[1] == 1  # type: ignore[index]

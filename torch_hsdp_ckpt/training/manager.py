@@ -390,7 +390,14 @@ class CheckpointManager:
             if each.failure is not None and not checkpoints.is_damage(each.failure):
                 raise each.failure
         self._owner.look(found)
-        self._name_what_stays(found, found.newest.run)
+        self._name_what_stays(found, found.newest_of_a_run.run)
+        if found.newest.commit == 0 and found.newest_of_a_run.commit:
+            _logger.warning(
+                "%s: step %d comes first: no manager has saved it, and it is newer than all that "
+                "one has",
+                self.root,
+                found.newest.step,
+            )
         return json.dumps([[each.step for each in found.committed], found.incomplete]).encode()
 
     def steps(self) -> list[int]:

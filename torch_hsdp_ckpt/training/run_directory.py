@@ -37,16 +37,18 @@ _DAMAGE = frozenset(
 @dataclasses.dataclass(frozen=True)
 class RunCheckpoint:
     """A committed checkpoint. ``run`` and ``commit`` are 0 for one that no manager has saved, or
-    whose mark can't be read; ``failure`` then says why."""
+    whose mark can't be read; ``failure`` then says why. ``modified``: when ``.metadata`` was
+    written, in nanoseconds since the epoch; 0 where that can't be told."""
 
     step: int
     run: int = 0
     commit: int = 0
-    failure: OSError | None = None
+    failure: Exception | None = None
+    modified: int = 0
 
     @property
     def order(self) -> tuple[int, int]:
-        """Which of two was committed later; those without a mark come first, by their steps."""
+        """Which of two of a kind was committed later: those without a mark go by their steps."""
         return self.commit, self.step
 
 
@@ -54,9 +56,9 @@ class RunCheckpoint:
 class Contents:
     """What a root holds by the names of steps.
 
-    ``committed``: in the order of their commits. ``incomplete``: steps of which there is nothing,
-    or data files alone: their save or their removal did not come to an end. ``foreign``: names of
-    directories that hold something else."""
+    ``committed``: the later ones last, see :func:`in_order`. ``incomplete``: steps of which there
+    is nothing, or data files alone: their save or their removal did not come to an end.
+    ``foreign``: names of directories that hold something else."""
 
     committed: Sequence[RunCheckpoint]
     incomplete: Sequence[int]
@@ -65,6 +67,17 @@ class Contents:
     @property
     def newest(self) -> RunCheckpoint:
         return self.committed[-1] if self.committed else RunCheckpoint(0)
+
+    @property
+    def newest_of_a_run(self) -> RunCheckpoint:
+        """The newest that a manager has saved."""
+        return max(self.committed, key=lambda found: found.order, default=RunCheckpoint(0))
+
+
+def owner_of(name: str) -> _C.ProcessIdentity | None:
+    """The process in the name of a data file or of a claim, None in any other name; names need not
+    be UTF-8."""
+    return _C.owner_of(encoded(name))
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -126,18 +139,30 @@ def contents(root: Path) -> Contents:
             incomplete.append(step)
         else:
             foreign.append(path.name)
-    return Contents(sorted(committed, key=lambda found: found.order), incomplete, foreign)
+    return Contents(in_order(committed), incomplete, foreign)
+
+
+def in_order(committed: Collection[RunCheckpoint]) -> list[RunCheckpoint]:
+    """Which come later. Those of managers by their commits; those without a mark, which somebody
+    has saved by hand, behind them if they were written later than all of them, else before."""
+    last = max((found.modified for found in committed if found.commit), default=0)
+
+    def order(found: RunCheckpoint) -> tuple[bool, int, int]:
+        return (not found.commit and found.modified > last, *found.order)
+
+    return sorted(committed, key=order)
 
 
 def _look_at(path: Path, step: int) -> RunCheckpoint | None:
     """The checkpoint in ``path``; None if none is committed there."""
     try:
-        mark = _C.read_run_mark(encoded(path))
+        run, commit = _C.read_run_mark(encoded(path)) or (0, 0)
+        modified = (path / ".metadata").stat().st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         return RunCheckpoint(step, failure=error)
-    return RunCheckpoint(step) if mark is None else RunCheckpoint(step, *mark)
+    return RunCheckpoint(step, run, commit, modified=modified)
 
 
 def _holds_data_alone(path: Path) -> bool:

@@ -35,7 +35,7 @@ class RunOwner:
 
     def look(self, found: run_directory.Contents) -> None:
         """Notes the newest checkpoint: one that comes later and is not this job's is another's."""
-        self._seen_commit = max(self._seen_commit, found.newest.commit)
+        self._seen_commit = max(self._seen_commit, found.newest_of_a_run.commit)
 
     def begin_save(self, found: run_directory.Contents, job: Sequence[_C.ProcessIdentity]) -> int:
         """Makes sure that this job, whose processes are ``job``, saves into the root, which holds
