@@ -14,7 +14,12 @@ from typing import Any
 
 from .. import _C
 from ..checkpoint.load.load import load
-from ..checkpoint.save.async_save import AsyncSave, async_save, await_save
+from ..checkpoint.save.async_save import (
+    AsyncSave,
+    async_save,
+    await_save,
+    wait_for_save_in_flight,
+)
 from ..checkpoint.save.save import save
 from ..checkpoint.storage.directory import directory_of
 from ..checkpoint.storage.writer import FileSystemWriter
@@ -199,6 +204,7 @@ class CheckpointManager:
 
     def _begin_save(self, step: int) -> FileSystemWriter:
         """Makes sure that no other job saves here, and makes room; the writer of the save."""
+        wait_for_save_in_flight()  # another manager's, whose files would be taken for leftovers
         if not self._job:
             packed = self._agreement.exchange("processes", _packed_process())
             self._job = [_C.ProcessIdentity(*_PROCESS.unpack(each)) for each in packed]
@@ -323,6 +329,7 @@ class CheckpointManager:
                 storage that does not answer). Older checkpoints are not tried then.
         """
         self._wait()
+        wait_for_save_in_flight()  # another manager's
         listing = self._agreement.verdict("list", self._listing)
         committed, incomplete = json.loads(listing)
         for step in incomplete:
