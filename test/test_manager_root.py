@@ -239,6 +239,56 @@ def test_a_job_on_another_host_is_taken_over_and_told(
         late.save(7, _state(7))  # a commit that came after it was made
 
 
+def test_a_job_that_stood_still_does_not_take_its_root_back(tmp_path: Path) -> None:
+    """Another one has taken it over meanwhile, and has ended; what it saved would be deleted."""
+    stalled = h.CheckpointManager(tmp_path, keep_last=1)
+    stalled.save(1, _state(1))
+    with pytest.raises(OSError, match="No space"):
+        _C._inject_fault(lambda op, path: -errno.ENOSPC if path.endswith(".distcp") else 0)
+        stalled.save(2, _state(2))  # its number is the one that the other job's first gets
+    _C._inject_fault(None)
+    assert _in_child(lambda: _save(tmp_path, 3), "another") == 0
+    assert not list(tmp_path.glob(".manager*"))
+    for step in (4, 5):
+        with pytest.raises(h.CheckpointError, match="another job has begun to save"):
+            stalled.save(step, _state(step))
+    late = h.CheckpointManager(tmp_path)
+    late.save(6, _state(6))  # made since: it has seen what is there
+    assert late.steps() == [1, 3, 6]
+    with pytest.raises(h.CheckpointError, match="another job has begun to save"):
+        stalled.save(7, _state(7))
+    stalled.close()
+    late.close()
+    unsaved = h.CheckpointManager(tmp_path)
+    assert _in_child(lambda: _save(tmp_path, 8), "another") == 0
+    with pytest.raises(h.CheckpointError, match="another job has begun to save"):
+        unsaved.save(9, _state(9))
+
+
+def test_another_managers_save_in_flight_is_no_leftover(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def wait(op: str, path: str) -> int:
+        if op == "fsync" and path.endswith(".distcp"):
+            go_on.wait(20)
+        return 0
+
+    with h.CheckpointManager(tmp_path, asynchronous=True) as first:
+        second = h.CheckpointManager(tmp_path)
+        for call in (lambda: second.save(2, _state(2)), lambda: second.restore_latest(_state(0))):
+            go_on.clear()
+            _C._inject_fault(wait)
+            first.save(len(second.steps()) + 1, _state(1))
+            threading.Timer(0.5, go_on.set).start()
+            try:
+                outcome = call()
+            finally:
+                go_on.set()
+                _C._inject_fault(None)
+        assert (outcome, second.steps()) == (3, [1, 2, 3])
+        second.close()
+
+
 def test_one_process_may_have_many_managers(tmp_path: Path) -> None:
     first, second = h.CheckpointManager(tmp_path), h.CheckpointManager(tmp_path)
     for step in range(1, 7, 2):
