@@ -397,6 +397,44 @@ def test_only_damage_passes_over_a_checkpoint(tmp_path: Path, number: int, is_da
     assert run_directory.is_damage(OSError(number, "")) is is_damage
 
 
+def test_a_checkpoint_that_breaks_while_it_is_looked_at_stops_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def truncate(op: str, path: str) -> int:
+        if op == "pread" and path.endswith("step-000001/.metadata"):
+            os.truncate(path, 10)
+        return 0
+
+    with h.CheckpointManager(tmp_path, keep_last=1) as manager:
+        manager.save(1, _state(1))
+        _C._inject_fault(truncate)
+        try:
+            manager.save(2, _state(2))
+        finally:
+            _C._inject_fault(None)
+        assert manager.steps() == [1, 2]  # what can't be told to be the run's stays
+
+        def broken(*arguments: Any) -> None:
+            raise TypeError("a defect of the deletion")
+
+        monkeypatch.setattr(run_directory, "prune", broken)
+        with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
+            assert manager.save(3, _state(3))
+    assert any("step 3 is saved" in line and "a defect" in line for line in caplog.messages)
+
+
+def test_a_link_that_is_not_followed_is_no_damage(tmp_path: Path) -> None:
+    """What it leads to may be as good as new: falling back would lose the steps since."""
+    _save(tmp_path / "run", 1, 2)
+    metadata = tmp_path / "run" / "step-000002" / ".metadata"
+    metadata.rename(tmp_path / "moved")
+    metadata.symlink_to(tmp_path / "moved")
+    with h.CheckpointManager(tmp_path / "run") as manager:
+        with pytest.raises(OSError, match="step-000002") as caught:
+            manager.restore_latest(_state(0))
+    assert caught.value.errno == errno.ELOOP
+
+
 def test_a_root_that_cant_be_written_is_found_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -260,8 +260,9 @@ class CheckpointManager:
         try:
             if self._owner.holds_root:  # else what is old is another job's to say
                 self._prune(checkpoints.contents(self.root), {step})
-        except OSError as error:
-            # The save is good; what could not be deleted now is tried again after the next one.
+        except Exception as error:
+            # The save is good, whatever is in the way of this; what could not be deleted now is
+            # tried again after the next one.
             _logger.warning(
                 "step %d is saved; an older checkpoint could not be deleted: %s", step, error
             )

@@ -28,8 +28,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 _DAMAGE = frozenset(
     getattr(errno, name)
     for name in (
-        "EBADE EBADMSG EIO EISDIR ELOOP ENAMETOOLONG ENODATA ENOENT ENOTDIR EOPNOTSUPP EREMOTEIO "
-        "EUCLEAN"
+        "EBADE EBADMSG EIO EISDIR ENAMETOOLONG ENODATA ENOENT ENOTDIR EOPNOTSUPP EREMOTEIO EUCLEAN"
     ).split()
 )
 
@@ -160,7 +159,7 @@ def _look_at(path: Path, step: int) -> RunCheckpoint | None:
         modified = (path / ".metadata").stat().st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
+    except (CheckpointError, OSError) as error:
         return RunCheckpoint(step, failure=error)
     return RunCheckpoint(step, run, commit, modified=modified)
 
