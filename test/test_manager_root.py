@@ -196,6 +196,25 @@ def test_stock_torch_reads_a_checkpoint_with_a_mark(tmp_path: Path) -> None:
     assert h.verify(tmp_path / "step-000001").ok
 
 
+def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = Path(os.fsdecode(bytes(tmp_path) + b"/run\xff"))
+    _save(root, 1)
+    notes = os.fsdecode(b"notes\xff")
+    (root / "step-000001" / notes).write_text("mine")
+    (root / os.fsdecode(b".manager.metadata\xff.tmp")).write_text("somebody's")
+    (root / "step-000009").mkdir()
+    (root / "step-000009" / notes).write_text("mine")
+    _save(root, 2, 3, keep_last=1)
+    assert os.listdir(root / "step-000001") == [notes]
+    assert _steps(root) == ["step-000001", "step-000003", "step-000009"]
+    (old,) = (root / "step-000003").glob("*.distcp")
+    old.unlink()
+    old.mkdir()  # which can't be removed as a file
+    with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
+        h.save(_state(4), checkpoint_id=root / "step-000003")
+    assert any("run\\xff" in line and "could not be removed" in line for line in caplog.messages)
+
+
 # ---- which job saves
 
 

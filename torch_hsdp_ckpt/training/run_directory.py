@@ -166,7 +166,7 @@ def _look_at(path: Path, step: int) -> RunCheckpoint | None:
 
 def _holds_data_alone(path: Path) -> bool:
     try:
-        return all(_C.owner_of(name) is not None for name in os.listdir(path))
+        return all(owner_of(name) is not None for name in os.listdir(path))
     except OSError:
         return False
 
@@ -274,9 +274,9 @@ def remove(checkpoint: Path) -> None:
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
-    files = [name for name in os.listdir(checkpoint) if _C.owner_of(name) is not None]
+    files = [name for name in os.listdir(checkpoint) if owner_of(name) is not None]
     (checkpoint / ".metadata").unlink(missing_ok=True)
-    _C.sync_directory(str(checkpoint))
+    _C.sync_directory(encoded(checkpoint))
     for name in files:
         (checkpoint / name).unlink(missing_ok=True)
     _remove_if_empty(checkpoint)
@@ -310,7 +310,7 @@ def sweep(root: Path, incomplete: Sequence[int], own: Sequence[_C.ProcessIdentit
 def _has_save_under_way(path: Path, own: Sequence[_C.ProcessIdentity]) -> bool:
     """Whether a process that runs here, and is not of this job, has a file in the directory."""
     for name in os.listdir(path):
-        owner = _C.owner_of(name)
+        owner = owner_of(name)
         if owner is not None and owner not in own and _C.is_running(owner, 0):
             return True
     return False
