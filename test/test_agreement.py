@@ -3,6 +3,7 @@ stop."""
 
 import datetime
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from ranks import run_ranks
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt.common.agreement import Agreement, agreement_of
+from torch_hsdp_ckpt.common.meeting import meet_at
+from torch_hsdp_ckpt.hsdp.own_groups import GroupRequest, meet
 
 
 def _fail(error: BaseException) -> bytes:
@@ -105,7 +108,8 @@ def _life(rank: int, store: str, path: str, life: int) -> None:
     from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the backend)
 
     dist.destroy_process_group()
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(life)
+    # Each agent counts what it has restarted itself: only rank 0's has seen its process fail.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(life if rank == 0 else 0)
     dist.init_process_group(
         "fake",
         store=dist.FileStore(store, 99),  # which no life deletes at its end
@@ -119,6 +123,18 @@ def _life(rank: int, store: str, path: str, life: int) -> None:
         manager.save(life + 1, {"w": torch.full((3,), life + 1.0)})
         assert manager.restore_latest(state) == life + 1
     assert state["w"].tolist() == [life + 1.0] * 3
+    request = GroupRequest("test", (0, 1), datetime.timedelta(seconds=20))
+    group = meet(request, None)
+    assert meet(request, group) is group
+    assert meet(request, group if rank == 0 else None).name != group.name
+    if life == 0:  # ends while it waits for the other
+        missing = ("ranks [1]", "rank 0")[rank]
+        with pytest.raises(RuntimeError, match=re.escape(f"has waited 0.2 s for {missing}")):
+            meet_at(f"half {rank}", rank, 2, datetime.timedelta(seconds=0.2))
+        return
+    names = [meet_at(f"half {half}", rank, 2, request.timeout)[0] for half in range(2)]
+    agreement = agreement_of(None, "names")
+    assert agreement.exchange("names", "/".join(names).encode()) == ["/".join(names).encode()] * 2
 
 
 def test_the_ranks_meet_again_over_the_store_of_the_life_before(tmp_path: Path) -> None:

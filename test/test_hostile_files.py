@@ -95,13 +95,15 @@ def test_holes_take_no_memory(tmp_path: Path, size: int) -> None:
     _with_hole(tmp_path, size)
 
     def load() -> None:
-        with pytest.raises(h.CorruptCheckpointError, match="a file of holes"):
+        # Not as damage: what looks so may lie on another tier of storage.
+        with pytest.raises(h.CheckpointError, match="a file of holes") as caught:
             h.load({"w": torch.zeros(4), "o": {"n": 0}}, checkpoint_id=tmp_path)
+        assert not isinstance(caught.value, h.CorruptCheckpointError)
         assert not h.verify(tmp_path).ok
 
     assert memory_of(load) < 64 << 20
     os.truncate(tmp_path / ".metadata", 3 << 30)
-    with pytest.raises(h.CorruptCheckpointError, match="a file of holes"):
+    with pytest.raises(h.CheckpointError, match="a file of holes"):
         h.load({"w": torch.zeros(4)}, checkpoint_id=tmp_path)
 
 

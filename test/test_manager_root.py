@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,22 @@ def test_checkpoints_without_a_mark_come_before_all_others(tmp_path: Path) -> No
     assert _restored(tmp_path) == (5, 5)
 
 
+def test_a_checkpoint_saved_by_hand_after_all_others_is_the_newest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _save(tmp_path, 1, 2)
+    by_hand = tmp_path / "step-000005"
+    h.save(_state(5), checkpoint_id=by_hand)
+    os.utime(by_hand / ".metadata", (time.time() + 1,) * 2)
+    with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
+        assert _restored(tmp_path) == (5, 5)
+    assert any("step 5 comes first: no manager has saved it" in line for line in caplog.messages)
+    _save(tmp_path, 6)  # goes on with the run's numbers
+    assert [_C.read_run_mark(str(tmp_path / f"step-{n:06d}"))[1] for n in (1, 2, 6)] == [1, 2, 3]  # type: ignore[index]
+    os.utime(tmp_path / "step-000006" / ".metadata", (time.time() + 2,) * 2)
+    assert _restored(tmp_path) == (6, 6)
+
+
 def test_stock_torch_reads_a_checkpoint_with_a_mark(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     assert _C.read_run_mark(str(tmp_path / "step-000001"))[1] == 1  # type: ignore[index]
@@ -177,6 +194,25 @@ def test_stock_torch_reads_a_checkpoint_with_a_mark(tmp_path: Path) -> None:
     dcp.load(state, checkpoint_id=tmp_path / "step-000001", no_dist=True)
     assert torch.equal(state["w"], _state(1)["w"])
     assert h.verify(tmp_path / "step-000001").ok
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = Path(os.fsdecode(bytes(tmp_path) + b"/run\xff"))
+    _save(root, 1)
+    notes = os.fsdecode(b"notes\xff")
+    (root / "step-000001" / notes).write_text("mine")
+    (root / os.fsdecode(b".manager.metadata\xff.tmp")).write_text("somebody's")
+    (root / "step-000009").mkdir()
+    (root / "step-000009" / notes).write_text("mine")
+    _save(root, 2, 3, keep_last=1)
+    assert os.listdir(root / "step-000001") == [notes]
+    assert _steps(root) == ["step-000001", "step-000003", "step-000009"]
+    (old,) = (root / "step-000003").glob("*.distcp")
+    old.unlink()
+    old.mkdir()  # which can't be removed as a file
+    with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
+        h.save(_state(4), checkpoint_id=root / "step-000003")
+    assert any("run\\xff" in line and "could not be removed" in line for line in caplog.messages)
 
 
 # ---- which job saves
@@ -220,6 +256,56 @@ def test_a_job_on_another_host_is_taken_over_and_told(
     assert _in_child(lambda: _leave_root_claimed(tmp_path, 6), "fourth") == 0
     with pytest.raises(h.CheckpointError, match="another job has begun to save"):
         late.save(7, _state(7))  # a commit that came after it was made
+
+
+def test_a_job_that_stood_still_does_not_take_its_root_back(tmp_path: Path) -> None:
+    """Another one has taken it over meanwhile, and has ended; what it saved would be deleted."""
+    stalled = h.CheckpointManager(tmp_path, keep_last=1)
+    stalled.save(1, _state(1))
+    with pytest.raises(OSError, match="No space"):
+        _C._inject_fault(lambda op, path: -errno.ENOSPC if path.endswith(".distcp") else 0)
+        stalled.save(2, _state(2))  # its number is the one that the other job's first gets
+    _C._inject_fault(None)
+    assert _in_child(lambda: _save(tmp_path, 3), "another") == 0
+    assert not list(tmp_path.glob(".manager*"))
+    for step in (4, 5):
+        with pytest.raises(h.CheckpointError, match="another job has begun to save"):
+            stalled.save(step, _state(step))
+    late = h.CheckpointManager(tmp_path)
+    late.save(6, _state(6))  # made since: it has seen what is there
+    assert late.steps() == [1, 3, 6]
+    with pytest.raises(h.CheckpointError, match="another job has begun to save"):
+        stalled.save(7, _state(7))
+    stalled.close()
+    late.close()
+    unsaved = h.CheckpointManager(tmp_path)
+    assert _in_child(lambda: _save(tmp_path, 8), "another") == 0
+    with pytest.raises(h.CheckpointError, match="another job has begun to save"):
+        unsaved.save(9, _state(9))
+
+
+def test_another_managers_save_in_flight_is_no_leftover(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def wait(op: str, path: str) -> int:
+        if op == "fsync" and path.endswith(".distcp"):
+            go_on.wait(20)
+        return 0
+
+    with h.CheckpointManager(tmp_path, asynchronous=True) as first:
+        second = h.CheckpointManager(tmp_path)
+        for call in (lambda: second.save(2, _state(2)), lambda: second.restore_latest(_state(0))):
+            go_on.clear()
+            _C._inject_fault(wait)
+            first.save(len(second.steps()) + 1, _state(1))
+            threading.Timer(0.5, go_on.set).start()
+            try:
+                outcome = call()
+            finally:
+                go_on.set()
+                _C._inject_fault(None)
+        assert (outcome, second.steps()) == (3, [1, 2, 3])
+        second.close()
 
 
 def test_one_process_may_have_many_managers(tmp_path: Path) -> None:
@@ -328,6 +414,44 @@ def test_only_damage_passes_over_a_checkpoint(tmp_path: Path, number: int, is_da
         finally:
             _C._inject_fault(None)
     assert run_directory.is_damage(OSError(number, "")) is is_damage
+
+
+def test_a_checkpoint_that_breaks_while_it_is_looked_at_stops_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def truncate(op: str, path: str) -> int:
+        if op == "pread" and path.endswith("step-000001/.metadata"):
+            os.truncate(path, 10)
+        return 0
+
+    with h.CheckpointManager(tmp_path, keep_last=1) as manager:
+        manager.save(1, _state(1))
+        _C._inject_fault(truncate)
+        try:
+            manager.save(2, _state(2))
+        finally:
+            _C._inject_fault(None)
+        assert manager.steps() == [1, 2]  # what can't be told to be the run's stays
+
+        def broken(*arguments: Any) -> None:
+            raise TypeError("a defect of the deletion")
+
+        monkeypatch.setattr(run_directory, "prune", broken)
+        with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
+            assert manager.save(3, _state(3))
+    assert any("step 3 is saved" in line and "a defect" in line for line in caplog.messages)
+
+
+def test_a_link_that_is_not_followed_is_no_damage(tmp_path: Path) -> None:
+    """What it leads to may be as good as new: falling back would lose the steps since."""
+    _save(tmp_path / "run", 1, 2)
+    metadata = tmp_path / "run" / "step-000002" / ".metadata"
+    metadata.rename(tmp_path / "moved")
+    metadata.symlink_to(tmp_path / "moved")
+    with h.CheckpointManager(tmp_path / "run") as manager:
+        with pytest.raises(OSError, match="step-000002") as caught:
+            manager.restore_latest(_state(0))
+    assert caught.value.errno == errno.ELOOP
 
 
 def test_a_root_that_cant_be_written_is_found_at_once(

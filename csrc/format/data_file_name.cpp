@@ -48,7 +48,8 @@ std::optional<DataFileName> DataFileName::Parse(const std::string& name) {
 uint64_t NewSaveId(bool claimed) {
   std::random_device device;
   const uint64_t random = uint64_t{device()} << 32 | device();
-  return claimed ? random | 1 : random & ~uint64_t{1};
+  const uint64_t mark = claimed ? DataFileName::kClaimedMark : 0;
+  return (random & ~DataFileName::kClaimedMask) | mark;
 }
 
 }  // namespace hsdp_ckpt::format

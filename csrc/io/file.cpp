@@ -53,11 +53,24 @@ void CheckNotHoles(const File& file, int64_t size, const std::string& what) {
   constexpr int64_t kAlwaysTaken = int64_t{64} << 20;
   constexpr int64_t kMostCompressed = 1024;  // bytes of a file for one on the disk
   if (size <= kAlwaysTaken) return;
+  const auto taken_by = [&](int64_t allocated) {
+    return allocated == 0 || size / kMostCompressed <= allocated;
+  };
+  if (taken_by(file.Allocated())) return;
+  // Storage in tiers (HSM) shows a block or none of a file that lies on tape, and brings it back
+  // for whoever reads it.
+  const int64_t end = file.Size();
+  for (const int64_t at : {int64_t{0}, end - 1}) {
+    std::byte read;
+    if (at >= 0 && at < end) file.ReadAt({&read, 1}, at, what);
+  }
   const int64_t allocated = file.Allocated();
-  if (allocated == 0 || size / kMostCompressed <= allocated) return;
-  throw base::CorruptionError(
-      file.path(), what, std::to_string(size) + " bytes",
-      "a file of holes, with " + std::to_string(allocated) + " bytes on the disk");
+  if (taken_by(allocated)) return;
+  throw base::Error(file.path() + ": " + what + ": a file of holes, with " +
+                    std::to_string(allocated) + " bytes on the disk, is to be read for " +
+                    std::to_string(size) +
+                    " bytes; if it lies on another tier of storage, bring "
+                    "it back first");
 }
 
 void File::ReadAt(std::span<std::byte> target, int64_t offset, const std::string& what) const {

@@ -64,8 +64,8 @@ class File {
   std::unique_ptr<std::atomic<bool>> direct_;  // a worker may turn it off while others write
 };
 
-/// Throws CorruptionError, naming `what`, if `size` bytes of a file can only be holes: before
-/// memory is taken for them. Files that compress well (zeros, by file systems that compress) pass.
+/// Throws Error, naming `what`, if `size` bytes of a file can only be holes, before memory is taken
+/// for them. Files that compress well pass, and those that reading brings back from another tier.
 void CheckNotHoles(const File& file, int64_t size, const std::string& what);
 /// `directory`/`name`.
 std::string JoinPath(const std::string& directory, const std::string& name);

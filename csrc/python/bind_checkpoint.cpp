@@ -13,6 +13,7 @@
 #include "format/tensor_pickle.h"
 #include "io/file.h"
 #include "python/module.h"
+#include "python/text_for_people.h"
 #include "snapshot/staging_copy.h"
 
 namespace py = pybind11;
@@ -145,6 +146,12 @@ checkpoint::CleanupResult CommitCheckpoint(const CommitRequest& owned) {
   return checkpoint::Commit(io::PosixFileSystem(), owned.request, checkpoint::LookAtProcesses());
 }
 
+py::list TextsForPeople(const std::vector<std::string>& texts) {
+  py::list shown;
+  for (const std::string& text : texts) shown.append(TextForPeople(text));
+  return shown;
+}
+
 int64_t RecordBytes(const std::string& dtype, const Shape& shape) {
   return format::SizeOfRecord(KnownDtype(dtype), shape).total();
 }
@@ -186,8 +193,12 @@ void BindCheckpoint(py::module_& module) {
            py::arg("metadata_name"), py::arg("claim"), py::arg("metadata"), py::arg("files"),
            py::arg("superseded"), py::arg("sync"));
   py::class_<checkpoint::CleanupResult>(module, "CleanupResult")
-      .def_readonly("removed", &checkpoint::CleanupResult::removed)
-      .def_readonly("left", &checkpoint::CleanupResult::left);
+      .def_property_readonly(
+          "removed",
+          [](const checkpoint::CleanupResult& result) { return TextsForPeople(result.removed); })
+      .def_property_readonly("left", [](const checkpoint::CleanupResult& result) {
+        return TextsForPeople(result.left);
+      });
   py::class_<checkpoint::ShardFileWriter>(module, "ShardFileWriter")
       .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"),
            py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"),

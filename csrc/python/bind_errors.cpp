@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/printable.h"
 #include "python/module.h"
+#include "python/text_for_people.h"
 
 namespace py = pybind11;
 
@@ -21,11 +22,7 @@ py::object ErrorType(const char* name) {
 
 // A damaged file's names need not be UTF-8, and an error about them is to be no other error;
 // nor is a name to do anything to the terminal that shows the message.
-py::object Text(const std::exception& error) {
-  const std::string text = base::Printable(error.what());
-  return py::reinterpret_steal<py::object>(
-      PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
-}
+py::object Text(const std::exception& error) { return TextForPeople(error.what()); }
 
 // As Python's own functions name files, which need not be UTF-8 either.
 py::object FileName(const std::string& path) {
@@ -38,6 +35,12 @@ void Raise(const py::object& exception) {
 }
 
 }  // namespace
+
+py::object TextForPeople(const std::string& text) {
+  const std::string shown = base::Printable(text);
+  return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+      shown.data(), static_cast<Py_ssize_t>(shown.size()), "backslashreplace"));
+}
 
 void BindErrors(py::module_&) {
   py::register_local_exception_translator([](std::exception_ptr pointer) {

@@ -1,6 +1,7 @@
 #include "python/held_memory.h"
 
 #include <atomic>
+#include <mutex>
 
 namespace hsdp_ckpt::python {
 
@@ -12,6 +13,10 @@ struct HeldMemory::Shared {
 };
 
 namespace {
+
+// For all storages: holders of one may be made and end on several threads, with the GIL or without,
+// and each looks at the storage's pointer and may put another one there.
+std::mutex pointers_mutex;
 
 at::DataPtr& PointerOf(const at::Storage& storage) {
   return storage.unsafeGetStorageImpl()->_mutable_data_ptr_no_checks();
@@ -30,6 +35,7 @@ bool CanBeShared(const at::Storage& storage) {
 }  // namespace
 
 HeldMemory::HeldMemory(at::Storage storage) : storage_(std::move(storage)) {
+  const std::lock_guard<std::mutex> lock(pointers_mutex);
   at::DataPtr& pointer = PointerOf(storage_);
   address_ = pointer.get();
   if (pointer.get_deleter() == &Drop) {
@@ -44,6 +50,7 @@ HeldMemory::HeldMemory(at::Storage storage) : storage_(std::move(storage)) {
 
 HeldMemory::~HeldMemory() {
   if (shared_ == nullptr) return;
+  const std::lock_guard<std::mutex> lock(pointers_mutex);
   at::DataPtr& pointer = PointerOf(storage_);
   if (pointer.get_context() == shared_ && shared_->owners == 2)
     pointer = std::move(shared_->memory);  // drops the storage's share
@@ -56,6 +63,7 @@ void HeldMemory::Drop(void* shared) {
 }
 
 bool HeldMemory::IsLost() const {
+  const std::lock_guard<std::mutex> lock(pointers_mutex);
   return storage_ && shared_ == nullptr && PointerOf(storage_).get() != address_;
 }
 

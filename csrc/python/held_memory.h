@@ -13,7 +13,7 @@ namespace hsdp_ckpt::python {
 /// several holders puts the storage's own one back. Other memory (a device's, pinned) can't be
 /// shared, since its allocators know their own `DataPtr`s: IsLost() says that it is gone.
 ///
-/// Made, asked and destroyed under the GIL, which every resize by Python holds too.
+/// Made, asked and destroyed on any thread; a resize at that very instant is the program's race.
 class HeldMemory {
  public:
   HeldMemory() = default;  ///< holds nothing

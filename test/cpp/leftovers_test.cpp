@@ -16,7 +16,8 @@ namespace {
 using checkpoint::Liveness;
 
 const std::string kDirectory = "/d";
-constexpr uint64_t kClaimed = 1001, kUnclaimed = 1000;
+constexpr uint64_t kClaimed = 0x3e9c1a1,
+                   kUnclaimed = 0x3e90001;  // odd, as an older version drew it
 constexpr int64_t kNow = 1'000'000'000;
 
 // By the process id in the names.

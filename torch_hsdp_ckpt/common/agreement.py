@@ -9,7 +9,6 @@ one number on the mesh's own groups."""
 
 import dataclasses
 import logging
-import os
 import pickle
 import struct
 import threading
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import CheckpointError
+from .meeting import meet_at
 from .rank_failure import RankFailure, raise_alone, raise_failures
 
 _T = TypeVar("_T")
@@ -32,8 +32,6 @@ _logger = logging.getLogger(__name__)
 _SLOT = struct.Struct("<?Q119s")
 _INLINE = 119
 _LENGTH = struct.Struct("<Q")
-# What torchrun sets the same for all ranks, and otherwise each time that it starts them.
-_LIFE = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE")
 
 
 class NestedCallError(RuntimeError):
@@ -288,15 +286,10 @@ def _as_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-class _Made(NamedTuple):
-    agreement: Agreement
-    generation: int  # how many were made before it
-
-
 # A process has one set of process groups, and so one set of agreements, by group and purpose. They
 # go with their process group: after destroy_process_group its name may come again, with another
 # store behind it.
-_made: "weakref.WeakKeyDictionary[Any, dict[str, _Made]]" = weakref.WeakKeyDictionary()
+_made: "weakref.WeakKeyDictionary[Any, dict[str, Agreement]]" = weakref.WeakKeyDictionary()
 _made_lock = threading.Lock()
 
 
@@ -328,44 +321,29 @@ def _alone(purpose: str) -> Agreement:
 def _kept_or_new(parent: Any, purpose: str) -> Agreement:
     with _made_lock:
         kept = _made.setdefault(parent, {}).get(purpose)
-    if kept is not None and not kept.agreement.broken:
-        return kept.agreement
-    generation = 0 if kept is None else kept.generation + 1
+    if kept is not None and not kept.broken:
+        return kept
     rank, size = dist.get_rank(parent), dist.get_world_size(parent)
-    agreement = Agreement(_private_group(parent, purpose, generation), rank, size, purpose)
+    agreement = Agreement(_private_group(parent, purpose), rank, size, purpose)
     with _made_lock:
-        _made[parent][purpose] = _Made(agreement, generation)
+        _made[parent][purpose] = agreement
     _logger.debug(
         "%s: a Gloo group of its own for the %d ranks of group %s", purpose, size, parent.group_name
     )
     return agreement
 
 
-def _private_group(parent: Any, purpose: str, generation: int) -> dist.ProcessGroupGloo:
+def _private_group(parent: Any, purpose: str) -> dist.ProcessGroupGloo:
     # This is not dist.new_group, which counts its calls to name the groups: ranks outside a
     # sub-group would count otherwise.
-    store = dist.PrefixStore(
-        f"torch_hsdp_ckpt/{parent.group_name}/{purpose}/{generation}", own_store()
-    )
-    rank, size = dist.get_rank(parent), dist.get_world_size(parent)
+    rank, size, timeout = dist.get_rank(parent), dist.get_world_size(parent), group_timeout(parent)
     try:
-        return dist.ProcessGroupGloo(store, rank, size, group_timeout(parent))
+        _, store = meet_at(f"{parent.group_name}/{purpose}", rank, size, timeout)
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
     except RuntimeError as error:
         raise CheckpointError(
             f"{purpose}: rank {rank} of {size} timed out waiting for its peers: {error}"
         ) from error
-
-
-def own_store() -> Any:
-    """The default group's store, for groups of this package's own: what another life of the job has
-    left there is not seen.
-
-    torchrun gives the processes that it starts again the store of those before (torch 2.11 to 2.15,
-    ``--rdzv-backend c10d``), in which Gloo would find the addresses of dead peers."""
-    life = "/".join(os.environ.get(name, "") for name in _LIFE)
-    return dist.PrefixStore(
-        f"torch_hsdp_ckpt/life/{life}", dist.distributed_c10d._get_default_store()
-    )
 
 
 def group_timeout(group: Any, device_types: Sequence[str] = ("cpu", "cuda")) -> timedelta:

@@ -14,7 +14,12 @@ from typing import Any
 
 from .. import _C
 from ..checkpoint.load.load import load
-from ..checkpoint.save.async_save import AsyncSave, async_save, await_save
+from ..checkpoint.save.async_save import (
+    AsyncSave,
+    async_save,
+    await_save,
+    wait_for_save_in_flight,
+)
 from ..checkpoint.save.save import save
 from ..checkpoint.storage.directory import directory_of
 from ..checkpoint.storage.writer import FileSystemWriter
@@ -199,6 +204,7 @@ class CheckpointManager:
 
     def _begin_save(self, step: int) -> FileSystemWriter:
         """Makes sure that no other job saves here, and makes room; the writer of the save."""
+        wait_for_save_in_flight()  # another manager's, whose files would be taken for leftovers
         if not self._job:
             packed = self._agreement.exchange("processes", _packed_process())
             self._job = [_C.ProcessIdentity(*_PROCESS.unpack(each)) for each in packed]
@@ -254,8 +260,9 @@ class CheckpointManager:
         try:
             if self._owner.holds_root:  # else what is old is another job's to say
                 self._prune(checkpoints.contents(self.root), {step})
-        except OSError as error:
-            # The save is good; what could not be deleted now is tried again after the next one.
+        except Exception as error:
+            # The save is good, whatever is in the way of this; what could not be deleted now is
+            # tried again after the next one.
             _logger.warning(
                 "step %d is saved; an older checkpoint could not be deleted: %s", step, error
             )
@@ -323,6 +330,7 @@ class CheckpointManager:
                 storage that does not answer). Older checkpoints are not tried then.
         """
         self._wait()
+        wait_for_save_in_flight()  # another manager's
         listing = self._agreement.verdict("list", self._listing)
         committed, incomplete = json.loads(listing)
         for step in incomplete:
@@ -390,7 +398,14 @@ class CheckpointManager:
             if each.failure is not None and not checkpoints.is_damage(each.failure):
                 raise each.failure
         self._owner.look(found)
-        self._name_what_stays(found, found.newest.run)
+        self._name_what_stays(found, found.newest_of_a_run.run)
+        if found.newest.commit == 0 and found.newest_of_a_run.commit:
+            _logger.warning(
+                "%s: step %d comes first: no manager has saved it, and it is newer than all that "
+                "one has",
+                self.root,
+                found.newest.step,
+            )
         return json.dumps([[each.step for each in found.committed], found.incomplete]).encode()
 
     def steps(self) -> list[int]:

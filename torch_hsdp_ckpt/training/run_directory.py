@@ -28,8 +28,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 _DAMAGE = frozenset(
     getattr(errno, name)
     for name in (
-        "EBADE EBADMSG EIO EISDIR ELOOP ENAMETOOLONG ENODATA ENOENT ENOTDIR EOPNOTSUPP EREMOTEIO "
-        "EUCLEAN"
+        "EBADE EBADMSG EIO EISDIR ENAMETOOLONG ENODATA ENOENT ENOTDIR EOPNOTSUPP EREMOTEIO EUCLEAN"
     ).split()
 )
 
@@ -37,16 +36,18 @@ _DAMAGE = frozenset(
 @dataclasses.dataclass(frozen=True)
 class RunCheckpoint:
     """A committed checkpoint. ``run`` and ``commit`` are 0 for one that no manager has saved, or
-    whose mark can't be read; ``failure`` then says why."""
+    whose mark can't be read; ``failure`` then says why. ``modified``: when ``.metadata`` was
+    written, in nanoseconds since the epoch; 0 where that can't be told."""
 
     step: int
     run: int = 0
     commit: int = 0
-    failure: OSError | None = None
+    failure: Exception | None = None
+    modified: int = 0
 
     @property
     def order(self) -> tuple[int, int]:
-        """Which of two was committed later; those without a mark come first, by their steps."""
+        """Which of two of a kind was committed later: those without a mark go by their steps."""
         return self.commit, self.step
 
 
@@ -54,9 +55,9 @@ class RunCheckpoint:
 class Contents:
     """What a root holds by the names of steps.
 
-    ``committed``: in the order of their commits. ``incomplete``: steps of which there is nothing,
-    or data files alone: their save or their removal did not come to an end. ``foreign``: names of
-    directories that hold something else."""
+    ``committed``: the later ones last, see :func:`in_order`. ``incomplete``: steps of which there
+    is nothing, or data files alone: their save or their removal did not come to an end.
+    ``foreign``: names of directories that hold something else."""
 
     committed: Sequence[RunCheckpoint]
     incomplete: Sequence[int]
@@ -65,6 +66,17 @@ class Contents:
     @property
     def newest(self) -> RunCheckpoint:
         return self.committed[-1] if self.committed else RunCheckpoint(0)
+
+    @property
+    def newest_of_a_run(self) -> RunCheckpoint:
+        """The newest that a manager has saved."""
+        return max(self.committed, key=lambda found: found.order, default=RunCheckpoint(0))
+
+
+def owner_of(name: str) -> _C.ProcessIdentity | None:
+    """The process in the name of a data file or of a claim, None in any other name; names need not
+    be UTF-8."""
+    return _C.owner_of(encoded(name))
 
 
 def path_of(root: Path, step: int) -> Path:
@@ -126,23 +138,35 @@ def contents(root: Path) -> Contents:
             incomplete.append(step)
         else:
             foreign.append(path.name)
-    return Contents(sorted(committed, key=lambda found: found.order), incomplete, foreign)
+    return Contents(in_order(committed), incomplete, foreign)
+
+
+def in_order(committed: Collection[RunCheckpoint]) -> list[RunCheckpoint]:
+    """Which come later. Those of managers by their commits; those without a mark, which somebody
+    has saved by hand, behind them if they were written later than all of them, else before."""
+    last = max((found.modified for found in committed if found.commit), default=0)
+
+    def order(found: RunCheckpoint) -> tuple[bool, int, int]:
+        return (not found.commit and found.modified > last, *found.order)
+
+    return sorted(committed, key=order)
 
 
 def _look_at(path: Path, step: int) -> RunCheckpoint | None:
     """The checkpoint in ``path``; None if none is committed there."""
     try:
-        mark = _C.read_run_mark(encoded(path))
+        run, commit = _C.read_run_mark(encoded(path)) or (0, 0)
+        modified = (path / ".metadata").stat().st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
+    except (CheckpointError, OSError) as error:
         return RunCheckpoint(step, failure=error)
-    return RunCheckpoint(step) if mark is None else RunCheckpoint(step, *mark)
+    return RunCheckpoint(step, run, commit, modified=modified)
 
 
 def _holds_data_alone(path: Path) -> bool:
     try:
-        return all(_C.owner_of(name) is not None for name in os.listdir(path))
+        return all(owner_of(name) is not None for name in os.listdir(path))
     except OSError:
         return False
 
@@ -250,9 +274,9 @@ def remove(checkpoint: Path) -> None:
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
-    files = [name for name in os.listdir(checkpoint) if _C.owner_of(name) is not None]
+    files = [name for name in os.listdir(checkpoint) if owner_of(name) is not None]
     (checkpoint / ".metadata").unlink(missing_ok=True)
-    _C.sync_directory(str(checkpoint))
+    _C.sync_directory(encoded(checkpoint))
     for name in files:
         (checkpoint / name).unlink(missing_ok=True)
     _remove_if_empty(checkpoint)
@@ -286,7 +310,7 @@ def sweep(root: Path, incomplete: Sequence[int], own: Sequence[_C.ProcessIdentit
 def _has_save_under_way(path: Path, own: Sequence[_C.ProcessIdentity]) -> bool:
     """Whether a process that runs here, and is not of this job, has a file in the directory."""
     for name in os.listdir(path):
-        owner = _C.owner_of(name)
+        owner = owner_of(name)
         if owner is not None and owner not in own and _C.is_running(owner, 0):
             return True
     return False

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...common.agreement import Agreement, agreement_of, group_timeout, own_store
+from ...common.agreement import Agreement, agreement_of, group_timeout
+from ...common.meeting import default_store
 from ...errors import CheckpointError
 
 
@@ -60,7 +61,7 @@ class LoadRanks:
         made = _subgroups[agreement]
         key: _Key = (purpose, *members)
         if key not in made.kept or made.kept[key].broken:
-            store = dist.PrefixStore(made.new_prefix(key), own_store())
+            store = dist.PrefixStore(made.new_prefix(key), default_store())
             made.kept[key] = self._connect(store, members)
         return made.kept[key]
 

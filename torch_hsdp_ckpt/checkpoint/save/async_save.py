@@ -1,6 +1,7 @@
 """``async_save``: planned at the call, copied behind a gate, written and committed in the
 background."""
 
+import concurrent.futures
 import functools
 import os
 import threading
@@ -94,6 +95,14 @@ def await_save(future: AsyncSave) -> None:
         _in_flight.finish(job)
     else:
         future.result()
+
+
+def wait_for_save_in_flight() -> None:
+    """Waits until this process has no save in flight, whoever has begun it; what that raises is
+    for him."""
+    job = _in_flight.job
+    if job is not None:
+        concurrent.futures.wait([job.future])
 
 
 def _forget_in_child() -> None:

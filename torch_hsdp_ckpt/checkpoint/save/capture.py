@@ -60,7 +60,8 @@ class Structure:
     ``key`` and ``fingerprint`` say what it fits. ``kept``: types and specs, so that their
     addresses, which are in the fingerprint, mean the same objects. ``places``: of the tensors among
     the values. ``objects``: values that may change and are no tensors. ``devices``: CUDA's.
-    ``chunk_parts``: the chunks again, as C++ takes them."""
+    ``chunk_parts``: the chunks again, as C++ takes them. ``shapes``: of what this rank holds of the
+    planned tensors, by name, whichever rank writes them."""
 
     fingerprint: bytes
     key: Any
@@ -68,6 +69,7 @@ class Structure:
     names: Sequence[str]
     paths: dict[str, Any]
     places: Sequence[int]
+    shapes: dict[str, torch.Size]
     objects: Sequence[int]
     devices: frozenset[torch.device]
     digests: bytes
@@ -115,8 +117,7 @@ class Captured:
     def keep_for_planning(self) -> None:
         """The planner's tensors, and so those of the state that was prepared, are what they were at
         the call, whatever has been made of the live ones since (``tensor.data = ...``)."""
-        plan = self.structure.static
-        shapes = {plan.names[it.tensor]: it.sizes for it in plan.plan.local_shards(plan.rank)}
+        shapes = self.structure.shapes
         for i in range(len(self.structure.places)):
             name = self.name(i)
             if self.live.address(i) and name in shapes:
@@ -210,6 +211,9 @@ def _structure_of(
         names=names,
         paths=dict(local.paths),
         places=places,
+        shapes={
+            name: tensor.shape for name, tensor in zip(static.names, static.locals, strict=True)
+        },
         objects=_changeable_objects(local),
         devices=_devices_of(live, len(places)),
         digests=local.digests(),

@@ -36,7 +36,6 @@ from .directory import directory_of, encoded
 from .metadata import encode_metadata, read_metadata_bytes
 from .saved_objects import (
     CheckObject,
-    check_saved_object,
     check_trusted_object,
     warn_of_object,
 )
@@ -375,7 +374,7 @@ def add_items(
     file: DataFile, items: Sequence[WriteItem], planner: SavePlanner, check: CheckObject
 ) -> list[WriteItem]:
     """Adds a plan's items, objects first; the items in the order of their records. ``check``: looks
-    at each object."""
+    at what is saved as an object: tensors of somebody's own classes are too."""
     objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
     tensors = _tensors_among(items)
     if objects:
@@ -384,7 +383,7 @@ def add_items(
             check(name, data)
         file.add_objects(records)
     for item in tensors:
-        _add_tensor(file, item.index.fqn, _tensor_of(item, planner))
+        _add_tensor(file, item.index.fqn, _tensor_of(item, planner), check)
     return objects + tensors
 
 
@@ -429,7 +428,7 @@ def _tensor_of(item: WriteItem, planner: SavePlanner) -> Tensor:
     return data.data if isinstance(data, torch.nn.Parameter) else data
 
 
-def _add_tensor(file: DataFile, name: str, tensor: Tensor) -> None:
+def _add_tensor(file: DataFile, name: str, tensor: Tensor, check: CheckObject) -> None:
     if reason := why_not_saved(tensor):
         raise CheckpointError(f"{name}: {reason}")
     if type(tensor) is not Tensor and is_plain_subclass(tensor):
@@ -439,7 +438,7 @@ def _add_tensor(file: DataFile, name: str, tensor: Tensor) -> None:
         file.add_tensor(name, tensor)
         return
     data = _torch_saved(tensor)
-    check_saved_object(name, data)
+    check(name, data)
     file.add_objects([(name, data)])
 
 
