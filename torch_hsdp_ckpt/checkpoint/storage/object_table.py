@@ -54,6 +54,8 @@ class Bounds:
     ) -> None:
         self.items = limit
         self.hashed = 2 * limit
+        # By id: values that may not be used until a BUILD has given them a state.
+        self.unset: dict[int, Any] = {}
         self._is_instance, self._weight = is_instance, weight
         # By container: it is kept, so that no other one gets its id.
         self._hashes: dict[int, tuple[Any, collections.Counter[int]]] = {}
@@ -63,6 +65,10 @@ class Bounds:
         if size > self.items:
             raise MalformedError("makes more than its own size explains")
         self.items -= size
+
+    def check_all_set(self) -> None:
+        if self.unset:
+            raise MalformedError("makes what it does not give a state")
 
     def check_key(self, container: Any, key: Any) -> None:
         """MalformedError for a key whose hash takes more time than its bytes explain, or nests
@@ -83,6 +89,8 @@ class Bounds:
         pending = [(key, 1)]
         while pending:
             value, depth = pending.pop()
+            if id(value) in self.unset:
+                self.check_all_set()
             self.hashed -= self._weight(value)
             if self.hashed < 0 or depth > _DEPTH:
                 raise MalformedError("makes keys that unfold to more than its own size explains")

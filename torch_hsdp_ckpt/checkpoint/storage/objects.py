@@ -125,7 +125,9 @@ def _build(data: Buffer, what: str, classes: Classes, memory: Loaded) -> Any:
     first, size = entries["data.pkl"]
     storages = ArchiveStorages(data, entries, memory)
     builder = ObjectBuilder(_limit(data), classes, storages)
-    return _C.build_object(data, first, size, problem, builder)[0]
+    value, _ = _C.build_object(data, first, size, problem, builder)
+    builder.bounds.check_all_set()
+    return value
 
 
 def _limit(data: Buffer) -> int:

@@ -16,7 +16,6 @@ _STATES: dict[str, dict[str, Any]] = {
     "Partial": {"reduce_op": "sum"},
 }
 _NUMBERS = 1 << 31
-_BYTES = 32
 
 
 def add_placements(table: Table) -> None:
@@ -28,10 +27,10 @@ def add_placements(table: Table) -> None:
 
 def _add_placement(table: Table, cls: Any, first: dict[str, Any]) -> None:
     def _new(bounds: Bounds, arguments: Arguments) -> Any:
-        """It has a state at once: torch reads memory that nobody set if no BUILD follows."""
+        """Torch reads memory that nobody has set if it is used before its BUILD."""
         expect(not arguments, cls, arguments)
         made = cls.__new__(cls)
-        made.__setstate__(first)
+        bounds.unset[id(made)] = made
         return made
 
     table.news[cls] = _new
@@ -43,5 +42,5 @@ def _add_placement(table: Table, cls: Any, first: dict[str, Any]) -> None:
         for name, value in state.items():
             expect(type(value) is type(first[name]), cls, (value,))
             expect(type(value) is not int or abs(value) < _NUMBERS, cls, (value,))
-        bounds.spend(_BYTES)  # torch keeps the state that there was
+        expect(bounds.unset.pop(id(made), None) is made, cls, (state,))
         made.__setstate__(state)
