@@ -106,7 +106,12 @@ def load(
                 values, reader, cast(LoadPlanner, checked), process_group, no_dist
             )
     else:
-        ranks = gather_ranks(process_group, no_dist, failure)
+        try:
+            ranks = gather_ranks(process_group, no_dist, failure)
+        except CheckpointError:
+            if refused is not None:  # this rank's caller gets the error that Python has for it
+                raise refused from None
+            raise
         with _trusting(reader, trust_objects, tuple(allow)), without_default_device():
             applied = _load(values, reader, planner, ranks, exchange, no_dist)
     hand_over(applied, state_dict)
