@@ -2,6 +2,7 @@
 takes and a load would refuse is said at the save."""
 
 import argparse
+import array
 import collections
 import dataclasses
 import datetime
@@ -22,6 +23,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import Partial, Replicate, Shard
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt.checkpoint.save.async_save import await_save
@@ -135,6 +137,8 @@ EVERYDAY: dict[str, Any] = {
     "module": torch.nn.Linear(2, 1),
     "return types": torch.max(torch.arange(4.0).reshape(2, 2), 0),
     "ellipsis": ...,
+    "numbers' array": array.array("d", [1.5, 2.5]),
+    "placements": [Shard(1), Replicate(), Partial("avg")],
 }
 # In tuples, which DCP does not look into: each is one object.
 SAVED = {name: (value,) for name, value in EVERYDAY.items()}
@@ -277,6 +281,37 @@ def test_no_code_of_a_users_class_runs() -> None:
     with pytest.raises(h.CheckpointError, match=r"needs more than.*it needs .*\.Runs"):
         load_object(data, "here", Trust.of(False, ()))
     assert not Runs.ran
+
+
+class Finalized(Runs):
+    def __del__(self) -> None:
+        self.ran.append("del")
+
+
+class Hashed(Runs):
+    def __hash__(self) -> int:
+        self.ran.append("hash")
+        return 1
+
+
+class Equal(Runs):
+    __hash__ = Runs.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        self.ran.append("eq")
+        return True
+
+
+def test_no_code_of_a_class_runs_in_a_hash_or_at_its_end() -> None:
+    kept: list[Any] = [Finalized(), {Hashed(): 1}, {Equal(): 1}]
+    data = [_bytes(value) for value in kept]
+    Runs.ran.clear()
+    for each, name in zip(data, ("__del__", "__hash__", "__eq__"), strict=True):
+        with pytest.raises(h.CheckpointError, match=name):
+            load_object(each, "here", Trust.of(False, [Finalized, Hashed, Equal]))
+    assert not Runs.ran
+    frozen = {Slotted(1): 2, Phase.MAIN: 3}
+    assert load_object(_bytes(frozen), "here", Trust.of(False, [Slotted, Phase])) == frozen
 
 
 def test_what_no_load_would_take_is_refused_at_the_save(tmp_path: Path) -> None:

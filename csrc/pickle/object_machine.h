@@ -25,13 +25,16 @@ inline constexpr uint32_t kMaxObjectDepth = 1000;
 /// storages) from hostile bytes, on values that `Builder` makes. The machine calls nothing that the
 /// pickle names: whatever a name, a call or a state means is the builder's to say. What it checks
 /// is that the opcodes fit each other, and that values do not lie deeper in each other than
-/// kMaxObjectDepth; one that is filled after something else holds it counts as it was then.
+/// kMaxObjectDepth; one that is filled after something else holds it counts as it was then. A
+/// function is there to be called: it may lie in a tuple of arguments, and nowhere else, so that
+/// none is left in what is made.
 ///
 /// Builder has a copyable type `Value`, and:
 ///   Value None(), Bool(bool), Int(int64_t), LargeInt(two's complement), Float(double),
 ///         Text(UTF-8), Bytes(view), ByteArray(view), Tuple(span), List(), Dict(), Set(),
 ///         FrozenSet(span);
 ///   Value Global(module, attribute), DottedGlobal(module value, attribute value);
+///   bool IsFunction(value): of what Global, DottedGlobal, Call and New gave;
 ///   Value Call(function, arguments), New(class, arguments), Storage(persistent id);
 ///   void Append(list, span), SetItems(dict, span of keys and values), AddItems(set, span),
 ///        SetState(object, state).
@@ -52,7 +55,9 @@ class ObjectMachine {
   bool Step() {
     const Token token = tokens_.Next();
     if (token.op == Op::kStop) {
-      result_ = Pop().value;
+      Entry result = Pop();
+      RefuseFunctions(result.functions);
+      result_ = std::move(result.value);
       return false;
     }
     Run(token);
@@ -64,10 +69,15 @@ class ObjectMachine {
   size_t consumed() const { return size_ - tokens_.remaining(); }
 
  private:
-  /// A value, and how many levels of values it has, itself included.
-  struct Entry {
-    Value value;
+  enum class Functions : uint8_t { kNone, kItself, kInTuple };
+  /// What is known of a value: how many levels of values it has, itself included, and whether it is
+  /// a function.
+  struct Nesting {
     uint32_t depth = 1;
+    Functions functions = Functions::kNone;
+  };
+  struct Entry : Nesting {
+    Value value{};
   };
 
   // Longer than other functions, for it lists every opcode once and does nothing else.
@@ -118,14 +128,14 @@ class ObjectMachine {
       case Op::kEmptySet:
         return Push(builder_.Set());
       case Op::kFrozenSet:
-        return PushHolder(PopToMark(), &Builder::FrozenSet);
+        return PushFrozenSet();
       case Op::kEmptyTuple:
       case Op::kTuple1:
       case Op::kTuple2:
       case Op::kTuple3:
-        return PushHolder(PopItems(ShortTupleSize(token.op)), &Builder::Tuple);
+        return PushTuple(PopItems(ShortTupleSize(token.op)));
       case Op::kTuple:
-        return PushHolder(PopToMark(), &Builder::Tuple);
+        return PushTuple(PopToMark());
       case Op::kAppend:
         return Fill(PopItems(1), &Builder::Append);
       case Op::kAppends:
@@ -145,7 +155,7 @@ class ObjectMachine {
       case Op::kLongBinGet:
         return Recall(token.number);
       case Op::kGlobal:
-        return Push(builder_.Global(token.text, token.second_line));
+        return PushMade(1, builder_.Global(token.text, token.second_line));
       case Op::kStackGlobal:
         return Combine(&Builder::DottedGlobal);
       case Op::kBinPersId:
@@ -184,14 +194,14 @@ class ObjectMachine {
   }
 
   void SetItems() {
-    const uint32_t depth = PopToMark();
+    const Nesting items = PopToMark();
     if (values_.size() % 2 != 0) tokens_.Fail("keys with values", "a key without one");
-    Fill(depth, &Builder::SetItems);
+    Fill(items, &Builder::SetItems);
   }
-  // `depth` is that of the values that go in.
-  void Fill(uint32_t depth, void (Builder::*fill)(Value&, std::span<Value>)) {
+  void Fill(Nesting items, void (Builder::*fill)(Value&, std::span<Value>)) {
+    RefuseFunctions(items.functions);
     Entry& holder = Top();
-    holder.depth = std::max(holder.depth, Around(depth));
+    holder.depth = std::max(holder.depth, Around(items.depth));
     if (!values_.empty()) (builder_.*fill)(holder.value, values_);
     values_.clear();
   }
@@ -206,10 +216,11 @@ class ObjectMachine {
   void Combine(Value (Builder::*combine)(const Value&, const Value&)) {
     const Entry second = Pop(), first = Pop();
     const uint32_t depth = Around(std::max(first.depth, second.depth));
-    stack_.push_back({(builder_.*combine)(first.value, second.value), depth});
+    PushMade(depth, (builder_.*combine)(first.value, second.value));
   }
   void Build() {
     const Entry state = Pop();
+    RefuseFunctions(state.functions);
     Entry& object = Top();
     object.depth = std::max(object.depth, Around(state.depth));
     builder_.SetState(object.value, state.value);
@@ -220,9 +231,26 @@ class ObjectMachine {
       tokens_.Fail("values at most " + std::to_string(kMaxObjectDepth) + " deep", "deeper ones");
     return depth + 1;
   }
-  void Push(Value value) { stack_.push_back({std::move(value)}); }
-  void PushHolder(uint32_t depth, Value (Builder::*make)(std::span<Value>)) {
-    stack_.push_back({(builder_.*make)(values_), Around(depth)});
+  static void RefuseFunctions(Functions functions) {
+    if (functions != Functions::kNone)
+      throw base::Error("it holds a function, or a class that is called here and not kept");
+  }
+  void Push(Value value) { stack_.push_back({{}, std::move(value)}); }
+  void PushMade(uint32_t depth, Value value) {
+    const auto functions = builder_.IsFunction(value) ? Functions::kItself : Functions::kNone;
+    stack_.push_back({{depth, functions}, std::move(value)});
+  }
+  void PushTuple(Nesting items) {
+    if (items.functions == Functions::kInTuple) RefuseFunctions(items.functions);
+    const bool holds = items.functions == Functions::kItself;
+    const auto functions = holds ? Functions::kInTuple : Functions::kNone;
+    stack_.push_back({{Around(items.depth), functions}, builder_.Tuple(values_)});
+    values_.clear();
+  }
+  void PushFrozenSet() {
+    const Nesting items = PopToMark();
+    RefuseFunctions(items.functions);
+    stack_.push_back({{Around(items.depth)}, builder_.FrozenSet(values_)});
     values_.clear();
   }
 
@@ -245,25 +273,26 @@ class ObjectMachine {
       Pop();
     }
   }
-  // These take values off the stack, into `values_`; their greatest depth is returned.
-  uint32_t PopItems(size_t count) {
+  // These take values off the stack, into `values_`; the greatest of their nestings is returned.
+  Nesting PopItems(size_t count) {
     if (stack_.size() - Fence() < count) tokens_.Fail("a value on the stack", "none");
     return TakeFrom(stack_.size() - count);
   }
-  uint32_t PopToMark() {
+  Nesting PopToMark() {
     if (marks_.empty()) tokens_.Fail("a mark on the stack", "none");
     const size_t mark = marks_.back();
     marks_.pop_back();
     return TakeFrom(mark);
   }
-  uint32_t TakeFrom(size_t first) {
-    uint32_t depth = 0;
+  Nesting TakeFrom(size_t first) {
+    Nesting nesting{.depth = 0};
     for (size_t i = first; i < stack_.size(); ++i) {
-      depth = std::max(depth, stack_[i].depth);
+      nesting.depth = std::max(nesting.depth, stack_[i].depth);
+      nesting.functions = std::max(nesting.functions, stack_[i].functions);
       values_.push_back(std::move(stack_[i].value));
     }
     stack_.resize(first);
-    return depth;
+    return nesting;
   }
 
   size_t size_;

@@ -1,6 +1,8 @@
 // Objects of a checkpoint, for torch_hsdp_ckpt/checkpoint/storage/object_builder.py. Plain data is
 // made here; names, calls, states and whatever hashes more than a str are asked of `hooks`, which
 // alone knows what a pickle may name. The GIL is held: values are Python's.
+#include <set>
+
 #include "base/bytes.h"
 #include "format/object_archive.h"
 #include "pickle/object_machine.h"
@@ -19,7 +21,8 @@ class PythonBuilder {
   using Value = py::object;
 
   explicit PythonBuilder(const py::object& hooks)
-      : find_(hooks.attr("find")),
+      : function_type_(hooks.attr("function_type")),
+        find_(hooks.attr("find")),
         call_(hooks.attr("call")),
         new_(hooks.attr("new")),
         set_state_(hooks.attr("set_state")),
@@ -64,6 +67,9 @@ class PythonBuilder {
   Value DottedGlobal(const Value& module, const Value& attribute) {
     return find_(module, attribute);
   }
+  bool IsFunction(const Value& value) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())) == function_type_.ptr();
+  }
   Value Call(const Value& function, const Value& arguments) { return call_(function, arguments); }
   Value New(const Value& type, const Value& arguments) { return new_(type, arguments); }
   Value Storage(const Value& id) const { return storage_(id); }
@@ -76,7 +82,11 @@ class PythonBuilder {
     for (const Value& item : items) Check(PyList_Append(list.ptr(), item.ptr()));
   }
   void SetItems(Value& dict, std::span<Value> items) {
-    for (size_t i = 0; i + 1 < items.size(); i += 2) SetItem(dict, items[i], items[i + 1]);
+    for (size_t i = 0; i + 1 < items.size(); i += 2) {
+      // One opcode may bring as many items as the pickle has bytes, and interrupts wait meanwhile.
+      if (i % kStepsBetweenSignals == 0) Check(PyErr_CheckSignals());
+      SetItem(dict, items[i], items[i + 1]);
+    }
   }
   void AddItems(Value& set, std::span<Value> items) { add_(set, ListOf(items)); }
   void SetState(Value& object, const Value& state) { set_state_(object, state); }
@@ -105,7 +115,8 @@ class PythonBuilder {
     Check(PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr()));
   }
 
-  py::object find_, call_, new_, set_state_, storage_, append_, check_key_, set_item_, add_;
+  py::object function_type_, find_, call_, new_, set_state_, storage_, append_, check_key_,
+      set_item_, add_;
 };
 
 std::span<const std::byte> BytesOf(const py::buffer_info& buffer) {
@@ -129,6 +140,23 @@ std::pair<py::object, size_t> BuildObject(const py::buffer& data, size_t first, 
   return {machine.result(), machine.consumed()};
 }
 
+// What the pickle names, as (module, name), without anything being made; of names that STACK_GLOBAL
+// puts together from strs there is ("", "").
+std::set<std::pair<std::string, std::string>> PickleNames(const py::buffer& data, size_t first,
+                                                          size_t size, const std::string& what) {
+  const py::buffer_info buffer = data.request();
+  const auto bytes = BytesOf(buffer);
+  if (first > bytes.size()) throw py::value_error("a range outside the bytes");
+  pickle::Tokenizer tokens(bytes.subspan(first, std::min(size, bytes.size() - first)), what,
+                           pickle::Opcodes::kAll);
+  std::set<std::pair<std::string, std::string>> names;
+  for (auto token = tokens.Next(); token.op != pickle::Op::kStop; token = tokens.Next()) {
+    if (token.op == pickle::Op::kGlobal) names.emplace(token.text, token.second_line);
+    if (token.op == pickle::Op::kStackGlobal) names.emplace("", "");
+  }
+  return names;
+}
+
 std::optional<std::map<std::string, std::pair<uint64_t, uint64_t>>> ObjectArchive(
     const py::buffer& data, const std::string& what) {
   const py::buffer_info buffer = data.request();
@@ -144,6 +172,8 @@ std::optional<std::map<std::string, std::pair<uint64_t, uint64_t>>> ObjectArchiv
 void BindObjects(py::module_& module) {
   module.def("build_object", &BuildObject, py::arg("data"), py::arg("first"), py::arg("size"),
              py::arg("what"), py::arg("hooks"));
+  module.def("pickle_names", &PickleNames, py::arg("data"), py::arg("first"), py::arg("size"),
+             py::arg("what"));
   module.def("object_archive", &ObjectArchive, py::arg("data"), py::arg("what"));
 }
 

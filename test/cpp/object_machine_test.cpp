@@ -44,6 +44,7 @@ class TextBuilder {
   Value DottedGlobal(const Value& module, const Value& attribute) {
     return Made(*module + "." + *attribute);
   }
+  static bool IsFunction(const Value& value) { return value->ends_with(".f"); }
   Value Call(const Value& function, const Value& arguments) { return Made(*function + *arguments); }
   Value New(const Value& type, const Value& arguments) { return Made("new " + *type + *arguments); }
   static Value Storage(const Value& id) { return Made("storage" + *id); }
@@ -125,6 +126,27 @@ TEST(ObjectMachine, RefusesWhatDoesNotFit) {
   EXPECT_THAT(ErrorOf("X\xff\xff\xff\xff"), HasSubstr("more bytes"));
   EXPECT_EQ(ErrorOf("I1\n"), "refused: opcode INT");
   EXPECT_EQ(ErrorOf("\x82\x01"), "refused: opcode EXT1");
+}
+
+TEST(ObjectMachine, KeepsNoFunctionInWhatIsMade) {
+  const std::string function = Global("m", "f");
+  EXPECT_EQ(Made(Call(function, Tuple(function))), "m.f(m.f)");
+  EXPECT_EQ(Made(Call(function, Tuple(function)) + "\x85"), "(m.f(m.f))");
+  const std::string memo = function + Put(0) + "0", again = Get(0);
+  const std::vector<std::string> kept{
+      function,
+      Tuple(function),
+      memo + again,
+      Tuple(Tuple(function)),
+      Code(Op::kEmptyList) + memo + again + Code(Op::kAppend),
+      Code(Op::kEmptyList) + Tuple(function) + Code(Op::kAppend),
+      Code(Op::kEmptyDict) + "N" + function + Code(Op::kSetItem),
+      Code(Op::kEmptySet) + "(" + function + "\x90",
+      "(" + Tuple(function) + "\x91",
+      "N" + function + "b",
+  };
+  for (const std::string& opcodes : kept)
+    EXPECT_THAT(ErrorOf(opcodes), HasSubstr("refused: it holds a function"));
 }
 
 TEST(ObjectMachine, BoundsTheDepthOfValues) {

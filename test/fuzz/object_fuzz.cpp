@@ -43,6 +43,7 @@ class DepthBuilder {
     return Checked(attribute);
   }
   Value DottedGlobal(const Value&, const Value&) { return 1; }
+  static bool IsFunction(const Value&) { return false; }
   Value Call(const Value& function, const Value& arguments) { return Pair(function, arguments); }
   Value New(const Value& type, const Value& arguments) { return Pair(type, arguments); }
   static Value Storage(const Value&) { return 1; }

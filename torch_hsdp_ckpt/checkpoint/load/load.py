@@ -91,13 +91,11 @@ def load(
     errors after that, tensors may have been written in part, and the message says so.
     """
     wait_at_gate()
-    if exchange not in MODES:
-        raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
-    allow = tuple(allow)
-    trust = Trust.of(trust_objects, allow)
+    trust, refused = _trust_of(trust_objects, allow, exchange)
     reader = _reader(checkpoint_id, storage_reader)
     planner = planner or DefaultLoadPlanner()
     values, failure = values_of({key: state_dict[key] for key in sorted(state_dict, key=str)})
+    failure = refused or failure
     if not _reads_natively(reader):
         if failure is not None:
             raise failure
@@ -108,10 +106,28 @@ def load(
                 values, reader, cast(LoadPlanner, checked), process_group, no_dist
             )
     else:
-        ranks = gather_ranks(process_group, no_dist, failure)
-        with _trusting(reader, trust_objects, allow), without_default_device():
+        try:
+            ranks = gather_ranks(process_group, no_dist, failure)
+        except CheckpointError:
+            if refused is not None:  # this rank's caller gets the error that Python has for it
+                raise refused from None
+            raise
+        with _trusting(reader, trust_objects, tuple(allow)), without_default_device():
             applied = _load(values, reader, planner, ranks, exchange, no_dist)
     hand_over(applied, state_dict)
+
+
+def _trust_of(
+    trust_objects: bool, allow: Iterable[type], exchange: str
+) -> tuple[Trust, Exception | None]:
+    """What objects may be made of; and what is wrong with the arguments of this rank, for which the
+    others would wait if it were raised before they hear of it."""
+    try:
+        if exchange not in MODES:
+            raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
+        return Trust.of(trust_objects, allow), None
+    except (TypeError, ValueError) as error:
+        return Trust.of(False, ()), error
 
 
 def _check_broadcast(reader: StorageReader, values: dict[str, Any]) -> None:

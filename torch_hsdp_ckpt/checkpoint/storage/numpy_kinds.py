@@ -3,12 +3,27 @@ the pickle holds; of object arrays there are none."""
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from ...errors import CheckpointError
-from .object_table import Arguments, Bounds, MalformedError, Table, are, expect
+from .object_table import (
+    Arguments,
+    Bounds,
+    MalformedError,
+    Table,
+    are,
+    are_sizes,
+    expect,
+    is_a,
+    show,
+)
 
 _SIMPLE_DTYPE = re.compile(r"[biufcSUV]\d{1,9}|[mM]8")
+# Fields of a dtype, those of its fields included, and how deep they lie in each other.
+_FIELDS = 10_000
+_DEPTH = 32
+_COUNTS = 1 << 31  # of a time's unit
 _UNIT = re.compile(rb"[A-Za-z]{1,7}")
 _BIT_GENERATORS = {
     "MT19937": "_mt19937",
@@ -17,6 +32,9 @@ _BIT_GENERATORS = {
     "Philox": "_philox",
     "SFC64": "_sfc64",
 }
+# Bytes that a new generator takes beyond what a pickle says of it.
+_GENERATOR_BYTES = {"MT19937": 2500}
+_OTHER_BYTES = 300
 # Where a state says how far it has gone in its buffer, and the buffer's length.
 _POSITIONS = {"pos": 624, "buffer_pos": 4}
 
@@ -58,37 +76,87 @@ def _add_dtypes(table: Table, np: Any) -> None:
         # NumPy sets the state, but one that it has written itself of a dtype made by its public
         # names: what it does with a forged state is nobody's promise.
         expect(type(state) is tuple and len(state) in (8, 9), np.dtype, (state,))
-        complete = _complete_dtype(np, made, state)
+        complete = _complete_dtype(bounds, np, made, state)
         made.__setstate__(complete.__reduce__()[2])
 
     for cls in {type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSUVmM"}:
         table.names[f"numpy.dtypes.{cls.__name__}"] = cls
         table.states[cls] = _set_dtype
+        table.weights[cls] = _fields_in
+    for cls in (np.void, np.record):
+        table.weights[cls] = lambda value: _fields_in(value.dtype) + value.nbytes // 64
 
 
-def _complete_dtype(np: Any, made: Any, state: tuple[Any, ...]) -> Any:
+def _fields_in(dtype: Any) -> int:
+    """How many fields it has, unfolded, at least 1: what is done to it takes as many steps.
+    MalformedError for more than any array has, or deeper ones than the stack takes."""
+    pending, count = [(dtype, 1)], 0
+    while pending:
+        each, depth = pending.pop()
+        count += 1
+        if count > _FIELDS or depth > _DEPTH:
+            raise MalformedError("makes a dtype of more fields than its own size explains")
+        pending += [(part, depth + 1) for part in _parts_of(each)]
+    return count
+
+
+def _parts_of(dtype: Any) -> Iterator[Any]:
+    if dtype.subdtype is not None:
+        yield dtype.subdtype[0]
+    for name in dtype.names or ():
+        yield dtype.fields[name][0]
+
+
+def _complete_dtype(bounds: Bounds, np: Any, made: Any, state: tuple[Any, ...]) -> Any:
     """(version, byte order, (dtype, shape) of a subarray, names, fields, size, alignment, flags,
     metadata of times)"""
-    _, order, subarray, names, fields, size = state[:6]
-    if order not in ("<", ">", "|", "="):
-        raise MalformedError(f"sets a dtype's byte order {order!r}")
+    _, order, subarray, names, fields, size, _, flags = state[:8]
+    if type(order) is not str or order not in ("<", ">", "|", "="):
+        raise MalformedError(f"sets a dtype's byte order to {show(order)}")
     if names is not None:
-        layout = [(name, *fields[name]) for name in names]
-        formats, offsets = [each[1] for each in layout], [each[2] for each in layout]
+        _check_fields(bounds, np, names, fields)
+        expect(are((size, flags), int), np.dtype, state)
+        layout = [fields[name] for name in names]
+        formats, offsets = [each[0] for each in layout], [each[1] for each in layout]
         wanted = {"names": list(names), "formats": formats, "offsets": offsets, "itemsize": size}
-        complete = np.dtype(wanted, align=bool(state[7] & 0x80))
+        complete = np.dtype(wanted, align=bool(flags & 0x80))
         return np.dtype((np.record, complete)) if made.type is np.record else complete
     if subarray is not None:
-        expect(type(subarray) is tuple and are(subarray[1], int), np.dtype, subarray)
+        fits = type(subarray) is tuple and len(subarray) == 2 and is_a(subarray[0], np.dtype)
+        expect(fits and are_sizes(subarray[1]), np.dtype, state)
+        # NumPy makes one dtype of two in a row: a pickle that does not is none of its own.
+        expect(subarray[0].subdtype is None, np.dtype, state)
+        bounds.spend(_fields_in(subarray[0]))
         return np.dtype(subarray)
     if made.kind in "mM":
+        expect(len(state) == 9, np.dtype, state)
         return _time_dtype(np, made, state[8]).newbyteorder(order)
     return made.newbyteorder(order)
 
 
+def _check_fields(bounds: Bounds, np: Any, names: Any, fields: Any) -> None:
+    """``fields``: by name, (dtype, offset[, title])."""
+    fits = type(names) is tuple and are(names, str) and type(fields) is dict
+    expect(fits and are(fields, str), np.dtype, (names, fields))
+    count = 1
+    for name in names:
+        field = fields.get(name)
+        fits = type(field) is tuple and len(field) in (2, 3) and is_a(field[0], np.dtype)
+        expect(fits and are(field[1:2], int) and are(field[2:], str), np.dtype, (field,))
+        parts = _fields_in(field[0])
+        bounds.spend(parts)
+        count += parts
+        if count > _FIELDS:
+            raise MalformedError("makes a dtype of more fields than its own size explains")
+
+
 def _time_dtype(np: Any, made: Any, metadata: Any) -> Any:
+    """``metadata``: (dict, (unit, count, ...))"""
+    fits = type(metadata) is tuple and len(metadata) == 2 and type(metadata[1]) is tuple
+    expect(fits and len(metadata[1]) >= 2, np.dtype, (metadata,))
     unit, count = metadata[1][:2]
-    if type(unit) is not bytes or not _UNIT.fullmatch(unit) or type(count) is not int:
+    fits = type(unit) is bytes and _UNIT.fullmatch(unit) is not None and type(count) is int
+    if not (fits and 0 < count < _COUNTS):
         raise MalformedError("sets a time's unit to what is none")
     if unit == b"generic":
         return made
@@ -113,9 +181,10 @@ def _add_arrays(table: Table, np: Any) -> None:
     def _set_array(bounds: Bounds, made: Any, state: Any) -> None:
         expect(type(state) is tuple and len(state) == 5, np.ndarray, (state,))
         version, shape, dtype, is_fortran, data = state
+        expect(are((version, is_fortran), int, bool), np.ndarray, state)
         _check_data(np, shape, dtype, data)
         bounds.spend(len(data))
-        np.ndarray.__setstate__(made, (int(version), shape, dtype, bool(is_fortran), data))
+        np.ndarray.__setstate__(made, (version, shape, dtype, bool(is_fortran), data))
 
     names = (f"numpy.{core}.numeric._frombuffer" for core in ("_core", "core"))
 
@@ -123,7 +192,7 @@ def _add_arrays(table: Table, np: Any) -> None:
     def _frombuffer(bounds: Bounds, arguments: Arguments) -> Any:
         """(bytes, dtype, shape, order): how protocol 5 writes arrays."""
         fits = len(arguments) == 4 and are(arguments[:1], bytes, bytearray)
-        fits = fits and arguments[3] in ("C", "F")
+        fits = fits and are(arguments[3:], str) and arguments[3] in ("C", "F")
         expect(fits, "numpy._core.numeric._frombuffer", arguments)
         data, dtype, shape, order = arguments
         _check_data(np, shape, dtype, bytes(data))
@@ -140,7 +209,7 @@ def _add_arrays(table: Table, np: Any) -> None:
 
 
 def _check_data(np: Any, shape: Any, dtype: Any, data: Any) -> None:
-    fits = isinstance(dtype, np.dtype) and type(shape) is tuple and are(shape, int)
+    fits = is_a(dtype, np.dtype) and are_sizes(shape)
     if fits and (dtype.hasobject or type(data) is list):
         raise CheckpointError("it needs an array of objects")
     if not fits or type(data) is not bytes or math.prod(shape) * dtype.itemsize != len(data):
@@ -162,6 +231,9 @@ def _add_masked_arrays(table: Table, np: Any) -> None:
         expect(type(state) is tuple and len(state) == 7, masked, (state,))
         _, shape, dtype, is_fortran, data, mask, fill_value = state
         _check_data(np, shape, dtype, data)
+        fits = fill_value is None or (type(fill_value) is np.ndarray and fill_value.ndim == 0)
+        expect(fits and are((is_fortran,), int, bool), masked, state)
+        expect(fill_value is None or fill_value.dtype == dtype, masked, state)
         mask_dtype = np.ma.make_mask_descr(dtype)
         _check_data(np, shape, mask_dtype, mask)
         bounds.spend(len(data) + len(mask))
@@ -185,15 +257,17 @@ def _add_random_states(table: Table, np: Any) -> None:
 
     @table.on_call(make_state)
     def _random_state(bounds: Bounds, arguments: Arguments) -> Any:
-        return random.RandomState(_generator_of(np, generators, arguments or ("MT19937",)))
+        named = arguments or ("MT19937",)
+        return random.RandomState(_generator_of(bounds, generators, named))
 
     @table.on_call(make_generator)
     def _generator(bounds: Bounds, arguments: Arguments) -> Any:
-        return random.Generator(_generator_of(np, generators, arguments))
+        return random.Generator(_generator_of(bounds, generators, arguments))
 
     @table.on_state(random.RandomState)
     def _set_random_state(bounds: Bounds, made: Any, state: Any) -> None:
         if type(state) is tuple and len(state) in (3, 5):  # of old versions
+            expect(are(state[3:], int, float), random.RandomState, state)
             has_gauss, gauss = state[3:] or (0, 0.0)
             state = {
                 "bit_generator": state[0],
@@ -210,13 +284,19 @@ def _add_random_states(table: Table, np: Any) -> None:
         made.bit_generator.state = state
 
 
-def _generator_of(np: Any, generators: dict[str, Any], arguments: Arguments) -> Any:
+def _generator_of(bounds: Bounds, generators: dict[str, Any], arguments: Arguments) -> Any:
     """The bit generator that a constructor is given, or a new one of the name that it is given."""
     first = arguments[0] if arguments else None
+    bounds.spend(_OTHER_BYTES)
     if type(first) is str and first in generators:
-        return generators[first](0)
+        return _new_generator(bounds, generators[first])
     expect(any(type(first) is cls for cls in generators.values()), "numpy.random", arguments)
     return first
+
+
+def _new_generator(bounds: Bounds, cls: Any) -> Any:
+    bounds.spend(_GENERATOR_BYTES.get(cls.__name__, _OTHER_BYTES))
+    return cls(0)
 
 
 def _add_bit_generators(table: Table, np: Any, generators: dict[str, Any]) -> None:
@@ -226,8 +306,8 @@ def _add_bit_generators(table: Table, np: Any, generators: dict[str, Any]) -> No
     def _bit_generator(bounds: Bounds, arguments: Arguments) -> Any:
         for cls in generators.values():
             if len(arguments) == 1 and arguments[0] is cls:
-                return cls(0)
-        return _generator_of(np, generators, arguments)
+                return _new_generator(bounds, cls)
+        return _generator_of(bounds, generators, arguments)
 
     @table.on_state(*generators.values())
     def _set_bit_generator(bounds: Bounds, made: Any, state: Any) -> None:
@@ -244,19 +324,19 @@ def _add_bit_generators(table: Table, np: Any, generators: dict[str, Any]) -> No
 
 
 def _check_state(np: Any, state: Any) -> None:
-    """What NumPy leaves to its callers: it would read beyond a buffer."""
+    """What NumPy leaves to its callers: it would read beyond a buffer. A state holds plain values
+    and one dict of such, "state"."""
     expect(type(state) is dict and type(state.get("state")) is dict, "numpy.random", (state,))
-    pending = [state]
-    while pending:
-        for key, value in pending.pop().items():
-            if type(value) is dict:
-                pending.append(value)
-            elif key in _POSITIONS:
-                is_inside = isinstance(value, (int, np.integer)) and 0 <= value <= _POSITIONS[key]
-                expect(is_inside, "numpy.random", (value,))
-            else:
-                fits = type(value) in (str, int, float, bool, np.ndarray)
-                expect(fits or isinstance(value, np.number), "numpy.random", (value,))
+    inner = [pair for pair in state.items() if pair[0] != "state"] + [*state["state"].items()]
+    scalars = (int, *np.sctypeDict.values())
+    for key, value in inner:
+        expect(type(key) is str, "numpy.random", (key,))
+        if key in _POSITIONS:
+            fits = type(value) in scalars and is_a(value, int, np.integer)
+            expect(fits and 0 <= value <= _POSITIONS[key], "numpy.random", (value,))
+        else:
+            fits = type(value) in (str, float, bool, np.ndarray, *scalars)
+            expect(fits, "numpy.random", (value,))
 
 
 def _add_seeds(table: Table, np: Any) -> None:
@@ -268,6 +348,7 @@ def _add_seeds(table: Table, np: Any) -> None:
     def _seeds(bounds: Bounds, arguments: Arguments) -> Any:
         fits = len(arguments) == 3 and arguments[0] is seeds and type(arguments[1]) is int
         expect(fits, seeds, arguments)
+        bounds.spend(_OTHER_BYTES)
         made = seeds(0)
         if arguments[2] is not None:
             _set_seeds(bounds, made, arguments[2])

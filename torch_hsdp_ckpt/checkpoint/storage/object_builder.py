@@ -2,6 +2,8 @@
 or a state means is looked up in the list of harmless kinds, and anything else is refused."""
 
 import collections
+import enum
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +14,28 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 from ...errors import CheckpointError
 from .numpy_kinds import add_numpy_kinds
-from .object_classes import Classes
+from .object_classes import Classes, has_finalizer
 from .object_instances import called_instance, new_instance, set_instance_state
 from .object_kinds import NAMESPACES, add_python_kinds
-from .object_table import Arguments, Bounds, Function, MalformedError, Table, are, expect, name_of
+from .object_table import (
+    Arguments,
+    Bounds,
+    Function,
+    MalformedError,
+    Table,
+    are,
+    are_sizes,
+    expect,
+    is_a,
+    name_of,
+)
+from .placement_kinds import add_placements
 from .tensor_kinds import add_storages, add_torch_kinds, set_attributes
 
 _table = Table()
 add_python_kinds(_table)
 add_torch_kinds(_table)
+add_placements(_table)
 _STORAGES = add_storages(_table)
 _GETATTR = _table.add_function("builtins.getattr")
 _FROM_TYPE = _table.add_function("torch._tensor._rebuild_from_type_v2")
@@ -33,19 +48,31 @@ _WITH_ATTRIBUTES = (
     collections.Counter,
     types.SimpleNamespace,
 )
-_numpy = Table()  # filled when a pickle first names something of NumPy's
+_numpy = Table()  # replaced when a pickle first names something of NumPy's
+_filling = threading.Lock()
+# The functions that are given others: those that make what these would, with what they would need.
+_TAKES_FUNCTIONS = ("builtins.getattr", "torch._tensor._rebuild_from_type_v2", "numpy.random.")
 
 # (data type, key, location, bytes) to a storage.
 Storages = Callable[[torch.dtype, str, str, int], torch.storage.TypedStorage]
 
 
 def _numpy_table() -> Table:
-    if not _numpy.names:
-        try:
-            add_numpy_kinds(_numpy)
-        except ImportError as error:
-            raise CheckpointError(f"it holds something of NumPy's: {error}") from error
-    return _numpy
+    global _numpy
+    with _filling:
+        if not _numpy.names:
+            table = Table()  # nobody sees one that is half full
+            try:
+                add_numpy_kinds(table)
+            except ImportError as error:
+                raise CheckpointError(f"it holds something of NumPy's: {error}") from error
+            _numpy = table
+        return _numpy
+
+
+def _weight(value: Any) -> int:
+    weight = _table.weights.get(type(value)) or _numpy.weights.get(type(value))
+    return 1 if weight is None else weight(value)
 
 
 class ObjectBuilder:
@@ -57,8 +84,10 @@ class ObjectBuilder:
     ``torch.save`` writes, CheckpointError for what is not made here; other exceptions come from
     constructors of the listed kinds, whose arguments do not fit."""
 
+    function_type = Function
+
     def __init__(self, limit: int, classes: Classes, storages: Storages | None) -> None:
-        self.bounds = Bounds(limit, lambda value: type(value) in self._allowed)
+        self.bounds = Bounds(limit, lambda value: type(value) in self._allowed, _weight)
         self._classes, self._storages = classes, storages
         self._allowed: set[type] = set()
 
@@ -76,6 +105,8 @@ class ObjectBuilder:
             return Function(f"{module}:{name}")
         if cls is None:
             raise CheckpointError(f"it needs {full}")
+        if has_finalizer(cls):
+            raise CheckpointError(f"{name_of(cls)} has a __del__, which would run")
         self._allowed.add(cls)
         return cls
 
@@ -84,6 +115,7 @@ class ObjectBuilder:
             raise MalformedError(f"calls {name_of(function)}")
         if type(arguments) is not tuple:
             raise MalformedError(f"calls {name_of(function)} without arguments in a tuple")
+        self._check_functions(function, arguments)
         own: dict[Any, Callable[[Arguments], Any]] = {
             _GETATTR: self._attribute,
             _FROM_TYPE: self._tensor_with_type,
@@ -96,11 +128,18 @@ class ObjectBuilder:
             return rule(self.bounds, arguments)
         if function in self._allowed:
             return called_instance(self.bounds, function, arguments)  # type: ignore[arg-type]
-        raise MalformedError(f"calls {name_of(function)}, as nothing that is saved does")
+        raise CheckpointError(f"it needs a call of {name_of(function)}")
+
+    def _check_functions(self, function: Any, arguments: Arguments) -> None:
+        """The machine lets functions lie in arguments; there they end."""
+        if type(function) is Function and str(function).startswith(_TAKES_FUNCTIONS):
+            return
+        expect(not any(type(each) is Function for each in arguments), function, arguments)
 
     def new(self, cls: Any, arguments: Any) -> Any:
         if not isinstance(cls, type) or type(arguments) is not tuple:
             raise MalformedError(f"makes an instance of {name_of(cls)}")
+        self._check_functions(cls, arguments)
         if cls in _table.news:
             return _table.news[cls](self.bounds, arguments)
         if cls in self._allowed:
@@ -131,8 +170,14 @@ class ObjectBuilder:
 
     def storage_parts(self, identity: Any) -> tuple[torch.dtype, str, str, int]:
         """Type, key, location, and bytes of ("storage", class, key, location, elements)."""
-        fits = type(identity) is tuple and len(identity) in (5, 6) and identity[0] == "storage"
-        fits = fits and are(identity[2:4], str) and are(identity[4:5], int)
+        fits = type(identity) is tuple and len(identity) in (5, 6) and are(identity[:1], str)
+        fits = (
+            fits
+            and identity[0] == "storage"
+            and are(identity[2:4], str)
+            and are(identity[4:5], int)
+        )
+        fits = fits and are(identity[5:], type(None))  # no view of another, as before torch 0.4
         if not fits or not identity[2].isascii() or not identity[2].isdigit():
             raise MalformedError("names a storage as torch.save does not")
         dtype = _STORAGES.get(identity[1]) if isinstance(identity[1], Function) else None
@@ -145,7 +190,7 @@ class ObjectBuilder:
 
     def append(self, holder: Any, items: list[Any]) -> None:
         for base in (list, collections.deque):
-            if isinstance(holder, base) and (type(holder) is base or type(holder) in self._allowed):
+            if is_a(holder, base) and (type(holder) is base or type(holder) in self._allowed):
                 return base.extend(holder, items)
         raise MalformedError(f"appends to a {name_of(type(holder))}")
 
@@ -153,13 +198,13 @@ class ObjectBuilder:
         self.check_key(holder, key)
         kinds = (collections.OrderedDict, collections.defaultdict, collections.Counter, dict)
         is_own = type(holder) in kinds or type(holder) in self._allowed
-        if not isinstance(holder, dict) or not is_own:
+        if not is_a(holder, dict) or not is_own:
             raise MalformedError(f"sets an item of a {name_of(type(holder))}")
-        base = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict
+        base = collections.OrderedDict if is_a(holder, collections.OrderedDict) else dict
         base.__setitem__(holder, key, value)
 
     def add(self, holder: Any, items: list[Any]) -> None:
-        if not isinstance(holder, set):
+        if not is_a(holder, set):
             raise MalformedError(f"adds to a {name_of(type(holder))}")
         for item in items:
             self.check_key(holder, item)
@@ -175,13 +220,14 @@ class ObjectBuilder:
         fits = len(arguments) == 2 and isinstance(arguments[0], (type, Function))
         expect(fits and type(arguments[1]) is str, "builtins.getattr", arguments)
         owner, name = arguments
-        if owner in self._allowed and hasattr(owner, "_member_map_"):
+        if owner in self._allowed and issubclass(owner, enum.Enum):
             member = owner._member_map_.get(name)  # an enum that is pickled by name
             if member is not None:
                 return member
-        module, _, outer = str(owner).partition(":")
         if isinstance(owner, type):
             module, outer = owner.__module__, owner.__qualname__
+        else:
+            module, _, outer = str(owner).partition(":")
         return self.find(module, f"{outer}.{name}")
 
     def _reconstructed(self, arguments: Arguments) -> Any:
@@ -217,7 +263,9 @@ class ObjectBuilder:
         fits = len(arguments) == 8 and arguments[0] is cls and cls in self._allowed
         expect(fits and type(arguments[1]) is torch.dtype, _WRAPPER, arguments)
         _, dtype, size, stride, offset, layout, device, requires_grad = arguments
-        expect(are((size, stride), tuple, torch.Size), _WRAPPER, arguments)
+        expect(are_sizes(size) and are_sizes(stride) and are_sizes((offset,)), _WRAPPER, arguments)
+        fits = type(layout) is torch.layout and type(requires_grad) is bool
+        expect(fits and are((device,), torch.device, str), _WRAPPER, arguments)
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             device = "cpu"
         made: Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]

@@ -26,6 +26,11 @@ class Classes(Protocol):
         ...
 
 
+def has_finalizer(cls: type) -> bool:
+    """Whether instances run code of their class when they are let go of."""
+    return any("__del__" in vars(base) for base in cls.__mro__)
+
+
 def may_be_allowed(cls: type) -> bool:
     return not cls.__module__.startswith(_NEVER)
 
@@ -72,7 +77,8 @@ class ClassesOfTensors:
     allowed: AllowedClasses
 
     def find(self, module: str, name: str) -> type | None:
-        return self.allowed.find(module, name) or torch.Tensor
+        found = self.allowed.find(module, name)
+        return torch.Tensor if found is None or has_finalizer(found) else found
 
     def has_inner(self, module: str, name: str) -> bool:
         return self.allowed.has_inner(module, name)
@@ -115,8 +121,6 @@ def _classes_in(target: Any) -> set[type]:
 
 def _parts_of(value: Any) -> list[Any]:
     parts: list[Any] = []
-    if isinstance(value, torch.Tensor):
-        return parts
     if isinstance(value, dict):
         parts += [*dict.keys(value), *dict.values(value)]
     elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
-from .object_table import Arguments, Bounds, MalformedError, are, expect, name_of
+from .object_table import Arguments, Bounds, MalformedError, are, expect, name_of, show
 from .tensor_kinds import set_attributes
 
 # What classes derive from, the most special ones first; `object` takes no arguments.
@@ -24,6 +24,7 @@ _CONTAINERS = (
     set,
 )
 _VALUES = (str, bytes, int, float, complex, frozenset)
+_FLAG_BITS = 64
 # States that are no more than attributes, whatever the class says of itself.
 _PLAIN_SETTERS = (
     torch.nn.Module.__setstate__,
@@ -62,7 +63,12 @@ def _new_tuple(bounds: Bounds, cls: type, arguments: Arguments) -> Any:
     if fields is None:
         expect(len(arguments) < 2 and are(arguments, tuple), cls, arguments)
         items = arguments[0] if arguments else ()
-    elif len(fields) != len(arguments):
+    else:  # fields that are new since the save have defaults
+        defaults = getattr(cls, "_field_defaults", {})
+        new = fields[len(arguments) :]
+        if all(name in defaults for name in new):
+            items = arguments + tuple(defaults[name] for name in new)
+    if fields is not None and len(fields) != len(items):
         raise _refused(cls, f"has {len(fields)} fields, the checkpoint's has {len(arguments)}")
     bounds.spend(len(items))
     return tuple.__new__(cls, items)  # type: ignore[type-var]
@@ -115,11 +121,19 @@ def _enum_member(cls: type[enum.Enum], value: Any) -> enum.Enum:
     for member in cls._member_map_.values():
         if type(member._value_) is type(value) and _equal(member._value_, value):
             return member
-    is_united = issubclass(cls, enum.Flag) and type(value) is int
-    if is_united and cls._missing_.__func__ is enum.Flag._missing_.__func__:  # type: ignore[attr-defined]
+    if issubclass(cls, enum.Flag) and type(value) is int and _unites_as_flags(cls, value):
         made: enum.Enum = enum.EnumMeta.__call__(cls, value)
         return made
-    raise _refused(cls, f"has no member of the value {str(value)[:80]!r}")
+    raise _refused(cls, f"has no member of the value {show(value)}")
+
+
+def _unites_as_flags(cls: type[enum.Flag], value: int) -> bool:
+    """Whether only Python's own code would look at it, and not for longer than the members say."""
+    own = cls._missing_.__func__  # type: ignore[attr-defined]
+    # Before Python 3.11 an IntFlag has its own.
+    stock = [each._missing_.__func__ for each in (enum.Flag, enum.IntFlag)]  # type: ignore[attr-defined]
+    bits = [member._value_.bit_length() for member in cls._member_map_.values()]
+    return own in stock and value.bit_length() <= max(_FLAG_BITS, *bits, 0)
 
 
 def _equal(member_value: Any, value: Any) -> bool:

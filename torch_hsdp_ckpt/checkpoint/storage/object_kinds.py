@@ -14,7 +14,8 @@ import uuid
 import zoneinfo
 from typing import Any
 
-from .object_table import Arguments, Bounds, MalformedError, Table, are, expect
+from ...errors import CheckpointError
+from .object_table import Arguments, Bounds, MalformedError, Table, are, expect, show
 
 PLAIN_CLASSES = (
     bool,
@@ -32,6 +33,8 @@ PLAIN_CLASSES = (
     tuple,
 )
 _FRACTION = re.compile(r"-?\d{1,4000}(/\d{1,4000})?")
+_FRACTION_BITS = 1 << 16
+_ZONE = re.compile(r"[\w+-]+(/[\w+-]+)*")
 _SCALARS = (bool, bytes, float, int, str, type(None))
 # Instances of these have nothing but attributes.
 NAMESPACES: tuple[type, ...] = (
@@ -84,10 +87,21 @@ def _add_bytes(table: Table) -> None:
 
     @table.on_call(array.array)
     def _array(bounds: Bounds, arguments: Arguments) -> "array.array[Any]":
+        """(code, numbers or characters)"""
         fits = len(arguments) == 2 and are(arguments[:1], str) and are(arguments[1:], list, str)
-        expect(fits, array.array, arguments)
+        expect(fits and are(arguments[1], int, float, str), array.array, arguments)
         bounds.spend(8 * len(arguments[1]))
         return array.array(*arguments)
+
+    @table.on_call(table.add_function("array._array_reconstructor"))
+    def _array_of_bytes(bounds: Bounds, arguments: Arguments) -> "array.array[Any]":
+        """(class, code, the bytes' format, bytes): how protocol 3 and newer write arrays."""
+        fits = len(arguments) == 4 and arguments[0] is array.array and are(arguments[1:2], str)
+        fits = fits and are(arguments[2:3], int) and are(arguments[3:], bytes)
+        expect(fits, "array._array_reconstructor", arguments)
+        bounds.spend(4 * len(arguments[3]))
+        made: array.array[Any] = array._array_reconstructor(*arguments)  # type: ignore[attr-defined]
+        return made
 
 
 def _is_latin1(encoding: str) -> bool:
@@ -174,7 +188,9 @@ def _add_numbers(table: Table) -> None:
     def _fraction(bounds: Bounds, arguments: Arguments) -> fractions.Fraction:
         if len(arguments) == 1 and are(arguments, str) and _FRACTION.fullmatch(arguments[0]):
             return fractions.Fraction(arguments[0])  # before Python 3.12
-        expect(len(arguments) == 2 and are(arguments, int), fractions.Fraction, arguments)
+        fits = len(arguments) == 2 and are(arguments, int)
+        fits = fits and all(each.bit_length() <= _FRACTION_BITS for each in arguments)
+        expect(fits, fractions.Fraction, arguments)
         return fractions.Fraction(*arguments)
 
     @table.on_call(uuid.SafeUUID)
@@ -190,9 +206,10 @@ def _add_numbers(table: Table) -> None:
 
     @table.on_state(uuid.UUID)
     def _set_uuid(bounds: Bounds, made: Any, state: Any) -> None:
-        expect(type(state) is dict, uuid.UUID, (state,))
+        expect(type(state) is dict and type(state.get("int")) is int, uuid.UUID, (state,))
         is_safe = state.get("is_safe", uuid.SafeUUID.unknown)
-        is_safe = is_safe if isinstance(is_safe, uuid.SafeUUID) else uuid.SafeUUID(is_safe)
+        expect(are((is_safe,), uuid.SafeUUID, int, type(None)), uuid.UUID, (is_safe,))
+        is_safe = uuid.SafeUUID(is_safe)
         for name, value in (("int", uuid.UUID(int=state["int"]).int), ("is_safe", is_safe)):
             object.__setattr__(made, name, value)
 
@@ -232,10 +249,13 @@ def _add_times(table: Table) -> None:
 
     @table.on_call(table.add_function("zoneinfo.ZoneInfo._unpickle"))
     def _zone(bounds: Bounds, arguments: Arguments) -> zoneinfo.ZoneInfo:
-        # Refuses keys that lead out of the system's folder of time zones.
-        fits = len(arguments) == 2 and are(arguments[:1], str)
-        expect(fits, zoneinfo.ZoneInfo, arguments)
-        return zoneinfo.ZoneInfo(arguments[0])
+        # Any other key would be a path, which might lead out of the system's folder of time zones.
+        fits = len(arguments) == 2 and are(arguments[:1], str) and _ZONE.fullmatch(arguments[0])
+        expect(bool(fits), zoneinfo.ZoneInfo, arguments)
+        try:
+            return zoneinfo.ZoneInfo(arguments[0])
+        except zoneinfo.ZoneInfoNotFoundError as error:
+            raise CheckpointError(f"it needs the time zone {show(arguments[0])}") from error
 
 
 def _add_paths(table: Table) -> None:

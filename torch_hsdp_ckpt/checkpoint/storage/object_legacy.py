@@ -5,7 +5,7 @@ import struct
 from typing import Any
 
 from .object_builder import ObjectBuilder
-from .object_table import MalformedError
+from .object_table import Function, MalformedError
 
 PICKLES = 5
 OBJECT = 3  # the number of the object's
@@ -14,6 +14,8 @@ OBJECT = 3  # the number of the object's
 class StorageScan:
     """Hooks of ``_C.build_object`` that make nothing: ``sizes``, in bytes, of the storages that a
     pickle names, and where their contents lie behind it."""
+
+    function_type = Function
 
     def __init__(self, builder: ObjectBuilder) -> None:
         self.sizes: dict[str, int] = {}

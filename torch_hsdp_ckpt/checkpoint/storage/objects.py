@@ -13,7 +13,7 @@ from .object_builder import ObjectBuilder
 from .object_classes import AllowedClasses, Classes, ClassesOfTensors, ImportedClasses
 from .object_legacy import OBJECT, PICKLES, StorageScan
 from .object_storages import ArchiveStorages, InPlace, Loaded
-from .object_table import MalformedError
+from .object_table import MalformedError, show
 
 _TIMES = 4  # an array passes through text and bytes on its way
 
@@ -56,12 +56,13 @@ def load_object(data: bytes, what: str, trust: Trust) -> Any:
         CheckpointError: the object needs more than that.
         CorruptCheckpointError: the bytes are no such object, or one that makes more than they
             explain.
+        MemoryError, torch.OutOfMemoryError: there is no memory for it.
     """
     if trust.objects:
         return _load_trusted(data, what)
     try:
         return _build(data, what, trust.classes, Loaded())
-    except CorruptCheckpointError:
+    except (CorruptCheckpointError, MemoryError, torch.OutOfMemoryError):
         raise
     except CheckpointError as error:
         raise CheckpointError(
@@ -72,7 +73,8 @@ def load_object(data: bytes, what: str, trust: Trust) -> Any:
     except MalformedError as error:
         raise _corrupt(what, f"its pickle {error}") from error
     except Exception as error:
-        raise _corrupt(what, f"its pickle does not fit: {type(error).__name__}: {error}") from error
+        problem = f"{type(error).__name__}: {_text_of(error)}"
+        raise _corrupt(what, f"its pickle does not fit: {problem}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,11 @@ def look_at_saved(data: memoryview, what: str) -> SavedObject:
     except Exception as error:
         return SavedObject(str(error), frozenset(classes.found))
     return SavedObject("", frozenset(classes.found))
+
+
+def _text_of(error: Exception) -> str:
+    """A KeyError writes out its key, which may be anything."""
+    return ", ".join(str(each) if type(each) is str else show(each) for each in error.args)
 
 
 def _corrupt(what: str, problem: str) -> CorruptCheckpointError:
@@ -118,7 +125,9 @@ def _build(data: Buffer, what: str, classes: Classes, memory: Loaded) -> Any:
     first, size = entries["data.pkl"]
     storages = ArchiveStorages(data, entries, memory)
     builder = ObjectBuilder(_limit(data), classes, storages)
-    return _C.build_object(data, first, size, problem, builder)[0]
+    value, _ = _C.build_object(data, first, size, problem, builder)
+    builder.bounds.check_all_set()
+    return value
 
 
 def _limit(data: Buffer) -> int:
@@ -140,7 +149,8 @@ def _legacy_entries(data: Buffer, problem: str, classes: Classes) -> dict[str, t
 def checked_stream(data: bytes, what: str, trust: Trust) -> io.BytesIO:
     """For planners, which run an object's pickle: the bytes as they are if they are trusted, else
     bytes that this process made of what :func:`load_object` gave, so that nothing of the
-    checkpoint's own reaches a pickle machine that runs code."""
+    checkpoint's own reaches a pickle machine that runs code. Classes that are allowed may run to be
+    pickled and unpickled, as the planner wants it."""
     if trust.objects:
         return io.BytesIO(data)
     stream = io.BytesIO()

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as _stock
 from torch import Tensor
@@ -23,7 +22,7 @@ from ...errors import CheckpointError, CorruptCheckpointError
 from .directory import directory_of, encoded
 from .metadata import read_metadata_bytes
 from .nested_keys import NestedKeys, set_object
-from .objects import Trust, checked_stream
+from .objects import Trust, checked_stream, load_object
 from .staged_reads import TensorRead
 from .tensor_reads import (
     PlannedData,
@@ -237,12 +236,15 @@ class FileSystemReader(_stock.FileSystemReader):
 
     def _read_objects(
         self, files: _C.CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner
-    ) -> list[tuple[ReadItem, io.BytesIO]]:
+    ) -> list[tuple[ReadItem, Any]]:
+        """With each item its object, or its bytes for a planner that unpickles them itself."""
         records = [self._record(item) for item in items]
         read = read_objects(files, records)
         trust = self.trust()
+        load: Callable[[bytes, str, Trust], Any]
+        load = checked_stream if _unpickles(planner) else load_object
         return [
-            (item, checked_stream(data, self._what(item), trust.for_target(_target(item, planner))))
+            (item, load(data, self._what(item), trust.for_target(_target(item, planner))))
             for item, data in zip(items, read, strict=True)
         ]
 
@@ -282,7 +284,7 @@ class PlannerUpdate:
     files: _C.CheckpointReader
     items: _SortedItems
     tensors: list[_PlannedTensors]  # have been read
-    objects: list[tuple[ReadItem, io.BytesIO]]  # likewise
+    objects: list[tuple[ReadItem, Any]]  # likewise
 
     def apply(self) -> None:
         for tensors in self.tensors:
@@ -295,15 +297,21 @@ class PlannerUpdate:
 
     def _load_objects(self) -> None:
         planner = self.planner
-        if getattr(type(planner), "load_bytes", None) is not DefaultLoadPlanner.load_bytes:
+        if _unpickles(planner):
             for item, stream in self.objects:
                 planner.load_bytes(item, stream)
             return
         assert isinstance(planner, DefaultLoadPlanner)
         keys = NestedKeys(planner.original_state_dict)
-        for item, stream in self.objects:
-            value = torch.load(stream, weights_only=False)  # bytes of this process, or trusted
+        for item, value in self.objects:
             set_object(planner, keys, item.dest_index.fqn, value)
+
+
+def _unpickles(planner: LoadPlanner) -> bool:
+    """Whether a planner takes an object's bytes in a way of its own; if not, the object is put
+    where DCP would, without a pickle in between, which would run code of its class."""
+    own = getattr(type(planner), "load_bytes", None)
+    return own is not DefaultLoadPlanner.load_bytes
 
 
 def _target(item: ReadItem, planner: LoadPlanner) -> Any:
@@ -329,11 +337,19 @@ class CheckedPlanner:
 
     def __init__(self, planner: LoadPlanner, what: Callable[[ReadItem], str], trust: Trust) -> None:
         self._planner, self._what, self._trust = planner, what, trust
+        self._keys: NestedKeys | None = None  # made when the planner knows its state dict
 
     def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
-        trust = self._trust.for_target(_target(item, self._planner))
-        stream = checked_stream(value.getvalue(), self._what(item), trust)
-        self._planner.load_bytes(item, stream)
+        planner, what = self._planner, self._what(item)
+        trust = self._trust.for_target(_target(item, planner))
+        if _unpickles(planner):
+            planner.load_bytes(item, checked_stream(value.getvalue(), what, trust))
+            return
+        assert isinstance(planner, DefaultLoadPlanner)
+        if self._keys is None:
+            self._keys = NestedKeys(planner.original_state_dict)
+        loaded = load_object(value.getvalue(), what, trust)
+        set_object(planner, self._keys, item.dest_index.fqn, loaded)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._planner, name)

@@ -1,9 +1,9 @@
 """What ``load`` will make of an object that is being saved is said at the save, not at the load."""
 
 import logging
-import re
 from collections.abc import Callable
 
+from ... import _C
 from ...errors import CheckpointError
 from .object_table import name_of
 from .objects import look_at_saved
@@ -11,18 +11,18 @@ from .objects import look_at_saved
 _logger = logging.getLogger(__name__)
 # A process says each thing once: a training job saves the same way thousands of times.
 _said: set[str] = set()
-# GLOBAL, without which a pickle holds plain data alone.
-_GLOBAL = re.compile(rb"c[\w.]+\n[\w.]+\n")
-_SHARD = re.compile(rb"ctorch\.distributed\.[\w.]+\n(DTensor|ShardedTensor)\n")
+_SHARDS = ("DTensor", "ShardedTensor")
 
+Names = set[tuple[str, str]]  # modules and what is named of them
 CheckObject = Callable[[str, memoryview], None]
 
 
 def check_saved_object(name: str, data: memoryview) -> None:
     """For bytes that this process has just written by ``torch.save``, and may write to. Raises
     CheckpointError for an object that only ``trust_objects`` would load, and for shards in it."""
-    _refuse_shards(name, data)
-    if reason := _reason_to_refuse(name, data):
+    names = _names_in(name, data)
+    _refuse_shards(name, names)
+    if names and (reason := _reason_to_refuse(name, data)):
         raise CheckpointError(
             f"{name}: no load would take this object without trust: {reason}; save it as plain "
             "data, or pass trust_objects=True to the save and to the load"
@@ -31,20 +31,34 @@ def check_saved_object(name: str, data: memoryview) -> None:
 
 def check_trusted_object(name: str, data: memoryview) -> None:
     """The same, but for what takes trust there is a warning only."""
-    _refuse_shards(name, data)
+    _refuse_shards(name, _names_in(name, data))
     warn_of_object(name, data)
 
 
 def warn_of_object(name: str, data: memoryview) -> None:
     """For bytes that a planner of somebody's has made: what they are is its own affair."""
-    if reason := _reason_to_refuse(name, data):
+    if _names_in(name, data) and (reason := _reason_to_refuse(name, data)):
         _say(f"{name}: only a load with trust_objects=True will take this object: {reason}")
 
 
-def _refuse_shards(name: str, data: memoryview) -> None:
-    if shard := _SHARD.search(data):
+def _names_in(name: str, data: memoryview) -> Names:
+    """What the object's pickle names; a pickle that names nothing holds plain data alone. Bytes of
+    another kind name something that nobody knows, so that they are looked at."""
+    unknown = {("", "")}
+    try:
+        entries = _C.object_archive(data, name)
+        if entries is None or "data.pkl" not in entries:
+            return unknown
+        return _C.pickle_names(data, *entries["data.pkl"], name)
+    except CheckpointError:
+        return unknown
+
+
+def _refuse_shards(name: str, names: Names) -> None:
+    shards = {cls for module, cls in names if module.startswith("torch.distributed.")}
+    for shard in sorted(shards.intersection(_SHARDS)):
         raise CheckpointError(
-            f"{name}: it holds a {shard[1].decode()} within an object, such as a tuple or a "
+            f"{name}: it holds a {shard} within an object, such as a tuple or a "
             "dataclass, which is saved by one rank alone: the shards of all other ranks would be "
             "lost; put it into dicts and lists, or save its full tensor"
         )
@@ -52,8 +66,6 @@ def _refuse_shards(name: str, data: memoryview) -> None:
 
 def _reason_to_refuse(name: str, data: memoryview) -> str:
     """ "" if there is none."""
-    if not _GLOBAL.search(data):
-        return ""
     look = look_at_saved(data, name)
     if look.classes and not look.refused:
         classes = ", ".join(sorted(map(name_of, look.classes)))

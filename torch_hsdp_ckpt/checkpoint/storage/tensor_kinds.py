@@ -1,6 +1,7 @@
 """Rules of torch's kinds: tensors from storages that the file holds, dtypes, devices, generators.
 A tensor is made by ``set_`` on checked numbers; no class of a user's has a say in it."""
 
+import collections
 import math
 from typing import Any
 
@@ -9,11 +10,22 @@ import torch._utils
 import torch.serialization
 from torch import Tensor
 
-from .object_table import Arguments, Bounds, Function, MalformedError, Table, are, expect
+from ...errors import CheckpointError
+from .object_table import (
+    Arguments,
+    Bounds,
+    Function,
+    MalformedError,
+    Table,
+    are,
+    are_sizes,
+    expect,
+)
 
 _Parameter = torch.nn.parameter.Parameter
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _QSCHEMES = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
+_GENERATOR_BYTES = 5000  # of the CPU's, whose state is as long
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 
 
@@ -37,8 +49,8 @@ def add_torch_kinds(table: Table) -> None:
 def _add_descriptions(table: Table) -> None:
     @table.on_call(torch.Size)
     def _size(bounds: Bounds, arguments: Arguments) -> torch.Size:
-        fits = len(arguments) == 1 and are(arguments, tuple, list) and are(arguments[0], int)
-        expect(fits, torch.Size, arguments)
+        fits = len(arguments) == 1 and are(arguments, tuple, list)
+        expect(fits and are_sizes(tuple(arguments[0])), torch.Size, arguments)
         bounds.spend(len(arguments[0]))
         return torch.Size(arguments[0])
 
@@ -46,7 +58,10 @@ def _add_descriptions(table: Table) -> None:
     def _device(bounds: Bounds, arguments: Arguments) -> torch.device:
         fits = len(arguments) in (1, 2) and are(arguments[:1], str) and are(arguments[1:], int)
         expect(fits, torch.device, arguments)
-        return torch.device(*arguments)
+        try:
+            return torch.device(*arguments)
+        except RuntimeError as error:
+            raise CheckpointError(f"it needs a device that this torch has not: {error}") from error
 
     @table.on_call(table.add_function("torch.serialization._get_layout"))
     def _layout(bounds: Bounds, arguments: Arguments) -> torch.layout:
@@ -57,13 +72,18 @@ def _add_descriptions(table: Table) -> None:
     @table.on_call(torch.Generator)
     def _generator(bounds: Bounds, arguments: Arguments) -> torch.Generator:
         expect(len(arguments) == 1 and are(arguments, torch.device), torch.Generator, arguments)
-        return torch.Generator(arguments[0])
+        bounds.spend(_GENERATOR_BYTES if arguments[0].type == "cpu" else 0)
+        try:
+            return torch.Generator(arguments[0])
+        except (RuntimeError, AssertionError) as error:
+            raise CheckpointError(f"it needs a device that is not here: {error}") from error
 
     @table.on_state(torch.Generator)
     def _set_generator(bounds: Bounds, made: torch.Generator, state: Any) -> None:
         """(seed, offset, state)"""
         fits = type(state) is tuple and len(state) == 3 and type(state[2]) is Tensor
-        expect(fits and type(state[0]) is int, torch.Generator, (state,))
+        fits = fits and type(state[0]) is int and are(state[1:2], int, type(None))
+        expect(fits, torch.Generator, (state,))
         made.manual_seed(state[0])
         if state[1] is not None:
             made.set_offset(state[1])
@@ -76,17 +96,19 @@ def _strided(
     """A tensor on a storage; MalformedError if it would reach beyond."""
     if type(storage) is not torch.storage.TypedStorage:
         raise MalformedError(f"makes a tensor of a {type(storage).__name__}")
-    if not are((size, stride), tuple, torch.Size) or not are((offset, *size, *stride), int):
-        raise MalformedError("makes a tensor of a shape that none has")
-    fits = len(size) == len(stride) and all(0 <= n < 1 << 62 for n in (offset, *size, *stride))
-    if not fits:
-        raise MalformedError("makes a tensor of a shape that none has")
+    _check_shape(size, stride, offset)
     untyped = storage._untyped_storage
     dtype = dtype or storage.dtype
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 not in size and (last + 1) * dtype.itemsize > untyped.nbytes():
         raise MalformedError("makes a tensor larger than its storage")
     return torch.empty((0,), dtype=dtype, device=untyped.device).set_(untyped, offset, size, stride)
+
+
+def _check_shape(size: Any, stride: Any, offset: Any = 0) -> None:
+    fits = are_sizes(size) and are_sizes(stride) and are_sizes((offset,))
+    if not fits or len(size) != len(stride) or math.prod(size) >= 1 << 62:
+        raise MalformedError("makes a tensor of a shape that none has")
 
 
 def _add_strided(table: Table) -> None:
@@ -117,6 +139,7 @@ def _add_strided(table: Table) -> None:
         fits = len(arguments) == 4 and type(arguments[0]) is torch.dtype
         expect(fits, utils + "meta_tensor_no_storage", arguments)
         dtype, size, stride, requires_grad = arguments
+        _check_shape(size, stride)
         tensor = torch.empty_strided(size, stride, dtype=dtype, device="meta")
         _set_grad(tensor, (requires_grad,))
         return tensor
@@ -133,14 +156,17 @@ def _add_strided(table: Table) -> None:
 
 
 def _set_grad(tensor: Tensor, requires_grad: Arguments) -> None:
+    expect(are(requires_grad, bool), "torch._utils._rebuild_tensor_v2", requires_grad)
     if any(requires_grad):
         tensor.requires_grad_()
 
 
 def _set_bits(tensor: Tensor, metadata: Arguments) -> None:
-    if metadata and metadata[0]:
-        expect(type(metadata[0]) is dict, "torch._utils._rebuild_tensor_v2", metadata)
-        torch._utils.set_tensor_metadata(tensor, metadata[0])  # type: ignore[no-untyped-call]
+    for bits in metadata:
+        fits = type(bits) is dict and are(bits, str) and are(bits.values(), bool)
+        expect(fits or bits is None, "torch._utils._rebuild_tensor_v2", metadata)
+        if bits:
+            torch._utils.set_tensor_metadata(tensor, bits)  # type: ignore[no-untyped-call]
 
 
 def _add_parameters(table: Table) -> None:
@@ -149,8 +175,9 @@ def _add_parameters(table: Table) -> None:
     @table.on_call(*map(table.add_function, (utils + "parameter", utils + "parameter_with_state")))
     def _parameter(bounds: Bounds, arguments: Arguments) -> Tensor:
         """(data, requires grad, hooks[, state])"""
-        expect(len(arguments) in (3, 4) and type(arguments[0]) is Tensor, _Parameter, arguments)
-        parameter = _Parameter(arguments[0], bool(arguments[1]))
+        fits = len(arguments) in (3, 4) and type(arguments[0]) is Tensor
+        expect(fits and type(arguments[1]) is bool, _Parameter, arguments)
+        parameter = _Parameter(arguments[0], arguments[1])
         set_attributes(bounds, parameter, arguments[3:])
         return parameter
 
@@ -158,7 +185,9 @@ def _add_parameters(table: Table) -> None:
 def set_attributes(bounds: Bounds, tensor: Tensor, state: Arguments) -> None:
     """Python attributes that somebody has given a tensor; no descriptor of its class is asked."""
     for attributes in state:
-        if type(attributes) is tuple and len(attributes) == 2 and not attributes[1]:
+        if type(attributes) is tuple and len(attributes) == 2:
+            has_none = attributes[1] is None or (type(attributes[1]) is dict and not attributes[1])
+            expect(has_none, type(tensor), attributes)
             attributes = attributes[0]  # slots, which tensors do not have
         if attributes is None:
             continue
@@ -176,10 +205,11 @@ def _add_other_layouts(table: Table) -> None:
         fits = len(arguments) == 2 and type(arguments[0]) is torch.layout
         expect(fits and type(arguments[1]) is tuple, utils + "sparse_tensor", arguments)
         layout, data = arguments
-        for tensor in data:
-            if isinstance(tensor, Tensor):
-                expect(type(tensor) is Tensor, utils + "sparse_tensor", (tensor,))
-                bounds.spend(_bytes_if_copied(tensor))
+        parts = 2 if layout is torch.sparse_coo else 3
+        expect(len(data) in (4, parts + 1) and are(data[:parts], Tensor), utils + "sparse", data)
+        expect(are_sizes(data[parts]) and are(data[parts + 1 :], bool), utils + "sparse", data)
+        for tensor in data[:parts]:
+            bounds.spend(_bytes_if_copied(tensor))
         if layout is torch.sparse_coo:
             return _sparse_coo(*data)
         rows, columns, values, size = data
@@ -207,12 +237,33 @@ def _add_other_layouts(table: Table) -> None:
 
     @table.on_call(table.add_function(utils + "qtensor"))
     def _quantized(bounds: Bounds, arguments: Arguments) -> Tensor:
-        """(storage, offset, size, stride, quantizer, requires grad, hooks)"""
-        fits = len(arguments) == 7 and type(arguments[4]) is tuple
+        """(storage, offset, size, stride, quantizer, requires grad, no hooks)"""
+        fits = len(arguments) == 7 and type(arguments[4]) is tuple and type(arguments[5]) is bool
         expect(fits, utils + "qtensor", arguments)
         checked = _strided(*arguments[:4])
+        _check_quantizer(arguments[4], arguments[2])
+        has_none = type(arguments[6]) is collections.OrderedDict and not arguments[6]
+        expect(has_none, utils + "qtensor", arguments)
         bounds.spend(checked.numel() * checked.itemsize)
         return torch._utils._rebuild_qtensor(*arguments)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _check_quantizer(quantizer: Arguments, size: tuple[int, ...]) -> None:
+    """(scheme, scale, zero point), or (scheme, scales, zero points, axis) with one of each along
+    the axis; torch does not look at these."""
+    target = "torch._utils._rebuild_qtensor"
+    if len(quantizer) == 3 and quantizer[0] is torch.per_tensor_affine:
+        return expect(are(quantizer[1:], float, int), target, quantizer)
+    fits = len(quantizer) == 4 and type(quantizer[0]) is torch.qscheme
+    axis = quantizer[3] if fits and type(quantizer[3]) is int else -1
+    expect(0 <= axis < len(size), target, quantizer)
+    for each in quantizer[1:3]:
+        if type(each) is Tensor:
+            expect(tuple(each.shape) == (size[axis],), target, quantizer)
+        else:
+            fits = type(each) is list and are(each, float, int)
+            expect(fits and len(each) == size[axis], target, quantizer)
+    return None
 
 
 def _sparse_coo(indices: Tensor, values: Tensor, size: Any, is_coalesced: Any = None) -> Tensor:
