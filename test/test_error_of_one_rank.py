@@ -60,13 +60,17 @@ def _fail(module: nn.Module, where: str) -> Any:
     return module.register_forward_hook(hook)
 
 
+def _raises(call: Callable[[], Any], module: nn.Module, where: str = "forward") -> None:
+    handle = _fail(module, where)
+    with pytest.raises(_Asked):
+        call()
+    handle.remove()
+
+
 def _step_with_an_error(call: Callable[[], Any], module: nn.Module, where: str, rank: int) -> None:
     """Rank 1's own error, and the peers' that name it."""
     if rank == 1:
-        handle = _fail(module, where)
-        with pytest.raises(_Asked):
-            call()
-        handle.remove()
+        _raises(call, module, where)
         return
     kind = "backward" if where == "backward" else "forward"
     with pytest.raises(
@@ -134,10 +138,7 @@ def _evaluation(rank: int) -> None:
     with torch.no_grad():
         model(x)
         if rank == 1:
-            handle = _fail(model.blocks[3], "forward")
-            with pytest.raises(_Asked):
-                model(x)
-            handle.remove()
+            _raises(lambda: model(x), model.blocks[3])
         else:
             model(x)
         model(x)
@@ -154,10 +155,7 @@ def _accumulated(rank: int) -> None:
     model.zero_grad()
     model.set_requires_gradient_sync(False)
     if rank == 1:
-        handle = _fail(model.blocks[3], "forward")
-        with pytest.raises(_Asked):
-            model(x)
-        handle.remove()
+        _raises(lambda: model(x), model.blocks[3])
     else:
         loss_of(model, x).backward()  # needs nothing of rank 1
         with pytest.raises(RuntimeError, match="given up, as rank 1 has left the forward"):
@@ -281,12 +279,9 @@ def _many_replicas(rank: int) -> None:
     model = _sharded(_net(), (4, 1))
     x = batch(_net(), 0, rank)
     for alone in (False, True):
-        handle = _fail(model.blocks[1], "forward")
         with torch.set_grad_enabled(not alone):
             if not alone or rank == 1:
-                with pytest.raises(_Asked):
-                    model(x)
-        handle.remove()
+                _raises(lambda: model(x), model.blocks[1])
         _goes_on(model, rank)
 
 

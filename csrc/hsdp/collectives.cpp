@@ -1,10 +1,10 @@
 #include "hsdp/collectives.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <tuple>
 #include <utility>
+
+#include "hsdp/c10d_ops.h"
 
 namespace hsdp_ckpt::hsdp {
 namespace {
@@ -18,13 +18,6 @@ bool Async(const at::Tensor& tensor) { return tensor.is_cpu(); }
 
 OpPtr Op(bool average) {
   return c10::make_intrusive<c10d::ReduceOp>(average ? c10d::ReduceOp::AVG : c10d::ReduceOp::SUM);
-}
-
-// The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup
-// were renamed in between.
-template <typename Signature>
-auto FindOp(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 }  // namespace

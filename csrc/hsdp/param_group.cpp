@@ -48,11 +48,10 @@ void ParamGroup::set_name(std::string name) {
   why_freed_ = c10::str(
       "rank ", collectives_->rank(), ": a full parameter of module ", name_,
       " is used while it has no memory. It has some while the module computes, and in backward "
-      "from "
-      "where that comes to a tensor which the module has returned or kept: return all tensors that "
-      "losses and other modules use, in tuples, lists, dicts or objects with attributes. Or keep "
-      "the parameters from forward to backward, with reshard_after_forward=False (fully_shard) or "
-      "ShardingStrategy.SHARD_GRAD_OP");
+      "from where that comes to a tensor which the module has returned or kept: return all tensors "
+      "that losses and other modules use, in tuples, lists, dicts or objects with attributes. Or "
+      "keep the parameters from forward to backward, with reshard_after_forward=False "
+      "(fully_shard) or ShardingStrategy.SHARD_GRAD_OP");
 }
 
 at::ScalarType ParamGroup::FullDtype(size_t i) const {

@@ -1,6 +1,5 @@
 #include "hsdp/pending_works.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 #include <c10/util/ScopeExit.h>
 #include <c10/util/thread_name.h>
@@ -14,6 +13,8 @@
 #include <thread>
 #include <utility>
 
+#include "hsdp/c10d_ops.h"
+
 namespace hsdp_ckpt::hsdp {
 namespace {
 
@@ -24,8 +25,6 @@ constexpr auto kMoment = std::chrono::milliseconds(500);
 // Far longer than a message takes whose two sides are there.
 constexpr auto kLongest = std::chrono::minutes(5);
 
-// The dispatcher's operators have one schema in torch 2.11 to 2.15; the methods of ProcessGroup
-// were renamed in between.
 using MessageOp = WorkPtr(at::TensorList, const GroupPtr&, int64_t, int64_t);
 
 /// Works that were put aside.
@@ -148,14 +147,12 @@ PendingWorks& PendingWorks::operator=(PendingWorks&& other) noexcept {
 }
 
 void PendingWorks::Send(const at::Tensor& tensor, const GroupPtr& group, int64_t peer) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("c10d::send", "").typed<MessageOp>();
+  static const auto op = FindOp<MessageOp>("c10d::send");
   if (tensor.numel() > 0) works_.push_back(op.call({tensor}, group, peer, tag()));
 }
 
 void PendingWorks::Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("c10d::recv_", "").typed<MessageOp>();
+  static const auto op = FindOp<MessageOp>("c10d::recv_");
   if (tensor.numel() > 0) works_.push_back(op.call({tensor}, group, peer, tag()));
 }
 
