@@ -17,8 +17,8 @@ from pathlib import Path
 
 from .. import _C
 from ..checkpoint.storage.directory import encoded
+from ..checkpoint.storage.leftovers import make_room
 from ..checkpoint.storage.metadata import read_metadata
-from ..checkpoint.storage.writer import make_room
 from ..errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d{6,})")

@@ -6,7 +6,8 @@ from ... import _C
 from ...common.agreement import Agreement
 from ...errors import CheckpointError
 from ..storage.directory import encoded
-from ..storage.writer import FileSystemWriter, remove_quietly
+from ..storage.leftovers import remove_quietly
+from ..storage.writer import FileSystemWriter
 
 
 class Unfinished:
