@@ -167,8 +167,9 @@ def test_metadata_is_gone_for_good_before_any_data_file(
     order: list[str] = []
     unlink, sync = Path.unlink, _C.sync_directory
 
-    def seen_sync(path: str) -> None:
-        order.append("sync " + ",".join(sorted(p.suffix or p.name for p in Path(path).iterdir())))
+    def seen_sync(path: bytes) -> None:
+        files = Path(os.fsdecode(path)).iterdir()
+        order.append("sync " + ",".join(sorted(p.suffix or p.name for p in files)))
         sync(path)
 
     def seen_unlink(path: Path, missing_ok: bool = False) -> None:

@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <span>
 
 #include "base/crc32.h"
 #include "base/error.h"
@@ -306,14 +307,17 @@ class Verifier {
   VerifyReport report_;
 };
 
-// Which checkpoint is here: the checksum of each metadata file. Nothing of one that can't be read.
+// Which checkpoint is here: the checksum of each metadata file, without its last bytes, which may be
+// its checksum: with them all files would have the same one. Nothing of one that can't be read.
 std::map<std::string, uint32_t> ChecksumsOfMetadata(io::FileSystem& fs,
                                                     const std::string& directory) {
   std::map<std::string, uint32_t> checksums;
   try {
     for (const std::string& name : io::ListDirectory(fs, directory)) {
-      if (name.ends_with(kMetadata))
-        checksums[name] = base::Crc32(ReadMetadataFile(fs, directory, name));
+      if (!name.ends_with(kMetadata)) continue;
+      const auto file = ReadMetadataFile(fs, directory, name);
+      const std::span<const std::byte> bytes = file;
+      checksums[name] = base::Crc32(bytes.first(bytes.size() - std::min<size_t>(4, bytes.size())));
     }
   } catch (const base::Error&) {
     // The verifier meets the same, and reports it.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
@@ -85,7 +86,8 @@ def _set_up(planner: DefaultLoadPlanner, state_dict: dict[str, Any], is_coordina
     planner.state_dict = state
     keys = NestedKeys(state_dict)
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_meta:
+        # A ShardedTensor of which this rank has nothing can't say what it is.
+        if isinstance(value, Tensor) and not isinstance(value, ShardedTensor) and value.is_meta:
             replaced = {name: value}
             _init_state_dict(replaced)
             state[name] = replaced[name]
