@@ -307,8 +307,8 @@ class Verifier {
   VerifyReport report_;
 };
 
-// Which checkpoint is here: the checksum of each metadata file, without its last bytes, which may be
-// its checksum: with them all files would have the same one. Nothing of one that can't be read.
+// Which checkpoint is here: the checksum of each metadata file, without its last bytes, which may
+// be its checksum: with them all files would have the same one. Nothing of one that can't be read.
 std::map<std::string, uint32_t> ChecksumsOfMetadata(io::FileSystem& fs,
                                                     const std::string& directory) {
   std::map<std::string, uint32_t> checksums;

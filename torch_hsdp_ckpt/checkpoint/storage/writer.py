@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import logging
@@ -144,6 +145,9 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
     def __init__(self, path: str | os.PathLike[str], *args: Any, **named: Any) -> None:
         super().__init__(directory_of(path), *args, **named)
+
+    # Who asks for the arguments sees those of the torch release that is here.
+    functools.update_wrapper(__init__, _stock.FileSystemWriter.__init__)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         super().reset(directory_of(checkpoint_id) if checkpoint_id else None)
