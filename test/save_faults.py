@@ -63,6 +63,16 @@ def errors_for(calls: Sequence[Call]) -> list[int]:
     return errors
 
 
+def is_about_older_files(calls: Sequence[Call], number: int) -> bool:
+    """Whether a call of a save, up to the rename, is about what others have left there: the look
+    for it behind the claim, and the reading of the older metadata. Where such a call is refused the
+    save goes on with a warning, and leaves the older files."""
+    if ("close", "claim") not in calls:
+        return False  # not the coordinator's calls
+    claimed = calls.index(("close", "claim")) + 2  # and has seen that no later claim is there
+    return claimed <= number < calls.index(("open", "data")) or calls[number][1] == "metadata"
+
+
 def no_fault() -> None:
     _C._inject_fault(None)
 

@@ -3,6 +3,7 @@ stop."""
 
 import datetime
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from ranks import run_ranks
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt.common.agreement import Agreement, agreement_of
+from torch_hsdp_ckpt.common.meeting import meet_at
+from torch_hsdp_ckpt.hsdp.own_groups import GroupRequest, meet
 
 
 def _fail(error: BaseException) -> bytes:
@@ -99,13 +102,55 @@ def test_a_lost_peer_is_an_error_within_the_timeout(tmp_path: Path, how: str) ->
     run_ranks(_lost_peer, 3, how, str(tmp_path), allow_death=(2,) if how == "dies" else ())
 
 
+def _life(rank: int, store: str, path: str, life: int) -> None:
+    """One of several sets of processes that torchrun starts one after another over one store. The
+    default group stands for NCCL's, which leaves no addresses there."""
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the backend)
+
+    dist.destroy_process_group()
+    # Each agent counts what it has restarted itself: only rank 0's has seen its process fail.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(life if rank == 0 else 0)
+    dist.init_process_group(
+        "fake",
+        store=dist.FileStore(store, 99),  # which no life deletes at its end
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=20),
+    )
+    state = {"w": torch.zeros(3)}
+    with h.CheckpointManager(path) as manager:
+        assert manager.restore_latest(state) == (life or None)
+        manager.save(life + 1, {"w": torch.full((3,), life + 1.0)})
+        assert manager.restore_latest(state) == life + 1
+    assert state["w"].tolist() == [life + 1.0] * 3
+    request = GroupRequest("test", (0, 1), datetime.timedelta(seconds=20))
+    group = meet(request, None)
+    assert meet(request, group) is group
+    assert meet(request, group if rank == 0 else None).name != group.name
+    if life == 0:  # ends while it waits for the other
+        missing = ("ranks [1]", "rank 0")[rank]
+        with pytest.raises(RuntimeError, match=re.escape(f"has waited 0.2 s for {missing}")):
+            meet_at(f"half {rank}", rank, 2, datetime.timedelta(seconds=0.2))
+        return
+    names = [meet_at(f"half {half}", rank, 2, request.timeout)[0] for half in range(2)]
+    agreement = agreement_of(None, "names")
+    assert agreement.exchange("names", "/".join(names).encode()) == ["/".join(names).encode()] * 2
+
+
+def test_the_ranks_meet_again_over_the_store_of_the_life_before(tmp_path: Path) -> None:
+    for life in range(2):
+        run_ranks(_life, 2, str(tmp_path / "store"), str(tmp_path / "run"), life)
+    assert sorted(os.listdir(tmp_path / "run")) == ["step-000001", "step-000002"]
+
+
 def test_alone_it_needs_no_group() -> None:
     alone: Agreement = agreement_of(None, "save", no_dist=True)
     assert alone.run("step", lambda: b"x") == [b"x"]
     assert alone.verdict("step", lambda: b"y" * 100) == b"y" * 100
     error: Any = ValueError("mine")
     for call in (alone.run, alone.verdict):
-        with pytest.raises(ValueError, match="mine"):
+        with pytest.raises(h.CheckpointError, match="ValueError: mine") as caught:
             call("step", lambda: _fail(error))
-    with pytest.raises(ValueError, match="mine"):
+        assert caught.value.__cause__ is error
+    with pytest.raises(h.CheckpointError, match="ValueError: mine"):
         alone.exchange("step", error=error)

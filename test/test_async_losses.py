@@ -100,6 +100,7 @@ def _interrupted(rank: int, path: Path) -> None:
         finally:
             assert manager._in_flight is not None
             assert not manager._in_flight.done()
+    manager._in_flight.result(60)  # not waited for on the way out, but at the interpreter's end
 
 
 def test_a_job_that_is_interrupted_loses_no_save_that_was_begun(tmp_path: Path) -> None:

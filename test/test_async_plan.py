@@ -194,9 +194,14 @@ def test_nothing_is_read_again_where_nothing_waits_for_it(
     assert torch.equal(target["w"], torch.arange(500_000.0))
 
 
-def test_the_arguments_are_torchs_and_three_more() -> None:
+def test_the_arguments_are_torchs_and_more() -> None:
     ours, torchs = (inspect.signature(each).parameters for each in (h.async_save, dcp.async_save))
     assert list(ours)[: len(torchs)] == list(torchs)
     for name, parameter in torchs.items():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
-    assert list(ours)[len(torchs) :] == ["snapshot", "in_flight", "max_staging_bytes"]
+    assert list(ours)[len(torchs) :] == [
+        "snapshot",
+        "in_flight",
+        "max_staging_bytes",
+        "trust_objects",
+    ]

@@ -1,6 +1,7 @@
 """``async_save``: the state at the call, failures on the future and at the next call, forks,
 exit."""
 
+import copy
 import logging
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import batch, even_net
+from models import Net, batch, even_net
 from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -53,9 +54,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _training_goes_on(rank: int, path: str) -> None:
-    net = even_net()
+    torch.manual_seed(0)
+    net = Net(64, 256, 4)  # whose bytes are more than what records and objects take
     for name, make in OPTIMIZERS.items():
-        model = wrap(even_net(), (2, 2))
+        model = wrap(copy.deepcopy(net), (2, 2))
         parameters = list(model.parameters())
         optimizer = make([{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.05}])
 

@@ -20,9 +20,10 @@ from examples.demo.__main__ import main
 from examples.demo.crash import Crash
 from examples.demo.journal import Journal, Tail
 from examples.demo.progress import Progress
-from torch_hsdp_ckpt import save
+from torch_hsdp_ckpt import _C, save
 from torch_hsdp_ckpt.checkpoint.storage.metadata import encode_metadata
 from torch_hsdp_ckpt.training import run_directory as checkpoints
+from torch_hsdp_ckpt.training.run_directory import Retention
 
 SMALL = ("--width", "32", "--layers", "1", "--length", "32")
 
@@ -151,31 +152,37 @@ def test_the_default_text_is_pythons_own_source() -> None:
 def make_checkpoint(root: Path, step: int, committed: bool = True) -> None:
     path = checkpoints.path_of(root, step)
     path.mkdir(parents=True)
-    (path / "__0_0.distcp").write_bytes(b"data")
+    name = _C.data_file_name(0, _C.new_save_id(claimed=False), 0)
+    (path / name).write_bytes(b"data")
     if committed:
-        place = _StorageInfo("__0_0.distcp", 0, 4)
+        place = _StorageInfo(name, 0, 4)
         metadata = Metadata({"x": BytesStorageMetadata()}, storage_data={MetadataIndex("x"): place})
         (path / ".metadata").write_bytes(encode_metadata(metadata))
 
 
 def test_pruning_counts_committed_checkpoints_only(tmp_path: Path) -> None:
+    def prune(keep: int) -> list[int]:
+        return checkpoints.prune(tmp_path, checkpoints.contents(tmp_path), Retention(0, keep))
+
+    def there() -> tuple[list[int], list[int]]:
+        found = checkpoints.contents(tmp_path)
+        return [each.step for each in found.committed], list(found.incomplete)
+
+    assert prune(2) == []
     for step in (10, 20, 40):
         make_checkpoint(tmp_path, step)
     for step in (5, 30, 50):
         make_checkpoint(tmp_path, step, committed=False)
     (tmp_path / "step-best").mkdir()
-    assert checkpoints.steps_in(tmp_path) == ([10, 20, 40], [5, 30, 50])
-    assert checkpoints.prune(tmp_path, keep=2) == [5, 10]
-    assert checkpoints.steps_in(tmp_path) == ([20, 40], [30, 50])
+    assert there() == ([10, 20, 40], [5, 30, 50])
+    assert prune(2) == [10]
+    assert there() == ([20, 40], [5, 30, 50])  # what is incomplete goes by the next save
     assert (tmp_path / "step-best").is_dir()
-    (tmp_path / "step-000040" / "__0_0.distcp").write_bytes(
-        b"dat"
-    )  # cut short: of two good ones to be kept only one is left
-    make_checkpoint(tmp_path, 25, committed=False)
-    assert checkpoints.prune(tmp_path, keep=2) == []
-    assert checkpoints.prune(tmp_path, keep=1) == []
-    assert checkpoints.steps_in(tmp_path)[0] == [20, 40]
-    assert checkpoints.prune(tmp_path / "nothing", keep=2) == []
+    # One is cut short: of two good ones to be kept only one is left.
+    next((tmp_path / "step-000040").glob("*.distcp")).write_bytes(b"dat")
+    assert prune(2) == []
+    assert prune(1) == []
+    assert there() == ([20, 40], [5, 30, 50])
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
@@ -368,5 +375,7 @@ def test_the_whole_demo_small(ranks: int, replicas: int, claims: int, tmp_path: 
     assert [events.count(event) for event in ("start", "resume", "end")] == [2, 2, 1]
     died = events.index("start", 1)
     assert events[died - 1] == "save"
-    assert checkpoints.steps_in(root / "job") == ([8, 10], [])
+    found = checkpoints.contents(root / "job")
+    assert [each.step for each in found.committed] == [8, 10]
+    assert (found.incomplete, found.foreign) == ([], [])
     assert alive_with(str(tmp_path)) == []

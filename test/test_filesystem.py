@@ -180,7 +180,7 @@ def test_a_directory_of_any_class_that_names_one(tmp_path: Path, save: Callable[
     save({"a": torch.ones(2)}, **where)
     meta = dcp.FileSystemReader(tmp_path / "checkpoint").read_metadata()
     assert meta.storage_meta is not None
-    assert type(meta.storage_meta.checkpoint_id) is str
+    assert type(meta.storage_meta.checkpoint_id) is type(Path())
 
 
 def test_damage_anywhere_is_noticed(tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ from torch_hsdp_ckpt.checkpoint.load import load as _load
 from torch_hsdp_ckpt.checkpoint.load import plan as _plan
 
 
+class _MakesItself:
+    """An object that only trust loads."""
+
+    def __reduce__(self) -> Any:
+        return _MakesItself, ()
+
+
 class _Raises:
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -93,8 +100,8 @@ def _rank_fails(rank: int, path: str) -> None:
     with pytest.raises(h.CheckpointError, match=r"rank 0.*fifo/\.metadata: not a regular file"):
         h.load(state, checkpoint_id=f"{path}/fifo")
     # An object that only one rank asks for is refused before any rank's tensors are written.
-    ones = {"w": torch.ones(6000, 1000), "path": Path("/")}
-    h.save(ones, checkpoint_id=f"{path}/object")
+    ones = {"w": torch.ones(6000, 1000), "path": _MakesItself()}
+    h.save(ones, checkpoint_id=f"{path}/object", trust_objects=True)
     for mode in ("off", "shared", "network"):
         state = {"w": torch.zeros(6000, 1000)} | ({"path": None} if rank == 1 else {})
         with pytest.raises(

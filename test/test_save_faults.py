@@ -22,6 +22,7 @@ from save_faults import (
     at_call,
     calls_of,
     errors_for,
+    is_about_older_files,
     loaded,
     no_fault,
     over_an_older_one,
@@ -48,6 +49,8 @@ def _refused(rank: int, path: str) -> int:
         for number, (call, error) in enumerate(
             zip(calls[failing], errors_for(calls[failing]), strict=True)
         ):
+            if is_about_older_files(calls[failing], number):
+                continue
             paths: list[str] = []
 
             def refuse(path: str, error: int = error, paths: list[str] = paths) -> int:
@@ -176,6 +179,8 @@ def _under_dcp(rank: int, path: str) -> None:
     unchanged = process_is_as_it_was()
     for failing, steps in ((0, range(0, rename + 1, 3)), (1, range(0, len(calls[1]), 2))):
         for number in steps:
+            if is_about_older_files(calls[failing], number):
+                continue
             if rank == failing:
                 at_call(number, lambda _: -errno.EIO)
             with pytest.raises(CheckpointException) as caught:
@@ -189,6 +194,8 @@ def _under_dcp(rank: int, path: str) -> None:
             dist.barrier()
             assert torch.equal(loaded(path), OLD), calls[failing][number]
             dist.barrier()
+            # What the other rank had written goes: the next save makes the same calls.
+            dcp.save(old, storage_writer=h.FileSystemWriter(path))
     dcp.save(new, storage_writer=h.FileSystemWriter(path))
     assert torch.equal(loaded(path), OLD + 1)
     assert len(os.listdir(path)) == 3

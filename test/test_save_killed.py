@@ -33,10 +33,13 @@ from torch_hsdp_ckpt import _C
 NEW = torch.arange(2_500_000.0) + 1
 
 
-def _watched(rank: int, path: str) -> list[Call]:
-    """What a save calls; the older checkpoint that the others go over is in ``path``/old."""
+def _old(rank: int, path: str) -> None:
+    """Older checkpoints, by processes that are gone when others are saved over them."""
     for name in ("old", "watched"):
         h.save({"w": OLD, "v": OLD}, checkpoint_id=f"{path}/{name}")  # a tensor a rank
+
+
+def _watched(rank: int, path: str) -> list[Call]:
     return calls_of(lambda: h.save({"w": NEW, "v": NEW}, checkpoint_id=f"{path}/watched"))
 
 
@@ -47,6 +50,7 @@ def _killed(rank: int, root: str, scenarios: list[Scenario]) -> None:
 
 
 def test_at_every_call_of_either_rank(tmp_path: Path) -> None:
+    run_ranks(_old, 2, str(tmp_path))
     calls = run_ranks(_watched, 2, str(tmp_path))
     for each in calls:
         assert each.count(("pwrite", "data")) >= 2
@@ -77,10 +81,13 @@ STOPS: list[Call] = [
 ]
 
 
-def _older(rank: int, root: str) -> list[Call]:
-    for pair in range(len(STOPS)):
-        h.save({"w": OLD - 1}, checkpoint_id=f"{root}/{pair}")
-    return calls_of(lambda: h.save({"w": OLD - 1}, checkpoint_id=f"{root}/0"))
+def _older(rank: int, root: str) -> None:
+    for name in (*range(len(STOPS)), "watched"):
+        h.save({"w": OLD - 1}, checkpoint_id=f"{root}/{name}")
+
+
+def _alone(rank: int, root: str) -> list[Call]:
+    return calls_of(lambda: h.save({"w": OLD - 1}, checkpoint_id=f"{root}/watched"))
 
 
 def _stopped_and_woken(rank: int, root: str, numbers: list[int]) -> None:
@@ -107,9 +114,9 @@ def _stopped_and_woken(rank: int, root: str, numbers: list[int]) -> None:
 
 
 def test_a_coordinator_that_wakes_after_the_next_save_takes_nothing_back(tmp_path: Path) -> None:
-    (calls,) = run_ranks(
-        _older, 1, str(tmp_path)
-    )  # by a process that is gone: its files are nobody's when they are replaced
+    # By a process that is gone: its files are nobody's when they are replaced.
+    run_ranks(_older, 1, str(tmp_path))
+    (calls,) = run_ranks(_alone, 1, str(tmp_path))
     vote = len(calls) - calls[::-1].index(("pwrite", "data"))
     # The last such call of a save: claims open and list before any data is written.
     numbers = [len(calls) - 1 - calls[::-1].index(stop) for stop in STOPS]

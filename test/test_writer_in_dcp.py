@@ -170,7 +170,9 @@ def test_thread_count_is_the_threads_that_write(tmp_path: Path, count: int) -> N
 @pytest.mark.parametrize("block", [1 << 16, 0])
 def test_copy_ahead_bounds_what_is_copied(tmp_path: Path, block: int) -> None:
     tensor = torch.randn(3000, 1500).t()
-    file = DataFile(str(tmp_path), _C.data_file_name(0, _C.new_save_id(), 0), block=block)
+    file = DataFile(
+        str(tmp_path), _C.data_file_name(0, _C.new_save_id(claimed=True), 0), block=block
+    )
     writer, sizes = file._writer, []
 
     class Watched:

@@ -28,7 +28,7 @@ from .checkpoint.load.load import load
 from .checkpoint.save.async_save import AsyncSave, async_save
 from .checkpoint.save.result import SaveResult
 from .checkpoint.save.save import save
-from .checkpoint.verify import VerifyProblem, VerifyReport, verify
+from .checkpoint.storage.verify import VerifyProblem, VerifyReport, verify
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
 from .hsdp.fsdp import FullyShardedDataParallel

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "checkpoint/load/metadata_file.h"
 #include "checkpoint/verify/verify.h"
 #include "format/metadata.h"
@@ -31,18 +32,7 @@ constexpr const char* kUsage =
     "refuses to read) or DIR holds none (it has no .metadata), 2 the command could not be run "
     "(arguments, no such DIR).\n";
 
-// Names come from the checkpoint: nothing in them is to move the cursor or worse.
-std::string Printable(std::string text) {
-  for (size_t i = 0; i < text.size(); ++i) {
-    const auto c = static_cast<unsigned char>(text[i]);
-    // U+0080 to U+009F, two bytes in UTF-8, are control characters as well.
-    const bool second =
-        i + 1 < text.size() && c == 0xc2 && static_cast<unsigned char>(text[i + 1]) < 0xa0;
-    if (c < 0x20 || c == 0x7f || second) text[i] = '?';
-    if (second) text[++i] = '?';
-  }
-  return text;
-}
+using base::Printable;
 
 std::string Mebibytes(double bytes) {
   char text[64];
@@ -227,7 +217,7 @@ int main(int argc, char** argv) {
   try {
     return hsdp_ckpt::cli::Main({argv + 1, argv + argc});
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "hsdp-ckpt: %s\n", hsdp_ckpt::cli::Printable(error.what()).c_str());
+    std::fprintf(stderr, "hsdp-ckpt: %s\n", hsdp_ckpt::base::Printable(error.what()).c_str());
     return 2;
   }
 }

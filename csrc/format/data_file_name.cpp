@@ -45,9 +45,11 @@ std::optional<DataFileName> DataFileName::Parse(const std::string& name) {
   return out.ToString() == name ? std::optional(out) : std::nullopt;
 }
 
-uint64_t NewSaveId() {
+uint64_t NewSaveId(bool claimed) {
   std::random_device device;
-  return uint64_t{device()} << 32 | device();
+  const uint64_t random = uint64_t{device()} << 32 | device();
+  const uint64_t mark = claimed ? DataFileName::kClaimedMark : 0;
+  return (random & ~DataFileName::kClaimedMask) | mark;
 }
 
 }  // namespace hsdp_ckpt::format

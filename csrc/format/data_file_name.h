@@ -28,12 +28,19 @@ struct DataFileName {
                           ///< formats): has no index
   int64_t number = 0;
 
+  /// What the lowest 16 bits of a save id are if the save had claimed its directory. So many, since
+  /// the ids of older versions, whose saves had not, are random.
+  static constexpr uint64_t kClaimedMask = 0xffff;
+  static constexpr uint64_t kClaimedMark = 0xc1a1;
+  /// Whether the save that the file belongs to had claimed its directory before it wrote: then a
+  /// later claim there has ended it.
+  bool claimed() const { return (save_id & kClaimedMask) == kClaimedMark; }
   std::string ToString() const;
   /// Nullopt for every name that ToString never gives.
   static std::optional<DataFileName> Parse(const std::string& name);
 };
 
-/// 64 random bits from the operating system.
-uint64_t NewSaveId();
+/// 64 bits from the operating system, random but for the lowest 16: see DataFileName::claimed.
+uint64_t NewSaveId(bool claimed);
 
 }  // namespace hsdp_ckpt::format

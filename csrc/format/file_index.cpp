@@ -12,9 +12,11 @@ namespace hsdp_ckpt::format {
 namespace {
 
 constexpr std::string_view kMagic = "HSDPCKPT";
-constexpr uint32_t kVersion = 1;
-constexpr size_t kEntryFixed = 36;  // bytes of an entry without shape and block checksums
-constexpr size_t kTailCrcAt = 52;   // the tail's own checksum covers what stands before it
+constexpr uint32_t kVersion = 2;
+constexpr uint32_t kWithoutOwners = 1;  // the version before, which is read all the same
+constexpr size_t kEntryFixed = 40;      // bytes of an entry without shape and block checksums
+constexpr size_t kEntryFixedWithoutOwner = 36;
+constexpr size_t kTailCrcAt = 52;  // the tail's own checksum covers what stands before it
 
 uint64_t Blocks(uint64_t payload) {
   return payload / base::kChecksumBlock + (payload % base::kChecksumBlock != 0);
@@ -74,7 +76,7 @@ void DecodeBlockCrcs(base::ByteReader& in, IndexEntry& entry) {
   for (uint64_t i = 0; i < blocks; ++i) entry.block_crcs.push_back(in.Get<uint32_t>());
 }
 
-IndexEntry DecodeEntry(base::ByteReader& in, int64_t begin, int64_t limit) {
+IndexEntry DecodeEntry(base::ByteReader& in, int64_t begin, int64_t limit, uint32_t version) {
   IndexEntry entry;
   const auto offset = in.Get<uint64_t>(), payload = in.Get<uint64_t>();
   const uint64_t head = in.Get<uint32_t>(), tail = in.Get<uint32_t>();
@@ -82,6 +84,7 @@ IndexEntry DecodeEntry(base::ByteReader& in, int64_t begin, int64_t limit) {
   if (in.Get<uint16_t>() != 0) in.Fail("zeros in a reserved field", "others");
   entry.framing_crc = in.Get<uint32_t>();
   entry.payload_crc = in.Get<uint32_t>();
+  if (version != kWithoutOwners) entry.owner = in.Get<uint32_t>();
   CheckPlace(in, offset, payload, head + tail, static_cast<uint64_t>(begin),
              static_cast<uint64_t>(limit));
   entry.offset = static_cast<int64_t>(offset);
@@ -95,6 +98,12 @@ IndexEntry DecodeEntry(base::ByteReader& in, int64_t begin, int64_t limit) {
 }
 
 }  // namespace
+
+uint32_t RecordOwner(std::string_view name, std::span<const int64_t> chunk) {
+  const std::byte end_of_name{0};
+  const uint32_t crc = base::Crc32({&end_of_name, 1}, base::Crc32(base::AsBytes(name)));
+  return std::max(base::Crc32(std::as_bytes(chunk), crc), uint32_t{1});
+}
 
 int64_t IndexEntrySize(int64_t payload, size_t dimensions) {
   const uint64_t blocks = Blocks(static_cast<uint64_t>(payload));
@@ -112,6 +121,7 @@ void IndexEncoder::Add(const IndexEntry& entry) {
   out_.Put(uint16_t{0});
   out_.Put(entry.framing_crc);
   out_.Put(entry.payload_crc);
+  out_.Put(entry.owner);
   for (const int64_t size : entry.shape) out_.Put(static_cast<uint64_t>(size));
   if (entry.block_crcs.size() > 1) {
     for (const uint32_t crc : entry.block_crcs) out_.Put(crc);
@@ -150,18 +160,21 @@ IndexPlace DecodeIndexTail(std::span<const std::byte> tail, int64_t file_size,
   const auto offset = in.Get<uint64_t>(), size = in.Get<uint64_t>();
   place.records = in.Get<uint64_t>();
   place.save_id = in.Get<uint64_t>();
-  const auto version = in.Get<uint32_t>(), block = in.Get<uint32_t>();
+  place.version = in.Get<uint32_t>();
+  const auto block = in.Get<uint32_t>();
   place.crc = in.Get<uint32_t>();
   const auto crc = in.Get<uint32_t>();
   const uint32_t actual = base::Crc32(tail.first(kTailCrcAt));
   if (crc != actual) in.Fail(base::CrcText(crc), base::CrcText(actual));
-  if (version != kVersion || block != base::kChecksumBlock)
-    in.Fail("format version 1", "version " + std::to_string(version));
+  const bool known = place.version == kVersion || place.version == kWithoutOwners;
+  if (!known || block != base::kChecksumBlock)
+    in.Fail("format version 1 or 2", "version " + std::to_string(place.version));
+  const size_t entry = place.version == kWithoutOwners ? kEntryFixedWithoutOwner : kEntryFixed;
   const auto total = static_cast<uint64_t>(file_size);
   if (length != total)
     in.Fail("a file of " + std::to_string(length) + " bytes", std::to_string(file_size));
   if (offset > total || size > total - offset || total - offset - size != kIndexTail ||
-      place.records > size / kEntryFixed) {
+      place.records > size / entry) {
     in.Fail("an index that ends where the tail begins",
             std::to_string(size) + " bytes at " + std::to_string(offset));
   }
@@ -179,7 +192,7 @@ FileIndex DecodeIndex(std::span<const std::byte> bytes, const IndexPlace& place,
   index.save_id = place.save_id;
   int64_t begin = 0;
   for (uint64_t i = 0; i < place.records; ++i) {
-    index.entries.push_back(DecodeEntry(in, begin, place.offset));
+    index.entries.push_back(DecodeEntry(in, begin, place.offset, place.version));
     begin = index.entries.back().end();
   }
   if (in.remaining() != 0) in.Fail(std::to_string(place.records) + " entries", "more bytes");

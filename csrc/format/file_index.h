@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/bytes.h"
@@ -21,6 +22,7 @@ struct IndexEntry {
   std::vector<int64_t> shape;
   uint32_t framing_crc = 0;  ///< of head and tail, one after the other
   uint32_t payload_crc = 0;
+  uint32_t owner = 0;  ///< whose it is, see RecordOwner; 0: the file does not say
   std::vector<uint32_t>
       block_crcs;  ///< of each base::kChecksumBlock of the payload, the last one shorter
 
@@ -35,6 +37,11 @@ struct FileIndex {
   uint64_t save_id = 0;
   std::vector<IndexEntry> entries;  ///< by offset, not overlapping
 };
+
+/// Which tensor's chunk, or which object, a record holds: a CRC-32 of the name and of where the
+/// chunk begins in the whole tensor (empty for an object); never 0. It tells records of one save
+/// apart; saves are told apart by their ids.
+uint32_t RecordOwner(std::string_view name, std::span<const int64_t> chunk);
 
 constexpr int64_t kIndexTail = 64;  ///< bytes of the fixed part at the very end
 
@@ -64,6 +71,7 @@ struct IndexPlace {
   uint64_t records = 0;
   uint64_t save_id = 0;
   uint32_t crc = 0;
+  uint32_t version = 0;  ///< 1: entries do not say whose records they are
 };
 
 /// From the last kIndexTail bytes of a file of `file_size`. Hostile input: CorruptionError naming

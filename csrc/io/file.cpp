@@ -38,6 +38,41 @@ int64_t File::Size() const {
   return Checked("fstat", path_, -1, [&] { return raw_->Size(); });
 }
 
+bool File::IsSame(const File& other) const {
+  FileIdentity own, others;
+  Checked("fstat", path_, -1, [&] { return raw_->Identify(&own); });
+  Checked("fstat", other.path_, -1, [&] { return other.raw_->Identify(&others); });
+  return own == others;
+}
+
+int64_t File::Allocated() const {
+  return Checked("fstat", path_, -1, [&] { return raw_->Allocated(); });
+}
+
+void CheckNotHoles(const File& file, int64_t size, const std::string& what) {
+  constexpr int64_t kAlwaysTaken = int64_t{64} << 20;
+  constexpr int64_t kMostCompressed = 1024;  // bytes of a file for one on the disk
+  if (size <= kAlwaysTaken) return;
+  const auto taken_by = [&](int64_t allocated) {
+    return allocated == 0 || size / kMostCompressed <= allocated;
+  };
+  if (taken_by(file.Allocated())) return;
+  // Storage in tiers (HSM) shows a block or none of a file that lies on tape, and brings it back
+  // for whoever reads it.
+  const int64_t end = file.Size();
+  for (const int64_t at : {int64_t{0}, end - 1}) {
+    std::byte read;
+    if (at >= 0 && at < end) file.ReadAt({&read, 1}, at, what);
+  }
+  const int64_t allocated = file.Allocated();
+  if (taken_by(allocated)) return;
+  throw base::Error(file.path() + ": " + what + ": a file of holes, with " +
+                    std::to_string(allocated) + " bytes on the disk, is to be read for " +
+                    std::to_string(size) +
+                    " bytes; if it lies on another tier of storage, bring "
+                    "it back first");
+}
+
 void File::ReadAt(std::span<std::byte> target, int64_t offset, const std::string& what) const {
   size_t done = 0;
   while (done < target.size()) {
@@ -162,6 +197,17 @@ void SyncDirectory(FileSystem& fs, const std::string& path) {
   Checked("fsync", path, -1, [&] { return fs.SyncDirectory(path.empty() ? "." : path); });
 }
 
+// Makes the entry of a new directory durable in its parent. One may be made in a parent that can't
+// be read (mode 733), and so not be opened to be synced: then all of its file system is.
+static void SyncEntry(FileSystem& fs, const std::string& parent, const std::string& path) {
+  try {
+    SyncDirectory(fs, parent);
+  } catch (const base::IoError& error) {
+    if (error.error_number() != EACCES) throw;
+    Checked("syncfs", path, -1, [&] { return fs.SyncFileSystem(path); });
+  }
+}
+
 void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
   const size_t end = path.find_last_not_of('/');
   if (end == std::string::npos) return;  // a root, or where we are
@@ -191,7 +237,7 @@ void MakeDirectories(FileSystem& fs, const std::string& path, bool sync) {
     if (rc < 0) throw base::IoError("mkdir", path, -1, -rc);
     break;
   }
-  if (sync) SyncDirectory(fs, parent);
+  if (sync) SyncEntry(fs, parent, path);
 }
 
 }  // namespace hsdp_ckpt::io

@@ -30,6 +30,10 @@ class File {
   const std::string& path() const { return path_; }
   bool direct() const { return *direct_; }
   int64_t Size() const;
+  /// Whether both are the same file.
+  bool IsSame(const File& other) const;
+  /// Bytes that the file system has given room to; 0 where that can't be told.
+  int64_t Allocated() const;
   bool IsCached(int64_t offset, int64_t size) const { return raw_->IsCached(offset, size); }
   /// Fills `target` from `offset`. `what` names the part that is read, for the message of a file
   /// that is too short.
@@ -60,6 +64,9 @@ class File {
   std::unique_ptr<std::atomic<bool>> direct_;  // a worker may turn it off while others write
 };
 
+/// Throws Error, naming `what`, if `size` bytes of a file can only be holes, before memory is taken
+/// for them. Files that compress well pass, and those that reading brings back from another tier.
+void CheckNotHoles(const File& file, int64_t size, const std::string& what);
 /// `directory`/`name`.
 std::string JoinPath(const std::string& directory, const std::string& name);
 /// What `directory` and its file system say of `path`; false if there is nothing of that name.

@@ -10,6 +10,15 @@
 
 namespace hsdp_ckpt::io {
 
+/// Tells whether a file is the same one as before, and unchanged.
+struct FileIdentity {
+  uint64_t device = 0;
+  uint64_t number = 0;  ///< the inode's
+  int64_t size = 0;
+  int64_t modified = 0;  ///< nanoseconds since the epoch
+  friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
+};
+
 /// One open file, as the operating system has it: a call may be interrupted or do less than asked.
 /// `File` (io/file.h) is what the rest of the code uses; only it deals with that. Results are >= 0
 /// or a negative errno. Calls are thread-safe.
@@ -23,6 +32,9 @@ class RawFile {
   virtual bool IsCached(int64_t /*offset*/, int64_t /*size*/) { return false; }
   virtual ssize_t PWrite(const void* data, size_t size, int64_t offset) = 0;
   virtual int64_t Size() = 0;
+  /// Bytes of it that the file system has given room to; 0 where that can't be told.
+  virtual int64_t Allocated() { return 0; }
+  virtual int Identify(FileIdentity* /*identity*/) { return 0; }
   virtual int Truncate(int64_t size) = 0;
   /// Reserves blocks for bytes [0, size) and makes the file that long. -EOPNOTSUPP where the file
   /// system can't.
@@ -56,8 +68,9 @@ class FileSystem {
   virtual ~FileSystem() = default;
 
   virtual int Open(const std::string& path, OpenMode mode, std::unique_ptr<RawFile>* file) = 0;
-  /// As Open for reading `name` in `directory`, but -ELOOP where links lead out of the directory,
-  /// and -EOPNOTSUPP for what is no regular file (a pipe would keep its reader waiting).
+  /// As Open for reading `name` in `directory`, but -ELOOP where links lead out of the directory
+  /// or are absolute, and -EOPNOTSUPP for what is no regular file (a pipe would keep its reader
+  /// waiting). What is looked at is what is open: nobody can exchange it in between.
   virtual int OpenInside(const std::string& directory, const std::string& name, OpenMode mode,
                          std::unique_ptr<RawFile>* file) {
     return Open(
@@ -74,6 +87,8 @@ class FileSystem {
   virtual int Remove(const std::string& path) = 0;
   /// Makes the directory's entries (files made, renamed, removed in it) survive a power loss.
   virtual int SyncDirectory(const std::string& path) = 0;
+  /// Makes all of the file system that `path` is on survive a power loss.
+  virtual int SyncFileSystem(const std::string& path) = 0;
 };
 
 /// The operating system's own, behind a test's fault if there is one (io/injected_fault.h, in

@@ -57,6 +57,8 @@ class FaultyFile : public RawFile {
   int Sync() override {
     return Call("fsync", [&] { return real_->Sync(); });
   }
+  int64_t Allocated() override { return real_->Allocated(); }
+  int Identify(FileIdentity* identity) override { return real_->Identify(identity); }
   int DisableDirect() override {
     return Call("fcntl", [&] { return real_->DisableDirect(); });
   }
@@ -108,6 +110,9 @@ class FaultyFileSystem : public FileSystem {
   }
   int SyncDirectory(const std::string& path) override {
     return Call("fsync", path, [&] { return real_.SyncDirectory(path); });
+  }
+  int SyncFileSystem(const std::string& path) override {
+    return Call("syncfs", path, [&] { return real_.SyncFileSystem(path); });
   }
 
  private:

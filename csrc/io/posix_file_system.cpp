@@ -8,7 +8,7 @@
 
 #include <cerrno>
 #include <cstdio>
-#include <cstdlib>
+#include <utility>
 
 #include "io/file_system.h"
 #ifdef HSDP_CKPT_TESTS
@@ -53,6 +53,17 @@ class PosixFile : public RawFile {
     struct stat status;
     return ::fstat(fd_, &status) < 0 ? -errno : static_cast<int64_t>(status.st_size);
   }
+  int64_t Allocated() override {
+    struct stat status;
+    return ::fstat(fd_, &status) < 0 ? -errno : static_cast<int64_t>(status.st_blocks) * 512;
+  }
+  int Identify(FileIdentity* identity) override {
+    struct stat status;
+    if (::fstat(fd_, &status) < 0) return -errno;
+    *identity = {status.st_dev, status.st_ino, status.st_size,
+                 status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+    return 0;
+  }
   int Truncate(int64_t size) override { return Result(::ftruncate(fd_, size)); }
   int Allocate(int64_t size) override { return Result(::fallocate(fd_, 0, 0, size)); }
   int Sync() override { return Result(::fsync(fd_)); }
@@ -72,6 +83,58 @@ class PosixFile : public RawFile {
  private:
   int fd_;
 };
+
+// A descriptor, closed with its scope.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd) : fd_(fd) {}
+  ~Descriptor() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  int get() const { return fd_; }
+  int Release() { return std::exchange(fd_, -1); }
+  void Reset(int fd) {
+    if (fd_ >= 0) ::close(fd_);
+    fd_ = fd;
+  }
+
+ private:
+  int fd_;
+};
+
+// openat2 with RESOLVE_BENEATH, Linux 5.6: by number, as older headers lack it. -ENOSYS without it.
+int OpenBeneath(int directory, const char* name, int flags) {
+  constexpr long kOpenat2 = 437;
+  constexpr uint64_t kNoMagicLinks = 0x02, kBeneath = 0x08;
+  struct {
+    uint64_t flags, mode, resolve;
+  } how{static_cast<uint64_t>(flags), 0, kNoMagicLinks | kBeneath};
+  for (int attempt = 0; attempt < 100; ++attempt) {
+    const long fd = ::syscall(kOpenat2, directory, name, &how, sizeof(how));
+    if (fd >= 0) return static_cast<int>(fd);
+    if (errno != EAGAIN) break;  // somebody renamed what is on the way
+  }
+  return -errno;
+}
+
+// The same for older kernels, and where a filter of system calls refuses the new one: from
+// directory to directory, without following any link.
+int OpenWithoutLinks(int directory, const std::string& name, int flags) {
+  Descriptor at(-1);
+  for (size_t begin = 0;;) {
+    const size_t slash = name.find('/', begin);
+    const std::string part = name.substr(begin, slash - begin);
+    const int from = at.get() < 0 ? directory : at.get();
+    if (part == "..") return -ELOOP;
+    if (slash == std::string::npos) return Result(::openat(from, part.c_str(), flags | O_NOFOLLOW));
+    const int next = ::openat(from, part.c_str(), O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (next < 0) return errno == ENOTDIR ? -ELOOP : -errno;
+    at.Reset(next);
+    begin = slash + 1;
+  }
+}
 
 class Posix : public FileSystem {
  public:
@@ -95,21 +158,31 @@ class Posix : public FileSystem {
   }
   int OpenInside(const std::string& directory, const std::string& name, OpenMode mode,
                  std::unique_ptr<RawFile>* file) override {
-    const std::string root = RealPath(directory.empty() ? "." : directory);
-    const std::string path = RealPath(directory.empty() ? name : directory + "/" + name);
-    if (root.empty() || path.empty()) return -errno;
-    if (!path.starts_with(root.ends_with('/') ? root : root + "/")) return -ELOOP;
+    const bool direct = mode == OpenMode::kReadDirect;
+    const char* const path = directory.empty() ? "." : directory.c_str();
+    const Descriptor root(::open(path, O_PATH | O_DIRECTORY | O_CLOEXEC));
+    if (root.get() < 0) return -errno;
+    // What is no regular file is found out when it is open, which for a pipe waits for nobody.
+    const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | (direct ? O_DIRECT : 0);
+    int opened = OpenBeneath(root.get(), name.c_str(), flags);
+    if (opened == -ENOSYS || opened == -EPERM) opened = OpenWithoutLinks(root.get(), name, flags);
+    if (opened == -EXDEV) return -ELOOP;
+    if (opened == -ENXIO) return -EOPNOTSUPP;  // a socket
+    if (opened < 0) return opened;
+    Descriptor fd(opened);
     struct stat found;
-    if (::stat(path.c_str(), &found) < 0) return -errno;
+    if (::fstat(fd.get(), &found) < 0) return -errno;
     if (!S_ISREG(found.st_mode)) return -EOPNOTSUPP;
-    return Open(path, mode, file);
+    struct statfs storage;
+    if (direct && ::fstatfs(fd.get(), &storage) == 0 && IsMemory(storage)) return -EINVAL;
+    *file = std::make_unique<PosixFile>(fd.Release());
+    return 0;
   }
   // Newer kernels take O_DIRECT on tmpfs and copy all the same: an aligned bounce buffer would only
   // add a copy.
   bool IsInMemory(const std::string& path) override {
     struct statfs found;
-    return ::statfs(path.empty() ? "." : path.c_str(), &found) == 0 &&
-           (found.f_type == TMPFS_MAGIC || found.f_type == RAMFS_MAGIC);
+    return ::statfs(path.empty() ? "." : path.c_str(), &found) == 0 && IsMemory(found);
   }
   int Status(const std::string& path, FileStatus* status) override {
     struct stat found;
@@ -149,13 +222,17 @@ class Posix : public FileSystem {
     ::close(fd);
     return rc;
   }
+  int SyncFileSystem(const std::string& path) override {
+    const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return -errno;
+    const int rc = Result(::syncfs(fd));
+    ::close(fd);
+    return rc;
+  }
 
  private:
-  static std::string RealPath(const std::string& path) {
-    char* real = ::realpath(path.c_str(), nullptr);
-    std::string result = real == nullptr ? "" : real;
-    std::free(real);
-    return result;
+  static bool IsMemory(const struct statfs& storage) {
+    return storage.f_type == TMPFS_MAGIC || storage.f_type == RAMFS_MAGIC;
   }
 };
 

@@ -13,6 +13,7 @@
 #include "format/tensor_pickle.h"
 #include "io/file.h"
 #include "python/module.h"
+#include "python/text_for_people.h"
 #include "snapshot/staging_copy.h"
 
 namespace py = pybind11;
@@ -75,6 +76,19 @@ std::string MakeFileName(int64_t rank, uint64_t save_id, int64_t number) {
   return format::DataFileName{rank, save_id, checkpoint::ThisProcess(), false, number}.ToString();
 }
 
+// The process in the name of a data file or of a claim.
+std::optional<format::ProcessIdentity> OwnerOf(const std::string& name) {
+  if (const auto data = format::DataFileName::Parse(name)) return data->owner;
+  const auto claim = checkpoint::ParseClaim(name);
+  return claim ? std::optional(claim->writer.owner) : std::nullopt;
+}
+
+std::optional<bool> IsRunning(const format::ProcessIdentity& process, int64_t modified) {
+  const checkpoint::Liveness liveness = checkpoint::LookAtProcesses()(process, modified);
+  if (liveness == checkpoint::Liveness::kUnknown) return std::nullopt;
+  return liveness == checkpoint::Liveness::kRunning;
+}
+
 std::string MakeTorchPrefix(int64_t rank, uint64_t save_id) {
   const std::string name =
       format::DataFileName{rank, save_id, checkpoint::ThisProcess(), true, 0}.ToString();
@@ -83,7 +97,8 @@ std::string MakeTorchPrefix(int64_t rank, uint64_t save_id) {
 
 std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
     const std::string& directory, const std::string& name, int threads, bool sync, int64_t reserve,
-    const ImageMemory& image, std::vector<std::shared_ptr<snapshot::StagingCopy>> copies) {
+    const ImageMemory& image, std::vector<std::shared_ptr<snapshot::StagingCopy>> copies,
+    std::vector<uint32_t> owners) {
   const auto parsed = format::DataFileName::Parse(name);
   if (!parsed) throw py::value_error("not a data file's name: " + name);
   const py::gil_scoped_release release;
@@ -99,6 +114,7 @@ std::unique_ptr<checkpoint::ShardFileWriter> MakeWriter(
           .threads = threads,
           .sync = sync,
           .reserve = reserve,
+          .owners = std::move(owners),
           .image = {image.offset,
                     {reinterpret_cast<std::byte*>(image.address), static_cast<size_t>(image.size)},
                     checksums}});
@@ -126,8 +142,14 @@ std::unique_ptr<CommitRequest> MakeCommitRequest(std::string directory, std::str
   return owned;
 }
 
-checkpoint::CommitResult CommitCheckpoint(const CommitRequest& owned) {
-  return checkpoint::Commit(io::PosixFileSystem(), owned.request, checkpoint::IsProvablyDead);
+checkpoint::CleanupResult CommitCheckpoint(const CommitRequest& owned) {
+  return checkpoint::Commit(io::PosixFileSystem(), owned.request, checkpoint::LookAtProcesses());
+}
+
+py::list TextsForPeople(const std::vector<std::string>& texts) {
+  py::list shown;
+  for (const std::string& text : texts) shown.append(TextForPeople(text));
+  return shown;
 }
 
 int64_t RecordBytes(const std::string& dtype, const Shape& shape) {
@@ -170,12 +192,17 @@ void BindCheckpoint(py::module_& module) {
       .def(py::init(&MakeCommitRequest), py::kw_only(), py::arg("directory"),
            py::arg("metadata_name"), py::arg("claim"), py::arg("metadata"), py::arg("files"),
            py::arg("superseded"), py::arg("sync"));
-  py::class_<checkpoint::CommitResult>(module, "CommitResult")
-      .def_readonly("removed", &checkpoint::CommitResult::removed)
-      .def_readonly("left", &checkpoint::CommitResult::left);
+  py::class_<checkpoint::CleanupResult>(module, "CleanupResult")
+      .def_property_readonly(
+          "removed",
+          [](const checkpoint::CleanupResult& result) { return TextsForPeople(result.removed); })
+      .def_property_readonly("left", [](const checkpoint::CleanupResult& result) {
+        return TextsForPeople(result.left);
+      });
   py::class_<checkpoint::ShardFileWriter>(module, "ShardFileWriter")
       .def(py::init(&MakeWriter), py::arg("directory"), py::arg("name"), py::arg("threads"),
-           py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"))
+           py::arg("sync"), py::arg("reserve"), py::arg("image"), py::arg("copies"),
+           py::arg("owners"))
       .def("write_tensors", &WriteAll, py::arg("parts"))
       .def("write_objects", &WriteObjects, py::arg("objects"))
       .def("finish", &checkpoint::ShardFileWriter::Finish, released);
@@ -196,6 +223,15 @@ void BindCheckpoint(py::module_& module) {
       },
       py::arg("directory"), py::arg("claim"), released);
   module.def(
+      "remove_leftovers",
+      [](const std::string& directory, const std::string& metadata_name, const std::string& claim,
+         const std::vector<format::ProcessIdentity>& own, bool sync) {
+        return checkpoint::RemoveLeftovers(io::PosixFileSystem(), directory, metadata_name, claim,
+                                           own, sync, checkpoint::LookAtProcesses());
+      },
+      py::arg("directory"), py::arg("metadata_name"), py::arg("claim"), py::arg("own"),
+      py::arg("sync"), released);
+  module.def(
       "make_directories",
       [](const std::string& path, bool sync) {
         io::MakeDirectories(io::PosixFileSystem(), path, sync);
@@ -205,7 +241,11 @@ void BindCheckpoint(py::module_& module) {
       "sync_directory",
       [](const std::string& path) { io::SyncDirectory(io::PosixFileSystem(), path); },
       py::arg("path"), released);
-  module.def("new_save_id", &format::NewSaveId);
+  module.def("new_save_id", &format::NewSaveId, py::arg("claimed"));
+  module.def(
+      "record_owner",
+      [](const std::string& name, const Shape& chunk) { return format::RecordOwner(name, chunk); },
+      py::arg("name"), py::arg("chunk"));
   module.def(
       "crc32",
       [](uintptr_t address, size_t size, uint32_t seed) {
@@ -214,6 +254,8 @@ void BindCheckpoint(py::module_& module) {
       py::arg("address"), py::arg("size"), py::arg("seed"), released);
   module.def("data_file_name", &MakeFileName, py::arg("rank"), py::arg("save_id"),
              py::arg("number"));
+  module.def("owner_of", &OwnerOf, py::arg("name"));
+  module.def("is_running", &IsRunning, py::arg("process"), py::arg("modified"), released);
   module.def("torch_file_prefix", &MakeTorchPrefix, py::arg("rank"), py::arg("save_id"));
   module.def("record_bytes", &RecordBytes, py::arg("dtype"), py::arg("shape"));
   module.def("record_dtypes", &RecordDtypeNames);

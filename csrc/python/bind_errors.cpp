@@ -5,7 +5,9 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/printable.h"
 #include "python/module.h"
+#include "python/text_for_people.h"
 
 namespace py = pybind11;
 
@@ -18,11 +20,14 @@ py::object ErrorType(const char* name) {
   return py::module_::import("torch_hsdp_ckpt.errors").attr(name);
 }
 
-// A damaged file's names need not be UTF-8, and an error about them is to be no other error.
-py::object Text(const std::exception& error) {
-  const std::string_view text = error.what();
+// A damaged file's names need not be UTF-8, and an error about them is to be no other error;
+// nor is a name to do anything to the terminal that shows the message.
+py::object Text(const std::exception& error) { return TextForPeople(error.what()); }
+
+// As Python's own functions name files, which need not be UTF-8 either.
+py::object FileName(const std::string& path) {
   return py::reinterpret_steal<py::object>(
-      PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
 }
 
 void Raise(const py::object& exception) {
@@ -30,6 +35,12 @@ void Raise(const py::object& exception) {
 }
 
 }  // namespace
+
+py::object TextForPeople(const std::string& text) {
+  const std::string shown = base::Printable(text);
+  return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+      shown.data(), static_cast<Py_ssize_t>(shown.size()), "backslashreplace"));
+}
 
 void BindErrors(py::module_&) {
   py::register_local_exception_translator([](std::exception_ptr pointer) {
@@ -43,7 +54,7 @@ void BindErrors(py::module_&) {
           std::string(std::strerror(error.error_number())) + " (" + error.op() +
           (error.offset() < 0 ? "" : " at offset " + std::to_string(error.offset())) + ")";
       Raise(py::module_::import("builtins")
-                .attr("OSError")(error.error_number(), message, error.path()));
+                .attr("OSError")(error.error_number(), message, FileName(error.path())));
     } catch (const base::CorruptionError& error) {
       Raise(ErrorType("CorruptCheckpointError")(Text(error)));
     } catch (const base::Error& error) {

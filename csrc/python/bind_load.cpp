@@ -30,8 +30,9 @@ struct ChunkToRead {
   format::Shape sizes;
 };
 
-checkpoint::RecordPlace PlaceOf(const std::string& name, const format::StorageInfo& info) {
-  return {name, info.relative_path, info.offset, info.length};
+checkpoint::RecordPlace PlaceOf(const std::string& name, const format::StorageInfo& info,
+                                const format::Shape& chunk) {
+  return {name, info.relative_path, info.offset, info.length, format::RecordOwner(name, chunk)};
 }
 
 std::unique_ptr<checkpoint::LoadPlanner> MakePlanner(const py::bytes& file,
@@ -59,8 +60,10 @@ std::vector<ChunkToRead> PlanBox(const checkpoint::LoadPlanner& planner, const B
   const auto& [name, offsets, sizes] = box;
   std::vector<ChunkToRead> chunks;
   for (checkpoint::ChunkRead& read : planner.Plan(name, {offsets, sizes})) {
-    chunks.push_back({PlaceOf(name, *read.place), std::move(read.in_record), std::move(read.in_box),
-                      std::move(read.sizes)});
+    format::Shape chunk = offsets;  // where the record's tensor begins in the whole one
+    for (size_t d = 0; d < chunk.size(); ++d) chunk[d] += read.in_box[d] - read.in_record[d];
+    chunks.push_back({PlaceOf(name, *read.place, chunk), std::move(read.in_record),
+                      std::move(read.in_box), std::move(read.sizes)});
   }
   return chunks;
 }
@@ -76,7 +79,8 @@ std::vector<std::vector<ChunkToRead>> Plan(const checkpoint::LoadPlanner& planne
 std::vector<checkpoint::RecordPlace> Objects(const checkpoint::LoadPlanner& planner,
                                              const Names& names) {
   std::vector<checkpoint::RecordPlace> out;
-  for (const std::string& name : names) out.push_back(PlaceOf(name, planner.PlaceOfObject(name)));
+  for (const std::string& name : names)
+    out.push_back(PlaceOf(name, planner.PlaceOfObject(name), {}));
   return out;
 }
 

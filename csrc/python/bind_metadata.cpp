@@ -4,6 +4,7 @@
 #include <set>
 #include <string>
 
+#include "checkpoint/load/metadata_file.h"
 #include "format/metadata.h"
 #include "format/trailer.h"
 #include "pickle/pickle_strings.h"
@@ -265,8 +266,38 @@ py::object Encode(const py::object& metadata) {
   return py::bytes(file);
 }
 
+py::bytes ReadFile(const std::string& directory, const std::string& name) {
+  std::vector<std::byte> bytes;
+  {
+    const py::gil_scoped_release released;
+    bytes = checkpoint::ReadMetadataFile(io::PosixFileSystem(), directory, name);
+  }
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
 py::bytes Trailer(const py::buffer& pickle) {
   return format::MetadataTrailer(Span(pickle.request()));
+}
+
+py::bytes MarkMetadata(const py::buffer& file, uint64_t run, uint64_t commit) {
+  const py::buffer_info view = file.request();
+  std::string marked;
+  {
+    const py::gil_scoped_release released;
+    marked = format::WithRunMark(Span(view), {run, commit}, "the metadata to be written");
+  }
+  return marked;
+}
+
+// (run, commit), or None.
+py::object ReadRunMark(const std::string& directory) {
+  std::optional<format::RunMark> mark;
+  {
+    const py::gil_scoped_release released;
+    mark = checkpoint::ReadRunMark(io::PosixFileSystem(), directory);
+  }
+  if (!mark) return py::none();
+  return py::make_tuple(mark->run, mark->commit);
 }
 
 }  // namespace
@@ -280,7 +311,10 @@ void BindMetadata(py::module_& module) {
   module.attr("MAX_METADATA_BYTES") = format::kMaxMetadataBytes;
   module.def("decode_metadata", &Decode, py::arg("file"), py::arg("path"));
   module.def("metadata_files", &Files, py::arg("file"), py::arg("path"));
+  module.def("read_metadata_file", &ReadFile, py::arg("directory"), py::arg("name"));
   module.def("encode_metadata", &Encode, py::arg("metadata"));
+  module.def("mark_metadata", &MarkMetadata, py::arg("file"), py::arg("run"), py::arg("commit"));
+  module.def("read_run_mark", &ReadRunMark, py::arg("directory"));
   module.def("metadata_trailer", &Trailer, py::arg("pickle"));
 }
 

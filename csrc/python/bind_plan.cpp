@@ -72,6 +72,12 @@ std::vector<int64_t> Payloads(const checkpoint::PlannedFile& file) {
   return payloads;
 }
 
+std::vector<uint32_t> Owners(const checkpoint::PlannedFile& file) {
+  std::vector<uint32_t> owners;
+  for (const checkpoint::PlannedRecord& record : file.records) owners.push_back(record.owner);
+  return owners;
+}
+
 // The bytes of a file that is too large to be there twice.
 struct EncodedMetadata {
   std::string bytes;
@@ -159,7 +165,8 @@ void BindPlan(py::module_& module) {
       .def("__len__", [](const checkpoint::PlannedFile& file) { return file.records.size(); })
       .def_readonly("size", &checkpoint::PlannedFile::size)
       .def("places", &Places, py::arg("first") = 0, py::arg("count") = SIZE_MAX / 2)
-      .def_property_readonly("payloads", &Payloads);
+      .def_property_readonly("payloads", &Payloads)
+      .def_property_readonly("owners", &Owners);
   py::class_<EncodedMetadata>(module, "EncodedMetadata", py::buffer_protocol())
       .def_buffer([](EncodedMetadata& file) {
         return py::buffer_info(reinterpret_cast<const uint8_t*>(file.bytes.data()),
@@ -181,6 +188,8 @@ void BindPlan(py::module_& module) {
              return format::ProcessIdentity{host, boot, pid, start};
            }),
            py::arg("host"), py::arg("boot"), py::arg("pid"), py::arg("start"))
+      .def("__eq__", [](const format::ProcessIdentity& a,
+                        const format::ProcessIdentity& b) { return a == b; })
       .def_readonly("host", &format::ProcessIdentity::host)
       .def_readonly("boot", &format::ProcessIdentity::boot)
       .def_readonly("pid", &format::ProcessIdentity::pid)

@@ -4,11 +4,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "base/bytes.h"
 #include "checkpoint/load/checkpoint_reader.h"
 #include "format/metadata.h"
 #include "format/record_dtype.h"
-#include "format/saved_object.h"
 #include "io/file.h"
 #include "python/module.h"
 
@@ -75,21 +73,17 @@ py::list ReadObjects(const checkpoint::CheckpointReader& reader,
   return out;
 }
 
-void CheckObject(const py::bytes& data, const std::string& what, const pickle::TorchNames& names) {
-  const auto bytes = base::AsBytes(std::string_view(data));
-  const py::gil_scoped_release release;
-  format::CheckSavedObject(bytes, what, names);
-}
-
 void BindReads(py::module_& module) {
   using checkpoint::BoxRead;
   using checkpoint::RangeRead;
   using checkpoint::RecordPlace;
   py::class_<RecordPlace>(module, "RecordPlace")
-      .def(py::init([](std::string fqn, std::string file, int64_t offset, int64_t length) {
-             return RecordPlace{std::move(fqn), std::move(file), offset, length};
+      .def(py::init([](std::string fqn, std::string file, int64_t offset, int64_t length,
+                       const format::Shape& chunk) {
+             const uint32_t owner = format::RecordOwner(fqn, chunk);
+             return RecordPlace{std::move(fqn), std::move(file), offset, length, owner};
            }),
-           py::arg("fqn"), py::arg("file"), py::arg("offset"), py::arg("length"))
+           py::arg("fqn"), py::arg("file"), py::arg("offset"), py::arg("length"), py::arg("chunk"))
       .def_readonly("fqn", &RecordPlace::name)
       .def_readonly("file", &RecordPlace::file)
       .def_readonly("offset", &RecordPlace::offset)
@@ -149,17 +143,6 @@ void BindReadPlan(py::module_& module) {
 }  // namespace
 
 void BindReader(py::module_& module) {
-  py::class_<pickle::TorchNames>(module, "TorchNames")
-      .def(py::init([](decltype(pickle::TorchNames::renamed_modules) renamed_modules,
-                       decltype(pickle::TorchNames::renamed_globals) renamed_globals,
-                       decltype(pickle::TorchNames::tensor_classes) tensor_classes,
-                       decltype(pickle::TorchNames::storage_item_sizes) storage_item_sizes) {
-             return pickle::TorchNames{std::move(renamed_modules), std::move(renamed_globals),
-                                       std::move(tensor_classes), std::move(storage_item_sizes)};
-           }),
-           py::kw_only(), py::arg("renamed_modules"), py::arg("renamed_globals"),
-           py::arg("tensor_classes"), py::arg("storage_item_sizes"));
-  module.def("check_object", &CheckObject, py::arg("data"), py::arg("what"), py::arg("names"));
   module.def(
       "is_in_memory",
       [](const std::string& path) { return io::PosixFileSystem().IsInMemory(path); },

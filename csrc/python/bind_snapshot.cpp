@@ -49,6 +49,7 @@ void BindSnapshot(py::module_& module) {
       .def_property_readonly("places", &LiveState::places)
       .def("tensor", &LiveState::Tensor, py::arg("index"))
       .def("address", &LiveState::address, py::arg("index"))
+      .def("memory", &LiveState::Memory, py::arg("index"))
       .def("replace", &LiveState::Replace, py::arg("index"), py::arg("tensor"))
       .def("find_guarded", &LiveState::FindGuarded, py::arg("parameters"), py::arg("optimizers"))
       .def("copies", &LiveState::Copies, py::arg("parts"), py::arg("skip"), py::arg("image"),

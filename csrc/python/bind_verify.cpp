@@ -1,4 +1,5 @@
-// Verifying a checkpoint, for torch_hsdp_ckpt/checkpoint/verify.py.
+// Verifying a checkpoint, for torch_hsdp_ckpt/checkpoint/storage/verify.py.
+#include "base/printable.h"
 #include "checkpoint/verify/verify.h"
 #include "python/module.h"
 
@@ -10,10 +11,12 @@ void BindVerify(py::module_& module) {
   py::class_<checkpoint::VerifyProblem>(module, "VerifyProblem")
       .def_readonly("file", &checkpoint::VerifyProblem::file)
       .def_readonly("record", &checkpoint::VerifyProblem::record)
-      .def_readonly("message", &checkpoint::VerifyProblem::message)
+      .def_property_readonly(
+          "message",
+          [](const checkpoint::VerifyProblem& problem) { return base::Printable(problem.message); })
       .def("__repr__", [](const checkpoint::VerifyProblem& problem) {
-        return "VerifyProblem(file=" + problem.file + ", record=" + problem.record +
-               ", message=" + problem.message + ")";
+        return base::Printable("VerifyProblem(file=" + problem.file + ", record=" + problem.record +
+                               ", message=" + problem.message + ")");
       });
   py::class_<checkpoint::VerifyReport>(module, "VerifyReport")
       .def_readonly("problems", &checkpoint::VerifyReport::problems)

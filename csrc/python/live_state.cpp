@@ -1,5 +1,7 @@
 #include "python/live_state.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <pybind11/gil_safe_call_once.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -173,7 +175,8 @@ int64_t Watch::Changed() const {
   for (const Entry& entry : entries_) {
     const py::object local = LocalOf(entry.owner.ptr());
     const Versions now = VersionsOf(entry.owner.ptr(), local ? local.ptr() : entry.owner.ptr());
-    if (now != entry.versions) return static_cast<int64_t>(entry.tensor);
+    if (now != entry.versions || memory_->at(entry.tensor).IsLost())
+      return static_cast<int64_t>(entry.tensor);
   }
   return -1;
 }
@@ -182,10 +185,13 @@ LiveState::LiveState(const py::object& state_dict) {
   if (KindOf(state_dict.ptr()) != Kind::kMapping) throw py::type_error("a state dict is a mapping");
   // It is made as large as the one before, as a string that grows to hundreds of KiB touches twice
   // as much fresh memory.
-  static std::atomic<size_t> last_size{0};
+  static std::atomic<size_t> last_size{0}, last_tensors{0};
   fingerprint_.reserve(last_size);
+  tensors_.reserve(last_tensors);
+  memory_->reserve(last_tensors);
   Walk(state_dict.ptr(), true);
   last_size = fingerprint_.size();
+  last_tensors = tensors_.size();
 }
 
 void LiveState::Walk(PyObject* container, bool mapping) {
@@ -228,6 +234,7 @@ void LiveState::Take(py::object owned) {
   if (kind == Kind::kTensor) {
     tensors_.push_back(PlaceOf(value, &fingerprint_));
     tensors_.back().value = values_.size() - 1;
+    memory_->push_back(Hold(value, tensors_.back()));
   } else {
     Append(fingerprint_, 'O');
     AppendPointer(fingerprint_, Py_TYPE(value));
@@ -259,9 +266,18 @@ LiveState::Place LiveState::PlaceOf(PyObject* tensor, std::string* fingerprint) 
       for (const int64_t stride : local.strides()) Append(*fingerprint, stride);
     }
   }
-  return {0, direct ? reinterpret_cast<uintptr_t>(local.const_data_ptr()) : 0,
-          direct ? static_cast<int64_t>(local.nbytes()) : 0, local.is_cpu(),
-          VersionsOf(tensor, holder)};
+  return {0,
+          direct ? reinterpret_cast<uintptr_t>(local.const_data_ptr()) : 0,
+          direct ? static_cast<int64_t>(local.nbytes()) : 0,
+          local.is_cpu(),
+          VersionsOf(tensor, holder),
+          local.scalar_type()};
+}
+
+HeldMemory LiveState::Hold(PyObject* tensor, const Place& place) {
+  if (place.address == 0) return {};
+  const py::object inner = LocalOf(tensor);
+  return HeldMemory(THPVariable_Unpack(inner ? inner.ptr() : tensor).storage());
 }
 
 py::list LiveState::Values() const {
@@ -278,6 +294,23 @@ std::vector<size_t> LiveState::places() const {
 
 py::object LiveState::Tensor(size_t index) const { return values_[tensors_.at(index).value]; }
 
+std::optional<at::Tensor> LiveState::Memory(size_t index) const {
+  const Place& place = tensors_.at(index);
+  TORCH_CHECK(place.address != 0, "tensor ", index, " of the state does not lie contiguous");
+  const auto item = static_cast<int64_t>(c10::elementSize(place.dtype));
+  if (place.on_cpu) {
+    // Not by way of the storage, which may have other memory by now.
+    return at::from_blob(
+        reinterpret_cast<void*>(place.address), {place.bytes / item}, [kept = memory_](void*) {},
+        at::TensorOptions(place.dtype));
+  }
+  const HeldMemory& memory = memory_->at(index);
+  if (memory.IsLost()) return std::nullopt;
+  const auto first = place.address - reinterpret_cast<uintptr_t>(memory.address());
+  return at::empty({0}, at::TensorOptions(place.dtype).device(memory.storage().device()))
+      .set_(memory.storage(), static_cast<int64_t>(first) / item, {place.bytes / item});
+}
+
 void LiveState::Replace(size_t index, const py::object& tensor) {
   if (!THPVariable_Check(tensor.ptr())) throw py::type_error("replace takes a tensor");
   Place& place = tensors_.at(index);
@@ -285,6 +318,7 @@ void LiveState::Replace(size_t index, const py::object& tensor) {
   place = PlaceOf(tensor.ptr(), nullptr);
   place.value = value;
   values_[value] = tensor;
+  memory_->at(index) = Hold(tensor.ptr(), place);
 }
 
 // For each address among a state's tensors, the largest tensor that a guarded step updates.
@@ -362,7 +396,7 @@ LiveState::Guarded LiveState::FindGuarded(const py::object& parameters,
   }
   Owners owners(*this);
   for (const py::handle optimizer : optimizers) owners.AddOptimizer(optimizer, ours);
-  Guarded out{std::make_shared<Watch>(), {}, 0};
+  Guarded out{std::make_shared<Watch>(memory_), {}, 0};
   for (size_t i = 0; i < tensors_.size(); ++i) {
     if (const Owners::Owner* owner = owners.Of(i)) {
       out.watch->Add(owner->tensor, i, owner->versions);

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "python/held_memory.h"
 #include "snapshot/staging_copy.h"
 
 namespace hsdp_ckpt::python {
@@ -22,6 +24,9 @@ struct StagingParts {
   std::vector<Part> parts;
 };
 
+/// The memory of a state's tensors; of those whose bytes are not where an address says, nothing.
+using HeldMemories = std::vector<HeldMemory>;
+
 /// What a tensor's version counter shows, and its local one's.
 using Versions = std::pair<int64_t, int64_t>;
 
@@ -30,9 +35,12 @@ using Versions = std::pair<int64_t, int64_t>;
 /// nobody in C++ holds them.
 class Watch {
  public:
+  /// `memory`: of the state's tensors.
+  explicit Watch(std::shared_ptr<const HeldMemories> memory) : memory_(std::move(memory)) {}
   void Add(pybind11::object owner, size_t tensor, Versions versions);
   size_t size() const { return entries_.size(); }
-  /// Which of the state's tensors is the first one whose owner's counters have moved, or -1.
+  /// Which of the state's tensors is the first one whose owner's counters have moved, or whose
+  /// memory is lost; or -1.
   int64_t Changed() const;
 
  private:
@@ -41,6 +49,7 @@ class Watch {
     size_t tensor;
     Versions versions;
   };
+  std::shared_ptr<const HeldMemories> memory_;
   std::vector<Entry> entries_;
 };
 
@@ -48,6 +57,8 @@ class Watch {
 /// tensors (a DTensor's: of its local one) lie, and a fingerprint of everything that a save's plan
 /// depends on. One pass, since a call of async_save has thousands of tensors to look at and
 /// milliseconds to do it in.
+///
+/// It holds the memory of these tensors (see HeldMemory): what is read later is what it was here.
 ///
 /// All methods need the GIL. An object is used by one thread at a time.
 class LiveState {
@@ -64,6 +75,10 @@ class LiveState {
   /// Where the tensor's bytes lie, one after the other in row-major order; 0 where they do not lie
   /// like that.
   uintptr_t address(size_t index) const { return tensors_.at(index).address; }
+  /// The elements, in one dimension, that the tensor (a DTensor's: the local one) had when this was
+  /// made, in the memory that is held, whatever has become of the tensor since; nothing if that is
+  /// lost. Of a tensor with an address only.
+  std::optional<at::Tensor> Memory(size_t index) const;
   void Replace(size_t index, const pybind11::object& tensor);
 
   struct Guarded {
@@ -89,6 +104,7 @@ class LiveState {
     int64_t bytes;
     bool on_cpu;
     Versions versions;
+    at::ScalarType dtype;
   };
   class Owners;
 
@@ -97,9 +113,12 @@ class LiveState {
   /// its container.
   void Take(pybind11::object owned);
   Place PlaceOf(PyObject* tensor, std::string* fingerprint) const;
+  /// The memory of a tensor, if its place has an address.
+  static HeldMemory Hold(PyObject* tensor, const Place& place);
 
   std::vector<pybind11::object> values_;
   std::vector<Place> tensors_;
+  std::shared_ptr<HeldMemories> memory_ = std::make_shared<HeldMemories>();  // by tensor
   std::string fingerprint_;
 };
 

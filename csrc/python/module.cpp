@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, module) {
   BindHsdp(module);
   BindLoad(module);
   BindMetadata(module);
+  BindObjects(module);
   BindPlan(module);
   BindReader(module);
   BindSnapshot(module);

@@ -8,16 +8,26 @@
 #include "base/bytes.h"
 #include "base/error.h"
 #include "checkpoint/commit/commit.h"
+#include "checkpoint/commit/leftovers.h"
 #include "fault_file_system.h"
 #include "io/file.h"
+#include "pickle_bytes.h"
 
 namespace hsdp_ckpt {
 namespace {
 
 const std::string kDirectory = "/d";
 
-bool NobodyIsDead(const format::ProcessIdentity&, int64_t) { return false; }
-bool EverybodyIsDead(const format::ProcessIdentity&, int64_t) { return true; }
+checkpoint::Liveness EverybodyRuns(const format::ProcessIdentity&, int64_t) {
+  return checkpoint::Liveness::kRunning;
+}
+checkpoint::Liveness EverybodyIsDead(const format::ProcessIdentity&, int64_t) {
+  return checkpoint::Liveness::kDead;
+}
+
+checkpoint::Liveness NobodyIsSeen(const format::ProcessIdentity&, int64_t) {
+  return checkpoint::Liveness::kUnknown;
+}
 
 format::DataFileName DataOf(uint64_t save) {
   return {0, save, {1, 2, static_cast<int64_t>(save), 4}, false, 0};
@@ -25,11 +35,12 @@ format::DataFileName DataOf(uint64_t save) {
 
 // A save of one file. Its metadata and its data file hold the save's number.
 void Save(io::FileSystem& fs, uint64_t save, const std::vector<uint64_t>& older = {},
-          const checkpoint::OwnerIsDead& owner_is_dead = NobodyIsDead) {
-  const std::string text = std::to_string(save);
+          const checkpoint::OwnerLiveness& liveness = EverybodyRuns) {
+  const std::string name = DataOf(save).ToString();
+  const std::string text = pickle_bytes::Texts({std::to_string(save), name});
   const std::string claim =
       checkpoint::ClaimDirectory(fs, kDirectory, ".metadata", save, /*overwrite=*/true);
-  const std::string name = DataOf(save).ToString();
+  checkpoint::RemoveLeftovers(fs, kDirectory, ".metadata", claim, {}, true, liveness);
   io::File file = io::File::Open(fs, io::JoinPath(kDirectory, name), io::OpenMode::kCreate);
   file.WriteAt(base::AsBytes(text), 0);
   file.Close();
@@ -41,7 +52,7 @@ void Save(io::FileSystem& fs, uint64_t save, const std::vector<uint64_t>& older 
                                     {},
                                     true};
   for (const uint64_t each : older) request.superseded.push_back(DataOf(each).ToString());
-  checkpoint::Commit(fs, request, owner_is_dead);
+  checkpoint::Commit(fs, request, liveness);
 }
 
 // The save that loads; 0 if there is none. What its metadata names has to be there.
@@ -49,10 +60,11 @@ uint64_t Load(FaultFileSystem& fs) {
   const auto* metadata = fs.Bytes(kDirectory + "/.metadata");
   if (metadata == nullptr) return 0;
   const std::string text(metadata->begin(), metadata->end());
-  const auto* data = fs.Bytes(kDirectory + "/" + DataOf(std::stoull(text)).ToString());
+  const uint64_t save = std::stoull(pickle_bytes::TextsIn(text).at(0));
+  const auto* data = fs.Bytes(kDirectory + "/" + DataOf(save).ToString());
   if (data == nullptr || std::string(data->begin(), data->end()) != text)
-    throw base::Error("save " + text + " has no data");
-  return std::stoull(text);
+    throw base::Error("save " + std::to_string(save) + " has no data");
+  return save;
 }
 
 std::vector<std::string> Claims(io::FileSystem& fs) {
@@ -67,7 +79,7 @@ class Stopped : public testing::TestWithParam<std::pair<uint64_t, uint64_t>> {
  protected:
   // Save `first` runs and is stopped before its call `at`, where save `second` runs from beginning
   // to end. Whether the first one returned; `reached` is false when it has fewer calls.
-  bool RunBoth(FaultFileSystem& fs, int at, const checkpoint::OwnerIsDead& owner_is_dead,
+  bool RunBoth(FaultFileSystem& fs, int at, const checkpoint::OwnerLiveness& liveness,
                std::string* op, bool* second_done) {
     const auto [first, second] = GetParam();
     Save(fs, 1);
@@ -76,7 +88,7 @@ class Stopped : public testing::TestWithParam<std::pair<uint64_t, uint64_t>> {
       *op = call_op;
       fs.set_fault(nullptr);
       try {
-        Save(fs, GetParam().second, {1, GetParam().first}, owner_is_dead);
+        Save(fs, GetParam().second, {1, GetParam().first}, liveness);
         *second_done = true;
       } catch (const base::Error&) {
       }
@@ -84,7 +96,7 @@ class Stopped : public testing::TestWithParam<std::pair<uint64_t, uint64_t>> {
     });
     bool done = true;
     try {
-      Save(fs, first, {1}, owner_is_dead);
+      Save(fs, first, {1}, liveness);
     } catch (const base::Error&) {
       done = false;
     }
@@ -96,13 +108,13 @@ class Stopped : public testing::TestWithParam<std::pair<uint64_t, uint64_t>> {
 TEST_P(Stopped, AtEveryCallWhileAnotherSaveCommits) {
   const auto [first, second] = GetParam();
   std::set<uint64_t> found;
-  for (const auto& owner_is_dead : {NobodyIsDead, EverybodyIsDead}) {
+  for (const auto& liveness : {EverybodyRuns, EverybodyIsDead, NobodyIsSeen}) {
     for (int at = 0;; ++at) {
       FaultFileSystem fs;
       fs.MakeDirectory(kDirectory);
       std::string op;
       bool second_done = false;
-      const bool first_done = RunBoth(fs, at, owner_is_dead, &op, &second_done);
+      const bool first_done = RunBoth(fs, at, liveness, &op, &second_done);
       if (op.empty()) break;
       const uint64_t loaded = Load(fs);
       found.insert(loaded);
@@ -223,7 +235,9 @@ TEST(ClaimTest, FilesOfASaveUnderWayStay) {
       io::File::Open(fs, io::JoinPath(kDirectory, name), io::OpenMode::kCreate).Close();
       return 0;
     });
-    Save(fs, 1, {}, [](const format::ProcessIdentity& owner, int64_t) { return owner.pid == 50; });
+    Save(fs, 1, {}, [](const format::ProcessIdentity& owner, int64_t) {
+      return owner.pid == 50 ? checkpoint::Liveness::kDead : checkpoint::Liveness::kRunning;
+    });
     EXPECT_TRUE(begun);
     EXPECT_EQ(fs.Bytes(kDirectory + "/" + name) != nullptr, stays) << claimed << metadata;
   }

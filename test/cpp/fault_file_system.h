@@ -44,6 +44,7 @@ class FaultFileSystem : public io::FileSystem {
     calls_ = 0;
   }
   int calls() const { return calls_; }
+  std::map<std::string, int64_t> modified;  ///< by path, seconds; 0 for others
   bool direct_supported = true;
   bool direct_write_supported = true;
 
@@ -113,7 +114,9 @@ class FaultFileSystem : public io::FileSystem {
     }
     const auto found = entries_.find(path);
     if (found == entries_.end()) return -ENOENT;
-    *status = {false, static_cast<int64_t>(found->second->bytes.size()), 0};
+    const auto time = modified.find(path);
+    *status = {false, static_cast<int64_t>(found->second->bytes.size()),
+               time == modified.end() ? 0 : time->second};
     return 0;
   }
   int List(const std::string& directory, std::vector<std::string>* names) override {
@@ -155,6 +158,15 @@ class FaultFileSystem : public io::FileSystem {
     for (const auto& directory : directories_) {
       if (Parent(directory) == path) durable_directories_.insert(directory);
     }
+    return 0;
+  }
+
+  int SyncFileSystem(const std::string& path) override {
+    const std::lock_guard lock(mutex_);
+    if (const int rc = Ask("syncfs", path); rc < 0) return rc;
+    durable_entries_ = entries_;
+    durable_directories_ = directories_;
+    for (auto& [name, inode] : entries_) inode->durable = inode->bytes;
     return 0;
   }
 

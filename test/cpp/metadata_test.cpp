@@ -188,6 +188,28 @@ TEST(MetadataTrailerTest, NewerVersionIsToldFromDamage) {
   EXPECT_THROW(Decode(file), base::CorruptionError);
 }
 
+TEST(MetadataTrailerTest, ARunMarkIsReadFromTheEndAndEveryChangedByteIsSeen) {
+  const std::string plain = format::EncodeMetadata(Example());
+  const format::RunMark mark{0xfedcba9876543210, 77};
+  const std::string marked = format::WithRunMark(Bytes(plain), mark, "f");
+  EXPECT_EQ(format::CheckMetadataTrailer(Bytes(marked), "f").pickle.size(),
+            format::CheckMetadataTrailer(Bytes(plain), "f").pickle.size());
+  const auto end = [](const std::string& file) {
+    return Bytes(file).last(format::kRunMarkSize + format::kMetadataTrailerSize);
+  };
+  EXPECT_EQ(format::ParseRunMark(end(marked)), mark);
+  EXPECT_EQ(format::ParseRunMark(end(plain)), std::nullopt);
+  const format::RunMark later{1, 78};
+  EXPECT_EQ(format::ParseRunMark(end(format::WithRunMark(Bytes(marked), later, "f"))), later);
+  for (size_t at = 0; at < marked.size(); ++at) {
+    std::string damaged = marked;
+    damaged[at] = static_cast<char>(damaged[at] ^ 0x10);
+    EXPECT_THROW(Decode(damaged), base::CorruptionError) << at;
+    const auto found = format::ParseRunMark(end(damaged));
+    EXPECT_TRUE(!found || *found == mark) << at;
+  }
+}
+
 TEST(MetadataHostileTest, RunsNothingAndNamesTheClass) {
   std::system("rm -f hostile_mark");
   const std::string call = Short("touch hostile_mark") + "\x85R";

@@ -3,8 +3,11 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "base/bytes.h"
 #include "pickle/opcodes.h"
+#include "pickle/pickle_strings.h"
 
 // Pickles put together opcode by opcode, for tests of what reads them.
 namespace hsdp_ckpt::pickle_bytes {
@@ -42,5 +45,19 @@ inline std::string Call(std::string_view function, std::string_view arguments) {
 inline std::string Put(uint8_t index) { return Code(pickle::Op::kBinPut) + LittleEndian(index, 1); }
 
 inline std::string Get(uint8_t index) { return Code(pickle::Op::kBinGet) + LittleEndian(index, 1); }
+
+/// A metadata file as far as a commit looks into it: a pickle with these texts.
+inline std::string Texts(const std::vector<std::string>& texts) {
+  std::string items;
+  for (const std::string& text : texts) items += Text(text);
+  return Code(pickle::Op::kProto) + "\x02" + Tuple(items) + Code(pickle::Op::kStop);
+}
+
+inline std::vector<std::string> TextsIn(std::string_view pickle) {
+  std::vector<std::string> texts;
+  pickle::ForEachString(base::AsBytes(pickle), "texts",
+                        [&](std::string_view text) { texts.emplace_back(text); });
+  return texts;
+}
 
 }  // namespace hsdp_ckpt::pickle_bytes

@@ -61,7 +61,9 @@ void Index(std::span<const std::byte> input) {
   // at a place they choose.
   base::ByteReader in(input, "fuzz", "fuzz");
   format::IndexPlace place;
-  place.offset = static_cast<int64_t>(in.Get<uint64_t>() >> 1);
+  const auto offset_and_version = in.Get<uint64_t>();
+  place.offset = static_cast<int64_t>(offset_and_version >> 1);
+  place.version = offset_and_version % 2 == 0 ? 1 : 2;
   place.records = in.Get<uint8_t>();
   const auto bytes = in.Get(in.remaining());
   place.size = static_cast<int64_t>(bytes.size());
@@ -75,7 +77,8 @@ void Index(std::span<const std::byte> input) {
     Require(entry.block_crcs.size() == static_cast<uint64_t>(entry.payload) / base::kChecksumBlock +
                                            (entry.payload % base::kChecksumBlock != 0 ? 1 : 0));
   }
-  if (place.offset > INT64_MAX / 2) return;
+  // Only the newer version is written.
+  if (place.offset > INT64_MAX / 2 || place.version == 1) return;
   format::IndexEncoder encoder;
   for (const format::IndexEntry& entry : index.entries) encoder.Add(entry);
   const auto again = encoder.Finish(index.save_id, place.offset);

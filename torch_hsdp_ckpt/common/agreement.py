@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import CheckpointError
-from .rank_failure import RankFailure, raise_failures
+from .meeting import meet_at
+from .rank_failure import RankFailure, raise_alone, raise_failures
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class _Result:
 
     def get(self) -> bytes:
         if self.error is not None:
-            raise self.error
+            raise_alone(self.error)
         return self.payload
 
 
@@ -285,15 +286,10 @@ def _as_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-class _Made(NamedTuple):
-    agreement: Agreement
-    generation: int  # how many were made before it
-
-
 # A process has one set of process groups, and so one set of agreements, by group and purpose. They
 # go with their process group: after destroy_process_group its name may come again, with another
 # store behind it.
-_made: "weakref.WeakKeyDictionary[Any, dict[str, _Made]]" = weakref.WeakKeyDictionary()
+_made: "weakref.WeakKeyDictionary[Any, dict[str, Agreement]]" = weakref.WeakKeyDictionary()
 _made_lock = threading.Lock()
 
 
@@ -325,29 +321,25 @@ def _alone(purpose: str) -> Agreement:
 def _kept_or_new(parent: Any, purpose: str) -> Agreement:
     with _made_lock:
         kept = _made.setdefault(parent, {}).get(purpose)
-    if kept is not None and not kept.agreement.broken:
-        return kept.agreement
-    generation = 0 if kept is None else kept.generation + 1
+    if kept is not None and not kept.broken:
+        return kept
     rank, size = dist.get_rank(parent), dist.get_world_size(parent)
-    agreement = Agreement(_private_group(parent, purpose, generation), rank, size, purpose)
+    agreement = Agreement(_private_group(parent, purpose), rank, size, purpose)
     with _made_lock:
-        _made[parent][purpose] = _Made(agreement, generation)
+        _made[parent][purpose] = agreement
     _logger.debug(
         "%s: a Gloo group of its own for the %d ranks of group %s", purpose, size, parent.group_name
     )
     return agreement
 
 
-def _private_group(parent: Any, purpose: str, generation: int) -> dist.ProcessGroupGloo:
+def _private_group(parent: Any, purpose: str) -> dist.ProcessGroupGloo:
     # This is not dist.new_group, which counts its calls to name the groups: ranks outside a
     # sub-group would count otherwise.
-    store = dist.PrefixStore(
-        f"torch_hsdp_ckpt/{parent.group_name}/{purpose}/{generation}",
-        dist.distributed_c10d._get_default_store(),
-    )
-    rank, size = dist.get_rank(parent), dist.get_world_size(parent)
+    rank, size, timeout = dist.get_rank(parent), dist.get_world_size(parent), group_timeout(parent)
     try:
-        return dist.ProcessGroupGloo(store, rank, size, group_timeout(parent))
+        _, store = meet_at(f"{parent.group_name}/{purpose}", rank, size, timeout)
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
     except RuntimeError as error:
         raise CheckpointError(
             f"{purpose}: rank {rank} of {size} timed out waiting for its peers: {error}"

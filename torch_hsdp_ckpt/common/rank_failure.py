@@ -1,9 +1,12 @@
 """One rank's exception as plain data, and the error that all ranks raise when some have failed."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from traceback import StackSummary
+from typing import NamedTuple, NoReturn
 
-from ..errors import CheckpointError, CorruptCheckpointError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..errors import CheckpointError, CheckpointOSError, CorruptCheckpointError, os_error
 
 _MESSAGE_LIMIT = 4000  # characters of one rank's error that travel
 _NAMED_RANKS = 8  # failed ranks whose messages are repeated in the error
@@ -32,6 +35,12 @@ class RankFailure(NamedTuple):
             return RankFailure(rank, "checkpoint", message)
         return RankFailure(rank, type(error).__name__, message)
 
+    def exception(self) -> CheckpointError | CheckpointOSError:
+        """An exception that says what the message says."""
+        if self.kind == "os":
+            return os_error(self.errno, self.message, self.filename or None)
+        return (CorruptCheckpointError if self.kind == "corrupt" else CheckpointError)(str(self))
+
     def __str__(self) -> str:
         if self.kind == "os":
             file = f": {self.filename!r}" if self.filename else ""
@@ -58,9 +67,31 @@ def raise_failures(
     if first.kind == "os":
         others = "".join(f"; {text}" for text in texts[1:])
         message = f"{first.message} (rank {first.rank}, step {step!r}){others}"
-        raise OSError(first.errno, message, first.filename or None) from this_ranks_error
-    error_class = CorruptCheckpointError if first.kind == "corrupt" else CheckpointError
-    raise error_class(f"step {step!r} failed: " + "; ".join(texts)) from this_ranks_error
+        error: Exception = os_error(first.errno, message, first.filename or None)
+    else:
+        error_class = CorruptCheckpointError if first.kind == "corrupt" else CheckpointError
+        error = error_class(f"step {step!r} failed: " + "; ".join(texts))
+    # By rank, as DCP has it; the exceptions themselves are the ranks' own.
+    error._failures = {  # type: ignore[attr-defined]
+        failure.rank: (failure.exception(), StackSummary()) for failure in failures
+    }
+    raise error from this_ranks_error
+
+
+def raise_alone(error: BaseException) -> NoReturn:
+    """Raises what a process without peers has run into, as one of the classes that ranks raise.
+    What is no failure (Ctrl-C) goes on as it is."""
+    if isinstance(error, CheckpointException) or not isinstance(error, Exception):
+        raise error
+    raise RankFailure.of(0, error).exception() from error
+
+
+def raise_of_dcp(step: str, error: CheckpointException) -> NoReturn:
+    """Raises what DCP reports of the ranks as one of the classes that ranks raise."""
+    failed = sorted(error.failures.items())
+    failures = [RankFailure.of(rank, caught) for rank, (caught, _) in failed]
+    raise_failures(step, failures, None)
+    raise error
 
 
 def _texts(failures: Sequence[RankFailure]) -> list[str]:

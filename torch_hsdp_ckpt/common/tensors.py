@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from .. import _C
 from ..errors import CheckpointError
@@ -27,9 +28,41 @@ def local_of(tensor: Tensor) -> Tensor:
 def is_plain(tensor: Tensor) -> bool:
     """Whether our own record holds all there is to a tensor: dense, of a dtype that has a record
     format, no subclass."""
+    is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
+    return is_dense and tensor.dtype in RECORD_DTYPES
+
+
+def is_plain_subclass(tensor: Tensor) -> bool:
+    """Whether a tensor of a subclass is a dense one with a name of its own: its class changes
+    neither how it is stored nor what its operations do with the storage."""
+    cls = type(tensor)
     return (
-        type(tensor) is Tensor and tensor.layout == torch.strided and tensor.dtype in RECORD_DTYPES
+        tensor.layout == torch.strided
+        and tensor.dtype in RECORD_DTYPES
+        and not tensor.is_nested
+        and not hasattr(cls, "__tensor_flatten__")
+        and cls.__torch_dispatch__ is Tensor.__torch_dispatch__
     )
+
+
+def without_subclass(tensor: Tensor) -> Tensor:
+    """The same memory as a plain tensor."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
+
+
+def why_not_saved(tensor: Tensor) -> str:
+    """What a tensor is that no record of DCP's brings back, and what to do; "" for others."""
+    if is_lazy(tensor):
+        return "an uninitialized parameter has no values yet: run a forward pass first"
+    if tensor.is_nested:
+        return "a nested tensor is not saved: save its values and offsets, or its components"
+    if tensor.layout != torch.strided:
+        return (
+            f"a tensor of layout {tensor.layout} is not saved: save its dense form, or its parts "
+            "(such as indices and values)"
+        )
+    return ""
 
 
 def row_major_on_cpu(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The constructors' arguments: what they mean, and clear words for those that are refused."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,7 +62,7 @@ class IgnoredStates:
     @staticmethod
     def of(module: nn.Module, items: Iterable[Any]) -> "IgnoredStates":
         """From both arguments of ``module``'s wrapper together. TypeError for what is neither
-        module nor parameter, ValueError where ``module`` itself or a wrapped module is named."""
+        module nor parameter, ValueError where a wrapped module is named."""
         modules: set[nn.Module] = set()
         parameters: set[nn.Parameter] = set()
         for item in items:
@@ -76,9 +77,11 @@ class IgnoredStates:
                     f"{type(item).__name__}"
                 )
         if module in modules:
-            raise ValueError(
-                "the module to be wrapped is itself named in ignored_modules: there would be "
-                "nothing to shard"
+            # As torch does: only a warning, and then there is nothing to shard.
+            warnings.warn(
+                "the module to be wrapped is itself named in ignored_modules: all of its "
+                "parameters are ignored, and nothing is sharded",
+                stacklevel=3,
             )
         wrapped = next((type(inner).__name__ for inner in modules if is_wrapped(inner)), None)
         if wrapped is not None:

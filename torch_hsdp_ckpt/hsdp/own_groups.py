@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from .. import _C
 from ..common.agreement import group_timeout
+from ..common.meeting import meet_at
 
 _c10d: Any = dist.distributed_c10d
 
@@ -39,10 +40,10 @@ class OwnGroup:
     """A Gloo group, which ends when nobody has this object any more: that is local. Whoever uses it
     finds it by ``name``, as ``destroy_process_group`` ends it too."""
 
-    def __init__(self, name: str, request: GroupRequest) -> None:
+    def __init__(self, name: str, store: Any, request: GroupRequest) -> None:
         self.name = name
         default = _c10d._get_default_group()
-        _alive.setdefault(default, {})[name] = _new_gloo_group(name, request)
+        _alive.setdefault(default, {})[name] = _new_gloo_group(name, store, request)
         ending: Any = weakref.finalize(self, _end, weakref.ref(default), name)
         ending.atexit = False
 
@@ -56,23 +57,20 @@ def meet(request: GroupRequest, kept: OwnGroup | None) -> OwnGroup:
     the ranks: models may be gone on some of them, and still be there on others.
 
     Raises torch's RuntimeError if a rank does not come within the timeout."""
-    store = _c10d._get_default_store()
     size, key = len(request.ranks), request.key()
-    # Nobody comes to a meeting before all have come to the one before it.
-    meeting = f"{key}/{(store.add(key, 1) - 1) // size}"
-    votes = f"{meeting}/{kept.name if kept is not None else ''}"
-    store.add(votes, 1)
-    if store.add(f"{meeting}/arrived", 1) == size:
-        all_kept = kept is not None and store.add(votes, 0) == size
-        store.set(f"{meeting}/verdict", "kept" if all_kept else "new")
-    store.wait([f"{meeting}/verdict"], request.timeout)
-    if kept is not None and store.get(f"{meeting}/verdict") == b"kept":
+    rank = request.ranks.index(dist.get_rank())
+    met, store = meet_at(key, rank, size, request.timeout)
+    store.add(f"votes/{kept.name if kept is not None else ''}", 1)
+    if store.add("arrived", 1) == size:
+        all_kept = kept is not None and store.add(f"votes/{kept.name}", 0) == size
+        store.set("verdict", "kept" if all_kept else "new")
+    store.wait(["verdict"], request.timeout)
+    if kept is not None and store.get("verdict") == b"kept":
         return kept
-    return OwnGroup(meeting, request)
+    return OwnGroup(f"{key}/{met}", store, request)
 
 
-def _new_gloo_group(name: str, request: GroupRequest) -> Any:
-    store = dist.PrefixStore(f"{name}/", _c10d._get_default_store())
+def _new_gloo_group(name: str, store: Any, request: GroupRequest) -> Any:
     rank, size = request.ranks.index(dist.get_rank()), len(request.ranks)
     gloo = dist.ProcessGroup.BackendType.GLOO
     group: Any = dist.ProcessGroup(store, rank, size)
@@ -124,12 +122,14 @@ def _named_group(
     for group, known in world.pg_names.items():
         if known == name:
             return group
+    rank, size = ranks.index(dist.get_rank()), len(ranks)
+    _, store = meet_at(name, rank, size, timeout)
     group, _ = _c10d._new_process_group_helper(
-        len(ranks),
-        ranks.index(dist.get_rank()),
+        size,
+        rank,
         list(ranks),
         str(dist.get_backend_config(like)),
-        _c10d._get_default_store(),
+        store,
         name,
         timeout=timeout,
         group_desc="torch_hsdp_ckpt",

@@ -1,39 +1,54 @@
 """``CheckpointManager``: when to save, which checkpoints to keep, and which one to go on from."""
 
-import errno
 import functools
 import json
 import logging
 import os
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .. import _C
 from ..checkpoint.load.load import load
-from ..checkpoint.save.async_save import AsyncSave, async_save, await_save
+from ..checkpoint.save.async_save import (
+    AsyncSave,
+    async_save,
+    await_save,
+    wait_for_save_in_flight,
+)
 from ..checkpoint.save.save import save
+from ..checkpoint.storage.directory import directory_of
+from ..checkpoint.storage.writer import FileSystemWriter
 from ..common.agreement import agreement_of
 from ..errors import CheckpointError, CorruptCheckpointError
 from . import run_directory as checkpoints
 from .preemption import Preemption
+from .run_owner import RunOwner
 
 _logger = logging.getLogger(__name__)
 State = dict[str, Any]
+_PROCESS = struct.Struct("<IIqQ")  # of a _C.ProcessIdentity
 
 
 class CheckpointManager:
     """The checkpoints of one training run, ``root/step-000120`` and so on. Every method but
     ``steps`` is called by all ranks.
 
+    One job at a time saves into a root: from its first save until :meth:`close` it holds it. Which
+    checkpoint is newer is said by the order of the saves, not by the step: after going back to an
+    older one, what is saved then is the newest.
+
     Args:
-        root: directory of the checkpoints, seen by all ranks; made by the first save. Other things
-            in it are left alone.
+        root: directory of the checkpoints, seen by all ranks; made by the first save. Only what a
+            manager has saved there is ever deleted; everything else is left alone, and the log
+            names once what is in the way.
         save_every: :meth:`save` does something at multiples of this step number.
-        keep_last: the newest good checkpoints that stay, at least 1. Older ones are deleted after a
-            save has committed.
+        keep_last: the good checkpoints that were saved last and stay, at least 1. Older ones are
+            deleted after a save has committed.
         keep_every: checkpoints at multiples of this stay for ever. None: none do.
         sigterm_deadline: seconds from SIGTERM in which the job may still save. The next
             :meth:`save` but one on every rank then saves whatever the step number, and
@@ -45,9 +60,14 @@ class CheckpointManager:
             by :meth:`close`.
         max_staging_bytes: what ``async_save`` takes under that name, 0 or more, only with
             ``asynchronous``: other saves copy nothing. None: no bound.
+        trust_objects: objects that only trust can load are saved, and :meth:`restore_latest`
+            loads them. It can run anything: for directories that only you write to.
+        allow: classes that objects may be instances of when they are loaded, besides those of the
+            state's own values. See :func:`load`.
 
     Without torch.distributed it is for one process. Raises ValueError for a number below its least,
-    and for ``max_staging_bytes`` without ``asynchronous``."""
+    and for ``max_staging_bytes`` without ``asynchronous``; OSError, on every rank, for a root that
+    can't be written to and holds no checkpoint to go on from."""
 
     def __init__(
         self,
@@ -60,17 +80,26 @@ class CheckpointManager:
         process_group: Any = None,
         asynchronous: bool = False,
         max_staging_bytes: int | None = None,
+        trust_objects: bool = False,
+        allow: Iterable[type] = (),
     ) -> None:
         _check_at_least_one(save_every=save_every, keep_last=keep_last, keep_every=keep_every)
         _check_staging_bytes(max_staging_bytes, asynchronous)
-        self.root = Path(root)
+        self.root = directory_of(root)
         self.save_every, self.keep_last, self.keep_every = save_every, keep_last, keep_every
         self.preempted = False
         self.asynchronous, self.max_staging_bytes = asynchronous, max_staging_bytes
+        self.trust_objects, self.allow = trust_objects, tuple(allow)
         self._process_group = process_group
         self._agreement = agreement_of(process_group, "manager")
+        self._job: list[_C.ProcessIdentity] = []  # the processes of all ranks, from the first save
+        self._owner = RunOwner(self.root)  # of use on the coordinator
+        self._named: set[str] = set()  # what the log has said of things in the way
+        self._said_behind = False  # see _say_if_behind
+        self._agreement.verdict("root", self._check_root)
         self._damaged: set[int] = set()
         self._saved_step: int | None = None
+        self._restored_step: int | None = None  # and nothing saved since
         self._in_flight: AsyncSave | None = None
         self._settled = threading.Event()  # the save in flight has ended, old ones are deleted
         self._preemption: Preemption | None = None
@@ -78,6 +107,16 @@ class CheckpointManager:
             self._preemption = Preemption(
                 agreement_of(process_group, "preemption"), sigterm_deadline
             )
+
+    def _check_root(self) -> bytes:
+        found = checkpoints.contents(self.root)
+        self._owner.look(found)
+        error = checkpoints.why_unwritable(self.root)
+        if error is not None:
+            if not found.committed:
+                raise error
+            _logger.warning("%s: checkpoints can be read, and none be saved: %s", self.root, error)
+        return b""
 
     def save(self, step: int, state: State | Callable[[], State]) -> bool:
         """Saves if it is time to; says whether it did. Call it after every step, on all ranks with
@@ -139,24 +178,73 @@ class CheckpointManager:
 
     def _start_save(self, step: int, values: State) -> None:
         """Saves, or with ``asynchronous`` begins to: the save is in flight then."""
-        path = checkpoints.path_of(self.root, step)
+        writer = self._begin_save(step)
         if not self.asynchronous:
             save(
-                values, checkpoint_id=path, process_group=self._process_group, no_dist=self._no_dist
+                values,
+                storage_writer=writer,
+                process_group=self._process_group,
+                no_dist=self._no_dist,
+                trust_objects=self.trust_objects,
             )
             self._saved_step = step
             self._committed(step)
             return
         future: AsyncSave = async_save(
             values,
-            checkpoint_id=path,
+            storage_writer=writer,
             process_group=self._process_group,
             no_dist=self._no_dist,
             max_staging_bytes=self.max_staging_bytes,
+            trust_objects=self.trust_objects,
         )
         self._in_flight, self._saved_step = future, step
         self._settled = threading.Event()
         future.add_done_callback(functools.partial(self._done, step, self._settled))
+
+    def _begin_save(self, step: int) -> FileSystemWriter:
+        """Makes sure that no other job saves here, and makes room; the writer of the save."""
+        wait_for_save_in_flight()  # another manager's, whose files would be taken for leftovers
+        if not self._job:
+            packed = self._agreement.exchange("processes", _packed_process())
+            self._job = [_C.ProcessIdentity(*_PROCESS.unpack(each)) for each in packed]
+        writer = FileSystemWriter(checkpoints.path_of(self.root, step))
+
+        def begin() -> bytes:
+            found = checkpoints.contents(self.root)
+            commit = self._owner.begin_save(found, self._job)
+            writer._run_mark = self._owner.run, commit
+            self._make_room(found)
+            self._say_if_behind(step, [each.step for each in found.committed])
+            return b""
+
+        self._agreement.verdict("begin", begin)
+        return writer
+
+    def _say_if_behind(self, step: int, committed: list[int]) -> None:
+        """Says once that training has gone back, so that a mistake is noticed."""
+        higher = sorted(other for other in committed if other > step)
+        if higher and not self._said_behind:
+            self._said_behind = True
+            _logger.warning(
+                "%s: step %d is saved, and is the newest then; steps %s are newer by number only: "
+                "they are of another branch, and go before it",
+                self.root,
+                step,
+                higher,
+            )
+
+    def _make_room(self, found: checkpoints.Contents) -> None:
+        """Removes what no checkpoint needs, before the save needs the room."""
+        try:
+            checkpoints.sweep(self.root, found.incomplete, self._job)
+            if self._restored_step is not None:
+                # What a job that was killed behind its last commit had still to delete. The newest
+                # one has just been read, so that what stays is good.
+                self._prune(found, {self._restored_step})
+                self._restored_step = None
+        except (CheckpointError, OSError) as error:
+            _logger.warning("%s: leftovers of other saves are left: %s", self.root, error)
 
     def _done(self, step: int, settled: threading.Event, future: "Future[Any]") -> None:
         try:
@@ -167,8 +255,17 @@ class CheckpointManager:
 
     def _committed(self, step: int) -> None:
         self._damaged.discard(step)
-        if self._agreement.is_coordinator:
-            self._prune(step)
+        if not self._agreement.is_coordinator:
+            return
+        try:
+            if self._owner.holds_root:  # else what is old is another job's to say
+                self._prune(checkpoints.contents(self.root), {step})
+        except Exception as error:
+            # The save is good, whatever is in the way of this; what could not be deleted now is
+            # tried again after the next one.
+            _logger.warning(
+                "step %d is saved; an older checkpoint could not be deleted: %s", step, error
+            )
 
     def _wait(self) -> None:
         """Waits for the save in flight; raises, once and on every rank, what it raises."""
@@ -180,7 +277,7 @@ class CheckpointManager:
             self._settled.wait()
         except BaseException as error:
             # After Ctrl-C in the wait the save goes on, and the next wait is for it.
-            if in_flight.done() and in_flight.exception() is error:
+            if in_flight.done() and in_flight.exception() in (error, error.__cause__):
                 self._in_flight = self._saved_step = None
             raise
         self._in_flight = None
@@ -194,26 +291,34 @@ class CheckpointManager:
     def _no_dist(self) -> bool:
         return self._agreement.size == 1
 
-    def _prune(self, step: int) -> None:
-        try:
-            gone = checkpoints.prune(
-                self.root, self.keep_last, self.keep_every, {step}, set(self._damaged)
-            )
-        except OSError as error:
-            # The save is good; what could not be deleted now is tried again after the next one.
+    def _prune(self, found: checkpoints.Contents, spare: set[int]) -> None:
+        run, damaged = self._owner.run, frozenset(self._damaged)
+        retention = checkpoints.Retention(run, self.keep_last, self.keep_every, damaged)
+        if gone := checkpoints.prune(self.root, found, retention, spare):
+            _logger.info("deleted the checkpoints of steps %s", gone)
+        self._name_what_stays(found, run)
+
+    def _name_what_stays(self, found: checkpoints.Contents, run: int) -> None:
+        """Says once of each directory with the name of a step that it is not this run's."""
+        names = [*found.foreign]
+        if run:
+            others = (each.step for each in found.committed if each.run != run)
+            names += [checkpoints.path_of(self.root, step).name for step in others]
+        if new := [name for name in sorted(names) if name not in self._named]:
+            self._named.update(new)
             _logger.warning(
-                "step %d is saved; an older checkpoint could not be deleted: %s", step, error
+                "%s: %s: not saved by this run's manager, never deleted by it",
+                self.root,
+                ", ".join(new),
             )
-        else:
-            if gone:
-                _logger.info("deleted the checkpoints of steps %s", gone)
 
     def restore_latest(self, state: State) -> int | None:
-        """Loads the newest good checkpoint into ``state``, in place, as ``dcp.load`` does; returns
-        its step.
+        """Loads the good checkpoint that was saved last into ``state``, in place, as ``dcp.load``
+        does; returns its step.
 
         None if there is no committed checkpoint. Checkpoints that did not commit, lack files or
-        fail their checksums are skipped, each with a warning that says why. A ``Stateful`` object
+        fail their checksums are skipped, each with a warning that says why. So is said which steps
+        have higher numbers and were saved before: of a branch that was left. A ``Stateful`` object
         is handed the state of a good one only; tensors may hold parts of a damaged one until an
         older one is read over them.
 
@@ -221,30 +326,42 @@ class CheckpointManager:
             CheckpointError: there are committed checkpoints and none of them is good: starting anew
                 would be a loss unnoticed.
             CheckpointError, OSError: ``state`` does not fit the checkpoint (a key or a shape
-                differs), or reading failed for a reason that is not damage. Older checkpoints are
-                not tried then.
+                differs), or reading failed for a reason that is not damage (no permission, a
+                storage that does not answer). Older checkpoints are not tried then.
         """
         self._wait()
+        wait_for_save_in_flight()  # another manager's
         listing = self._agreement.verdict("list", self._listing)
         committed, incomplete = json.loads(listing)
         for step in incomplete:
             path = checkpoints.path_of(self.root, step)
             self._log_once(logging.WARNING, "%s: its save did not come to an end, skipped", path)
-        for step in reversed(committed):
+        for at, step in reversed(list(enumerate(committed))):
             path = checkpoints.path_of(self.root, step)
             damage = self._restore(path, state)
             if not damage:
-                self._saved_step = step
+                self._saved_step = self._restored_step = step
                 self._log_once(logging.INFO, "%s: restored", path)
+                self._name_branch(path, [other for other in committed[:at] if other > step])
                 return int(step)
             self._log_once(logging.WARNING, "%s: damaged, skipped: %s", path, damage)
             self._damaged.add(step)
         if committed:
             raise CheckpointError(
-                f"{self.root}: none of the committed checkpoints (steps {committed}) can be read; "
-                "the log says why. Delete them to start anew"
+                f"{self.root}: none of the committed checkpoints (steps {sorted(committed)}) can "
+                "be read; the log says why. Delete them to start anew"
             )
         return None
+
+    def _name_branch(self, path: Path, higher: list[int]) -> None:
+        if higher:
+            self._log_once(
+                logging.WARNING,
+                "%s: restored, since it was saved last; steps %s are newer by number only: they "
+                "are of another branch, saved before it",
+                path,
+                sorted(higher),
+            )
 
     def _restore(self, path: Path, state: State) -> str:
         """Loads a checkpoint, or says which damage was found in it.
@@ -260,30 +377,53 @@ class CheckpointManager:
         is raised."""
         try:
             load(
-                state, checkpoint_id=path, process_group=self._process_group, no_dist=self._no_dist
+                state,
+                checkpoint_id=path,
+                process_group=self._process_group,
+                no_dist=self._no_dist,
+                trust_objects=self.trust_objects,
+                allow=self.allow,
             )
-        except CorruptCheckpointError as error:
-            return str(error)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EIO):
+        except (CorruptCheckpointError, OSError) as error:
+            if not checkpoints.is_damage(error):
                 raise
             return str(error)
         return ""
 
     def _listing(self) -> bytes:
-        return json.dumps(checkpoints.steps_in(self.root)).encode()
+        """Steps of the committed checkpoints in the order of their commits, and of the incomplete
+        ones."""
+        found = checkpoints.contents(self.root)
+        for each in found.committed:
+            if each.failure is not None and not checkpoints.is_damage(each.failure):
+                raise each.failure
+        self._owner.look(found)
+        self._name_what_stays(found, found.newest_of_a_run.run)
+        if found.newest.commit == 0 and found.newest_of_a_run.commit:
+            _logger.warning(
+                "%s: step %d comes first: no manager has saved it, and it is newer than all that "
+                "one has",
+                self.root,
+                found.newest.step,
+            )
+        return json.dumps([[each.step for each in found.committed], found.incomplete]).encode()
 
     def steps(self) -> list[int]:
         """The steps of the committed checkpoints, ascending, as this rank sees the directory
         now."""
-        return checkpoints.steps_in(self.root)[0]
+        return checkpoints.committed_steps(self.root)
 
     def close(self) -> None:
-        """Waits for a save in flight, whose exception it raises, and gives SIGTERM back."""
+        """Waits for a save in flight, whose exception it raises, and gives SIGTERM and the root
+        back."""
+        self._give_signal_back()
+        self._wait()
+        self._owner.release()
+
+    def _give_signal_back(self) -> None:
         if self._preemption is not None:
             self._preemption.close()
             self._preemption = None
-        self._wait()
 
     def __enter__(self) -> "CheckpointManager":
         return self
@@ -294,12 +434,18 @@ class CheckpointManager:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            self.close()
-        except Exception as failure:
-            if error is None:
-                raise
-            _logger.error("%s: the save in flight failed too: %s", self.root, failure)
+        if error is None:
+            return self.close()
+        # Nothing is waited for: peers that have not failed may not come. A save in flight goes on,
+        # and says by itself how it ends.
+        self._give_signal_back()
+        if self._in_flight is None or self._in_flight.done():
+            self._owner.release()
+
+
+def _packed_process() -> bytes:
+    process = _C.process_identity()
+    return _PROCESS.pack(process.host, process.boot, process.pid, process.start)
 
 
 def _visible_damage(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 at a time of its own."""
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ class Preemption:
     calls more often than its peers waits for them.
 
     Made on the main thread (Python's rule for signal handlers); a handler that was there before is
-    called as well."""
+    called as well. A forked child has the older handler back: it is to end when it is told to."""
 
     def __init__(self, agreement: Agreement, deadline: float) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -33,15 +34,21 @@ class Preemption:
             )
         self._agreement = agreement
         self._deadline = deadline
+        self._process = os.getpid()
         self._until: float | None = None  # by this rank's clock; None: no signal has come
         self._result = agreement.start_min(_NEVER)
         self._before: Any = signal.signal(signal.SIGTERM, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._until is None:
+        ours = os.getpid() == self._process
+        if ours and self._until is None:
             self._until = time.monotonic() + self._deadline
         if callable(self._before):
             self._before(number, frame)
+        elif not ours and self._before != signal.SIG_IGN:
+            # A forked child with a handler of its own that calls this one.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def remaining(self) -> float | None:
         """Seconds left for the last save, the same on all ranks, once any rank's signal has been
@@ -63,3 +70,13 @@ class Preemption:
         if signal.getsignal(signal.SIGTERM) == self._on_signal:
             before = signal.SIG_DFL if self._before is None else self._before
             signal.signal(signal.SIGTERM, before)
+
+
+def _give_back_in_child() -> None:
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    while isinstance(owner := getattr(handler, "__self__", None), Preemption):
+        handler = signal.SIG_DFL if owner._before is None else owner._before
+        signal.signal(signal.SIGTERM, handler)
+
+
+os.register_at_fork(after_in_child=_give_back_in_child)

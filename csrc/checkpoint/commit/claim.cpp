@@ -21,6 +21,8 @@ namespace hsdp_ckpt::checkpoint {
 namespace {
 
 constexpr std::string_view kSuffix = ".tmp";
+// A higher number, which no directory comes to, was planted: obeyed, it would keep all saves out.
+constexpr int64_t kMostClaims = 1'000'000'000'000;
 
 using Order = std::pair<int64_t, uint64_t>;
 
@@ -47,7 +49,8 @@ std::optional<ClaimName> ParseClaim(const std::string& name) {
   const size_t end = at + kMetadata.size();
   const auto writer =
       format::DataFileName::Parse(name.substr(end, name.size() - end - kSuffix.size()));
-  return writer ? std::optional(ClaimName{name.substr(0, end), *writer}) : std::nullopt;
+  if (!writer || writer->number > kMostClaims + 1) return std::nullopt;
+  return ClaimName{name.substr(0, end), *writer};
 }
 
 std::string ClaimDirectory(io::FileSystem& fs, const std::string& directory,
@@ -64,8 +67,9 @@ std::string ClaimDirectory(io::FileSystem& fs, const std::string& directory,
   // with the claim, for what was committed meanwhile.
   check_overwrite();
   int64_t number = 1;
-  for (const auto& [name, order] : Claims(fs, directory, metadata_name))
-    number = std::max(number, order.first + 1);  // a
+  for (const auto& [name, order] : Claims(fs, directory, metadata_name)) {  // a
+    if (order.first <= kMostClaims) number = std::max(number, order.first + 1);
+  }
   const ClaimName own{metadata_name, {0, save_id, ThisProcess(), false, number}};
   const std::string own_name = metadata_name + own.writer.ToString() + std::string(kSuffix);
   io::File file =
@@ -76,6 +80,8 @@ std::string ClaimDirectory(io::FileSystem& fs, const std::string& directory,
     for (const auto& [name, order] : Claims(fs, directory, metadata_name)) {  // c
       if (name == own_name) {
         found = true;
+      } else if (order.first > kMostClaims) {
+        continue;
       } else if (order < OrderOf(own)) {
         io::RemoveFile(fs, io::JoinPath(directory, name));
       } else {

@@ -1,12 +1,12 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "format/data_file_name.h"
+#include "checkpoint/commit/leftovers.h"
+#include "checkpoint/commit/process_identity.h"
 #include "io/file_system.h"
 
 namespace hsdp_ckpt::checkpoint {
@@ -31,14 +31,6 @@ struct CommitRequest {
   bool sync = true;
 };
 
-struct CommitResult {
-  std::vector<std::string> removed;  ///< data files of the older checkpoint and of dead saves
-  std::vector<std::string> left;     ///< those that could not be removed, with the reason
-};
-
-/// Says whether the process that wrote a file is provably gone; `modified` is the file's time.
-using OwnerIsDead = std::function<bool(const format::ProcessIdentity& owner, int64_t modified)>;
-
 /// Makes the new checkpoint the directory's one, in the steps numbered in the source;
 /// docs/design/format.md argues over them.
 ///
@@ -50,7 +42,7 @@ using OwnerIsDead = std::function<bool(const format::ProcessIdentity& owner, int
 ///
 /// Two commits into one directory must not run at the same time in one process; the caller sees to
 /// that.
-CommitResult Commit(io::FileSystem& fs, const CommitRequest& request,
-                    const OwnerIsDead& owner_is_dead);
+CleanupResult Commit(io::FileSystem& fs, const CommitRequest& request,
+                     const OwnerLiveness& liveness);
 
 }  // namespace hsdp_ckpt::checkpoint

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "format/data_file_name.h"
 
@@ -10,9 +11,19 @@ namespace hsdp_ckpt::checkpoint {
 /// of it.
 format::ProcessIdentity ThisProcess();
 
-/// Whether the process that wrote a file is provably gone: of this boot and PID namespace and not
-/// running any more, or of this host before it booted, by a file that nobody has touched since.
-/// Anything else may be alive. `modified`: the file's modification time, seconds since the epoch.
-bool IsProvablyDead(const format::ProcessIdentity& process, int64_t modified);
+enum class Liveness {
+  kRunning,  ///< it is here, and may still write
+  kDead,     ///< it is provably gone
+  kUnknown,  ///< of another host or PID namespace, where nothing can be seen of it
+};
+
+/// What can be said of the process that wrote a file. Dead is one of this boot and PID namespace
+/// that does not run any more (a zombie does not), or of this host before it booted, by a file that
+/// nobody has touched since. `modified`: the file's modification time, seconds since the epoch.
+using OwnerLiveness =
+    std::function<Liveness(const format::ProcessIdentity& owner, int64_t modified)>;
+
+/// Looks at this machine's processes, at each one once: for one piece of work, on one thread.
+OwnerLiveness LookAtProcesses();
 
 }  // namespace hsdp_ckpt::checkpoint

@@ -49,7 +49,7 @@ void CheckpointReader::Open(std::span<const std::string> names, int threads) {
   }
   std::vector<std::unique_ptr<ShardFileReader>> opened(missing.size());
   base::ParallelFor(missing.size(), threads, [&](size_t i) {
-    opened[i] = std::make_unique<ShardFileReader>(fs_, directory_, missing[i], direct_);
+    opened[i] = std::make_unique<ShardFileReader>(pool_, directory_, missing[i], direct_);
   });
   for (auto& file : opened) files_.push_back(std::move(file));
   numbers_.merge(added);
@@ -60,7 +60,7 @@ uint32_t CheckpointReader::NumberOf(const std::string& file) const { return numb
 BoxStrategy CheckpointReader::ResolveOne(const BoxRead& box, uint32_t file) {
   const RecordPlace& record = box.record;
   ShardFileReader& reader = *files_[file];
-  auto tensor = reader.Describe(record.name, record.offset, record.length);
+  auto tensor = reader.Describe(record.name, record.offset, record.length, record.owner);
   BoxStrategy strategy;
   if (!tensor) return strategy;
   if (!LiesWithin(box, tensor->shape)) {
@@ -115,7 +115,7 @@ std::vector<std::vector<std::byte>> CheckpointReader::ReadObjects(
   base::ParallelFor(objects.size(), threads, [&](size_t i) {
     const RecordPlace& object = objects[i];
     const ShardFileReader& file = *files_[NumberOf(object.file)];
-    bytes[i] = file.ReadBytes(object.name, object.offset, object.length);
+    bytes[i] = file.ReadBytes(object.name, object.offset, object.length, object.owner);
   });
   return bytes;
 }

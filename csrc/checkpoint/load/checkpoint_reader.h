@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checkpoint/load/read_plan.h"
+#include "io/file_pool.h"
 
 namespace hsdp_ckpt::checkpoint {
 
@@ -18,6 +19,7 @@ struct RecordPlace {
   std::string file;  ///< relative to the checkpoint's directory
   int64_t offset = 0;
   int64_t length = 0;
+  uint32_t owner = 0;  ///< whose it is to be, see format::RecordOwner; 0: that is not asked
 };
 
 /// A box of a tensor's record, and memory for it.
@@ -53,12 +55,14 @@ struct BoxStrategy {
 /// A checkpoint's data files for one load: each opened once, described, and read by as many plans
 /// as it takes. The records themselves are checked by the ShardFileReader of their file.
 ///
-/// Open files stay readable when a save removes them. Not thread-safe; plans made of `files` are.
+/// Open files stay readable when a save removes them. With more files than may be open at a time
+/// (see io::FilePool) that does not hold for all: one that has gone meanwhile is an IoError. Not
+/// thread-safe; plans made of `files` are.
 class CheckpointReader {
  public:
   /// `direct`: what ReadPlan::Fill reads goes past the page cache where a file is not in it.
   CheckpointReader(io::FileSystem& fs, std::string directory, bool direct)
-      : fs_(fs), directory_(std::move(directory)), direct_(direct) {}
+      : pool_(fs), directory_(std::move(directory)), direct_(direct) {}
 
   /// Opens those files that are not open yet, with up to `threads` threads. All other functions
   /// take names of open files only. Throws what ShardFileReader throws; then none of the new ones
@@ -77,7 +81,7 @@ class CheckpointReader {
   uint32_t NumberOf(const std::string& file) const;
   BoxStrategy ResolveOne(const BoxRead& box, uint32_t file);
 
-  io::FileSystem& fs_;
+  io::FilePool pool_;  // outlives the files
   std::string directory_;
   bool direct_;
   std::unordered_map<std::string, uint32_t> numbers_;

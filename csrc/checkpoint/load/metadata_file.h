@@ -1,9 +1,11 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "format/trailer.h"
 #include "io/file_system.h"
 
 namespace hsdp_ckpt::checkpoint {
@@ -13,5 +15,9 @@ namespace hsdp_ckpt::checkpoint {
 /// holes.
 std::vector<std::byte> ReadMetadataFile(io::FileSystem& fs, const std::string& directory,
                                         const std::string& name);
+
+/// The run mark of the checkpoint in `directory`, from the last bytes of its `.metadata`; nothing
+/// if it has none. Throws IoError, with ENOENT where there is no `.metadata`.
+std::optional<format::RunMark> ReadRunMark(io::FileSystem& fs, const std::string& directory);
 
 }  // namespace hsdp_ckpt::checkpoint

@@ -48,6 +48,8 @@ ShardFileReader::ShardFileReader(io::FileSystem& fs, const std::string& director
   } catch (const base::IoError& error) {
     if (error.error_number() != EINVAL && error.error_number() != EOPNOTSUPP) throw;
   }
+  // Somebody may have put another file there in between.
+  if (direct_ && !direct_->IsSame(file_)) direct_.reset();
   ReadIndex(name);
 }
 
@@ -64,6 +66,7 @@ void ShardFileReader::ReadIndex(const std::string& name) {
     throw base::CorruptionError(file_.path(), what, "the save id in the file's name",
                                 "another save's");
   }
+  io::CheckNotHoles(file_, place.size, what);
   std::vector<std::byte> bytes(static_cast<size_t>(place.size));
   file_.ReadAt(bytes, place.offset, what);
   index_ = format::DecodeIndex(bytes, place, file_.path());
@@ -71,7 +74,7 @@ void ShardFileReader::ReadIndex(const std::string& name) {
 }
 
 const format::IndexEntry& ShardFileReader::Find(const std::string& name, int64_t offset,
-                                                int64_t length) const {
+                                                int64_t length, uint32_t owner) const {
   const auto& entries = index_->entries;
   // An empty object and the record after it share an offset; the length tells them apart.
   auto found =
@@ -83,6 +86,12 @@ const format::IndexEntry& ShardFileReader::Find(const std::string& name, int64_t
         file_.path(), name,
         "a record of " + std::to_string(length) + " bytes at offset " + std::to_string(offset),
         "an index without it");
+  }
+  if (owner != 0 && found->owner != 0 && owner != found->owner) {
+    throw base::CorruptionError(file_.path(), name,
+                                "its record at offset " + std::to_string(offset),
+                                "the record of another tensor, chunk or object (has a data file "
+                                "of the checkpoint been renamed?)");
   }
   return *found;
 }
@@ -96,9 +105,10 @@ void ShardFileReader::CheckRange(const std::string& name, int64_t offset, int64_
 }
 
 std::optional<format::TensorDescription> ShardFileReader::Describe(const std::string& name,
-                                                                   int64_t offset, int64_t length) {
+                                                                   int64_t offset, int64_t length,
+                                                                   uint32_t owner) {
   if (index_) {
-    const format::IndexEntry& entry = Find(name, offset, length);
+    const format::IndexEntry& entry = Find(name, offset, length, owner);
     if (entry.dtype == nullptr) return std::nullopt;
     return format::ContiguousTensor(*entry.dtype, entry.shape);
   }
@@ -111,12 +121,14 @@ std::optional<format::TensorDescription> ShardFileReader::Describe(const std::st
 }
 
 std::vector<std::byte> ShardFileReader::ReadBytes(const std::string& name, int64_t offset,
-                                                  int64_t length) const {
+                                                  int64_t length, uint32_t owner) const {
   if (!index_) {
     CheckRange(name, offset, length);
+    io::CheckNotHoles(file_, length, name);
     return ReadStockBytes(file_, name, offset, length);
   }
-  const format::IndexEntry& entry = Find(name, offset, length);
+  const format::IndexEntry& entry = Find(name, offset, length, owner);
+  io::CheckNotHoles(file_, length, name);
   if (entry.dtype != nullptr)
     throw base::CorruptionError(file_.path(), name, "an object", "a tensor");
   return ReadObject(entry, name);

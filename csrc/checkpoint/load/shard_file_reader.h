@@ -81,19 +81,23 @@ class ShardFileReader {
   /// The same file past the page cache; null where the file system refuses that.
   const io::File* direct() const { return direct_ ? &*direct_ : nullptr; }
   /// What the record is; nullopt for an object, or a tensor only torch can read. CorruptionError if
-  /// there is no such record.
+  /// there is no such record, or it is another's than `owner` (see format::RecordOwner), if that is
+  /// not 0.
   std::optional<format::TensorDescription> Describe(const std::string& name, int64_t offset,
-                                                    int64_t length);
+                                                    int64_t length, uint32_t owner = 0);
   /// Appends what `read`, number `number` of its plan, takes from this file. A stock record has
   /// been described before. `same_record`: the framing is there already, for an earlier part of the
   /// same record.
   void Cut(const PayloadRead& read, uint32_t number, bool same_record, SegmentList& out) const;
   /// An object's bytes, or all bytes of a record that Describe gave nullopt for, checked.
-  std::vector<std::byte> ReadBytes(const std::string& name, int64_t offset, int64_t length) const;
+  /// Throws as Describe.
+  std::vector<std::byte> ReadBytes(const std::string& name, int64_t offset, int64_t length,
+                                   uint32_t owner = 0) const;
 
  private:
   void ReadIndex(const std::string& name);
-  const format::IndexEntry& Find(const std::string& name, int64_t offset, int64_t length) const;
+  const format::IndexEntry& Find(const std::string& name, int64_t offset, int64_t length,
+                                 uint32_t owner = 0) const;
   std::vector<std::byte> ReadObject(const format::IndexEntry& entry, const std::string& name) const;
   void CheckRange(const std::string& name, int64_t offset, int64_t length) const;
   std::pair<int64_t, int64_t> WithPadding(const format::IndexEntry& entry) const;

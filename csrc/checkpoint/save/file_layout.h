@@ -18,6 +18,7 @@ struct PlannedRecord {
   int64_t offset = 0;
   int64_t length = 0;
   int64_t payload = 0;  ///< where its payload begins in the file
+  uint32_t owner = 0;   ///< of a tensor's chunk in Layout's result, see format::RecordOwner
 };
 
 struct PlannedFile {

@@ -192,7 +192,11 @@ std::vector<PlannedFile> SavePlan::Layout(const ChunkList& chunks,
     files.back().size = layout.size();
   };
   for (const int64_t size : objects) take(layout.AddObject(size));
-  for (const PlannedChunk& chunk : chunks) take(layout.AddChunk(chunk));
+  for (const PlannedChunk& chunk : chunks) {
+    take(layout.AddChunk(chunk));
+    files.back().records.back().owner =
+        format::RecordOwner(tensors_[chunk.tensor].fqn, chunk.offsets);
+  }
   return files;
 }
 

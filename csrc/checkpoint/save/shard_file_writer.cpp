@@ -97,6 +97,11 @@ ShardFileWriter::Place ShardFileWriter::Begin(WriteBatch& batch, const RecordSou
   } else {
     entry.offset = batch.end();
   }
+  if (begun_ < options_.owners.size()) {
+    const bool is_object = options_.owners[begun_] == 0 && source.dtype == nullptr;
+    entry.owner = is_object ? format::RecordOwner(source.name, {}) : options_.owners[begun_];
+  }
+  ++begun_;
   entry.framing_crc = base::Crc32(open_->head);
   open_->remaining = entry.payload;
   batch.AddZeros(entry.offset - batch.end());

@@ -51,6 +51,9 @@ struct WriterOptions {
   /// Bytes of a write, a multiple of 4096. Small: what the workers of a host's ranks have in hand
   /// is to stay in its cache.
   size_t block = 1u << 20;
+  /// Whose the file's first records are, see format::RecordOwner. 0: it is not known here, but an
+  /// object is its own name's.
+  std::vector<uint32_t> owners{};
   FileImage image{};  ///< blocks that lie in it as a whole are assembled and written there, without
                       ///< a second copy
 };
@@ -124,6 +127,7 @@ class ShardFileWriter {
   format::IndexEncoder index_;  // of the records that are complete
   std::unique_ptr<io::File> file_;
   std::unique_ptr<WriteBatch::Record> open_;  // its payload is not complete yet
+  size_t begun_ = 0;                          // records
   bool finished_ = false;
   int64_t position_ = 0;  // where the next record may begin
   int64_t flushed_ = 0;   // everything before it is in the file; behind it, up to position_, in

@@ -4,7 +4,9 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <span>
 
+#include "base/crc32.h"
 #include "base/error.h"
 #include "base/parallel.h"
 #include "checkpoint/load/load_planner.h"
@@ -16,6 +18,8 @@ namespace hsdp_ckpt::checkpoint {
 namespace {
 
 const std::string kMetadata = ".metadata";
+// As many times is a checkpoint looked at that is saved over meanwhile.
+constexpr int kReadings = 10;
 
 class Verifier {
  public:
@@ -49,6 +53,7 @@ class Verifier {
     bool is_tensor = false;
     std::string dtype;
     format::Shape shape;
+    uint32_t owner = 0;
   };
   using Records = std::vector<ExpectedRecord>;
   using ChunksByOffset = std::map<format::Shape, const format::ChunkMetadata*>;
@@ -131,6 +136,8 @@ class Verifier {
                                        const std::string& file, const format::MetadataIndex& index,
                                        const format::StorageInfo& place) {
     ExpectedRecord expected{index.fqn, place, false, {}, {}};
+    const format::Shape chunk = index.offset.value_or(format::Shape{});
+    expected.owner = format::RecordOwner(index.fqn, chunk);
     const format::EntryMetadata* entry = planner.Find(index.fqn);
     if (entry == nullptr) {
       Report(file, index.fqn, "a record of a name that state_dict_metadata has not");
@@ -139,14 +146,13 @@ class Verifier {
     const auto* tensor = std::get_if<format::TensorMetadata>(entry);
     if (tensor == nullptr) return expected;
     const auto of_tensor = chunks.find(index.fqn);
-    const format::Shape offset = index.offset.value_or(format::Shape{});
-    if (of_tensor == chunks.end() || !of_tensor->second.contains(offset)) {
+    if (of_tensor == chunks.end() || !of_tensor->second.contains(chunk)) {
       Report(file, index.fqn, "a record for a chunk that the tensor has not");
       return std::nullopt;
     }
     expected.is_tensor = true;
     expected.dtype = format::Name(tensor->properties.dtype);
-    expected.shape = of_tensor->second.at(offset)->sizes;
+    expected.shape = of_tensor->second.at(chunk)->sizes;
     return expected;
   }
 
@@ -187,9 +193,16 @@ class Verifier {
       return Report(name, "", error);
     }
     std::vector<PlannedRead> reads;
+    std::set<std::pair<int64_t, int64_t>> read_already;
+    int64_t bytes = 0;
     for (const ExpectedRecord& record : records) {
       try {
-        if (auto read = Describe(*file[0], name, record)) reads.push_back({0, std::move(*read)});
+        // However often `.metadata` names a record, its bytes are read once.
+        const bool is_first = read_already.emplace(record.place.offset, record.place.length).second;
+        bytes += is_first ? std::max(record.place.length, int64_t{0}) : 0;
+        if (bytes > file[0]->size()) return Report(name, "", "its records overlap, or lie outside");
+        auto read = Describe(*file[0], name, record, is_first);
+        if (read && is_first) reads.push_back({0, std::move(*read)});
       } catch (const base::Error& error) {
         Report(name, record.name, error);
       }
@@ -227,10 +240,11 @@ class Verifier {
   }
 
   // How a record's payload is read; nothing if it has been read already, or can't be checked.
+  // `is_first`: no other name has the same record.
   std::optional<PayloadRead> Describe(ShardFileReader& file, const std::string& name,
-                                      const ExpectedRecord& record) {
+                                      const ExpectedRecord& record, bool is_first) {
     const auto& place = record.place;
-    const auto tensor = file.Describe(record.name, place.offset, place.length);
+    const auto tensor = file.Describe(record.name, place.offset, place.length, record.owner);
     PayloadRead read{record.name, place.offset, place.length};
     if (tensor) {
       CheckKind(file, record, *tensor);
@@ -242,7 +256,7 @@ class Verifier {
       read.size = place.length;
       return read;
     }
-    ReadUnindexed(file, name, record);
+    if (is_first) ReadUnindexed(file, name, record);
     return std::nullopt;
   }
 
@@ -293,10 +307,36 @@ class Verifier {
   VerifyReport report_;
 };
 
+// Which checkpoint is here: the checksum of each metadata file, without its last bytes, which may
+// be its checksum: with them all files would have the same one. Nothing of one that can't be read.
+std::map<std::string, uint32_t> ChecksumsOfMetadata(io::FileSystem& fs,
+                                                    const std::string& directory) {
+  std::map<std::string, uint32_t> checksums;
+  try {
+    for (const std::string& name : io::ListDirectory(fs, directory)) {
+      if (!name.ends_with(kMetadata)) continue;
+      const auto file = ReadMetadataFile(fs, directory, name);
+      const std::span<const std::byte> bytes = file;
+      checksums[name] = base::Crc32(bytes.first(bytes.size() - std::min<size_t>(4, bytes.size())));
+    }
+  } catch (const base::Error&) {
+    // The verifier meets the same, and reports it.
+  }
+  return checksums;
+}
+
 }  // namespace
 
 VerifyReport Verify(io::FileSystem& fs, const std::string& directory, int threads) {
-  return Verifier(fs, directory, std::max(threads, 1)).Run();
+  for (int reading = 1;; ++reading) {
+    const auto before = ChecksumsOfMetadata(fs, directory);
+    VerifyReport report = Verifier(fs, directory, std::max(threads, 1)).Run();
+    // A save that commits meanwhile removes the files of the checkpoint before, which is no damage.
+    if (report.problems.empty() || ChecksumsOfMetadata(fs, directory) == before) return report;
+    if (reading < kReadings) continue;
+    report.problems = {{".", "", "saved over again and again while it was verified"}};
+    return report;
+  }
 }
 
 }  // namespace hsdp_ckpt::checkpoint

@@ -31,7 +31,8 @@ struct VerifyReport {
 /// Reads all of a checkpoint, ours or stock torch's, and checks it: that `.metadata` decodes, that
 /// its chunks cover each tensor once, that every record is there, of the dtype and shape that
 /// `.metadata` says, and every checksum, byte of padding and index. Needs the memory of one object
-/// and a few MiB a thread. What is wrong is reported and not thrown.
+/// and a few MiB a thread. What is wrong is reported and not thrown. One that is saved over
+/// meanwhile is looked at again.
 VerifyReport Verify(io::FileSystem& fs, const std::string& directory, int threads);
 
 }  // namespace hsdp_ckpt::checkpoint

@@ -14,6 +14,7 @@ from ... import _C
 from ...common.agreement import Agreement
 from ...common.tensors import scratch
 from ...errors import CheckpointError
+from ..storage.directory import encoded
 from ..storage.tensor_reads import read_alone, read_threads
 from .ranks import LoadRanks
 
@@ -195,7 +196,7 @@ def make_exchange(
     lies in memory anyway. Every rank of a set comes to the same answer."""
     if mode == "off" or size < _WORTHWHILE_BYTES:
         return Exchange()
-    if mode == "auto" and _C.is_in_memory(os.fspath(directory)):
+    if mode == "auto" and _C.is_in_memory(encoded(directory)):
         return Exchange()
     members = _members(ranks, mode, digests)
     if len(members) == 1:

@@ -5,12 +5,13 @@ A load goes through ``open`` (what `.metadata` says), ``plan`` (which bytes go w
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard, cast
 
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.format_utils import BroadcastingTorchSaveReader
 from torch.distributed.checkpoint.planner import LoadPlanner
@@ -20,8 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from ...common.default_device import without_default_device
 from ...common.gate import wait_at_gate
+from ...common.rank_failure import raise_of_dcp
 from ...errors import CheckpointError
+from ..positional import storage_by_position
 from ..stateful import values_of
+from ..storage.objects import Trust
 from ..storage.reader import CheckedPlanner, FileSystemReader
 from .apply import Applied, apply, hand_over
 from .exchange import MODES, ExchangeMode
@@ -31,6 +35,7 @@ from .ranks import LoadRanks, gather_ranks
 from .read import read
 
 
+@storage_by_position("storage_reader")
 def load(
     state_dict: dict[str, Any],
     *,
@@ -40,6 +45,7 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     trust_objects: bool = False,
+    allow: Iterable[type] = (),
     exchange: ExchangeMode = "auto",
 ) -> None:
     """Loads a checkpoint into ``state_dict``, in place, as
@@ -65,8 +71,11 @@ def load(
             asked for a few at a time (32 MiB), and every rank reads for itself.
         process_group: the ranks that load. The default group by default.
         no_dist: load in this process alone.
-        trust_objects: True unpickles objects that are more than tensors and plain data. Only for
-            checkpoints of a source you trust: it can run anything.
+        trust_objects: True unpickles objects that are more than tensors and everyday kinds
+            (``docs/supported.md``). Only for checkpoints of a source you trust: it can run
+            anything.
+        allow: classes that objects may be instances of, besides those of the values that
+            ``state_dict`` has in their places. They are filled without any code of theirs.
         exchange: how replicas share what they read. "auto": through shared memory on one host, over
             Gloo between hosts, not at all from a file system in memory; "shared", "network" and
             "off" force it. The result is the same.
@@ -74,33 +83,51 @@ def load(
     Raises, on every rank, whichever failed:
         CorruptCheckpointError: bytes differ from their checksums or from the format; names the
             rank, file and tensor.
-        CheckpointError: a key or a shape is not what the checkpoint has; an object is not plain
-            data; a rank is gone.
+        CheckpointError: a key or a shape is not what the checkpoint has; an object is of a class
+            that is not allowed; a rank is gone.
         OSError: the operating system refused, with ``errno`` and ``filename``.
 
     Keys, shapes and objects are checked before the first tensor is written. Behind any of these
     errors after that, tensors may have been written in part, and the message says so.
     """
     wait_at_gate()
-    if exchange not in MODES:
-        raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
+    trust, refused = _trust_of(trust_objects, allow, exchange)
     reader = _reader(checkpoint_id, storage_reader)
     planner = planner or DefaultLoadPlanner()
-    values, failure = values_of({key: state_dict[key] for key in sorted(state_dict)})
+    values, failure = values_of({key: state_dict[key] for key in sorted(state_dict, key=str)})
+    failure = refused or failure
     if not _reads_natively(reader):
         if failure is not None:
             raise failure
         _check_broadcast(reader, values)
-        checked = CheckedPlanner(planner, lambda item: item.storage_index.fqn, trust_objects)
+        checked = CheckedPlanner(planner, lambda item: item.storage_index.fqn, trust)
         with without_default_device():
             applied = _load_with_torch(
                 values, reader, cast(LoadPlanner, checked), process_group, no_dist
             )
     else:
-        ranks = gather_ranks(process_group, no_dist, failure)
-        with _trusting(reader, trust_objects), without_default_device():
+        try:
+            ranks = gather_ranks(process_group, no_dist, failure)
+        except CheckpointError:
+            if refused is not None:  # this rank's caller gets the error that Python has for it
+                raise refused from None
+            raise
+        with _trusting(reader, trust_objects, tuple(allow)), without_default_device():
             applied = _load(values, reader, planner, ranks, exchange, no_dist)
     hand_over(applied, state_dict)
+
+
+def _trust_of(
+    trust_objects: bool, allow: Iterable[type], exchange: str
+) -> tuple[Trust, Exception | None]:
+    """What objects may be made of; and what is wrong with the arguments of this rank, for which the
+    others would wait if it were raised before they hear of it."""
+    try:
+        if exchange not in MODES:
+            raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
+        return Trust.of(trust_objects, allow), None
+    except (TypeError, ValueError) as error:
+        return Trust.of(False, ()), error
 
 
 def _check_broadcast(reader: StorageReader, values: dict[str, Any]) -> None:
@@ -145,14 +172,17 @@ def _reads_natively(reader: StorageReader) -> TypeGuard[FileSystemReader]:
 
 
 @contextlib.contextmanager
-def _trusting(reader: FileSystemReader, trust_objects: bool) -> Iterator[None]:
+def _trusting(
+    reader: FileSystemReader, trust_objects: bool, allow: tuple[type, ...]
+) -> Iterator[None]:
     """The reader's own word holds too."""
-    before = reader.trust_objects
-    reader.trust_objects = trust_objects or before
+    before = reader.trust_objects, reader.allow
+    reader.trust_objects = trust_objects or reader.trust_objects
+    reader.allow = (*reader.allow, *allow)
     try:
         yield
     finally:
-        reader.trust_objects = before
+        reader.trust_objects, reader.allow = before
 
 
 def _load(
@@ -190,5 +220,8 @@ def _load_with_torch(
     no_dist: bool,
 ) -> Applied:
     alone = no_dist or not dist.is_available() or not dist.is_initialized()
-    _dcp_load_state_dict(values, reader, process_group, no_dist=alone, planner=planner)
+    try:
+        _dcp_load_state_dict(values, reader, process_group, no_dist=alone, planner=planner)
+    except CheckpointException as error:
+        raise_of_dcp("load", error)
     return Applied(values)

@@ -1,11 +1,12 @@
 """Opened: what `.metadata` says, read once a host and the same on all ranks."""
 
 import dataclasses
+import errno
 import hashlib
 import os
 from typing import NamedTuple
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, os_error
 from ..storage.reader import FileSystemReader
 from .ranks import LoadRanks
 
@@ -40,7 +41,7 @@ def open_checkpoint(reader: FileSystemReader, ranks: LoadRanks) -> Opened | None
             return None
         if not found.file:
             message = "there is no checkpoint here (rank 0, step 'metadata')"
-            raise FileNotFoundError(2, message, str(reader._get_metadata_path()))
+            raise os_error(errno.ENOENT, message, str(reader._get_metadata_path()))
         return Opened(reader, ranks, found.file)
     raise CheckpointError(
         f"{reader.path}/.metadata: hosts read different files; is it one directory on all of them?"

@@ -5,12 +5,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from ... import _C
 from ...errors import CheckpointError
+from ..storage.directory import encoded
+from ..storage.metadata import LazyMetadata, decode_metadata
+from ..storage.nested_keys import NestedKeys, set_object
 from ..storage.objects import load_object
 from ..storage.reader import FileSystemReader
 from ..storage.tensor_reads import PlannedData, plan_reads, read_objects
@@ -129,28 +131,34 @@ def plan_natively(
         raise PlannerNeededError
     is_coordinator = opened.ranks.agreement.is_coordinator
     reads = reads_of_state(state_dict, planner, native, is_coordinator)
+    path = reader._get_metadata_path()
+    planner.metadata = LazyMetadata.lazy(lambda: decode_metadata(opened.metadata, path))
     files = reader.open_files(reads.records, direct)
     sharded = plan_reads(files, reader.path, reads.sharded)
     unsharded = plan_reads(files, reader.path, reads.unsharded)
-    objects = _load_objects(files, reads.objects, reader)
+    objects = _load_objects(files, reads.objects, reader, planner.state_dict)
     return PlannedData(sharded, unsharded, ObjectsUpdate(planner, objects))
 
 
 def _native_planner(state_dict: dict[str, Any], opened: Opened) -> _C.LoadPlanner:
     reader = opened.reader
-    native = _C.LoadPlanner(opened.metadata, str(reader._get_metadata_path()))
+    native = _C.LoadPlanner(opened.metadata, encoded(reader._get_metadata_path()))
     if not state_dict:  # a planner that fills it makes what the metadata says
-        native.check_sizes(str(reader.path))
+        native.check_sizes(encoded(reader.path))
     return native
 
 
 def _load_objects(
-    files: _C.CheckpointReader, objects: list[_C.RecordPlace], reader: FileSystemReader
+    files: _C.CheckpointReader,
+    objects: list[_C.RecordPlace],
+    reader: FileSystemReader,
+    targets: dict[str, Any],
 ) -> "list[_LoadedObject]":
     loaded = []
+    trust = reader.trust()
     for record, data in zip(objects, read_objects(files, objects), strict=True):
         what = f"{reader.path}/{record.file}: {record.fqn}"
-        value = load_object(data, what, reader.trust_objects)
+        value = load_object(data, what, trust.for_target(targets[record.fqn]))
         loaded.append(_LoadedObject(record.fqn, value))
     return loaded
 
@@ -168,9 +176,6 @@ class ObjectsUpdate:
     objects: list[_LoadedObject]
 
     def apply(self) -> None:
-        planner = self.planner
+        keys = NestedKeys(self.planner.original_state_dict)
         for name, value in self.objects:
-            if planner.flatten_state_dict:
-                set_element(planner.original_state_dict, planner.mappings[name], value)
-            else:
-                planner.state_dict[name] = value
+            set_object(self.planner, keys, name, value)

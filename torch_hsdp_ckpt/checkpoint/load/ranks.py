@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ...common.agreement import Agreement, agreement_of, group_timeout
+from ...common.meeting import default_store
 from ...errors import CheckpointError
 
 
@@ -60,7 +61,7 @@ class LoadRanks:
         made = _subgroups[agreement]
         key: _Key = (purpose, *members)
         if key not in made.kept or made.kept[key].broken:
-            store = dist.PrefixStore(made.new_prefix(key), _default_store())
+            store = dist.PrefixStore(made.new_prefix(key), default_store())
             made.kept[key] = self._connect(store, members)
         return made.kept[key]
 
@@ -107,7 +108,3 @@ class _Subgroups:
 
 # A process keeps its connections from load to load, as long as the agreement that they belong to.
 _subgroups: "weakref.WeakKeyDictionary[Agreement, _Subgroups]" = weakref.WeakKeyDictionary()
-
-
-def _default_store() -> Any:
-    return dist.distributed_c10d._get_default_store()

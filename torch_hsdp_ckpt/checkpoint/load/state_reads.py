@@ -6,13 +6,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 from torch.distributed.tensor import DTensor
 
 from ... import _C
+from ...common.tensors import is_plain_subclass, without_subclass
 from ...errors import CheckpointError
+from ..storage.nested_keys import NestedKeys, set_object
 from ..storage.staged_reads import TensorRead
 
 _SHOWN = 50  # missing keys in one error message
@@ -45,7 +50,7 @@ def reads_of_state(
     """Raises CheckpointError for keys and shapes that the checkpoint has not,
     CorruptCheckpointError for chunks that do not cover a tensor once, PlannerNeededError for
     tensors of kinds that are left to the planner."""
-    planner.set_up_planner(state_dict, None, is_coordinator)
+    _set_up(planner, state_dict, is_coordinator)
     if planner.flatten_state_dict:
         _fit_old_names(planner, native)
     state = planner.state_dict
@@ -65,6 +70,28 @@ def reads_of_state(
             _check_tensor(name, value, entry.size)
             boxes.extend(_local_boxes(name, value, entry.size, layouts))
     return _reads_of_boxes(boxes, objects, native)
+
+
+def _set_up(planner: DefaultLoadPlanner, state_dict: dict[str, Any], is_coordinator: bool) -> None:
+    """What the planner's ``set_up_planner`` does, but for values that are neither tensors nor
+    plain: torch (2.11 to 2.15) puts None in their place, in the caller's own dicts, and so forgets
+    what an object may be an instance of, and loses the value if the load then fails."""
+    planner.original_state_dict = state_dict
+    planner.metadata, planner.is_coordinator = None, is_coordinator
+    state = state_dict
+    if planner.flatten_sharded_tensors:
+        state = _flatten_sharded_tensors(state)
+    if planner.flatten_state_dict:
+        state, planner.mappings = flatten_state_dict(state)
+    planner.state_dict = state
+    keys = NestedKeys(state_dict)
+    for name, value in state.items():
+        # A ShardedTensor of which this rank has nothing can't say what it is.
+        if isinstance(value, Tensor) and not isinstance(value, ShardedTensor) and value.is_meta:
+            replaced = {name: value}
+            _init_state_dict(replaced)
+            state[name] = replaced[name]
+            set_object(planner, keys, name, replaced[name])
 
 
 def _reads_of_boxes(
@@ -118,7 +145,8 @@ def _check_tensor(name: str, value: Any, size: list[int]) -> None:
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise CheckpointError(f"{name}: the checkpoint has a tensor, the state dict {kind}")
-    if type(value) not in (Tensor, torch.nn.Parameter, DTensor):
+    is_common = type(value) in (Tensor, torch.nn.Parameter, DTensor)
+    if not is_common and not is_plain_subclass(value):
         raise PlannerNeededError
     if list(value.shape) != size:
         raise CheckpointError(
@@ -131,7 +159,9 @@ def _local_boxes(
 ) -> Iterator[_LocalBox]:
     """One box; none for a DTensor on a mesh that this rank is not in."""
     if not isinstance(value, DTensor):
-        yield _LocalBox(name, [0] * len(size), size, value.detach(), is_sharded=False)
+        is_common = type(value) in (Tensor, torch.nn.Parameter)
+        target = value.detach() if is_common else without_subclass(value)
+        yield _LocalBox(name, [0] * len(size), size, target, is_sharded=False)
     elif value.device_mesh.get_coordinate() is not None:
         if type(value._local_tensor) is not Tensor:
             raise PlannerNeededError

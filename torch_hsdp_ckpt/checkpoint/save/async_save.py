@@ -1,6 +1,7 @@
 """``async_save``: planned at the call, copied behind a gate, written and committed in the
 background."""
 
+import concurrent.futures
 import functools
 import os
 import threading
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from ...common import gate
 from ...common.agreement import NestedCallError, agreement_of
-from ...errors import CheckpointError
+from ...errors import CheckpointError, CorruptCheckpointError
 from ..storage.staging import StagingPool
 from ..storage.writer import FileSystemWriter
 from .async_call import prepare_call
@@ -29,6 +30,15 @@ from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
 InFlight = Literal["wait", "raise", "replace"]
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+def _error_of(job: Job, error: Exception) -> Exception:
+    """The error of a save, for a caller who may have begun another one since."""
+    if isinstance(error, OSError) and error.errno is not None:
+        text = f"{error.strerror} (the asynchronous save into {job.path})"
+        return OSError(error.errno, text, error.filename)
+    kind = CorruptCheckpointError if isinstance(error, CorruptCheckpointError) else CheckpointError
+    return kind(f"the asynchronous save into {job.path} has failed: {error}")
 
 
 class _InFlight:
@@ -50,6 +60,8 @@ class _InFlight:
         if before is not None:
             try:
                 before.future.result()
+            except Exception as error:
+                raise _error_of(before, error) from error
             finally:
                 self._forget(before)
 
@@ -83,6 +95,14 @@ def await_save(future: AsyncSave) -> None:
         _in_flight.finish(job)
     else:
         future.result()
+
+
+def wait_for_save_in_flight() -> None:
+    """Waits until this process has no save in flight, whoever has begun it; what that raises is
+    for him."""
+    job = _in_flight.job
+    if job is not None:
+        concurrent.futures.wait([job.future])
 
 
 def _forget_in_child() -> None:
@@ -130,6 +150,7 @@ def async_save(
     snapshot: SnapshotMode = "lazy",
     in_flight: InFlight = "wait",
     max_staging_bytes: int | None = None,
+    trust_objects: bool = False,
 ) -> Any:
     """Saves the state at the call while training goes on;
     ``torch.distributed.checkpoint.async_save``'s arguments and more.
@@ -158,6 +179,7 @@ def async_save(
             that do not lie contiguous. Tensors that do not fit are written first, from where they
             are: the next step waits for that, or this call where nothing guards them. None: all of
             1/R of the shard is copied.
+        trust_objects: as :func:`save` has it.
 
     Raises:
         CheckpointError: on every rank: the save before has failed (once; the next call saves
@@ -169,6 +191,11 @@ def async_save(
         RuntimeError: called within a call of its own, by a signal handler or a ``Stateful`` object.
     """
     _check_options(snapshot, in_flight, max_staging_bytes)
+    if not threading.main_thread().is_alive():
+        raise CheckpointError(
+            "async_save: the interpreter ends (this is an atexit handler), and no thread can be "
+            "had any more; save before"
+        )
     writer = writer_for(storage_writer, checkpoint_id)
     reason = _why_torch_saves(
         async_stager, async_checkpointer_type, why_dcp_plans(writer, planner, use_collectives)
@@ -197,7 +224,7 @@ def async_save(
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
     request = AsyncRequest(
-        save=request_of(writer, process_group, "async_save", no_dist),
+        save=request_of(writer, process_group, "async_save", no_dist, trust_objects),
         planner=default_planner(planner),
         mode=snapshot,
         limits=StagingLimits(_in_flight.pool, max_staging_bytes),

@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
 from ... import _C
+from ...common.gate import CHANGED
 from ...common.tensors import RECORD_DTYPES, local_of
+from ...errors import CheckpointError
 from .local_state import LocalState
 from .open import PreparedState, SaveRequest
 from .plan import Pickled
@@ -58,7 +60,8 @@ class Structure:
     ``key`` and ``fingerprint`` say what it fits. ``kept``: types and specs, so that their
     addresses, which are in the fingerprint, mean the same objects. ``places``: of the tensors among
     the values. ``objects``: values that may change and are no tensors. ``devices``: CUDA's.
-    ``chunk_parts``: the chunks again, as C++ takes them."""
+    ``chunk_parts``: the chunks again, as C++ takes them. ``shapes``: of what this rank holds of the
+    planned tensors, by name, whichever rank writes them."""
 
     fingerprint: bytes
     key: Any
@@ -66,6 +69,7 @@ class Structure:
     names: Sequence[str]
     paths: dict[str, Any]
     places: Sequence[int]
+    shapes: dict[str, torch.Size]
     objects: Sequence[int]
     devices: frozenset[torch.device]
     digests: bytes
@@ -104,8 +108,29 @@ class Captured:
         """The state for ``open_save``, with what is frozen by now."""
         self.hand_to_planner()
         return PreparedState(
-            LocalState(self.planner), self.structure.digests, needs_gathering=False
+            LocalState(self.planner),
+            self.structure.digests,
+            needs_gathering=False,
+            keep_for_planning=self.keep_for_planning,
         )
+
+    def keep_for_planning(self) -> None:
+        """The planner's tensors, and so those of the state that was prepared, are what they were at
+        the call, whatever has been made of the live ones since (``tensor.data = ...``)."""
+        shapes = self.structure.shapes
+        for i in range(len(self.structure.places)):
+            name = self.name(i)
+            if self.live.address(i) and name in shapes:
+                local = self.memory(i).view(shapes[name])
+                self.planner.state_dict[name] = _like(self.live.tensor(i), local)
+
+    def memory(self, tensor: int) -> Tensor:
+        """A tensor's elements, in one dimension, where they were at the call. Raises
+        CheckpointError, naming the tensor, if that memory is gone."""
+        memory = self.live.memory(tensor)
+        if memory is None:
+            raise CheckpointError(f"{self.name(tensor)}: {CHANGED}")
+        return memory
 
     def hand_to_planner(self) -> None:
         """The planner's state dict by name, with what is frozen. Not in the call: 4,000 values take
@@ -125,7 +150,11 @@ def capture(
     request: SaveRequest, state_dict: dict[str, Any], planner: DefaultSavePlanner
 ) -> Captured | None:
     """Looks at a state dict; None where DCP has to plan a part of it."""
-    live = _C.LiveState(state_dict)
+    try:
+        live = _C.LiveState(state_dict)
+    except Exception:
+        _refuse_kinds(request, state_dict)  # which the error knows no names of
+        raise
     frozen_planner = FrozenPlanner(planner.flatten_state_dict, planner.flatten_sharded_tensors)
     if not planner.flatten_state_dict:
         return None
@@ -144,6 +173,12 @@ def capture(
     _structures.insert(0, structure)
     del _structures[_KEPT:]
     return Captured(live, structure, frozen_planner)
+
+
+def _refuse_kinds(request: SaveRequest, state_dict: dict[str, Any]) -> None:
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state_dict, is_coordinator=request.agreement.is_coordinator)
+    assert LocalState(planner).names
 
 
 def _kept_structure(key: Any, live: _C.LiveState) -> Structure | None:
@@ -176,6 +211,9 @@ def _structure_of(
         names=names,
         paths=dict(local.paths),
         places=places,
+        shapes={
+            name: tensor.shape for name, tensor in zip(static.names, static.locals, strict=True)
+        },
         objects=_changeable_objects(local),
         devices=_devices_of(live, len(places)),
         digests=local.digests(),
@@ -223,9 +261,14 @@ def _copy_of(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         local = local_of(tensor).detach().resolve_conj().resolve_neg()
         copy = local.clone(memory_format=torch.contiguous_format)
+    return _like(tensor, copy)
+
+
+def _like(tensor: Tensor, local: Tensor) -> Tensor:
+    """A local tensor, with the placement of another one."""
     if isinstance(tensor, DTensor):
-        return DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-    return copy
+        return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return local
 
 
 def _frozen(value: Any) -> Any:

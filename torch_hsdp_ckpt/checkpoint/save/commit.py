@@ -76,7 +76,7 @@ def _write_and_commit(opened: Opened, write_part: Callable[[], Written]) -> Save
     result = _result(request, written, votes)
     level = logging.INFO if agreement.is_coordinator else logging.DEBUG
     _logger.log(level, "saved %s: %s", path, result)
-    return SavedMetadata.lazy(lambda: _read_back(path, trailer, encoded), result)
+    return SavedMetadata.of(lambda: _read_back(path, trailer, encoded), result)
 
 
 def _packed_vote(written: Written) -> bytes:
@@ -102,8 +102,7 @@ def _commit_as_coordinator(
         files[name] = _C.ExpectedFile(name, result.file_size, exact=True)
     metadata = complete_metadata(built, opened.gathered.metadata, results)
     claim = opened.unfinished.take_claim()
-    opened.request.writer._commit(claim, metadata, list(files.values()))
-    return metadata
+    return opened.request.writer._commit(claim, metadata, list(files.values()))
 
 
 def _result(request: SaveRequest, written: Written, votes: Sequence[_Vote]) -> SaveResult:

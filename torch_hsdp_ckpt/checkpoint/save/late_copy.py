@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import torch
 
 from ... import _C
-from ...common.tensors import local_of
 from ..snapshot.device_copy import CopyPair, DeviceCopy, SnapshotCopy
 from ..snapshot.staged import Objects, Source, StagedRecords
 from ..storage.data_file import HostRecord
@@ -47,7 +46,7 @@ def place_records(request: SaveRequest, captured: Captured, limits: StagingLimit
     structure = captured.structure
     objects: Objects = []
     if request.agreement.is_coordinator:
-        objects = pickled(structure.static.objects, captured.planner.state_dict)
+        objects = pickled(request, structure.static.objects, captured.planner.state_dict)
     files = lay_out(request, structure.static, objects)
     layout = Layout(files, len(objects), limits.limit)
     image = limits.pool.image(layout, bool(structure.devices), limits.limit)
@@ -63,17 +62,18 @@ def place_records(request: SaveRequest, captured: Captured, limits: StagingLimit
 
 def _live_record(captured: Captured, chunk: LocalChunk) -> Source:
     """A record that is read from the tensor itself."""
-    local = local_of(captured.live.tensor(chunk.tensor))
-    if local.is_cuda:
-        return _elements(local, chunk).view(chunk.shape)
+    if chunk.size and captured.structure.devices:
+        elements = _elements(captured.memory(chunk.tensor), chunk)
+        if elements.is_cuda:
+            return elements.view(chunk.shape)
     address = captured.live.address(chunk.tensor) + chunk.first
     return HostRecord(chunk.kind, chunk.shape, address, chunk.size)
 
 
-def _elements(local: torch.Tensor, chunk: LocalChunk) -> torch.Tensor:
-    """A record's elements, on the device, in one dimension."""
-    first = chunk.first // local.itemsize
-    return local.detach().view(-1)[first : first + chunk.size // local.itemsize]
+def _elements(memory: torch.Tensor, chunk: LocalChunk) -> torch.Tensor:
+    """A record's elements, of those of its tensor."""
+    first = chunk.first // memory.itemsize
+    return memory[first : first + chunk.size // memory.itemsize]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +108,10 @@ def _pairs_on_devices(
 ) -> Iterator[CopyPair]:
     chunks = captured.structure.chunks[placed.live :]
     for record, chunk in enumerate(chunks, start=len(placed.objects) + placed.live):
-        local = local_of(captured.live.tensor(chunk.tensor))
-        if local.is_cuda and chunk.size and chunk.tensor in wanted:
-            source = _elements(local, chunk)
+        if chunk.size == 0 or chunk.tensor not in wanted:
+            continue
+        source = _elements(captured.memory(chunk.tensor), chunk)
+        if source.is_cuda:
             yield CopyPair(source, placed.image.view(record, source))
 
 

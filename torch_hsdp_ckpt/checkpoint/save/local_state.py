@@ -16,10 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from ...common.tensors import check_storage, is_plain
+from ...common.tensors import (
+    check_storage,
+    is_plain,
+    is_plain_subclass,
+    why_not_saved,
+    without_subclass,
+)
 from ...errors import CheckpointError
 
 DIGEST_BYTES = 16
+_COMMON = frozenset((Tensor, torch.nn.Parameter, DTensor))
 # torch 2.15's tensors that say themselves which chunks of a larger one they hold.
 _is_checkpointable = getattr(_helpers, "_is_checkpointable_tensor", lambda value: False)
 
@@ -63,20 +70,34 @@ class LocalState:
 
     @functools.cached_property
     def names(self) -> SortedNames:
-        """Raises CheckpointError for a name without UTF-8, and for a tensor without memory."""
+        """Raises CheckpointError for a name without UTF-8, and for a tensor without memory or of a
+        kind that is not saved."""
         names = SortedNames()
+        subclasses: dict[str, Tensor] = {}
         for name, value in self.values.items():
             _check_name(name)
+            if isinstance(value, Tensor) and type(value) not in _COMMON:
+                value = _saved_form(value, name)
+                if value is not self.values[name]:
+                    subclasses[name] = value
             self._list_for(value, name, names).append(name)
+        if subclasses:
+            # Not in place: without flattening it is the caller's own dict.
+            self.planner.state_dict = {**self.values, **subclasses}
+            self.values = self.planner.state_dict
         return names
 
     def _list_for(self, value: Any, name: str, names: SortedNames) -> list[str]:
         """The one of the lists of ``names`` that a value's name belongs to."""
         if isinstance(value, DTensor):
-            return names.dtensors if self._is_plain_dtensor(value) else names.gathered
+            if self._is_plain_dtensor(value):
+                return names.dtensors
+            _refuse_kind(value._local_tensor, name)
+            return names.gathered
         if isinstance(value, Tensor):
             plain = value.data if type(value) is torch.nn.Parameter else value
             if not is_plain(plain) or _is_checkpointable(value):
+                _refuse_kind(value, name)
                 return names.gathered
             check_storage(plain, name)
             return names.tensors
@@ -155,6 +176,31 @@ class LocalState:
         self.planner.state_dict, self.planner.mappings = kept, {}
         self.values, self.paths = {}, None
         self._shardings.clear()
+
+
+def _refuse_kind(tensor: Tensor, name: str) -> None:
+    if isinstance(tensor, ShardedTensor):  # answers no question of this kind
+        return
+    if reason := why_not_saved(tensor):
+        raise CheckpointError(f"{name}: {reason}")
+
+
+def _saved_form(tensor: Tensor, name: str) -> Tensor:
+    """What is saved of a tensor of a subclass: the plain tensor that it is, or itself, if DCP can
+    plan it. Raises CheckpointError if it can't."""
+    if isinstance(tensor, (DTensor, ShardedTensor)) or _is_checkpointable(tensor):
+        return tensor
+    _refuse_kind(tensor, name)
+    if is_plain_subclass(tensor):
+        return without_subclass(tensor)
+    try:
+        _helpers._create_write_items(name, tensor)
+    except Exception as error:
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        raise CheckpointError(
+            f"{name}: a tensor of class {kind} is not saved: {type(error).__name__}: {error}"
+        ) from error
+    return tensor
 
 
 def _check_name(name: str) -> None:

@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from ... import _C
 from ...common.agreement import Agreement, agreement_of
+from ..storage.directory import encoded
+from ..storage.saved_objects import check_saved_object, check_trusted_object
 from ..storage.writer import FileSystemWriter
 from .gathered_plan import GatheredPlan, gather_plan
 from .local_state import DIGEST_BYTES, LocalState, SortedNames
@@ -27,21 +29,35 @@ _OPENING = struct.Struct(f"<{2 * DIGEST_BYTES}s?QIIqQ")
 
 @dataclasses.dataclass(frozen=True)
 class SaveRequest:
-    """What a call asks for: who writes, among which ranks. ``started``: by ``perf_counter``."""
+    """What a call asks for: who writes, among which ranks. ``started``: by ``perf_counter``.
+    ``trust_objects``: objects that take trust to be loaded are saved too."""
 
     writer: FileSystemWriter
     agreement: Agreement
     global_ranks: Sequence[int]  # of the saving process group, in its order
     started: float
+    trust_objects: bool
+
+    def check_object(self, name: str, data: memoryview) -> None:
+        """Raises CheckpointError for an object that may not be saved."""
+        check = check_trusted_object if self.trust_objects else check_saved_object
+        check(name, data)
+
+
+def _nothing() -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedState:
-    """A rank's state, ready to be compared with the other ranks' ones."""
+    """A rank's state, ready to be compared with the other ranks' ones.
+
+    ``needs_gathering``: it holds tensors that only DCP knows how to divide. ``keep_for_planning``:
+    to be called before the state is planned anew, since ranks have not planned the same."""
 
     local: LocalState
     digests: bytes
-    needs_gathering: bool  # it holds tensors that only DCP knows how to divide
+    needs_gathering: bool
+    keep_for_planning: Callable[[], None] = _nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +117,16 @@ class Comparison:
 
 
 def request_of(
-    writer: FileSystemWriter, process_group: dist.ProcessGroup | None, purpose: str, no_dist: bool
+    writer: FileSystemWriter,
+    process_group: dist.ProcessGroup | None,
+    purpose: str,
+    no_dist: bool,
+    trust_objects: bool,
 ) -> SaveRequest:
     """The request of a call, made by all ranks of the group. ``purpose``: see ``agreement_of``."""
     agreement = agreement_of(process_group, purpose, no_dist)
     global_ranks = _global_ranks(process_group, no_dist)
-    return SaveRequest(writer, agreement, global_ranks, time.perf_counter())
+    return SaveRequest(writer, agreement, global_ranks, time.perf_counter(), trust_objects)
 
 
 def _global_ranks(process_group: dist.ProcessGroup | None, no_dist: bool) -> Sequence[int]:
@@ -156,7 +176,7 @@ def _open(
     gathered = GatheredPlan()
     if not comparison.agreed:
         say_once(comparison.describe())
-        gathered = gather_plan(agreement, local, lambda: comparison.divide(local.names).gathered)
+        gathered = gather_plan(agreement, local, lambda: _names_to_gather(begun.state, comparison))
     return Opened(
         request=request,
         local=local,
@@ -166,6 +186,11 @@ def _open(
         writers=[slot.writer for slot in slots],
         unfinished=unfinished,
     )
+
+
+def _names_to_gather(state: PreparedState, comparison: Comparison) -> Sequence[str]:
+    state.keep_for_planning()
+    return comparison.divide(state.local.names).gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +209,7 @@ def _begin(
         agreement.is_coordinator, rank=agreement.rank, use_collectives=True
     )
     state = prepare()
-    _C.make_directories(str(writer.path), writer.sync_files)
+    _C.make_directories(encoded(writer.path), writer.sync_files)
     save_id = unfinished.claim_directory() if agreement.is_coordinator else 0
     return _Begun(state, save_id)
 

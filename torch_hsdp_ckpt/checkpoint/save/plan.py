@@ -44,7 +44,7 @@ def plan(opened: Opened) -> Planned:
     static = make_static_plan(local, names, request.agreement.rank, request.global_ranks)
     objects: Objects = []
     if request.agreement.is_coordinator:
-        objects = pickled(static.objects, local.values)
+        objects = pickled(request, static.objects, local.values)
     files = lay_out(request, static, objects)
     return plan_kept(opened, static, objects, files)
 
@@ -74,9 +74,12 @@ def lay_out(request: SaveRequest, static: StaticPlan, objects: Objects) -> Seque
     return static.plan.layout(static.chunks, lengths, request.writer.single_file_per_rank)
 
 
-def pickled(names: Sequence[str], values: Mapping[str, Any]) -> Objects:
-    """The records of objects."""
-    return [(name, _pickled(values[name])) for name in names]
+def pickled(request: SaveRequest, names: Sequence[str], values: Mapping[str, Any]) -> Objects:
+    """The records of objects. Raises CheckpointError for one that would not be loaded."""
+    objects = [(name, _pickled(values[name])) for name in names]
+    for name, data in objects:
+        request.check_object(name, data)
+    return objects
 
 
 def _pickled(value: Any) -> memoryview:

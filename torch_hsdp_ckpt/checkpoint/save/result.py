@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from ..storage.metadata import LazyMetadata
+
 GIB = 2**30
 
 
@@ -57,52 +59,27 @@ class SaveResult:
         )
 
 
-class SavedMetadata(Metadata):
+class SavedMetadata(LazyMetadata):
     """The ``Metadata`` of a checkpoint that was just saved, decoded when it is first looked at, and
     ``result``.
 
-    At 1,024 ranks it has 128,000 chunks, which hardly any caller wants as Python objects on every
-    rank. Compares equal to the same ``Metadata``; a pickle or a copy of it is a plain one. Where it
-    has to be read from the checkpoint's directory first, attributes raise OSError or, when a later
-    save has replaced it, CheckpointError."""
+    Compares equal to the same ``Metadata``; a pickle or a copy of it is a plain one. Printed it
+    says what was saved and how fast. Where it has to be read from the checkpoint's directory first,
+    attributes raise OSError or, when a later save has replaced it, CheckpointError."""
 
     result: SaveResult | None
 
     def __init__(self, *fields: Any, **named: Any) -> None:
-        self.__dict__.update(result=None, _load=None, _loaded=Metadata(*fields, **named))
+        super().__init__(*fields, **named)
+        self.__dict__["result"] = None
 
     @classmethod
-    def lazy(cls, load: Callable[[], Metadata], result: SaveResult) -> "SavedMetadata":
-        self = cls.__new__(cls)
-        self.__dict__.update(result=result, _load=load, _loaded=None)
+    def of(cls, load: Callable[[], Metadata], result: SaveResult) -> "SavedMetadata":
+        self = cls.lazy(load)
+        self.__dict__["result"] = result
         return self
 
-    def plain(self) -> Metadata:
-        """DCP's own object."""
-        if self.__dict__["_loaded"] is None:
-            self.__dict__.update(_loaded=self.__dict__["_load"](), _load=None)
-        loaded: Metadata = self.__dict__["_loaded"]
-        return loaded
-
-    def __eq__(self, other: object) -> bool:
-        return self.plain() == (other.plain() if isinstance(other, SavedMetadata) else other)
-
-    __hash__ = None  # type: ignore[assignment]  # as Metadata's
-
     def __repr__(self) -> str:
-        return repr(self.plain())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        plain = self.plain()
-        return Metadata, tuple(getattr(plain, field.name) for field in dataclasses.fields(Metadata))
-
-
-def _field(name: str) -> property:
-    return property(
-        lambda self: getattr(self.plain(), name),
-        lambda self, value: setattr(self.plain(), name, value),
-    )
-
-
-for _name in (field.name for field in dataclasses.fields(Metadata)):
-    setattr(SavedMetadata, _name, _field(_name))
+        if self.result is None:
+            return super().__repr__()
+        return f"<checkpoint {self.result.path}: {self.result}>"

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from ...common.default_device import without_default_device
+from ...common.rank_failure import raise_of_dcp
+from ..positional import storage_by_position
 from ..stateful import values_of
 from ..storage.writer import FileSystemWriter
 from .commit import write_and_commit
@@ -25,6 +28,7 @@ from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
 from .write import write
 
 
+@storage_by_position("storage_writer")
 def save(
     state_dict: dict[str, Any],
     *,
@@ -34,6 +38,7 @@ def save(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     use_collectives: bool = True,
+    trust_objects: bool = False,
 ) -> Metadata:
     """Saves a distributed state dict, as ``torch.distributed.checkpoint.save`` does, in its format.
 
@@ -53,7 +58,7 @@ def save(
         state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain values.
             Tensors are on the CPU or on CUDA devices. A plain tensor or value under the same name
             on all ranks is saved once.
-        checkpoint_id: the directory.
+        checkpoint_id: the directory, also as a ``file://`` address.
         storage_writer: a :class:`FileSystemWriter` with other options than the default ones, or
             another storage.
         planner: None for the default one.
@@ -61,6 +66,9 @@ def save(
         no_dist: save this process's state alone.
         use_collectives: False saves without coordination, as in DCP: every rank has a metadata of
             its own.
+        trust_objects: False refuses objects that ``load`` would refuse (``docs/supported.md`` has
+            the kinds that it takes); True saves them, with a warning, for a ``load`` with
+            ``trust_objects=True``. What DCP plans is saved with a warning in any case.
 
     Returns:
         The ``Metadata``, decoded when it is looked at; its ``result`` is a :class:`SaveResult`.
@@ -69,28 +77,34 @@ def save(
         OSError: a system call failed; ``errno`` and ``filename`` are set.
         CheckpointError: anything else: ``overwrite=False`` and there is a checkpoint, another save
             has taken the directory over, a shard that no rank of the group holds, a rank that died
-            or did not answer within the group's timeout, an exception of any other class on one of
-            the ranks.
+            or did not answer within the group's timeout, an object that could not be loaded, an
+            exception of any other class on one of the ranks, an address (``s3://``) for a
+            directory.
+
+    Both are ``CheckpointException``s of DCP too, and name their ``failures`` by rank.
     """
     writer = writer_for(storage_writer, checkpoint_id)
     if reason := why_dcp_plans(writer, planner, use_collectives):
         say_once(f"DCP plans this save: {reason}")
-        with without_default_device():
-            metadata: Metadata = dcp.save(
-                state_dict,
-                checkpoint_id=checkpoint_id,
-                storage_writer=writer,
-                planner=planner,
-                process_group=process_group,
-                no_dist=no_dist,
-                use_collectives=use_collectives,
-            )
+        try:
+            with without_default_device():
+                metadata: Metadata = dcp.save(
+                    state_dict,
+                    checkpoint_id=checkpoint_id,
+                    storage_writer=writer,
+                    planner=planner,
+                    process_group=process_group,
+                    no_dist=no_dist,
+                    use_collectives=use_collectives,
+                )
+        except CheckpointException as error:
+            raise_of_dcp("save", error)
         return metadata
     assert isinstance(writer, FileSystemWriter)
     if checkpoint_id is not None:
         writer.reset(checkpoint_id)
     values, failure = values_of(state_dict)
-    request = request_of(writer, process_group, "save", no_dist)
+    request = request_of(writer, process_group, "save", no_dist, trust_objects)
 
     def prepare() -> PreparedState:
         if failure is not None:

@@ -19,6 +19,16 @@ from .local_state import LocalState, Sharding, SortedNames
 # Before torch 2.15 the metadata says nothing of strides.
 _HAS_STRIDES = any(field.name == "strides" for field in dataclasses.fields(TensorProperties))
 
+# Bytes that a plain tensor has at the most to be small. Random states are, some 5 KiB.
+_SMALL = 16 << 10
+
+
+def is_one_ranks(nbytes: int) -> bool:
+    """Whether the rank that writes the objects writes a plain tensor of this size as well: what
+    belongs together, such as the parts of a random state, may differ by rank, and has to come from
+    one. Larger ones are worth it to be dealt out to all ranks."""
+    return nbytes <= _SMALL
+
 
 @dataclasses.dataclass(frozen=True)
 class StaticPlan:
@@ -110,7 +120,7 @@ class _Shardings:
     def __init__(self, global_ranks: Sequence[int]) -> None:
         self._size = len(global_ranks)
         self._rank_in_group = {rank: i for i, rank in enumerate(global_ranks)}
-        self._numbers: dict[_ShardingKey | None, int] = {}  # None: plain tensors' one
+        self._numbers: dict[_ShardingKey | bool, int] = {}  # a bool: plain tensors' ones
         self.arguments: list[_C.Sharding] = []
 
     def of_dtensor(self, sharding: Sharding) -> int:
@@ -121,15 +131,15 @@ class _Shardings:
             self._add(key, _C.Sharding(list(mesh.shape), ranks, sharding.dims, whole=False))
         return self._numbers[key]
 
-    def of_plain_tensor(self) -> int:
+    def of_plain_tensor(self, is_coordinators: bool) -> int:
         """Unlike a DTensor's replicas these may differ (each rank's own average, say): a tensor is
         one rank's, as in DCP."""
-        if None not in self._numbers:
-            ranks = range(self._size)
-            self._add(None, _C.Sharding([self._size], ranks, (-1,), whole=True))
-        return self._numbers[None]
+        if is_coordinators not in self._numbers:
+            ranks = range(1 if is_coordinators else self._size)
+            self._add(is_coordinators, _C.Sharding([len(ranks)], ranks, (-1,), whole=True))
+        return self._numbers[is_coordinators]
 
-    def _add(self, key: _ShardingKey | None, sharding: _C.Sharding) -> None:
+    def _add(self, key: _ShardingKey | bool, sharding: _C.Sharding) -> None:
         self._numbers[key] = len(self.arguments)
         self.arguments.append(sharding)
 
@@ -145,7 +155,8 @@ def _planned_dtensor(state: LocalState, name: str, shardings: _Shardings) -> _Pl
 
 def _planned_tensor(state: LocalState, name: str, shardings: _Shardings) -> _PlannedTensor:
     value: Tensor = state.values[name]
-    return _PlannedTensor(name, value, value, shardings.of_plain_tensor())
+    sharding = shardings.of_plain_tensor(is_one_ranks(value.nbytes))
+    return _PlannedTensor(name, value, value, sharding)
 
 
 def _check_local_shards(shards: _C.ChunkList, tensors: Sequence[_PlannedTensor], rank: int) -> None:

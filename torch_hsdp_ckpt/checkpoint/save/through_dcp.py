@@ -19,14 +19,12 @@ def writer_for(
 ) -> StorageWriter | None:
     """The writer of a save: the caller's own, or a :class:`FileSystemWriter` for a local directory.
 
-    None where DCP has to find one."""
+    None where DCP has to find one. Raises CheckpointError for an address other than ``file://``."""
     if storage_writer is not None:
         return storage_writer
     # Not by validate_checkpoint_id, which also refuses what this process may not write to, without
     # an errno or a path.
-    if checkpoint_id is None or "://" in str(checkpoint_id):
-        return None
-    return FileSystemWriter(checkpoint_id)
+    return None if checkpoint_id is None else FileSystemWriter(checkpoint_id)
 
 
 def why_dcp_plans(
@@ -34,7 +32,7 @@ def why_dcp_plans(
 ) -> str:
     """Why DCP has to plan this save; "" if this package can."""
     if writer is None:
-        return "the checkpoint is in no local file system"
+        return "there is neither a checkpoint_id nor a storage writer"
     if type(writer) is not FileSystemWriter or writer._uses_torch():
         kind = type(writer).__qualname__
         return f"the storage writer is a {kind} or writes through torch's own code"

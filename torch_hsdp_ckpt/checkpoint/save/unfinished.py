@@ -5,7 +5,9 @@ import threading
 from ... import _C
 from ...common.agreement import Agreement
 from ...errors import CheckpointError
-from ..storage.writer import FileSystemWriter, remove_quietly
+from ..storage.directory import encoded
+from ..storage.leftovers import remove_quietly
+from ..storage.writer import FileSystemWriter
 
 
 class Unfinished:
@@ -55,7 +57,7 @@ class Unfinished:
         self.end_threads()
         claim, self._claim = self._claim, None
         if claim is not None:
-            _C.release_claim(str(self._writer.path), claim)
+            _C.release_claim(encoded(self._writer.path), claim)
         # Without an answer from the peers nobody knows but the coordinator, who alone commits.
         if not self._agreement.broken or self._agreement.is_coordinator:
             remove_quietly(self._writer.path, self._files)

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 from ... import _C
 from ...errors import CheckpointError
 from ..storage.data_file import DataFile, HostRecord
-from ..storage.writer import FileWriteResult, add_items, write_result
+from ..storage.directory import encoded
+from ..storage.writer import FileWriteResult, add_items, owners_of, write_result
 from .metadata_build import BuiltMetadata
 from .stage import Staged
 
@@ -81,7 +82,7 @@ def write(staged: Staged, on_read: Callable[[], None] = _nothing) -> Written:
         results += file_results
         size += file_size
     if writer.sync_files and files:
-        _C.sync_directory(str(writer.path))
+        _C.sync_directory(encoded(writer.path))
     done = time.perf_counter()
     return Written(
         bytes_written=size,
@@ -153,14 +154,18 @@ def _write_file(
     opened = staged.planned.opened
     writer = opened.request.writer
     reserve = 0 if file.planned is None else file.planned.size
-    data_file = writer._data_file(file.name, reserve, file.image, staged.copies, file.planned)
+    planned_owners = [] if file.planned is None else file.planned.owners
+    owners = [*planned_owners, *owners_of(file.items)]
+    data_file = writer._data_file(
+        file.name, reserve, owners, file.image, staged.copies, file.planned
+    )
     try:
         _add_records(data_file, file.live)
         if file.live_end is LiveEnd.BEFORE_COPIED:
             data_file.flush()
             on_read()
         _add_records(data_file, file.copied)
-        written = add_items(data_file, file.items, staged.planner)
+        written = add_items(data_file, file.items, staged.planner, opened.request.check_object)
         if file.live_end is LiveEnd.AT_END:
             data_file.flush()
             on_read()

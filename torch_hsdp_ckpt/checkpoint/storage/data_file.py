@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import _C
 from ...common.tensors import RECORD_DTYPES, is_row_major_on_cpu, row_major_parts, scratch
 from ...errors import CheckpointError
+from .directory import encoded
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors
 # take two such blocks, the writer (threads + 1) of a huge page, 2 MiB: together they stay below 64
@@ -65,6 +66,8 @@ class DataFile:
         copies: what brought payloads there, which know their checksums. They are over when such a
             payload is added.
         planned: where the first records have to come to lie. They are not among ``places``.
+        owners: whose the records are, see ``_C.record_owner``; those that come behind them do not
+            say it.
 
     Raises CheckpointError for a record in another place than planned, and OSError (errno, filename)
     from any method; after that only :meth:`discard` is left."""
@@ -80,9 +83,10 @@ class DataFile:
         image: _C.FileImage = _C.FileImage(),  # noqa: B008 (immutable)
         copies: Sequence[_C.StagingCopy] = (),
         planned: _C.PlannedFile | None = None,
+        owners: Sequence[int] = (),
     ) -> None:
         self._writer = _C.ShardFileWriter(
-            directory, name, max(2, threads), sync, reserve, image, copies
+            encoded(directory), name, max(2, threads), sync, reserve, image, copies, owners
         )
         self._block = _aligned(block or COPY_BLOCK)
         self._batch = _Batch()

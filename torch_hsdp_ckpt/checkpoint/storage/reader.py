@@ -4,7 +4,7 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -19,8 +19,10 @@ from torch.futures import Future
 from ... import _C
 from ...common.gate import wait_at_gate
 from ...errors import CheckpointError, CorruptCheckpointError
+from .directory import directory_of, encoded
 from .metadata import read_metadata_bytes
-from .objects import checked_stream
+from .nested_keys import NestedKeys, set_object
+from .objects import Trust, checked_stream, load_object
 from .staged_reads import TensorRead
 from .tensor_reads import (
     PlannedData,
@@ -46,11 +48,15 @@ class FileSystemReader(_stock.FileSystemReader):
     only the rows asked for are read.
 
     Args:
-        path: the checkpoint's directory.
+        path: the checkpoint's directory, also as a ``file://`` address. A relative path is made
+            absolute here.
         _extension_registry: as in torch; data files written with extensions are read by torch's own
             code, unchecked.
-        trust_objects: False (default) refuses objects that are more than tensors and plain data,
-            which DCP's planner would unpickle and so run. True hands them on as they are.
+        trust_objects: False (default) refuses objects that are made of more than the everyday kinds
+            (``docs/supported.md``), which DCP's planner would unpickle and so run. True hands them
+            on as they are.
+        allow: classes that objects may be instances of besides, and those of the state dict's own
+            values. They are filled without any code of theirs.
 
     Raises (through DCP as ``CheckpointException`` with these as each rank's cause):
         CorruptCheckpointError: bytes differ from their checksums or from the format; names the file
@@ -69,13 +75,18 @@ class FileSystemReader(_stock.FileSystemReader):
         _extension_registry: Any = None,
         *,
         trust_objects: bool = False,
+        allow: Iterable[type] = (),
     ) -> None:
-        super().__init__(path, _extension_registry)
+        super().__init__(directory_of(path), _extension_registry)
         self.trust_objects = trust_objects
+        self.allow = tuple(allow)
         self._metadata_error: Exception | None = None
         # DCP's protocol hands the metadata to its planner, and comes back to the reader with that
         # planner's plan: what the plan is checked against has to wait here.
         self._load_planner: _C.LoadPlanner | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        super().reset(directory_of(checkpoint_id) if checkpoint_id else None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_load_planner": None, "_metadata_error": None}
@@ -97,21 +108,15 @@ class FileSystemReader(_stock.FileSystemReader):
 
     def read_metadata_file(self, rank: int | None = None) -> bytes:
         """The bytes of the checkpoint's `.metadata`, or of a rank's own."""
-        path = os.fspath(self._get_metadata_path(rank))
-        directory = os.path.dirname(os.path.realpath(path))
-        if os.path.islink(path) and directory != os.path.realpath(self.path):
-            raise CheckpointError(
-                f"{path}: a link that leads out of the checkpoint's directory is not followed"
-            )
-        return read_metadata_bytes(path)
+        return read_metadata_bytes(self._get_metadata_path(rank))
 
     def use_metadata_file(self, file: bytes, rank: int | None = None) -> Metadata:
         """The metadata in a file's bytes, which is the one that later reads are checked against."""
-        planner = _C.LoadPlanner(file, os.fspath(self._get_metadata_path(rank)))
+        planner = _C.LoadPlanner(file, encoded(self._get_metadata_path(rank)))
         # A planner may make what it loads of what the metadata says. One rank asks for all files'
         # sizes, not a thousand: under dcp.load its error is every rank's.
         if rank is None and _is_coordinator():
-            planner.check_sizes_leniently(str(self.path))
+            planner.check_sizes_leniently(encoded(self.path))
         # A rank's own metadata has that rank's chunks only, and nobody knows what the others should
         # have.
         self._load_planner = planner if rank is None else None
@@ -143,21 +148,25 @@ class FileSystemReader(_stock.FileSystemReader):
         items = self._sort(plan, planner)
         sharded = self._plan_tensors(files, items.sharded, planner)
         unsharded = self._plan_tensors(files, items.unsharded, planner)
-        objects = self._read_objects(files, items.objects)
+        objects = self._read_objects(files, items.objects, planner)
         update = PlannerUpdate(self, planner, files, items, [sharded, unsharded], objects)
         return PlannedData(sharded.reads, unsharded.reads, update)
 
     def open_files(self, records: Sequence[_C.RecordPlace], direct: bool) -> _C.CheckpointReader:
         """The records' files, open. ``direct``: see CheckpointReader."""
-        files = _C.CheckpointReader(str(self.path), direct)
+        files = _C.CheckpointReader(encoded(self.path), direct)
         open_files(files, records)
         return files
 
     def read_encoded(self, items: list[ReadItem], planner: LoadPlanner) -> None:
         """Reads what extensions wrote, by torch's own code, but only from files inside the
         directory and with objects checked as well."""
-        checked = CheckedPlanner(planner, self._what, self.trust_objects)
+        checked = CheckedPlanner(planner, self._what, self.trust())
         super().read_data(LoadPlan(items), cast(LoadPlanner, checked)).wait()
+
+    def trust(self) -> Trust:
+        """What objects may be made of."""
+        return Trust.of(self.trust_objects, self.allow)
 
     def read_batch(
         self, files: _C.CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner
@@ -206,8 +215,10 @@ class FileSystemReader(_stock.FileSystemReader):
 
     def _record(self, item: ReadItem) -> _C.RecordPlace:
         place = self._place(item)
-        fqn = item.storage_index.fqn
-        return _C.RecordPlace(fqn, place.relative_path, place.offset, place.length)
+        index = item.storage_index
+        return _C.RecordPlace(
+            index.fqn, place.relative_path, place.offset, place.length, index.offset or ()
+        )
 
     def _what(self, item: ReadItem) -> str:
         record = self._record(item)
@@ -224,12 +235,16 @@ class FileSystemReader(_stock.FileSystemReader):
         return _PlannedTensors(items, targets, plan_reads(files, self.path, reads))
 
     def _read_objects(
-        self, files: _C.CheckpointReader, items: Sequence[ReadItem]
-    ) -> list[tuple[ReadItem, io.BytesIO]]:
+        self, files: _C.CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner
+    ) -> list[tuple[ReadItem, Any]]:
+        """With each item its object, or its bytes for a planner that unpickles them itself."""
         records = [self._record(item) for item in items]
         read = read_objects(files, records)
+        trust = self.trust()
+        load: Callable[[bytes, str, Trust], Any]
+        load = checked_stream if _unpickles(planner) else load_object
         return [
-            (item, checked_stream(data, self._what(item), self.trust_objects))
+            (item, load(data, self._what(item), trust.for_target(_target(item, planner))))
             for item, data in zip(items, read, strict=True)
         ]
 
@@ -269,17 +284,39 @@ class PlannerUpdate:
     files: _C.CheckpointReader
     items: _SortedItems
     tensors: list[_PlannedTensors]  # have been read
-    objects: list[tuple[ReadItem, io.BytesIO]]  # likewise
+    objects: list[tuple[ReadItem, Any]]  # likewise
 
     def apply(self) -> None:
         for tensors in self.tensors:
             tensors.commit(self.planner)
         for batch in _batches(self.items.batched):
             self.reader.read_batch(self.files, batch, self.planner)
-        for item, stream in self.objects:
-            self.planner.load_bytes(item, stream)
+        self._load_objects()
         if self.items.encoded:
             self.reader.read_encoded(self.items.encoded, self.planner)
+
+    def _load_objects(self) -> None:
+        planner = self.planner
+        if _unpickles(planner):
+            for item, stream in self.objects:
+                planner.load_bytes(item, stream)
+            return
+        assert isinstance(planner, DefaultLoadPlanner)
+        keys = NestedKeys(planner.original_state_dict)
+        for item, value in self.objects:
+            set_object(planner, keys, item.dest_index.fqn, value)
+
+
+def _unpickles(planner: LoadPlanner) -> bool:
+    """Whether a planner takes an object's bytes in a way of its own; if not, the object is put
+    where DCP would, without a pickle in between, which would run code of its class."""
+    own = getattr(type(planner), "load_bytes", None)
+    return own is not DefaultLoadPlanner.load_bytes
+
+
+def _target(item: ReadItem, planner: LoadPlanner) -> Any:
+    """What is now where an object goes; None if the planner does not say."""
+    return getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
 
 
 def _is_coordinator() -> bool:
@@ -298,14 +335,21 @@ class CheckedPlanner:
     """A planner for torch's own reading code, which checks objects before the planner gets them.
     ``what`` names an item in messages."""
 
-    def __init__(
-        self, planner: LoadPlanner, what: Callable[[ReadItem], str], trust_objects: bool
-    ) -> None:
-        self._planner, self._what, self._trust = planner, what, trust_objects
+    def __init__(self, planner: LoadPlanner, what: Callable[[ReadItem], str], trust: Trust) -> None:
+        self._planner, self._what, self._trust = planner, what, trust
+        self._keys: NestedKeys | None = None  # made when the planner knows its state dict
 
     def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
-        stream = checked_stream(value.getvalue(), self._what(item), self._trust)
-        self._planner.load_bytes(item, stream)
+        planner, what = self._planner, self._what(item)
+        trust = self._trust.for_target(_target(item, planner))
+        if _unpickles(planner):
+            planner.load_bytes(item, checked_stream(value.getvalue(), what, trust))
+            return
+        assert isinstance(planner, DefaultLoadPlanner)
+        if self._keys is None:
+            self._keys = NestedKeys(planner.original_state_dict)
+        loaded = load_object(value.getvalue(), what, trust)
+        set_object(planner, self._keys, item.dest_index.fqn, loaded)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._planner, name)

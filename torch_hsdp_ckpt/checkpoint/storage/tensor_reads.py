@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -12,9 +11,19 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from ... import _C
-from ...common.tensors import RECORD_DTYPES, check_storage, is_row_major_on_cpu
-from ...errors import CheckpointError, CorruptCheckpointError
-from .objects import check_explained
+from ...common.tensors import (
+    RECORD_DTYPES,
+    check_storage,
+    is_row_major_on_cpu,
+    why_not_saved,
+)
+from ...errors import (
+    CheckpointError,
+    CheckpointOSError,
+    CorruptCheckpointError,
+    os_error,
+)
+from .objects import Trust, load_object
 from .staged_reads import BATCH_BYTES, StagedPart, TensorRead, cut_into_parts, read_staged
 
 
@@ -61,7 +70,7 @@ def open_files(files: _C.CheckpointReader, records: Sequence[_C.RecordPlace]) ->
     try:
         files.open([record.file for record in records], read_threads())
     except OSError as error:
-        path = str(error.filename)
+        path = os.fsdecode(error.filename)
         names = [record.fqn for record in records if path.endswith(f"/{record.file}")]
         if not names:
             raise
@@ -89,6 +98,8 @@ def plan_reads(
     OSError; nothing is written."""
     directory = os.fspath(directory)
     resolved = files.resolve([_box_read(read, directory) for read in reads], read_threads())
+    for index in resolved.torch_only:
+        _check_writable(reads[index], directory)
     staged = _stage(resolved.staged, reads, directory)
     return PlannedReads(
         files=files,
@@ -147,8 +158,8 @@ def written_in_part(error: CheckpointError | OSError) -> CheckpointError | OSErr
     warning = "tensors of the state dict may have been written in part"
     if isinstance(error, OSError):
         if error.errno is None:
-            return OSError(f"{error}; {warning}")
-        return OSError(error.errno, f"{error.strerror}; {warning}", error.filename)
+            return CheckpointOSError(f"{error}; {warning}")
+        return os_error(error.errno, f"{error.strerror}; {warning}", error.filename)
     is_corrupt = isinstance(error, CorruptCheckpointError)
     kind = CorruptCheckpointError if is_corrupt else CheckpointError
     return kind(f"{error}; {warning}")
@@ -173,7 +184,7 @@ def _check_writable(read: TensorRead, directory: str) -> None:
     """CheckpointError for a target that torch could not copy a dense record to."""
     reason = ""
     if read.target.layout != torch.strided:
-        reason = f"of layout {read.target.layout}, the record is dense"
+        reason = f"of layout {read.target.layout}, and only dense ones are filled"
     elif torch._debug_has_internal_overlap(read.target) == 1:
         reason = "expanded, several of its elements share memory"
     if reason:
@@ -186,7 +197,11 @@ def _read_with_torch(files: _C.CheckpointReader, read: TensorRead, directory: st
     checksums."""
     what = f"{directory}/{read.record.file}: {read.record.fqn}"
     (data,) = files.read_objects([read.record], 1)
-    tensor = _load_tensor(data, what)
+    tensor = _load_tensor(data, what, read.target)
+    if reason := why_not_saved(tensor):
+        raise CheckpointError(
+            f"{what}: what stock torch has saved here can't be restored: {reason}"
+        )
     shape, offsets, lengths = list(tensor.shape), list(read.offsets), list(read.lengths)
     if not _lies_within(offsets, lengths, shape):
         raise CorruptCheckpointError(
@@ -196,14 +211,8 @@ def _read_with_torch(files: _C.CheckpointReader, read: TensorRead, directory: st
     read.target.copy_(narrow_tensor_by_index(tensor, offsets, lengths))
 
 
-def _load_tensor(data: bytes, what: str) -> Tensor:
-    try:
-        check_explained(data, what)
-        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except CorruptCheckpointError:
-        raise
-    except Exception as error:
-        raise CorruptCheckpointError(f"{what}: torch.load refuses the record: {error}") from error
+def _load_tensor(data: bytes, what: str, target: Tensor) -> Tensor:
+    tensor = load_object(data, what, Trust.for_tensor(target))
     if not isinstance(tensor, Tensor):
         raise CorruptCheckpointError(f"{what}: expected a tensor, got {type(tensor).__name__}")
     return tensor

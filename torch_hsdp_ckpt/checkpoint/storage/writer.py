@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import logging
@@ -9,21 +10,37 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PosixPath
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as _stock
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ... import _C
-from ...common.tensors import RECORD_DTYPES, check_storage, is_plain
+from ...common.tensors import (
+    RECORD_DTYPES,
+    check_storage,
+    is_plain,
+    is_plain_subclass,
+    why_not_saved,
+    without_subclass,
+)
 from ...errors import CheckpointError
 from .data_file import COPY_BLOCK, DataFile
+from .directory import directory_of, encoded
+from .leftovers import make_room, remove_quietly
 from .metadata import encode_metadata, read_metadata_bytes
+from .saved_objects import (
+    CheckObject,
+    check_trusted_object,
+    warn_of_object,
+)
 
 _logger = logging.getLogger(__name__)
 # One commit at a time in a process: the second sees what the first left, and its files are checked
@@ -98,7 +115,8 @@ class FileSystemWriter(_stock.FileSystemWriter):
     If a save fails or the machine loses power, the older checkpoint loads as before.
 
     Args:
-        path: directory of the checkpoint, made if it is missing. All ranks see the same one.
+        path: directory of the checkpoint, made if it is missing, also as a ``file://`` address. All
+            ranks see the same one. A relative path is made absolute here.
         single_file_per_rank: one data file per rank (default), else one per tensor or object.
         sync_files: fsync files and directories (default). Without it a power loss can lose the
             checkpoint.
@@ -122,6 +140,17 @@ class FileSystemWriter(_stock.FileSystemWriter):
     """
 
     _claim: str | None = None  # on the coordinator, from the plan to the commit
+    # The training run that the checkpoint is of, and its number there; see csrc/format/trailer.h.
+    _run_mark: tuple[int, int] | None = None
+
+    def __init__(self, path: str | os.PathLike[str], *args: Any, **named: Any) -> None:
+        super().__init__(directory_of(path), *args, **named)
+
+    # Who asks for the arguments sees those of the torch release that is here.
+    functools.update_wrapper(__init__, _stock.FileSystemWriter.__init__)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        super().reset(directory_of(checkpoint_id) if checkpoint_id else None)
 
     def _uses_torch(self) -> bool:
         return (
@@ -130,7 +159,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        _C.make_directories(str(self.path), self.sync_files)
+        _C.make_directories(encoded(self.path), self.sync_files)
         metadata = self._own_metadata_path()
         if not self.overwrite and os.path.lexists(metadata):
             raise CheckpointError(
@@ -165,10 +194,10 @@ class FileSystemWriter(_stock.FileSystemWriter):
                 results = self._write_files(plan.items, planner, storage.rank, storage.save_id)
         except BaseException:
             if self._claim is not None:
-                _C.release_claim(str(self.path), self._claim)
+                _C.release_claim(encoded(self.path), self._claim)
             raise
         if self.sync_files:
-            _C.sync_directory(str(self.path))
+            _C.sync_directory(encoded(self.path))
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -178,7 +207,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         writer of torch's: then this rank's files get names of their own."""
         storage = plan.storage_data
         if not isinstance(storage, _SaveStorage) or storage.save_id in _used_save_ids:
-            storage = _SaveStorage.of(self._own_rank(), _C.new_save_id())
+            storage = _SaveStorage.of(self._own_rank(), _C.new_save_id(claimed=False))
         _used_save_ids.add(storage.save_id)
         return storage
 
@@ -210,6 +239,7 @@ class FileSystemWriter(_stock.FileSystemWriter):
         self,
         name: str,
         reserve: int,
+        owners: Sequence[int] = (),
         image: _C.FileImage = _C.FileImage(),  # noqa: B008 (immutable)
         copies: Sequence[_C.StagingCopy] = (),
         planned: _C.PlannedFile | None = None,
@@ -225,14 +255,17 @@ class FileSystemWriter(_stock.FileSystemWriter):
             image,
             copies,
             planned,
+            owners,
         )
 
     def _write_file(
         self, name: str, items: list[WriteItem], planner: SavePlanner
     ) -> list[WriteResult]:
-        file = self._data_file(name, _reserve(_tensors_among(items)))
+        file = self._data_file(name, _reserve(_tensors_among(items)), owners_of(items))
         try:
-            written = add_items(file, items, planner)
+            is_dcps = type(planner) is DefaultSavePlanner
+            check = check_trusted_object if is_dcps else warn_of_object
+            written = add_items(file, items, planner, check)
             size = file.finish()
         except BaseException:
             file.discard()
@@ -278,9 +311,11 @@ class FileSystemWriter(_stock.FileSystemWriter):
 
     def _claim_for_save(self) -> tuple[int, str]:
         """Makes a new save the one that may commit here: its id, and the claim."""
-        save_id = _C.new_save_id()
+        save_id = _C.new_save_id(claimed=True)
         name = self._own_metadata_path().name
-        return save_id, _C.claim_directory(str(self.path), name, save_id, self.overwrite)
+        claim = _C.claim_directory(encoded(self.path), name, save_id, self.overwrite)
+        make_room(self.path, name, claim, self.sync_files)
+        return save_id, claim
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, _C.ExpectedFile] = {}
@@ -307,16 +342,20 @@ class FileSystemWriter(_stock.FileSystemWriter):
             return meta
         if type(meta.checkpoint_id) not in (str, PosixPath):
             meta.checkpoint_id = str(os.fspath(meta.checkpoint_id))
+        if not _is_utf8(str(meta.checkpoint_id)):
+            meta.checkpoint_id = None
         return meta
 
     def _commit(
         self, claim: str, metadata: bytes | memoryview, files: Sequence[_C.ExpectedFile]
-    ) -> None:
-        """Makes a checkpoint of data files that are durable."""
+    ) -> bytes | memoryview:
+        """Makes a checkpoint of data files that are durable; the bytes of its metadata."""
         path = self._own_metadata_path()
+        if self._run_mark is not None:
+            metadata = _C.mark_metadata(metadata, *self._run_mark)
         with _commit_lock:
             request = _C.CommitRequest(
-                directory=str(self.path),
+                directory=encoded(self.path),
                 metadata_name=path.name,
                 claim=claim,
                 metadata=metadata,
@@ -330,20 +369,45 @@ class FileSystemWriter(_stock.FileSystemWriter):
             _logger.warning(
                 "the checkpoint is saved; a file of an older one could not be removed: %s", reason
             )
+        return metadata
 
     def _own_metadata_path(self) -> Path:
         return Path(self._get_metadata_path(None if self.use_collectives else self.rank))
 
 
-def add_items(file: DataFile, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteItem]:
-    """Adds a plan's items, objects first; the items in the order of their records."""
+def add_items(
+    file: DataFile, items: Sequence[WriteItem], planner: SavePlanner, check: CheckObject
+) -> list[WriteItem]:
+    """Adds a plan's items, objects first; the items in the order of their records. ``check``: looks
+    at what is saved as an object: tensors of somebody's own classes are too."""
     objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
     tensors = _tensors_among(items)
     if objects:
-        file.add_objects([(item.index.fqn, _object_of(item, planner)) for item in objects])
+        records = [(item.index.fqn, _object_of(item, planner)) for item in objects]
+        for name, data in records:
+            check(name, data)
+        file.add_objects(records)
     for item in tensors:
-        _add_tensor(file, item.index.fqn, _tensor_of(item, planner))
+        _add_tensor(file, item.index.fqn, _tensor_of(item, planner), check)
     return objects + tensors
+
+
+def owners_of(items: Sequence[WriteItem]) -> list[int]:
+    """Whose a plan's items are, for the file's index, in the order in which :func:`add_items` adds
+    them."""
+    objects = [item for item in items if item.type == WriteItemType.BYTE_IO]
+    return [
+        _C.record_owner(item.index.fqn, item.index.offset or ())
+        for item in objects + _tensors_among(items)
+    ]
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tensors_among(items: Sequence[WriteItem]) -> list[WriteItem]:
@@ -369,12 +433,18 @@ def _tensor_of(item: WriteItem, planner: SavePlanner) -> Tensor:
     return data.data if isinstance(data, torch.nn.Parameter) else data
 
 
-def _add_tensor(file: DataFile, name: str, tensor: Tensor) -> None:
+def _add_tensor(file: DataFile, name: str, tensor: Tensor, check: CheckObject) -> None:
+    if reason := why_not_saved(tensor):
+        raise CheckpointError(f"{name}: {reason}")
+    if type(tensor) is not Tensor and is_plain_subclass(tensor):
+        tensor = without_subclass(tensor)
     check_storage(tensor, name)
     if is_plain(tensor):
         file.add_tensor(name, tensor)
-    else:
-        file.add_objects([(name, _torch_saved(tensor))])
+        return
+    data = _torch_saved(tensor)
+    check(name, data)
+    file.add_objects([(name, data)])
 
 
 def write_result(
@@ -402,7 +472,7 @@ def _named_files(metadata_path: Path) -> list[bytes]:
     """The data files that the checkpoint in place names; none if there is none, or if it can't be
     read any more."""
     try:
-        return _C.metadata_files(read_metadata_bytes(metadata_path), os.fspath(metadata_path))
+        return _C.metadata_files(read_metadata_bytes(metadata_path), encoded(metadata_path))
     except FileNotFoundError:
         return []
     except (CheckpointError, OSError) as error:
@@ -410,16 +480,3 @@ def _named_files(metadata_path: Path) -> list[bytes]:
             "the checkpoint that is replaced can't be read, its files are left: %s", error
         )
         return []
-
-
-def remove_quietly(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Removes this rank's own files after its own failure, whose error is the one to be seen."""
-    for name in names:
-        try:
-            os.unlink(os.path.join(directory, name))
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            _logger.warning(
-                "%s/%s could not be removed after a failed save: %s", directory, name, error
-            )

@@ -2,8 +2,9 @@
 
 import os
 
-from .. import _C
-from .._C import VerifyProblem, VerifyReport
+from ... import _C
+from ..._C import VerifyProblem, VerifyReport
+from .directory import directory_of, encoded
 
 __all__ = ["VerifyProblem", "VerifyReport", "verify"]
 
@@ -23,7 +24,7 @@ def verify(checkpoint_id: str | os.PathLike[str], *, threads: int | None = None)
         (stock torch's objects in other formats, and what extensions wrote); ``leftovers``, data
         files that ``.metadata`` does not name: of saves that did not end, or of older ones; and the
         numbers of ``files``, ``tensors``, ``objects`` and ``bytes`` read. Damage is reported, not
-        raised.
+        raised. A checkpoint that is saved over meanwhile is looked at again, ten times at most.
     """
     cores = len(os.sched_getaffinity(0))
-    return _C.verify(os.fspath(checkpoint_id), threads or max(2, min(8, cores)))
+    return _C.verify(encoded(directory_of(checkpoint_id)), threads or max(2, min(8, cores)))

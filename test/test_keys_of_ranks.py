@@ -1,0 +1,111 @@
+"""What ranks hold under one key: of different shapes it is refused, of different values it is one
+rank's, the same for all that belongs together."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt.checkpoint.save.async_save import await_save
+
+
+@dataclasses.dataclass
+class Holder:
+    tensor: Any
+
+
+def _saves(state: dict[str, Any], path: str) -> list[str]:
+    """What both ways of saving raise."""
+    messages = []
+    with pytest.raises(h.CheckpointError) as caught:
+        h.save(state, checkpoint_id=path)
+    messages.append(str(caught.value))
+    future = h.async_save(state, checkpoint_id=path)
+    with pytest.raises(h.CheckpointError) as caught:
+        await_save(future)
+    messages.append(str(caught.value))
+    return messages
+
+
+def _contradicting(rank: int, root: str) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    cases: dict[str, Any] = {
+        "shape": torch.full((2 + rank // 2,), float(rank)),
+        "dtype": torch.zeros(2, dtype=torch.float32 if rank else torch.float64),
+        "kind": torch.zeros(2) if rank == 1 else "an object",
+        "sharded": DTensor.from_local(torch.zeros(2), mesh, [Shard(0)]) if rank else torch.zeros(8),
+    }
+    for key, value in cases.items():
+        for message in _saves({"w": torch.ones(2), "n": {key: value}}, f"{root}/{key}"):
+            assert f"n.{key}: " in message and "on ranks [" in message, message
+            assert "keys of its own" in message
+    assert "a tensor [2] of float32 on ranks [0, 1]" in _saves({"s": cases["shape"]}, root)[0]
+
+
+def _within_objects(rank: int, root: str) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])
+    for form, value in {"tuple": (sharded, 1), "class": Holder({"deep": [sharded]})}.items():
+        for message in _saves({"n": {form: value}}, f"{root}/{form}"):
+            assert f"n.{form}: it holds a DTensor within an object" in message
+    like = {"n": [distribute_tensor(torch.zeros(8), mesh, [Shard(0)]), 0]}
+    h.save({"n": [sharded, 1]}, checkpoint_id=f"{root}/list")
+    h.load(like, checkpoint_id=f"{root}/list")
+    loaded = like["n"][0]
+    assert isinstance(loaded, DTensor) and torch.equal(loaded.full_tensor(), torch.arange(8.0))
+
+
+def _state_of(rank: int) -> dict[str, Any]:
+    return {
+        "torch": torch.full((5056,), rank, dtype=torch.uint8),
+        "numpy": torch.full((624,), rank),
+        "python": ("state", rank),
+        "seed": rank,
+        "average": {"mean": torch.full((4, 1024), float(rank)), "count": torch.tensor(rank)},
+    }
+
+
+def _ranks_in(state: dict[str, Any]) -> set[int]:
+    return {
+        int(state["torch"][0]),
+        int(state["numpy"][0]),
+        state["python"][1],
+        state["seed"],
+        int(state["average"]["mean"][0, 0]),
+        int(state["average"]["count"]),
+    }
+
+
+def _one_ranks_state(rank: int, root: str) -> set[int]:
+    logging.disable(logging.WARNING)
+    own = {f"rank{rank}": torch.tensor(rank)}  # which only a gathered plan can have
+    found: set[int] = set()
+    for i, extra in enumerate(({}, own)):
+        saved = {"state": _state_of(rank), **extra}
+        h.save(saved, checkpoint_id=f"{root}/{i}")
+        h.async_save(saved, checkpoint_id=f"{root}/{i}-async").result()
+        for path in (f"{root}/{i}", f"{root}/{i}-async"):
+            like: dict[str, Any] = {"state": _state_of(-1 % 100), **extra}
+            h.load(like, checkpoint_id=path)
+            found |= _ranks_in(like["state"])
+    return found
+
+
+def test_one_key_with_other_shapes_is_refused(tmp_path: Path) -> None:
+    run_ranks(_contradicting, 4, str(tmp_path))
+
+
+def test_shards_within_objects_are_refused(tmp_path: Path) -> None:
+    run_ranks(_within_objects, 2, str(tmp_path))
+
+
+def test_what_differs_comes_from_one_rank(tmp_path: Path) -> None:
+    assert run_ranks(_one_ranks_state, 4, str(tmp_path)) == [{0}] * 4
