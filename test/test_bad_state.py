@@ -65,12 +65,25 @@ def _mismatches(rank: int, wrap: Wrap) -> None:
                 alone and rank != 2
             )
             assert_same(model.state_dict(), before, message)
+    _whole_state(model)
+    assert_same(model.state_dict(), before, "a whole state")
     partial = model.load_state_dict({**without, "head.strange": torch.ones(1)}, strict=False)
     assert (partial.missing_keys, partial.unexpected_keys) == ([key], ["head.strange"])
     assert torch.equal(
         model.state_dict()["head.bias"]._local_tensor, ones["head.bias"]._local_tensor
     )
     assert torch.equal(model.state_dict()[key]._local_tensor, before[key])
+
+
+def _whole_state(model: nn.Module) -> None:
+    """What to do is said once, then all names."""
+    whole = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in model.state_dict().items()}
+    sharded = [key for key, value in model.state_dict().items() if isinstance(value, DTensor)]
+    with pytest.raises(RuntimeError) as error:
+        model.load_state_dict(whole)
+    _, advice, *lines = str(error.value).splitlines()
+    assert advice.strip().startswith("to load whole tensors use set_model_state_dict")
+    assert [line.split('"')[1] for line in lines] == sharded and len(sharded) > 2
 
 
 class _Raises(nn.Module):

@@ -133,12 +133,24 @@ def _static(rank: int, path: str, log: str) -> None:
     _check_loads(path, FULL)
 
 
+def test_the_result_is_shown_in_units_that_fit() -> None:
+    seconds = {"plan": 0.25, "write": 1.5, "commit": 0.25, "total": 2.0}
+    result = h.SaveResult("checkpoint", 0, (3 << 30, 5 << 20, 1536, 40), (1.0,) * 4, seconds)
+    assert str(result) == (
+        "3.00 GiB in 2.000 s, 1.50 GiB/s (plan 0.250 s, write 1.500 s, commit 0.250 s; "
+        "4 ranks with 40 bytes to 3.00 GiB at 40 bytes/s to 3.00 GiB/s)"
+    )
+    small = h.SaveResult("checkpoint", 0, (5 << 20, 1536), (1.0, 1.0), seconds)
+    assert str(small).startswith("5.00 MiB in 2.000 s, 2.50 MiB/s")
+    assert "2 ranks with 1.50 KiB to 5.00 MiB at 1.50 KiB/s to 5.00 MiB/s" in str(small)
+
+
 def test_static_plan(tmp_path: Path) -> None:
     path, log = tmp_path / "checkpoint", tmp_path / "log"
     log.mkdir()
     run_ranks(_static, 4, str(path), str(log))
     lines = (log / "0").read_text().splitlines()
-    assert sum("saved" in line and "GiB/s" in line for line in lines) == 7
+    assert sum("saved" in line and "KiB" in line and "iB/s" in line for line in lines) == 7
     assert not any("planned through DCP" in line for line in lines)
     assert "saved" not in (log / "1").read_text()
 

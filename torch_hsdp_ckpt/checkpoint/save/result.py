@@ -50,13 +50,21 @@ class SaveResult:
         total = self.seconds["total"]
         phases = {name: seconds for name, seconds in self.seconds.items() if name != "total"}
         times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in phases.items())
-        least, most = min(self.bytes_written) / GIB, max(self.bytes_written) / GIB
+        least, most = min(self.bytes_written), max(self.bytes_written)
         slowest, fastest = min(self.rank_gib_per_second), max(self.rank_gib_per_second)
         return (
-            f"{self.total_bytes / GIB:.3f} GiB in {total:.3f} s, {self.gib_per_second:.2f} GiB/s "
-            f"({times}; {len(self.bytes_written)} ranks with {least:.3f} to {most:.3f} GiB "
-            f"at {slowest:.2f} to {fastest:.2f} GiB/s)"
+            f"{_size(self.total_bytes)} in {total:.3f} s, {_size(self.gib_per_second * GIB)}/s "
+            f"({times}; {len(self.bytes_written)} ranks with {_size(least)} to {_size(most)} "
+            f"at {_size(slowest * GIB)}/s to {_size(fastest * GIB)}/s)"
         )
+
+
+def _size(count: float) -> str:
+    """``count`` bytes in the largest binary unit of which there is one at least: "1.25 MiB"."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 2**power:
+            return f"{count / 2**power:.2f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 class SavedMetadata(LazyMetadata):

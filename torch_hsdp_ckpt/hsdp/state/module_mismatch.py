@@ -1,6 +1,7 @@
 """Why a value of a state dict can't be loaded into a parameter or buffer: one function for each
 reason."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ from .mismatch import (
     placement_mismatch,
 )
 from .module_entries import Entry
+
+_WHOLE_INTO_SHARDED = "is a plain tensor and the module has a sharded one"
+
+
+def advice_on(mismatches: Sequence[str]) -> list[str]:
+    """What to do about ``mismatches``, where many keys have the same, so that it is said once."""
+    if not any(mismatch.endswith(_WHOLE_INTO_SHARDED) for mismatch in mismatches):
+        return []
+    return [
+        "to load whole tensors use set_model_state_dict with full_state_dict=True, or "
+        "FullyShardedDataParallel's FULL_STATE_DICT"
+    ]
 
 
 def tensor_mismatch(entry: Entry, value: Any, same_dtype: bool) -> str | None:
@@ -75,11 +88,7 @@ def _sharding_mismatch(entry: Entry, value: torch.Tensor) -> str | None:
             return None
         return f'"{key}" is a DTensor and the module has a plain tensor: pass value.full_tensor()'
     if not isinstance(value, DTensor):
-        return (
-            f'"{key}" is a plain tensor and the module has a sharded one: to load whole tensors '
-            "use set_model_state_dict with full_state_dict=True, or FullyShardedDataParallel's "
-            "FULL_STATE_DICT"
-        )
+        return f'"{key}" {_WHOLE_INTO_SHARDED}'
     given, needed = value._spec, target._spec
     if given.placements != needed.placements or given.mesh != needed.mesh:
         return placement_mismatch(f'"{key}"', value, target, "the module has")

@@ -18,7 +18,7 @@ from ..module_tree import WRAPPED
 from .cut import shard_of
 from .mismatch import raise_on_all_ranks
 from .module_entries import CustomLeaf, Entry, ModuleEntries
-from .module_mismatch import tensor_mismatch
+from .module_mismatch import advice_on, tensor_mismatch
 from .placement import spec_with_dtype
 
 
@@ -105,6 +105,7 @@ def _can_check_keys(request: LoadRequest, expected: ModuleEntries) -> bool:
 
 
 def _refuse(request: LoadRequest, problems: list[str]) -> None:
+    problems = [*advice_on(problems), *problems]
     if request.hint and problems:
         problems = [request.hint, *problems]
     name = type(getattr(request.root, WRAPPED, request.root)).__name__
