@@ -72,11 +72,38 @@ class Preemption:
             signal.signal(signal.SIGTERM, before)
 
 
+# Of the thread that forks: the signal mask that it had before.
+_mask = threading.local()
+
+
+def _owner_of(handler: Any) -> Preemption | None:
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, Preemption) else None
+
+
+def _hold_back_for_fork() -> None:
+    """A signal that reaches a child before it has the older handler waits for that: Python would
+    forget it."""
+    if _owner_of(signal.getsignal(signal.SIGTERM)) is not None:
+        _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _let_through() -> None:
+    before = vars(_mask).pop("before", None)
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _give_back_in_child() -> None:
     handler: Any = signal.getsignal(signal.SIGTERM)
-    while isinstance(owner := getattr(handler, "__self__", None), Preemption):
+    while (owner := _owner_of(handler)) is not None:
         handler = signal.SIG_DFL if owner._before is None else owner._before
         signal.signal(signal.SIGTERM, handler)
+    _let_through()
 
 
-os.register_at_fork(after_in_child=_give_back_in_child)
+os.register_at_fork(
+    before=_hold_back_for_fork,
+    after_in_parent=_let_through,
+    after_in_child=_give_back_in_child,
+)
