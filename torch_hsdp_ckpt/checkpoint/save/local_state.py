@@ -96,7 +96,7 @@ class LocalState:
             return names.gathered
         if isinstance(value, Tensor):
             plain = value.data if type(value) is torch.nn.Parameter else value
-            if not is_plain(plain) or _is_checkpointable(value):
+            if not is_plain(plain):
                 _refuse_kind(value, name)
                 return names.gathered
             check_storage(plain, name)
