@@ -262,6 +262,9 @@ else:
 """
 
 
+# Among the slow ones, as it has failed once in ten runs on torch 2.11: there another thread than
+# those of the groups may still hold tensors that Python knows.
+@pytest.mark.soak
 def test_a_process_ends_before_its_reductions(tmp_path: Path) -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with contextlib.ExitStack() as stack:
