@@ -1,36 +1,24 @@
 """A manager's root: what in it is the run's, in which order its checkpoints came, which job saves
 there, and what killed saves leave."""
 
-import ctypes
 import errno
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forks import in_child, small_state
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt import _C
 from torch_hsdp_ckpt.training import run_directory
-
-_fork = multiprocessing.get_context("fork")
-
-
-def _state(value: int) -> dict[str, Any]:
-    # Small: OpenMP, which fills larger tensors, hangs in a fork of a process that has used it.
-    return {"w": torch.full((1000,), float(value)), "value": value}
 
 
 def _steps(root: Path) -> list[str]:
@@ -40,38 +28,14 @@ def _steps(root: Path) -> list[str]:
 def _save(root: Path, *steps: int, keep_last: int = 9) -> None:
     with h.CheckpointManager(root, keep_last=keep_last) as manager:
         for step in steps:
-            manager.save(step, _state(step))
+            manager.save(step, small_state(step))
 
 
 def _restored(root: Path, **options: Any) -> tuple[int | None, int]:
     """The step that is restored, and the value in it."""
-    state = _state(0)
+    state = small_state(0)
     with h.CheckpointManager(root, **options) as manager:
         return manager.restore_latest(state), state["value"]
-
-
-def _in_child(work: Callable[[], Any], host: str | None = None) -> int:
-    """Runs ``work`` in a fork, on a host of another name if there is one; its exit code."""
-
-    def run() -> None:
-        if host is not None:
-            _rename_host(host)
-        work()
-
-    child = _fork.Process(target=run)
-    child.start()
-    child.join(20)
-    child.kill()
-    child.join()
-    assert child.exitcode is not None
-    return child.exitcode
-
-
-def _rename_host(host: str) -> None:
-    namespace_of_names = 0x04000000
-    if ctypes.CDLL(None, use_errno=True).unshare(namespace_of_names) != 0:
-        pytest.skip("needs a host name of its own")
-    socket.sethostname(host)
 
 
 def _die_at_the_first_synced_data_file() -> None:
@@ -91,7 +55,7 @@ def _killed_save(root: Path, step: int) -> None:
 def _leave_root_claimed(root: Path, step: int) -> None:
     """A job that ends without a word."""
     manager = h.CheckpointManager(root)
-    manager.save(step, _state(step))
+    manager.save(step, small_state(step))
     os._exit(0)
 
 
@@ -104,10 +68,10 @@ def test_only_what_the_run_has_saved_is_ever_deleted(
     root = tmp_path / "run"
     for step in (100, 200):
         (root / f"step-{step:06d}").mkdir(parents=True)
-        torch.save(_state(0), root / f"step-{step:06d}" / "model.pt")
-    h.save(_state(0), checkpoint_id=root / "step-000300")
-    dcp.save(_state(0), checkpoint_id=root / "step-000400", no_dist=True)
-    h.save(_state(0), checkpoint_id=root / "step-000500", use_collectives=False)
+        torch.save(small_state(0), root / f"step-{step:06d}" / "model.pt")
+    h.save(small_state(0), checkpoint_id=root / "step-000300")
+    dcp.save(small_state(0), checkpoint_id=root / "step-000400", no_dist=True)
+    h.save(small_state(0), checkpoint_id=root / "step-000500", use_collectives=False)
     (root / "step-000600").mkdir()
     _save(tmp_path / "other", 700)
     _save(root, 1000)
@@ -116,11 +80,11 @@ def test_only_what_the_run_has_saved_is_ever_deleted(
     caplog.clear()  # each manager says it once
     with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
         with h.CheckpointManager(root, keep_last=1) as manager:
-            state = _state(0)
+            state = small_state(0)
             # By the order of commits, the copy and this run's first one came first.
             assert manager.restore_latest(state) == 1000
             for step in (1100, 1200):
-                manager.save(step, _state(step))
+                manager.save(step, small_state(step))
             assert manager.steps() == [300, 400, 700, 1200]
     assert _steps(root) == [*foreign, "step-001200"]
     said = [line for line in caplog.messages if "not saved by this run's manager" in line]
@@ -145,11 +109,11 @@ def test_after_going_back_the_new_branch_is_kept_and_restored(
 ) -> None:
     with h.CheckpointManager(tmp_path, keep_last=3, keep_every=500) as manager:
         for step in range(100, 1001, 100):
-            manager.save(step, _state(step))
+            manager.save(step, small_state(step))
     with h.CheckpointManager(tmp_path, keep_last=3, keep_every=500) as manager:
         with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
             for step in (600, 650, 700, 750):
-                manager.save(step, _state(-step))
+                manager.save(step, small_state(-step))
                 assert step in manager.steps(), "what was saved last is there"
         assert manager.steps() == [500, 650, 700, 750, 1000]
     (said,) = [line for line in caplog.messages if "newer by number only" in line]
@@ -165,7 +129,7 @@ def test_after_going_back_the_new_branch_is_kept_and_restored(
 
 def test_checkpoints_without_a_mark_come_before_all_others(tmp_path: Path) -> None:
     for step in (20, 10):
-        h.save(_state(step), checkpoint_id=tmp_path / f"step-{step:06d}")
+        h.save(small_state(step), checkpoint_id=tmp_path / f"step-{step:06d}")
     assert _restored(tmp_path) == (20, 20)
     _save(tmp_path, 5)
     assert _restored(tmp_path) == (5, 5)
@@ -176,7 +140,7 @@ def test_a_checkpoint_saved_by_hand_after_all_others_is_the_newest(
 ) -> None:
     _save(tmp_path, 1, 2)
     by_hand = tmp_path / "step-000005"
-    h.save(_state(5), checkpoint_id=by_hand)
+    h.save(small_state(5), checkpoint_id=by_hand)
     os.utime(by_hand / ".metadata", (time.time() + 1,) * 2)
     with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
         assert _restored(tmp_path) == (5, 5)
@@ -190,9 +154,9 @@ def test_a_checkpoint_saved_by_hand_after_all_others_is_the_newest(
 def test_stock_torch_reads_a_checkpoint_with_a_mark(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     assert _C.read_run_mark(str(tmp_path / "step-000001"))[1] == 1  # type: ignore[index]
-    state = _state(0)
+    state = small_state(0)
     dcp.load(state, checkpoint_id=tmp_path / "step-000001", no_dist=True)
-    assert torch.equal(state["w"], _state(1)["w"])
+    assert torch.equal(state["w"], small_state(1)["w"])
     assert h.verify(tmp_path / "step-000001").ok
 
 
@@ -211,7 +175,7 @@ def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     old.unlink()
     old.mkdir()  # which can't be removed as a file
     with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
-        h.save(_state(4), checkpoint_id=root / "step-000003")
+        h.save(small_state(4), checkpoint_id=root / "step-000003")
     assert any("run\\xff" in line and "could not be removed" in line for line in caplog.messages)
 
 
@@ -220,20 +184,20 @@ def test_names_that_are_not_utf_8(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 def test_of_two_jobs_the_second_is_told_at_its_first_save(tmp_path: Path) -> None:
     first = h.CheckpointManager(tmp_path)
-    first.save(1000, _state(1000))
+    first.save(1000, small_state(1000))
 
     def second() -> None:
         with h.CheckpointManager(tmp_path, keep_last=1) as manager:
-            assert manager.restore_latest(_state(0)) == 1000  # reading is nobody's business
+            assert manager.restore_latest(small_state(0)) == 1000  # reading is nobody's business
             for step in (10, 20):
                 with pytest.raises(h.CheckpointError, match="another job, process"):
-                    manager.save(step, _state(step))
+                    manager.save(step, small_state(step))
 
-    assert _in_child(second) == 0
-    first.save(1001, _state(1001))
+    assert in_child(second) == 0
+    first.save(1001, small_state(1001))
     assert first.steps() == [1000, 1001]
     first.close()
-    assert _in_child(lambda: _save(tmp_path, 20)) == 0
+    assert in_child(lambda: _save(tmp_path, 20)) == 0
     assert _restored(tmp_path) == (20, 20)
 
 
@@ -241,47 +205,47 @@ def test_a_job_on_another_host_is_taken_over_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody can see whether it runs: a restart in another pod must go on."""
-    assert _in_child(lambda: _leave_root_claimed(tmp_path, 1), "another") == 0
+    assert in_child(lambda: _leave_root_claimed(tmp_path, 1), "another") == 0
     first = h.CheckpointManager(tmp_path)
     with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
-        first.save(2, _state(2))
-        first.save(3, _state(3))
+        first.save(2, small_state(2))
+        first.save(3, small_state(3))
     assert sum("has not said that it is done" in line for line in caplog.messages) == 1
-    assert _in_child(lambda: _leave_root_claimed(tmp_path, 4), "third") == 0
+    assert in_child(lambda: _leave_root_claimed(tmp_path, 4), "third") == 0
     (claim,) = tmp_path.glob(".manager*")
     with pytest.raises(h.CheckpointError, match="another job has begun to save"):
-        first.save(5, _state(5))
+        first.save(5, small_state(5))
     claim.unlink()
     late = h.CheckpointManager(tmp_path)
-    assert _in_child(lambda: _leave_root_claimed(tmp_path, 6), "fourth") == 0
+    assert in_child(lambda: _leave_root_claimed(tmp_path, 6), "fourth") == 0
     with pytest.raises(h.CheckpointError, match="another job has begun to save"):
-        late.save(7, _state(7))  # a commit that came after it was made
+        late.save(7, small_state(7))  # a commit that came after it was made
 
 
 def test_a_job_that_stood_still_does_not_take_its_root_back(tmp_path: Path) -> None:
     """Another one has taken it over meanwhile, and has ended; what it saved would be deleted."""
     stalled = h.CheckpointManager(tmp_path, keep_last=1)
-    stalled.save(1, _state(1))
+    stalled.save(1, small_state(1))
     with pytest.raises(OSError, match="No space"):
         _C._inject_fault(lambda op, path: -errno.ENOSPC if path.endswith(".distcp") else 0)
-        stalled.save(2, _state(2))  # its number is the one that the other job's first gets
+        stalled.save(2, small_state(2))  # its number is the one that the other job's first gets
     _C._inject_fault(None)
-    assert _in_child(lambda: _save(tmp_path, 3), "another") == 0
+    assert in_child(lambda: _save(tmp_path, 3), "another") == 0
     assert not list(tmp_path.glob(".manager*"))
     for step in (4, 5):
         with pytest.raises(h.CheckpointError, match="another job has begun to save"):
-            stalled.save(step, _state(step))
+            stalled.save(step, small_state(step))
     late = h.CheckpointManager(tmp_path)
-    late.save(6, _state(6))  # made since: it has seen what is there
+    late.save(6, small_state(6))  # made since: it has seen what is there
     assert late.steps() == [1, 3, 6]
     with pytest.raises(h.CheckpointError, match="another job has begun to save"):
-        stalled.save(7, _state(7))
+        stalled.save(7, small_state(7))
     stalled.close()
     late.close()
     unsaved = h.CheckpointManager(tmp_path)
-    assert _in_child(lambda: _save(tmp_path, 8), "another") == 0
+    assert in_child(lambda: _save(tmp_path, 8), "another") == 0
     with pytest.raises(h.CheckpointError, match="another job has begun to save"):
-        unsaved.save(9, _state(9))
+        unsaved.save(9, small_state(9))
 
 
 def test_another_managers_save_in_flight_is_no_leftover(tmp_path: Path) -> None:
@@ -294,10 +258,13 @@ def test_another_managers_save_in_flight_is_no_leftover(tmp_path: Path) -> None:
 
     with h.CheckpointManager(tmp_path, asynchronous=True) as first:
         second = h.CheckpointManager(tmp_path)
-        for call in (lambda: second.save(2, _state(2)), lambda: second.restore_latest(_state(0))):
+        for call in (
+            lambda: second.save(2, small_state(2)),
+            lambda: second.restore_latest(small_state(0)),
+        ):
             go_on.clear()
             _C._inject_fault(wait)
-            first.save(len(second.steps()) + 1, _state(1))
+            first.save(len(second.steps()) + 1, small_state(1))
             threading.Timer(0.5, go_on.set).start()
             try:
                 outcome = call()
@@ -311,8 +278,8 @@ def test_another_managers_save_in_flight_is_no_leftover(tmp_path: Path) -> None:
 def test_one_process_may_have_many_managers(tmp_path: Path) -> None:
     first, second = h.CheckpointManager(tmp_path), h.CheckpointManager(tmp_path)
     for step in range(1, 7, 2):
-        first.save(step, _state(step))
-        second.save(step + 1, _state(step + 1))
+        first.save(step, small_state(step))
+        second.save(step + 1, small_state(step + 1))
     assert first.steps() == [4, 5, 6]
     second.close()
     first.close()
@@ -328,9 +295,9 @@ def test_leftovers_go_before_the_save_needs_the_room(tmp_path: Path) -> None:
     root = tmp_path / "run"
     _save(root, 10, 20)
     for step, host in ((30, None), (40, "another")):
-        assert _in_child(lambda step=step: _killed_save(root, step), host) == -signal.SIGKILL  # type: ignore[misc]
+        assert in_child(lambda step=step: _killed_save(root, step), host) == -signal.SIGKILL  # type: ignore[misc]
         assert list((root / f"step-{step:06d}").glob("*.distcp"))
-    assert _in_child(lambda: _save(root, 50)) == 0
+    assert in_child(lambda: _save(root, 50)) == 0
     (root / "step-000050" / ".metadata").unlink()
     seen: list[list[str]] = []
 
@@ -340,9 +307,9 @@ def test_leftovers_go_before_the_save_needs_the_room(tmp_path: Path) -> None:
         return 0
 
     with h.CheckpointManager(root) as manager:
-        assert manager.restore_latest(_state(0)) == 20
+        assert manager.restore_latest(small_state(0)) == 20
         _C._inject_fault(look)
-        manager.save(60, _state(60))
+        manager.save(60, small_state(60))
         _C._inject_fault(None)
     assert seen[0] == ["step-000010", "step-000020", "step-000060"]
 
@@ -351,10 +318,10 @@ def test_what_a_job_that_was_killed_had_still_to_delete_goes_first(tmp_path: Pat
     _save(tmp_path, 10, 20, 30)  # as by a job that keeps two, and was killed behind its last commit
     room = []
     with h.CheckpointManager(tmp_path, keep_last=2) as manager:
-        assert manager.restore_latest(_state(0)) == 30
+        assert manager.restore_latest(small_state(0)) == 30
         assert manager.steps() == [10, 20, 30]
         _C._inject_fault(lambda op, path: room.append(_steps(tmp_path)) or 0)  # type: ignore[func-returns-value]
-        manager.save(40, _state(40))
+        manager.save(40, small_state(40))
         _C._inject_fault(None)
         assert manager.steps() == [30, 40]
     assert ["step-000020", "step-000030", "step-000040"] in room
@@ -365,16 +332,16 @@ def test_leftovers_in_one_directory_do_not_pile_up(tmp_path: Path) -> None:
     """Of saves into one checkpoint, on hosts of other names too."""
     for host in (None, "another"):
         path = tmp_path / f"checkpoint-{host}"
-        h.save(_state(0), checkpoint_id=path)
+        h.save(small_state(0), checkpoint_id=path)
         for value in range(3):
 
             def killed(path: Path = path, value: int = value) -> None:
                 _die_at_the_first_synced_data_file()
-                h.save(_state(value), checkpoint_id=path)
+                h.save(small_state(value), checkpoint_id=path)
 
-            assert _in_child(killed, host) == -signal.SIGKILL
+            assert in_child(killed, host) == -signal.SIGKILL
             assert h.verify(path).ok and len(h.verify(path).leftovers) == 1, value
-        h.save(_state(5), checkpoint_id=path)
+        h.save(small_state(5), checkpoint_id=path)
         assert len(os.listdir(path)) == 2
 
 
@@ -406,10 +373,10 @@ def test_only_damage_passes_over_a_checkpoint(tmp_path: Path, number: int, is_da
         )
         try:
             if is_damage:
-                assert manager.restore_latest(_state(0)) == 1
+                assert manager.restore_latest(small_state(0)) == 1
             else:
                 with pytest.raises(OSError, match="step-000002") as caught:
-                    manager.restore_latest(_state(0))
+                    manager.restore_latest(small_state(0))
                 assert caught.value.errno == number
         finally:
             _C._inject_fault(None)
@@ -425,10 +392,10 @@ def test_a_checkpoint_that_breaks_while_it_is_looked_at_stops_no_save(
         return 0
 
     with h.CheckpointManager(tmp_path, keep_last=1) as manager:
-        manager.save(1, _state(1))
+        manager.save(1, small_state(1))
         _C._inject_fault(truncate)
         try:
-            manager.save(2, _state(2))
+            manager.save(2, small_state(2))
         finally:
             _C._inject_fault(None)
         assert manager.steps() == [1, 2]  # what can't be told to be the run's stays
@@ -438,7 +405,7 @@ def test_a_checkpoint_that_breaks_while_it_is_looked_at_stops_no_save(
 
         monkeypatch.setattr(run_directory, "prune", broken)
         with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
-            assert manager.save(3, _state(3))
+            assert manager.save(3, small_state(3))
     assert any("step 3 is saved" in line and "a defect" in line for line in caplog.messages)
 
 
@@ -450,7 +417,7 @@ def test_a_link_that_is_not_followed_is_no_damage(tmp_path: Path) -> None:
     metadata.symlink_to(tmp_path / "moved")
     with h.CheckpointManager(tmp_path / "run") as manager:
         with pytest.raises(OSError, match="step-000002") as caught:
-            manager.restore_latest(_state(0))
+            manager.restore_latest(small_state(0))
     assert caught.value.errno == errno.ELOOP
 
 
@@ -467,76 +434,3 @@ def test_a_root_that_cant_be_written_is_found_at_once(
     with caplog.at_level(logging.WARNING, "torch_hsdp_ckpt"):
         assert _restored(tmp_path / "run") == (1, 1)
     assert any("none be saved" in line for line in caplog.messages)
-
-
-# ---- SIGTERM, exceptions, the end of the interpreter
-
-
-def test_forked_children_have_the_older_handler_of_sigterm(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with h.CheckpointManager(tmp_path, sigterm_deadline=30) as manager:
-        with h.CheckpointManager(tmp_path, sigterm_deadline=30):
-            child = _fork.Process(target=time.sleep, args=(60,))
-            child.start()
-            child.terminate()
-            child.join(30)
-            assert child.exitcode == -signal.SIGTERM
-        ours: Any = signal.getsignal(signal.SIGTERM)
-
-        def chained() -> None:
-            signal.signal(signal.SIGTERM, lambda number, frame: ours(number, frame))
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
-
-        assert _in_child(chained) == -signal.SIGTERM
-        assert not manager.save(1, _state(1)) or not manager.preempted
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_leaving_by_an_exception_waits_for_nothing(tmp_path: Path) -> None:
-    blocked = tmp_path / "go on"
-
-    def wait(op: str, path: str) -> int:
-        while op == "fsync" and path.endswith(".distcp") and not blocked.exists():
-            time.sleep(0.01)
-        return 0
-
-    _C._inject_fault(wait)
-    try:
-        with pytest.raises(RuntimeError, match="in the loop"):
-            with h.CheckpointManager(tmp_path / "run", asynchronous=True) as manager:
-                manager.save(1, _state(1))
-                raise RuntimeError("in the loop")
-        assert manager.steps() == []
-    finally:
-        blocked.touch()
-        manager.close()
-        _C._inject_fault(None)
-    assert manager.steps() == [1]
-
-
-def test_a_failed_save_that_nobody_has_asked_is_named_later(tmp_path: Path) -> None:
-    _C._inject_fault(lambda op, path: -errno.ENOSPC if op == "fsync" and "first" in path else 0)
-    future = h.async_save(_state(1), checkpoint_id=tmp_path / "first")
-    assert isinstance(future.exception(60), OSError)
-    _C._inject_fault(None)
-    with pytest.raises(OSError, match=r"asynchronous save into .*first") as caught:
-        h.async_save(_state(2), checkpoint_id=tmp_path / "second")
-    assert caught.value.errno == errno.ENOSPC
-    h.async_save(_state(2), checkpoint_id=tmp_path / "second").result(60)
-
-
-def test_async_save_at_the_interpreters_end_is_an_error(tmp_path: Path) -> None:
-    program = f"""
-import atexit, torch, torch_hsdp_ckpt as h
-def save():
-    try:
-        h.async_save({{"w": torch.ones(3)}}, checkpoint_id={str(tmp_path)!r})
-    except h.CheckpointError as error:
-        print(error)
-atexit.register(save)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, "the interpreter ends" in done.stdout) == (0, True), done

@@ -71,9 +71,6 @@ def _files(path: Path) -> None:
 
 
 def test_files_of_one_record_each_and_of_objects(tmp_path: Path) -> None:
-    _files(tmp_path / "c")
-    metadata = read_metadata(tmp_path / "c" / ".metadata")
-    files = {index.fqn: it.relative_path for index, it in metadata.storage_data.items()}
     for one, other in (("a", "b"), ("x.o", "y.o")):
         path = tmp_path / one
         _files(path)

@@ -65,6 +65,6 @@ class PendingWorks {
 /// destructor would wait for peers that may never come. It can't do so in another thread either:
 /// that one needs Python's lock in the end, and where the interpreter has gone meanwhile it takes
 /// the process down.
-void KeepIfPending(const std::string& group);
+void KeepIfPending(const std::string& name);
 
 }  // namespace hsdp_ckpt::hsdp

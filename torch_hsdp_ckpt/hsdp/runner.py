@@ -19,7 +19,7 @@ from .module_tree import RUNNER, without_wrappers
 from .precision import Precision
 from .results import Results, sequence_number, with_gathered_steps
 from .root import Root
-from .transforms import check_not_traced, in_transform, makes_graph, outside_of_transforms
+from .transforms import check_not_traced, in_transform, makes_hidden_graph, outside_of_transforms
 from .unit import ShardedUnit
 
 
@@ -124,9 +124,7 @@ class Runner:
         core = self.unit.core
         is_outermost = not root.schedule.running_here()
         root.schedule.enter_forward(core, torch.is_grad_enabled())
-        transformed = in_transform()
-        if transformed and makes_graph() and not root.in_backward():
-            # Its graph is one of its own, in which no tensor that is found announces a backward.
+        if makes_hidden_graph() and not root.in_backward():
             root.schedule.expect_hidden_graph()
         if is_outermost:
             root.hide_freed()  # what the last pass has kept, and this one may not call
@@ -138,7 +136,7 @@ class Runner:
             # This comes before the forward is left: then another thread may read.
             self.unit.show_sharded()
         announcing: list[torch.Tensor] = []
-        if not transformed:
+        if not in_transform():
             announcing = self._results.find(outputs, (args, kwargs), self.modules, since)
         root.schedule.leave_forward(core, announcing)
         return outputs

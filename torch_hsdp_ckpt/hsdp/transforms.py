@@ -14,11 +14,13 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def makes_graph() -> bool:
-    """Whether what a transform runs may make a graph. With ``no_grad`` within two of them the
-    outer one still may."""
+def makes_hidden_graph() -> bool:
+    """Whether the code that asks is run by a transform that may make a graph of it, one of its own,
+    in which no tensor that is found announces a backward. With ``no_grad`` within two transforms
+    the outer one still may."""
     level = torch._C._functorch.maybe_current_level()
-    return torch.is_grad_enabled() or (level is not None and level > 1)
+    may_make_one = torch.is_grad_enabled() or (level is not None and level > 1)
+    return in_transform() and may_make_one
 
 
 def outside_of_transforms() -> contextlib.AbstractContextManager[None]:
