@@ -228,7 +228,9 @@ def _nested_dtypes(levels: int) -> bytes:
     return made
 
 
-# Of the dtype that _nested_dtypes leaves in the memo, and of no elements.
+# Left in the memo alone.
+MANY_FIELDS = b"(" + _nested_dtypes(12) + b"1"
+# Of that dtype, and of no elements.
 MASKED = (
     _name("numpy.ma.core", "_mareconstruct")
     + _tuple(
@@ -270,11 +272,11 @@ UNBOUNDED = {
     + b"R",
     "keys of a dtype of many fields": b"}"
     + _room(200_000)
-    + _nested_dtypes(12)
-    + b"0("
+    + MANY_FIELDS
+    + b"("
     + b"".join(_tuple(b"h\2", _number(i)) + b"N" for i in range(100))
     + b"u",
-    "masks of many fields": b"]" + _room(200_000) + _nested_dtypes(12) + b"0(" + 50 * MASKED + b"e",
+    "masks of many fields": b"]" + _room(200_000) + MANY_FIELDS + b"(" + 50 * MASKED + b"e",
     "very many arguments": _name("builtins", "range") + _tuple(*5000 * [_number(1)]) + b"R",
     "a time zone that is a path": _name("zoneinfo", "ZoneInfo._unpickle")
     + _tuple(_text("../../etc/passwd"), _number(1))
