@@ -413,8 +413,11 @@ def test_allow_takes_classes_and_no_others(tmp_path: Path) -> None:
     h.save({"o": Phase.MAIN}, checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(TypeError, match="allow='Phase'"):
         h.load({"o": None}, checkpoint_id=tmp_path, no_dist=True, allow=["Phase"])  # type: ignore[list-item]
-    reader = h.FileSystemReader(tmp_path, allow=[Phase])
     state: dict[str, Any] = {"o": None}
+    h.load(state, checkpoint_id=tmp_path, no_dist=True, allow=(each for each in [Phase]))
+    assert state["o"] is Phase.MAIN
+    reader = h.FileSystemReader(tmp_path, allow=[Phase])
+    state = {"o": None}
     dcp.load(state, storage_reader=reader, no_dist=True)
     assert state["o"] is Phase.MAIN
     with pytest.raises(CheckpointException, match=r"it needs .*Phase"):
