@@ -131,7 +131,7 @@ def _adafactor_made_before(rank: int) -> None:
 
 
 def _rprop(rank: int) -> None:
-    """Like FSDP2's, whose step fails in its midst with torch below 2.12."""
+    """As on torch's FSDP2, whose parameters torch below 2.12 can't step with it either."""
     x = batch(NETS["even"](), 0, rank)
     for face in FACES:
         model = face(NETS["even"](), mesh_of((2, 2)))
@@ -143,7 +143,7 @@ def _rprop(rank: int) -> None:
             with pytest.raises(NotImplementedError, match=f"^rank {rank}: torch.optim.Rprop has"):
                 optimizers[0].step()
             assert not optimizers[0].state
-            with pytest.raises(NotImplementedError, match="index_put_"):
+            with pytest.raises(NotImplementedError):
                 optimizers[1].step()
         else:
             for optimizer in optimizers:
