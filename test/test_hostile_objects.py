@@ -190,8 +190,19 @@ def _dict(*pairs: bytes) -> bytes:
     return b"}(" + b"".join(pairs) + b"u"
 
 
+def _room(size: int) -> bytes:
+    """Bytes that explain what is made behind them, and that nothing is made of."""
+    return _text("x" * size) + b"0"
+
+
+MILLION_BITS = b"\x8b" + struct.pack("<I", 1 << 17) + b"\1" * (1 << 17)
 DTYPE = _name("numpy", "dtype") + _tuple(_text("V8"), b"\x89", b"\x88") + b"R"
-GENERATOR = _name("numpy.random._pickle", "__bit_generator_ctor") + _tuple(_text("MT19937")) + b"R"
+GENERATOR = (
+    _room(1000)
+    + _name("numpy.random._pickle", "__bit_generator_ctor")
+    + _tuple(_text("MT19937"))
+    + b"R"
+)
 ITSELF = b"}q\1(" + _text("state") + b"h\1u"
 SPARSE = _name("torch._utils", "_rebuild_sparse_tensor")
 COO = _name("torch.serialization", "_get_layout") + _tuple(_text("torch.sparse_coo")) + b"R"
@@ -217,6 +228,21 @@ def _nested_dtypes(levels: int) -> bytes:
     return made
 
 
+# Left in the memo alone.
+MANY_FIELDS = b"(" + _nested_dtypes(12) + b"1"
+# Of that dtype, and of no elements.
+MASKED = (
+    _name("numpy.ma.core", "_mareconstruct")
+    + _tuple(
+        _name("numpy.ma.core", "MaskedArray"),
+        _name("numpy", "ndarray"),
+        _tuple(_number(0)),
+        _text("b"),
+    )
+    + b"R"
+    + _tuple(_number(1), _tuple(_number(0)), b"h\2", b"\x89", b"C\0", b"C\0", b"N")
+    + b"b"
+)
 UNBOUNDED = {
     "a random state that holds itself": GENERATOR + ITSELF + b"b",
     "an order that unfolds": _dtype_state(UNFOLDS, b"N", b"N", b"N"),
@@ -232,8 +258,26 @@ UNBOUNDED = {
     + _tuple(COO, _tuple(UNFOLDS, b"h\1", _tuple(_number(1)), b"\x89"))
     + b"R",
     "a fraction of a million bits": _name("fractions", "Fraction")
-    + _tuple(_number(1), b"\x8b" + struct.pack("<I", 1 << 17) + b"\1" * (1 << 17))
+    + _tuple(_number(1), MILLION_BITS)
     + b"R",
+    "a range of a million bits": _name("builtins", "range")
+    + _tuple(_number(0), MILLION_BITS, _number(3))
+    + b"R",
+    "a seed of a million bits": _name("numpy.random.bit_generator", "__pyx_unpickle_SeedSequence")
+    + _tuple(
+        _name("numpy.random.bit_generator", "SeedSequence"),
+        _number(0),
+        _tuple(MILLION_BITS, _number(0), b"N", _number(4), b")"),
+    )
+    + b"R",
+    "keys of a dtype of many fields": b"}"
+    + _room(200_000)
+    + MANY_FIELDS
+    + b"("
+    + b"".join(_tuple(b"h\2", _number(i)) + b"N" for i in range(100))
+    + b"u",
+    "masks of many fields": b"]" + _room(200_000) + MANY_FIELDS + b"(" + 50 * MASKED + b"e",
+    "very many arguments": _name("builtins", "range") + _tuple(*5000 * [_number(1)]) + b"R",
     "a time zone that is a path": _name("zoneinfo", "ZoneInfo._unpickle")
     + _tuple(_text("../../etc/passwd"), _number(1))
     + b"R",
@@ -250,6 +294,20 @@ UNBOUNDED = {
 def test_libraries_get_nothing_that_unfolds(kind: str) -> None:
     with pytest.raises(h.CorruptCheckpointError, match=r"here: the object is not loaded") as raised:
         load_object(_zip(UNBOUNDED[kind]), "here", UNTRUSTED)
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "pickle",
+    [
+        _name("m" * 5000, "n" * 5000),
+        _name("torch", "device") + _tuple(_text("d" * 5000)) + b"R",
+        _name("decimal", "Decimal") + _tuple(_text("z" * 5000)) + b"R",
+    ],
+)
+def test_messages_show_long_names_in_part(pickle: bytes) -> None:
+    with pytest.raises(h.CheckpointError, match=r"here: the object is not loaded") as raised:
+        load_object(_zip(pickle), "here", UNTRUSTED)
     assert len(str(raised.value)) < 1000
 
 

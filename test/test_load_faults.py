@@ -262,3 +262,28 @@ def test_loads_while_others_save_over_the_directory(tmp_path: Path) -> None:
     _, _, seen, other = run_ranks(_many_saves, 4, str(tmp_path))
     assert len(seen) == 12 and seen == other  # no two ranks read different generations
     assert seen == sorted(seen) and len(set(seen)) > 2
+
+
+def _arguments_of_one_rank(rank: int, path: str) -> None:
+    h.save({"w": torch.ones(2)}, checkpoint_id=path)
+    wrong: dict[str, Any] = {
+        "checkpoint_id": ("s3://bucket/c", None),
+        "allow": (5, ["Phase"]),
+        "state_dict": (None,),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            arguments: dict[str, Any] = {"state_dict": {"w": torch.zeros(2)}, "checkpoint_id": path}
+            if rank == 1:
+                arguments[name] = value
+            expected = (h.CheckpointError, TypeError, ValueError) if rank else h.CheckpointError
+            with pytest.raises(expected, match="" if rank else "rank 1"):
+                h.load(**arguments)
+    state = {"w": torch.zeros(2)}
+    h.load(state, checkpoint_id=path)
+    assert state["w"].all()
+
+
+def test_arguments_that_one_rank_alone_can_not_load_with(tmp_path: Path) -> None:
+    """The others do not wait for it."""
+    run_ranks(_arguments_of_one_rank, 2, str(tmp_path), timeout=30.0)

@@ -224,7 +224,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str
     return root, saved
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+# One loader of each kind, and all savers; `make soak` has every loader.
+SAMPLE = ("ours-2x2", "ours-1d", "fsdp1-hybrid", "fsdp2-2d", "plain")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.soak) for name in SYSTEMS],
+)
 def test_loads_what_every_saver_saved(name: str, checkpoints: tuple[str, dict[str, Any]]) -> None:
     root, saved = checkpoints
     for wrong in run_ranks(_load, SYSTEMS[name][0], root, name, saved, timeout=300):

@@ -219,13 +219,17 @@ def test_numpy_1s_names(tmp_path: Path) -> None:
 
 def _bytes_of_pickle(archive: bytes) -> bytes:
     """The archive's pickle in an archive of its own, whose sizes fit."""
-    import zipfile
-
     begin = archive.index(b"\x80\x02")
     end = archive.index(b"PK\x07\x08", begin)
+    return _archive_of_pickle(archive[begin:end])
+
+
+def _archive_of_pickle(pickled: bytes) -> bytes:
+    import zipfile
+
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as fresh:
-        fresh.writestr("archive/data.pkl", archive[begin:end])
+        fresh.writestr("archive/data.pkl", pickled)
         fresh.writestr("archive/byteorder", "little")
         fresh.writestr("archive/version", "3\n")
     return stream.getvalue()
@@ -302,14 +306,52 @@ class Equal(Runs):
         return True
 
 
+class HashedTuple(tuple[int, ...]):
+    def __hash__(self) -> int:
+        Runs.ran.append("hash")
+        return 1
+
+
+class Iterated(tuple[int, ...]):
+    def __iter__(self) -> Any:
+        Runs.ran.append("iter")
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        Runs.ran.append("len")
+        return super().__len__()
+
+
+class Pretends(Runs):
+    """To be of another class, and to have other attributes."""
+
+    @property
+    def __class__(self) -> Any:
+        self.ran.append("class")
+        return dict
+
+    @property
+    def __dict__(self) -> Any:
+        self.ran.append("dict")
+        return {}
+
+
 def test_no_code_of_a_class_runs_in_a_hash_or_at_its_end() -> None:
-    kept: list[Any] = [Finalized(), {Hashed(): 1}, {Equal(): 1}]
+    kept: list[Any] = [Finalized(), {Hashed(): 1}, {Equal(): 1}, {HashedTuple([1]): 1}]
     data = [_bytes(value) for value in kept]
     Runs.ran.clear()
-    for each, name in zip(data, ("__del__", "__hash__", "__eq__"), strict=True):
+    for each, name in zip(data, ("__del__", "__hash__", "__eq__", "__hash__"), strict=True):
         with pytest.raises(h.CheckpointError, match=name):
-            load_object(each, "here", Trust.of(False, [Finalized, Hashed, Equal]))
+            load_object(each, "here", Trust.of(False, [Finalized, Hashed, Equal, HashedTuple]))
     assert not Runs.ran
+    # Its pickle, that pickle would not write of an object that pretends.
+    pretends = b"".join((b"\x80\2}(c", __name__.encode(), b"\nPretends\n)\x81}X\1\0\0\0aK\1sbK\1"))
+    pretends += b"".join((b"c", __name__.encode(), b"\nIterated\n(K\1t\x85\x81K\2u."))
+    archive = _archive_of_pickle(pretends)
+    loaded = load_object(archive, "here", Trust.of(False, [Pretends, Iterated]))
+    assert not Runs.ran
+    assert sorted(loaded.values()) == [1, 2]
+    assert {type(key) for key in loaded} == {Pretends, Iterated}
     frozen = {Slotted(1): 2, Phase.MAIN: 3}
     assert load_object(_bytes(frozen), "here", Trust.of(False, [Slotted, Phase])) == frozen
 
@@ -371,8 +413,11 @@ def test_allow_takes_classes_and_no_others(tmp_path: Path) -> None:
     h.save({"o": Phase.MAIN}, checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(TypeError, match="allow='Phase'"):
         h.load({"o": None}, checkpoint_id=tmp_path, no_dist=True, allow=["Phase"])  # type: ignore[list-item]
-    reader = h.FileSystemReader(tmp_path, allow=[Phase])
     state: dict[str, Any] = {"o": None}
+    h.load(state, checkpoint_id=tmp_path, no_dist=True, allow=(each for each in [Phase]))
+    assert state["o"] is Phase.MAIN
+    reader = h.FileSystemReader(tmp_path, allow=[Phase])
+    state = {"o": None}
     dcp.load(state, storage_reader=reader, no_dist=True)
     assert state["o"] is Phase.MAIN
     with pytest.raises(CheckpointException, match=r"it needs .*Phase"):

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 from training import full, loss_of, mesh_of, wrap_fsdp2
 
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
@@ -129,6 +130,29 @@ def _adafactor_made_before(rank: int) -> None:
     torch.optim.Adafactor(matrices, lr=0.05).step()  # whole ones are torch's as ever
 
 
+def _rprop(rank: int) -> None:
+    """Like FSDP2's, whose step fails in its midst with torch below 2.12."""
+    x = batch(NETS["even"](), 0, rank)
+    for face in FACES:
+        model = face(NETS["even"](), mesh_of((2, 2)))
+        theirs = wrap_fsdp2(NETS["even"](), (2, 2))
+        optimizers = [torch.optim.Rprop(m.parameters(), lr=0.05) for m in (model, theirs)]
+        for each in (model, theirs):
+            loss_of(each, x).backward()
+        if TorchVersion(torch.__version__) < "2.12":
+            with pytest.raises(NotImplementedError, match=f"^rank {rank}: torch.optim.Rprop has"):
+                optimizers[0].step()
+            assert not optimizers[0].state
+            with pytest.raises(NotImplementedError, match="index_put_"):
+                optimizers[1].step()
+        else:
+            for optimizer in optimizers:
+                optimizer.step()
+            assert all(
+                map(torch.equal, map(full, model.parameters()), map(full, theirs.parameters()))
+            )
+
+
 def test_empty_and_frozen_groups() -> None:
     run_checks(4, _empty_and_frozen)
 
@@ -139,3 +163,7 @@ def test_traps_of_torchs_own() -> None:
 
 def test_adafactor() -> None:
     run_checks(4, _adafactor, _adafactor_made_before)
+
+
+def test_rprop() -> None:
+    run_checks(4, _rprop)

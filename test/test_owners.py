@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import Shard, distribute_tensor
 from training import mesh_of
 
@@ -107,9 +109,83 @@ def test_stocks_files_are_checked_by_dtype_and_shape(tmp_path: Path) -> None:
     for one, other in itertools.permutations(places, 2):
         metadata = dataclasses.replace(original, storage_data=dict(original.storage_data))
         metadata.storage_data[places[one][0]] = places[other][1]
+        metadata.storage_data[places[other][0]] = places[one][1]
         (tmp_path / ".metadata").write_bytes(encode_metadata(metadata)[:-24])
         problems = h.verify(tmp_path).problems
-        assert [problem.record for problem in problems] == [one]
+        assert {problem.record for problem in problems} == {one, other}
+
+
+_STOCK_ROWS = 8
+
+
+def _save_by_stock(rank: int, path: str) -> None:
+    """What the two ranks hold lies in the same places of their files, so that no size says which
+    is whose."""
+    mesh = mesh_of((2,))
+    whole = [torch.arange(_STOCK_ROWS * 4.0).view(_STOCK_ROWS, 4) + 100 * i for i in range(2)]
+    state = {f"w{i}": distribute_tensor(each, mesh, [Shard(0)]) for i, each in enumerate(whole)}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(path))
+
+
+def _loads_of_stock(path: Path) -> list[dict[str, Any]]:
+    """What each way to load gives; nothing for those that refuse, with an error that is ours."""
+    loaded = []
+    for by_dcp in (False, True):
+        target = {f"w{i}": torch.zeros(_STOCK_ROWS, 4) for i in range(2)}
+        try:
+            if by_dcp:
+                dcp.load(target, storage_reader=h.FileSystemReader(path), no_dist=True)
+            else:
+                h.load(target, checkpoint_id=path, no_dist=True)
+        except CheckpointException:
+            continue
+        loaded.append(target)
+    return loaded
+
+
+def test_flips_in_stocks_metadata_load_right_values_or_none(tmp_path: Path) -> None:
+    """It has no checksum. A name of a file that becomes the other rank's, or a place in it that
+    becomes another record's, gives two records the same bytes."""
+    run_ranks(_save_by_stock, 2, str(tmp_path))
+    metadata = tmp_path / ".metadata"
+    whole = metadata.read_bytes()
+    right = _loads_of_stock(tmp_path)
+    assert len(right) == 2
+    chosen = random.Random(3)
+    ranks = [whole.index(name) + 2 for name in (b"__0_0.distcp", b"__1_0.distcp")]
+    places = [(at, 0) for at in ranks]  # one rank's number becomes the other's
+    places += [(chosen.randrange(len(whole)), chosen.randrange(8)) for _ in range(300)]
+    refused = []
+    for at, bit in places:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << bit
+        metadata.write_bytes(damaged)
+        loaded = _loads_of_stock(tmp_path)
+        for target in loaded:
+            for name, tensor in target.items():
+                assert torch.equal(tensor, right[0][name]), (at, bit, name)
+        refused.append(len(loaded) == 0)
+        if at in ranks:
+            assert not h.verify(tmp_path).ok
+    assert all(refused[:2]) and not all(refused)
+
+
+def test_two_records_in_one_place_are_found_out(tmp_path: Path) -> None:
+    state = {name: torch.full((9,), float(i)) for i, name in enumerate("abc")}
+    for side in (h, dcp):
+        path = tmp_path / side.__name__
+        side.save(state, checkpoint_id=path, no_dist=True)
+        metadata = read_metadata(path / ".metadata")
+        places = {index.fqn: (index, it) for index, it in metadata.storage_data.items()}
+        (index, place), (_, other) = places["b"], places["c"]
+        # The same bytes, and some of them.
+        for changed in (other, dataclasses.replace(place, offset=other.offset - 1)):
+            metadata.storage_data[index] = changed
+            (path / ".metadata").write_bytes(encode_metadata(metadata))
+            for name in ("a", "b"):  # whichever is read
+                with pytest.raises(h.CorruptCheckpointError, match="in the same place"):
+                    h.load({name: torch.zeros(9)}, checkpoint_id=path, no_dist=True)
+            assert any("in the same place" in it.message for it in h.verify(path).problems)
 
 
 def test_files_of_the_first_index_have_no_owners() -> None:

@@ -81,7 +81,7 @@ def _optimizers(rank: int) -> None:
         for name, optimizer in OPTIMIZERS.items():
             reference, ours = wrap_fsdp2(make(), (2, 2)), wrap(make(), (2, 2))
             for model in (reference, ours):
-                train(model, make(), rank, optimizer(model.parameters()), 20)
+                train(model, make(), rank, optimizer(model.parameters()), 6)
             same_bits(ours, reference, name)
         for model in (
             wrap_fsdp2(make(), (2, 2)),

@@ -333,3 +333,24 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, old)
     assert unchanged()
     assert torch.equal(loaded(tmp_path), OLD)
+
+
+def _address_of_one_rank(rank: int, path: str) -> None:
+    state = {"w": torch.arange(2.0)}
+    writer = h.FileSystemWriter(path) if rank == 1 else None
+    expected = (h.CheckpointError, TypeError) if rank else h.CheckpointError
+    for value in ("s3://bucket/c", 5):
+        address: Any = value if rank == 1 else path
+        for given in (None, writer):
+            with pytest.raises(expected, match="" if rank else "rank 1"):
+                h.save(state, checkpoint_id=address, storage_writer=given)
+    future = h.async_save(state, checkpoint_id="s3://bucket/c" if rank == 1 else path)
+    with pytest.raises(h.CheckpointError, match="addresses of object stores"):
+        future.result(20)
+    h.save(state, checkpoint_id=path)
+
+
+def test_an_address_that_one_rank_alone_can_not_save_to(tmp_path: Path) -> None:
+    """The others do not wait for it, and nothing is left."""
+    run_ranks(_address_of_one_rank, 2, str(tmp_path / "c"), timeout=60.0)
+    assert os.listdir(tmp_path) == ["c"] and len(os.listdir(tmp_path / "c")) == 2

@@ -2,6 +2,7 @@
 #include "base/error.h"
 #include "checkpoint/load/checkpoint_reader.h"
 #include "checkpoint/load/load_planner.h"
+#include "checkpoint/load/record_places.h"
 #include "checkpoint/load/shared_exchange.h"
 #include "python/metadata_to_python.h"
 #include "python/module.h"
@@ -39,8 +40,9 @@ std::unique_ptr<checkpoint::LoadPlanner> MakePlanner(const py::bytes& file,
                                                      const std::string& path) {
   const std::string_view view = file;
   const py::gil_scoped_release release;
-  return std::make_unique<checkpoint::LoadPlanner>(
-      format::DecodeMetadata(std::as_bytes(std::span(view)), path), path);
+  format::Metadata metadata = format::DecodeMetadata(std::as_bytes(std::span(view)), path);
+  checkpoint::CheckRecordsDisjoint(metadata, path);
+  return std::make_unique<checkpoint::LoadPlanner>(std::move(metadata), path);
 }
 
 std::vector<std::optional<SavedEntry>> Describe(const checkpoint::LoadPlanner& planner,

@@ -342,7 +342,7 @@ def _private_group(parent: Any, purpose: str) -> dist.ProcessGroupGloo:
         return dist.ProcessGroupGloo(store, rank, size, timeout)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{purpose}: rank {rank} of {size} timed out waiting for its peers: {error}"
+            f"{purpose}: rank {rank} of {size} gets no answer from its peers: {error}"
         ) from error
 
 

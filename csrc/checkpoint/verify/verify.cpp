@@ -12,6 +12,7 @@
 #include "checkpoint/load/load_planner.h"
 #include "checkpoint/load/metadata_file.h"
 #include "checkpoint/load/read_plan.h"
+#include "checkpoint/load/record_places.h"
 #include "io/file.h"
 
 namespace hsdp_ckpt::checkpoint {
@@ -96,6 +97,7 @@ class Verifier {
     } catch (const base::Error& error) {
       return Report(name, "", error);
     }
+    CheckPlaces(*planner, name);
     for (const auto& [fqn, entry] : planner->metadata().state_dict_metadata)
       CheckEntry(*planner, name, fqn, entry);
     if (!planner->metadata().storage_data)
@@ -104,6 +106,14 @@ class Verifier {
     for (const auto& [index, place] : *planner->metadata().storage_data) {
       auto expected = Expect(*planner, chunks, name, index, place);
       if (expected) files_[place.relative_path].push_back(std::move(*expected));
+    }
+  }
+
+  void CheckPlaces(const LoadPlanner& planner, const std::string& file) {
+    try {
+      CheckRecordsDisjoint(planner.metadata(), planner.path());
+    } catch (const base::CorruptionError& error) {
+      Report(file, error.record(), error);
     }
   }
 

@@ -4,6 +4,7 @@ A load goes through ``open`` (what `.metadata` says), ``plan`` (which bytes go w
 (tensors are filled) and ``apply`` (everything else is in its place)."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard, cast
@@ -91,16 +92,16 @@ def load(
     errors after that, tensors may have been written in part, and the message says so.
     """
     wait_at_gate()
-    trust, refused = _trust_of(trust_objects, allow, exchange)
-    reader = _reader(checkpoint_id, storage_reader)
+    arguments = _Arguments.of(checkpoint_id, storage_reader, trust_objects, allow, exchange)
+    reader, refused = arguments.reader, arguments.refused
     planner = planner or DefaultLoadPlanner()
-    values, failure = values_of({key: state_dict[key] for key in sorted(state_dict, key=str)})
+    values, failure = _sorted_values(state_dict)
     failure = refused or failure
     if not _reads_natively(reader):
         if failure is not None:
             raise failure
         _check_broadcast(reader, values)
-        checked = CheckedPlanner(planner, lambda item: item.storage_index.fqn, trust)
+        checked = CheckedPlanner(planner, lambda item: item.storage_index.fqn, arguments.trust)
         with without_default_device():
             applied = _load_with_torch(
                 values, reader, cast(LoadPlanner, checked), process_group, no_dist
@@ -112,22 +113,47 @@ def load(
             if refused is not None:  # this rank's caller gets the error that Python has for it
                 raise refused from None
             raise
-        with _trusting(reader, trust_objects, tuple(allow)), without_default_device():
+        with _trusting(reader, trust_objects, arguments.allow), without_default_device():
             applied = _load(values, reader, planner, ranks, exchange, no_dist)
     hand_over(applied, state_dict)
 
 
-def _trust_of(
-    trust_objects: bool, allow: Iterable[type], exchange: str
-) -> tuple[Trust, Exception | None]:
-    """What objects may be made of; and what is wrong with the arguments of this rank, for which the
-    others would wait if it were raised before they hear of it."""
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """What this rank is called with. ``refused``: what is wrong with it, for which the others would
+    wait if it were raised before they hear of it; the rest is of no use then."""
+
+    reader: StorageReader
+    trust: Trust
+    allow: tuple[type, ...]
+    refused: Exception | None = None
+
+    @staticmethod
+    def of(
+        checkpoint_id: str | os.PathLike[str] | None,
+        storage_reader: StorageReader | None,
+        trust_objects: bool,
+        allow: Iterable[type],
+        exchange: str,
+    ) -> "_Arguments":
+        try:
+            if exchange not in MODES:
+                raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
+            classes = tuple(allow)  # which may be read only once
+            trust = Trust.of(trust_objects, classes)
+            return _Arguments(_reader(checkpoint_id, storage_reader), trust, classes)
+        except Exception as error:
+            reader = storage_reader or FileSystemReader(os.curdir)
+            return _Arguments(reader, Trust.of(False, ()), (), error)
+
+
+def _sorted_values(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Exception | None]:
+    """As :func:`values_of`, in the one order of all ranks."""
     try:
-        if exchange not in MODES:
-            raise ValueError(f"exchange={exchange!r}: one of {', '.join(MODES)}")
-        return Trust.of(trust_objects, allow), None
-    except (TypeError, ValueError) as error:
-        return Trust.of(False, ()), error
+        in_order = {key: state_dict[key] for key in sorted(state_dict, key=str)}
+    except Exception as error:
+        return {}, error
+    return values_of(in_order)
 
 
 def _check_broadcast(reader: StorageReader, values: dict[str, Any]) -> None:

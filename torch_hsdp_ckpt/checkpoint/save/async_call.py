@@ -25,8 +25,14 @@ from .stage import stage_copies
 _COPIED_WHOLE = 1 << 20
 
 
-def prepare_call(request: AsyncRequest, state_dict: dict[str, Any]) -> Call:
-    """All that the call does itself. Raises only what every rank raises."""
+def prepare_call(
+    request: AsyncRequest, state_dict: dict[str, Any], refused: Exception | None
+) -> Call:
+    """All that the call does itself. Raises only what every rank raises; what this rank alone was
+    ``refused`` travels with the save."""
+    if refused is not None:
+        request.until_copied.close()
+        return CallFailed(None, refused)
     try:
         return _prepare(request, state_dict)
     except BaseException:

@@ -25,7 +25,7 @@ from .async_job import Job, was_given_up
 from .async_phases import AsyncRequest, AsyncSave, SnapshotMode
 from .open import request_of
 from .stage import StagingLimits
-from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
+from .through_dcp import choose_writer, default_planner, say_once, why_dcp_plans
 
 InFlight = Literal["wait", "raise", "replace"]
 _P = ParamSpec("_P")
@@ -196,7 +196,8 @@ def async_save(
             "async_save: the interpreter ends (this is an atexit handler), and no thread can be "
             "had any more; save before"
         )
-    writer = writer_for(storage_writer, checkpoint_id)
+    chosen = choose_writer(storage_writer, checkpoint_id)
+    writer = chosen.writer
     reason = _why_torch_saves(
         async_stager, async_checkpointer_type, why_dcp_plans(writer, planner, use_collectives)
     )
@@ -206,6 +207,8 @@ def async_save(
             f"bound: {reason}"
         )
     _end_save_before(in_flight, process_group, no_dist)
+    if chosen.refused is not None and (reason or no_dist or not dist.is_initialized()):
+        raise chosen.refused
     if reason:
         say_once(f"torch makes this asynchronous save: {reason}")
         options: dict[str, Any] = {} if async_stager is None else {"async_stager": async_stager}
@@ -221,15 +224,13 @@ def async_save(
             **options,
         )
     assert isinstance(writer, FileSystemWriter)
-    if checkpoint_id is not None:
-        writer.reset(checkpoint_id)
     request = AsyncRequest(
         save=request_of(writer, process_group, "async_save", no_dist, trust_objects),
         planner=default_planner(planner),
         mode=snapshot,
         limits=StagingLimits(_in_flight.pool, max_staging_bytes),
     )
-    call = prepare_call(request, state_dict)
+    call = prepare_call(request, state_dict, chosen.refused)
     job = _in_flight.job = Job(request)
     job.go_on(call)
     return job.future

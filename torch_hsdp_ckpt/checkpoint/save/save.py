@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from ...common.default_device import without_default_device
 from ...common.rank_failure import raise_of_dcp
+from ...errors import CheckpointError
 from ..positional import storage_by_position
 from ..stateful import values_of
 from ..storage.writer import FileSystemWriter
@@ -24,7 +25,7 @@ from .commit import write_and_commit
 from .open import PreparedState, open_save, prepare_state, request_of
 from .plan import plan
 from .stage import stage_nothing
-from .through_dcp import default_planner, say_once, why_dcp_plans, writer_for
+from .through_dcp import choose_writer, default_planner, say_once, why_dcp_plans
 from .write import write
 
 
@@ -83,8 +84,11 @@ def save(
 
     Both are ``CheckpointException``s of DCP too, and name their ``failures`` by rank.
     """
-    writer = writer_for(storage_writer, checkpoint_id)
+    chosen = choose_writer(storage_writer, checkpoint_id)
+    writer = chosen.writer
     if reason := why_dcp_plans(writer, planner, use_collectives):
+        if chosen.refused is not None:
+            raise chosen.refused
         say_once(f"DCP plans this save: {reason}")
         try:
             with without_default_device():
@@ -101,9 +105,8 @@ def save(
             raise_of_dcp("save", error)
         return metadata
     assert isinstance(writer, FileSystemWriter)
-    if checkpoint_id is not None:
-        writer.reset(checkpoint_id)
     values, failure = values_of(state_dict)
+    failure = chosen.refused or failure
     request = request_of(writer, process_group, "save", no_dist, trust_objects)
 
     def prepare() -> PreparedState:
@@ -112,5 +115,10 @@ def save(
         return prepare_state(request, values, default_planner(planner))
 
     with without_default_device():
-        opened = open_save(request, prepare)
+        try:
+            opened = open_save(request, prepare)
+        except CheckpointError:
+            if chosen.refused is not None:  # this rank's caller gets the error that Python has
+                raise chosen.refused from None
+            raise
         return write_and_commit(opened, lambda: write(stage_nothing(plan(opened))))

@@ -1,5 +1,6 @@
 """Which saves torch.distributed.checkpoint (DCP) plans itself, and why."""
 
+import dataclasses
 import logging
 import os
 
@@ -14,17 +15,32 @@ _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def writer_for(
-    storage_writer: StorageWriter | None, checkpoint_id: str | os.PathLike[str] | None
-) -> StorageWriter | None:
-    """The writer of a save: the caller's own, or a :class:`FileSystemWriter` for a local directory.
+@dataclasses.dataclass(frozen=True)
+class ChosenWriter:
+    """The writer of a save: None where DCP has to find one. ``refused``: what is wrong with the
+    address, for which the other ranks would wait if it were raised before they hear of it; the
+    writer is of no use then."""
 
-    None where DCP has to find one. Raises CheckpointError for an address other than ``file://``."""
-    if storage_writer is not None:
-        return storage_writer
-    # Not by validate_checkpoint_id, which also refuses what this process may not write to, without
-    # an errno or a path.
-    return None if checkpoint_id is None else FileSystemWriter(checkpoint_id)
+    writer: StorageWriter | None
+    refused: Exception | None = None
+
+
+def choose_writer(
+    storage_writer: StorageWriter | None, checkpoint_id: str | os.PathLike[str] | None
+) -> ChosenWriter:
+    """The caller's own writer, or a :class:`FileSystemWriter` for a local directory, set to
+    ``checkpoint_id``; a writer of another class is left for DCP to set."""
+    try:
+        if storage_writer is None:
+            # Not by validate_checkpoint_id, which also refuses what this process may not write to,
+            # without an errno or a path.
+            found = None if checkpoint_id is None else FileSystemWriter(checkpoint_id)
+            return ChosenWriter(found)
+        if checkpoint_id is not None and type(storage_writer) is FileSystemWriter:
+            storage_writer.reset(checkpoint_id)
+        return ChosenWriter(storage_writer)
+    except Exception as error:
+        return ChosenWriter(storage_writer or FileSystemWriter(os.curdir), error)
 
 
 def why_dcp_plans(

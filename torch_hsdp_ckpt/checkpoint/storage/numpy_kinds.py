@@ -24,6 +24,11 @@ _SIMPLE_DTYPE = re.compile(r"[biufcSUV]\d{1,9}|[mM]8")
 _FIELDS = 10_000
 _DEPTH = 32
 _COUNTS = 1 << 31  # of a time's unit
+# What is done to a field of a dtype by NumPy, in steps of the other bounds.
+_HASH_OF_FIELD = 16
+_MASK_OF_FIELD = 16
+# NumPy takes a seed's numbers apart in time that grows with the square of their length.
+_SEED_BITS = 1 << 14
 _UNIT = re.compile(rb"[A-Za-z]{1,7}")
 _BIT_GENERATORS = {
     "MT19937": "_mt19937",
@@ -82,9 +87,11 @@ def _add_dtypes(table: Table, np: Any) -> None:
     for cls in {type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSUVmM"}:
         table.names[f"numpy.dtypes.{cls.__name__}"] = cls
         table.states[cls] = _set_dtype
-        table.weights[cls] = _fields_in
+        table.weights[cls] = lambda value: _HASH_OF_FIELD * _fields_in(value)
     for cls in (np.void, np.record):
-        table.weights[cls] = lambda value: _fields_in(value.dtype) + value.nbytes // 64
+        table.weights[cls] = lambda value: (
+            _HASH_OF_FIELD * _fields_in(value.dtype) + value.nbytes // 64
+        )
 
 
 def _fields_in(dtype: Any) -> int:
@@ -234,6 +241,7 @@ def _add_masked_arrays(table: Table, np: Any) -> None:
         fits = fill_value is None or (type(fill_value) is np.ndarray and fill_value.ndim == 0)
         expect(fits and are((is_fortran,), int, bool), masked, state)
         expect(fill_value is None or fill_value.dtype == dtype, masked, state)
+        bounds.spend(_MASK_OF_FIELD * _fields_in(dtype))
         mask_dtype = np.ma.make_mask_descr(dtype)
         _check_data(np, shape, mask_dtype, mask)
         bounds.spend(len(data) + len(mask))
@@ -367,6 +375,7 @@ def _add_seeds(table: Table, np: Any) -> None:
 
 
 def _are_seeds(np: Any, value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return are(value, int)
-    return type(value) in (int, type(None)) or (type(value) is np.ndarray and value.ndim == 1)
+    numbers = value if type(value) in (list, tuple) else (value,)
+    if are(numbers, int):
+        return all(each.bit_length() <= _SEED_BITS for each in numbers)
+    return value is None or (type(value) is np.ndarray and value.ndim == 1)

@@ -50,6 +50,7 @@ _WITH_ATTRIBUTES = (
 )
 _numpy = Table()  # replaced when a pickle first names something of NumPy's
 _filling = threading.Lock()
+_SHOWN = 200  # characters of a name in a message
 # The functions that are given others: those that make what these would, with what they would need.
 _TAKES_FUNCTIONS = ("builtins.getattr", "torch._tensor._rebuild_from_type_v2", "numpy.random.")
 
@@ -104,14 +105,14 @@ class ObjectBuilder:
         if cls is None and self._classes.has_inner(module, name):
             return Function(f"{module}:{name}")
         if cls is None:
-            raise CheckpointError(f"it needs {full}")
+            raise CheckpointError(f"it needs {full[:_SHOWN]}")
         if has_finalizer(cls):
             raise CheckpointError(f"{name_of(cls)} has a __del__, which would run")
         self._allowed.add(cls)
         return cls
 
     def call(self, function: Any, arguments: Any) -> Any:
-        if not isinstance(function, (type, Function)):
+        if not is_a(function, type, Function):
             raise MalformedError(f"calls {name_of(function)}")
         if type(arguments) is not tuple:
             raise MalformedError(f"calls {name_of(function)} without arguments in a tuple")
@@ -137,7 +138,7 @@ class ObjectBuilder:
         expect(not any(type(each) is Function for each in arguments), function, arguments)
 
     def new(self, cls: Any, arguments: Any) -> Any:
-        if not isinstance(cls, type) or type(arguments) is not tuple:
+        if not is_a(cls, type) or type(arguments) is not tuple:
             raise MalformedError(f"makes an instance of {name_of(cls)}")
         self._check_functions(cls, arguments)
         if cls in _table.news:
@@ -180,7 +181,7 @@ class ObjectBuilder:
         fits = fits and are(identity[5:], type(None))  # no view of another, as before torch 0.4
         if not fits or not identity[2].isascii() or not identity[2].isdigit():
             raise MalformedError("names a storage as torch.save does not")
-        dtype = _STORAGES.get(identity[1]) if isinstance(identity[1], Function) else None
+        dtype = _STORAGES.get(identity[1]) if type(identity[1]) is Function else None
         if dtype is None:
             raise MalformedError("names a storage type that torch does not have")
         size = identity[4] * dtype.itemsize
@@ -217,14 +218,14 @@ class ObjectBuilder:
 
     def _attribute(self, arguments: Arguments) -> Any:
         """A nested class, which old protocols write as an attribute of the outer one."""
-        fits = len(arguments) == 2 and isinstance(arguments[0], (type, Function))
+        fits = len(arguments) == 2 and is_a(arguments[0], type, Function)
         expect(fits and type(arguments[1]) is str, "builtins.getattr", arguments)
         owner, name = arguments
         if owner in self._allowed and issubclass(owner, enum.Enum):
             member = owner._member_map_.get(name)  # an enum that is pickled by name
             if member is not None:
                 return member
-        if isinstance(owner, type):
+        if is_a(owner, type):
             module, outer = owner.__module__, owner.__qualname__
         else:
             module, _, outer = str(owner).partition(":")
@@ -233,14 +234,14 @@ class ObjectBuilder:
     def _reconstructed(self, arguments: Arguments) -> Any:
         """How protocols before 2 write new instances."""
         fits = len(arguments) == 3 and arguments[1] is object and arguments[2] is None
-        expect(fits and isinstance(arguments[0], type), _RECONSTRUCTOR, arguments)
+        expect(fits and is_a(arguments[0], type), _RECONSTRUCTOR, arguments)
         return self.new(arguments[0], ())
 
     def _tensor_with_type(self, arguments: Arguments) -> Any:
         """(function, class, its arguments, attributes)"""
-        fits = len(arguments) == 4 and isinstance(arguments[0], Function)
+        fits = len(arguments) == 4 and type(arguments[0]) is Function
         fits = fits and str(arguments[0]).startswith("torch._utils._rebuild_")
-        fits = fits and isinstance(arguments[1], type) and issubclass(arguments[1], Tensor)
+        fits = fits and is_a(arguments[1], type) and issubclass(arguments[1], Tensor)
         expect(fits and type(arguments[2]) is tuple, _FROM_TYPE, arguments)
         function, cls, inner, state = arguments
         if function is _WRAPPER:

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError
-from .object_table import Arguments, Bounds, MalformedError, are, expect, name_of, show
+from .object_table import (
+    Arguments,
+    Bounds,
+    MalformedError,
+    are,
+    dict_of,
+    expect,
+    is_a,
+    name_of,
+    show,
+)
 from .tensor_kinds import set_attributes
 
 # What classes derive from, the most special ones first; `object` takes no arguments.
@@ -81,7 +91,7 @@ def called_instance(bounds: Bounds, cls: type, arguments: Arguments) -> Any:
         expect(len(arguments) == 1, cls, arguments)
         return _enum_member(cls, arguments[0])
     if issubclass(cls, collections.defaultdict) and len(arguments) == 1:
-        expect(arguments[0] is None or isinstance(arguments[0], type), cls, arguments)
+        expect(arguments[0] is None or is_a(arguments[0], type), cls, arguments)
         made: Any = collections.defaultdict.__new__(cls)
         made.default_factory = arguments[0]
         return made
@@ -138,12 +148,11 @@ def _unites_as_flags(cls: type[enum.Flag], value: int) -> bool:
 
 def _equal(member_value: Any, value: Any) -> bool:
     """Compared by built-in code alone, whose time the value's own bytes explain."""
-    if isinstance(value, tuple):
-        if len(member_value) != len(value):
-            return False
-        return all(
-            type(a) is type(b) and _equal(a, b) for a, b in zip(member_value, value, strict=True)
-        )
+    if is_a(value, tuple):
+        items, others = list(tuple.__iter__(member_value)), list(tuple.__iter__(value))
+        pairs = zip(items, others, strict=False)
+        same = len(items) == len(others)
+        return same and all(type(a) is type(b) and _equal(a, b) for a, b in pairs)
     plain = (bool, bytes, complex, float, int, str, type(None))
     return bool(member_value == value) if type(value) in plain else member_value is value
 
@@ -154,7 +163,7 @@ def set_instance_state(bounds: Bounds, made: Any, state: Any) -> None:
     setter = getattr(cls, "__setstate__", None)
     if setter is not None and setter not in _PLAIN_SETTERS:
         raise _refused(cls, "sets its state by a __setstate__ of its own, which is not run")
-    if isinstance(made, torch.Tensor):
+    if is_a(made, torch.Tensor):
         return set_attributes(bounds, made, (state,))
     attributes, slots = _parts_of_state(cls, state)
     for part in (attributes, slots):
@@ -181,10 +190,9 @@ def _parts_of_state(cls: type, state: Any) -> tuple[Any, Any]:
 def _set_attributes(made: Any, attributes: dict[str, Any]) -> None:
     if not attributes:
         return
-    try:
-        dictionary = object.__getattribute__(made, "__dict__")
-    except AttributeError:
-        raise MalformedError(f"sets attributes of {name_of(type(made))}, which has none") from None
+    dictionary = dict_of(made)
+    if dictionary is None:
+        raise MalformedError(f"sets attributes of {name_of(type(made))}, which has none")
     dictionary.update(attributes)
 
 

@@ -15,7 +15,7 @@ import zoneinfo
 from typing import Any
 
 from ...errors import CheckpointError
-from .object_table import Arguments, Bounds, MalformedError, Table, are, expect, show
+from .object_table import Arguments, Bounds, MalformedError, Table, are, expect, is_a, show
 
 PLAIN_CLASSES = (
     bool,
@@ -33,7 +33,8 @@ PLAIN_CLASSES = (
     tuple,
 )
 _FRACTION = re.compile(r"-?\d{1,4000}(/\d{1,4000})?")
-_FRACTION_BITS = 1 << 16
+# Beyond that numbers are divided in time that their bytes do not explain.
+_DIVIDED_BITS = 1 << 16
 _ZONE = re.compile(r"[\w+-]+(/[\w+-]+)*")
 _SCALARS = (bool, bytes, float, int, str, type(None))
 # Instances of these have nothing but attributes.
@@ -129,9 +130,7 @@ def _add_collections(table: Table) -> None:
 
     @table.on_call(collections.defaultdict)
     def _defaultdict(bounds: Bounds, arguments: Arguments) -> "collections.defaultdict[Any, Any]":
-        fits = len(arguments) < 2 and all(
-            each is None or isinstance(each, type) for each in arguments
-        )
+        fits = len(arguments) < 2 and all(each is None or is_a(each, type) for each in arguments)
         expect(fits, collections.defaultdict, arguments)
         return collections.defaultdict(*arguments)
 
@@ -176,7 +175,9 @@ def _add_numbers(table: Table) -> None:
 
     @table.on_call(range)
     def _range(bounds: Bounds, arguments: Arguments) -> range:
-        expect(len(arguments) == 3 and are(arguments, int), range, arguments)
+        fits = len(arguments) == 3 and are(arguments, int)
+        fits = fits and all(each.bit_length() <= _DIVIDED_BITS for each in arguments)
+        expect(fits, range, arguments)
         return range(*arguments)
 
     @table.on_call(decimal.Decimal)
@@ -189,7 +190,7 @@ def _add_numbers(table: Table) -> None:
         if len(arguments) == 1 and are(arguments, str) and _FRACTION.fullmatch(arguments[0]):
             return fractions.Fraction(arguments[0])  # before Python 3.12
         fits = len(arguments) == 2 and are(arguments, int)
-        fits = fits and all(each.bit_length() <= _FRACTION_BITS for each in arguments)
+        fits = fits and all(each.bit_length() <= _DIVIDED_BITS for each in arguments)
         expect(fits, fractions.Fraction, arguments)
         return fractions.Fraction(*arguments)
 

@@ -39,6 +39,7 @@ _EXACT_HASHES = 1 << 60  # ints below it have hashes of their own
 _DIMENSIONS = 64  # NumPy's and torch's most
 _SIZES = 1 << 62
 _SHOWN = 80  # characters of a value in a message
+_SHOWN_TYPES = 10  # of arguments
 
 
 class Bounds:
@@ -94,11 +95,18 @@ class Bounds:
             self.hashed -= self._weight(value)
             if self.hashed < 0 or depth > _DEPTH:
                 raise MalformedError("makes keys that unfold to more than its own size explains")
-            if isinstance(value, (tuple, frozenset)):
-                pending += [(item, depth + 1) for item in tuple(value)]
-            elif self._is_instance(value):
+            parts = _items_of(value)
+            if self._is_instance(value):
                 _expect_plain_hash(type(value))
-                pending += [(item, depth + 1) for item in attributes_of(value).values()]
+                parts += attributes_of(value).values()
+            pending += [(part, depth + 1) for part in parts]
+
+
+def _items_of(value: Any) -> list[Any]:
+    """What is in a tuple or a frozenset, without any code of its class."""
+    if is_a(value, tuple):
+        return list(tuple.__iter__(value))
+    return list(frozenset.__iter__(value)) if is_a(value, frozenset) else []
 
 
 def _expect_plain_hash(cls: type) -> None:
@@ -125,9 +133,19 @@ def attributes_of(value: Any) -> dict[str, Any]:
             if isinstance(member, types.MemberDescriptorType):
                 with contextlib.suppress(AttributeError):
                     found[name] = member.__get__(value, type(value))
-    with contextlib.suppress(AttributeError):
-        found.update(object.__getattribute__(value, "__dict__"))
-    return found
+    return {**found, **(dict_of(value) or {})}
+
+
+def dict_of(value: Any) -> dict[str, Any] | None:
+    """An instance's ``__dict__``, though its class may have a property of that name; None if it has
+    none."""
+    kinds = (types.GetSetDescriptorType, types.MemberDescriptorType)
+    for cls in type(value).__mro__:
+        member = vars(cls).get("__dict__")
+        if isinstance(member, kinds):
+            attributes: dict[str, Any] = member.__get__(value, type(value))
+            return attributes
+    return None
 
 
 Arguments = tuple[Any, ...]
@@ -182,7 +200,7 @@ class Table:
 
 def name_of(target: Any) -> str:
     """How messages call a class or a token."""
-    if isinstance(target, type):
+    if is_a(target, type):
         return f"{target.__module__}.{target.__qualname__}"
     return str(target) if type(target) in (Function, str) else f"a {type(target).__name__}"
 
@@ -200,7 +218,7 @@ def show(value: Any) -> str:
 def expect(holds: bool, target: Any, arguments: Arguments) -> None:
     """MalformedError about a call of ``target`` with these arguments unless ``holds``."""
     if not holds:
-        kinds = ", ".join(type(each).__name__ for each in arguments)
+        kinds = ", ".join(type(each).__name__ for each in arguments[:_SHOWN_TYPES])
         raise MalformedError(
             f"calls {name_of(target)} with ({kinds}), as nothing that is saved does"
         )

@@ -15,6 +15,7 @@ from .object_legacy import OBJECT, PICKLES, StorageScan
 from .object_storages import ArchiveStorages, InPlace, Loaded
 from .object_table import MalformedError, show
 
+_SHOWN = 200  # characters of a library's message
 _TIMES = 4  # an array passes through text and bytes on its way
 
 
@@ -98,7 +99,8 @@ def look_at_saved(data: memoryview, what: str) -> SavedObject:
 
 def _text_of(error: Exception) -> str:
     """A KeyError writes out its key, which may be anything."""
-    return ", ".join(str(each) if type(each) is str else show(each) for each in error.args)
+    shown = (each[:_SHOWN] if type(each) is str else show(each) for each in error.args)
+    return ", ".join(shown)
 
 
 def _corrupt(what: str, problem: str) -> CorruptCheckpointError:

@@ -20,6 +20,7 @@ from .object_table import (
     are,
     are_sizes,
     expect,
+    show,
 )
 
 _Parameter = torch.nn.parameter.Parameter
@@ -61,7 +62,8 @@ def _add_descriptions(table: Table) -> None:
         try:
             return torch.device(*arguments)
         except RuntimeError as error:
-            raise CheckpointError(f"it needs a device that this torch has not: {error}") from error
+            device = show(arguments[0])
+            raise CheckpointError(f"it needs a device that this torch has not: {device}") from error
 
     @table.on_call(table.add_function("torch.serialization._get_layout"))
     def _layout(bounds: Bounds, arguments: Arguments) -> torch.layout:
