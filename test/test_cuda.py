@@ -230,6 +230,7 @@ def _streams(rank: int) -> None:
     )  # one for gathers, one for reductions
 
 
+@pytest.mark.real_gpu  # the profiler asks the driver
 def test_gathers_and_reductions_have_streams_of_their_own() -> None:
     run_ranks(_streams, _ranks(), backend="cpu:gloo,cuda:nccl")
 

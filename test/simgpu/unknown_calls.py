@@ -23,7 +23,7 @@ int UnknownCall(const char* name);
 
 
 def functions_of(library: str, prefix: str) -> list[str]:
-    """The exported functions whose names begin with ``prefix`` or ``__prefix``, without versions."""
+    """The exported functions whose names begin with ``prefix`` or ``__prefix``."""
     listing = subprocess.run(
         ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
     ).stdout

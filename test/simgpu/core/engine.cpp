@@ -432,7 +432,7 @@ void Engine::ReportIfDeadlocked(Lock& lock) {
   lock.unlock();
   PrintPythonStacks();
   // Peers look too, and say the same: they are given the time for it.
-  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
   std::_Exit(kDeadlockExit);
 }
 

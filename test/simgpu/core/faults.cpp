@@ -41,13 +41,14 @@ void OnFault(int signal, siginfo_t* info, void* context) {
 void CatchFaults() {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
-  struct sigaction now {};
+  struct sigaction now{};
   sigaction(SIGSEGV, nullptr, &now);
   if ((now.sa_flags & SA_SIGINFO) != 0 && now.sa_sigaction == &OnFault) return;
   g_before = now;
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = &OnFault;
-  action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+  // On the thread's own stack: the alternate one that Python's faulthandler has set is small.
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;
   sigaction(SIGSEGV, &action, nullptr);
 }
 

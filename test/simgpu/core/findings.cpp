@@ -70,7 +70,7 @@ void Findings::Clear() {
 }
 
 void PrintPythonStacks() {
-  struct sigaction action {};
+  struct sigaction action{};
   if (sigaction(SIGUSR2, nullptr, &action) != 0) return;
   const bool handled = (action.sa_flags & SA_SIGINFO) != 0 || action.sa_handler != SIG_DFL;
   if (handled) raise(SIGUSR2);

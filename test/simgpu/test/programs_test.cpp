@@ -55,6 +55,7 @@ class Programs : public ::testing::TestWithParam<int> {
                          std::map<std::string, std::string> environment = {}) {
     environment["SIMGPU_SEED"] = std::to_string(GetParam());
     environment["SIMGPU_DEVICE_MB"] = "64";
+    environment.emplace("SIMGPU_DEADLOCK_S", "0.4");
     return RunRanks(size, environment, program);
   }
   void FindsInOne(const std::function<void()>& program, const std::string& what) {
