@@ -89,7 +89,7 @@ def _rank(
     torch.set_num_threads(1)
     one_gloo_thread()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    if "SIMGPU_DIR" in os.environ:  # where the collectives of these ranks meet
+    if SIMULATED:  # where the collectives of these ranks meet
         os.environ["SIMGPU_DIR"] = os.path.dirname(store)
     try:
         if "cuda" in backend or "nccl" in backend:
@@ -106,6 +106,16 @@ def _rank(
     sender.close()
     # A peer that failed may never come to a collective that tearing down would wait for.
     os._exit(0)
+
+
+SIMULATED = "SIMGPU_DIR" in os.environ  # whether CUDA devices are simulated ones (simgpu/)
+
+
+def torchs_wrapper_is_simulated() -> None:
+    """Torch's fully_shard frees gradients that another of its streams still reads, which harms
+    nobody as long as their memory is not given out again: not taken for a fault."""
+    if SIMULATED:
+        sys.modules["simgpu_aten"].poison_frees(False)
 
 
 def findings_of_simulated_gpu() -> str:

@@ -10,7 +10,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstring>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -121,11 +123,14 @@ void Register() {
 /// Memory that is given out, or taken back, holds what nobody wants to read, written by the stream
 /// that it belongs to: whoever uses it on another stream without having said so (record_stream)
 /// races with that. Taking back is stricter than the allocator: nobody is hurt before the block is
-/// given out again, which may be never in a short run.
+/// given out again, which may be never in a short run. `poison_frees` leaves that out, for programs
+/// that rely on it.
+std::atomic<bool> g_poisons_frees = true;
+
 void Poison(const c10::CachingDeviceAllocator::TraceEntry& entry) {
   using Action = c10::CachingDeviceAllocator::TraceEntry;
   const bool gives = entry.action_ == Action::ALLOC;
-  const bool takes = entry.action_ == Action::FREE_COMPLETED && Settings::Get().poison_at_free;
+  const bool takes = entry.action_ == Action::FREE_COMPLETED && g_poisons_frees;
   if ((!gives && !takes) || entry.size_ == 0) return;
   auto* block = reinterpret_cast<void*>(static_cast<uintptr_t>(entry.addr_));
   Engine& engine = Engine::Get();
@@ -154,6 +159,7 @@ PYBIND11_MODULE(simgpu_aten, m) {
     }();
     return once;
   });
+  m.def("poison_frees", [](bool poisons) { aten::g_poisons_frees = poisons; });
   m.def("findings", [] { return Findings::Get().count(); });
   m.def("findings_text", [] { return Findings::Get().text(); });
   m.def("clear_findings", [] { Findings::Get().Clear(); });

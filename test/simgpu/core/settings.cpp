@@ -56,11 +56,6 @@ Settings Settings::FromEnvironment() {
   Read("SIMGPU_IDLE_MS", s.idle_ms);
   Read("SIMGPU_DEADLOCK_S", s.deadlock_s);
   s.trace = Text("SIMGPU_TRACE") == "1";
-  const std::string_view poison = Text("SIMGPU_POISON");
-  if (!poison.empty() && poison != "alloc" && poison != "free") {
-    Refuse("SIMGPU_POISON", poison, "alloc or free");
-  }
-  s.poison_at_free = poison != "alloc";
   if (!Text("SIMGPU_DIR").empty()) s.directory = Text("SIMGPU_DIR");
   return s;
 }

@@ -77,6 +77,8 @@ SIMGPU_API cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block,
     return Fail(cudaErrorInvalidConfiguration);
   }
   const std::string name = NameOf(stub);
+  // torch.cuda._sleep: how long something takes is the scheduler's to say.
+  if (name.find("spin_kernel") != std::string::npos) return cudaSuccess;
   const simgpu::KernelCode code = simgpu::FindKernel(name);
   if (!code || grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1) {
     simgpu::UnknownCall(("kernel " + name).c_str());

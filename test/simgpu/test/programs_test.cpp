@@ -93,7 +93,7 @@ void UploadOnOneComputeOnAnother(bool waits) {
 }
 
 TEST_P(Programs, AMissingWait) {
-  FindsInOne([] { UploadOnOneComputeOnAnother(false); }, "read by 'add one'");
+  FindsInOne([] { UploadOnOneComputeOnAnother(false); }, "by 'add one'");
   IsClean(1, [](int) { UploadOnOneComputeOnAnother(true); });
 }
 
@@ -111,7 +111,7 @@ void WriteWhereAnotherReads(bool waits) {
 }
 
 TEST_P(Programs, AWriteBeforeTheReadIsOver) {
-  FindsInOne([] { WriteWhereAnotherReads(false); }, "write by 'add one'");
+  FindsInOne([] { WriteWhereAnotherReads(false); }, "by 'add one'");
   IsClean(1, [](int) { WriteWhereAnotherReads(true); });
 }
 
