@@ -29,8 +29,8 @@ IN = . $(VENV)/bin/activate &&
 PIP = $(IN) python -m pip install --quiet --disable-pip-version-check
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: demo test soak simgpu gpu bench fuzz sanitize race odr format lint build build-tests ctest pytest
-.PHONY: clean
+.PHONY: demo test soak simgpu gpu bench fuzz sanitize race odr format lint build build-tests ctest
+.PHONY: pytest clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -42,7 +42,7 @@ test: lint build-tests
 	$(MAKE) odr
 	$(MAKE) fuzz FUZZ_SECONDS=16
 	$(MAKE) ctest
-	$(MAKE) simgpu
+	$(MAKE) simgpu SIMGPU=--sample
 	$(MAKE) docs
 	$(MAKE) pytest
 
@@ -107,9 +107,10 @@ soak: build-tests
 
 # Torch's own CUDA build on GPUs that a library stands in for; nothing where that isn't built.
 SEEDS ?= 1
+SIMGPU ?= --seeds $(SEEDS)
 simgpu: build-tests
 	if [ -e $(BUILD)/test/simgpu/libsimgpu_cuda.so ]; then \
-	  $(IN) python test/simgpu/matrix.py --seeds $(SEEDS) $(ARGS); \
+	  $(IN) python test/simgpu/matrix.py $(SIMGPU) $(ARGS); \
 	else echo "no simulated GPU: it needs torch's CUDA build and a CUDA toolkit"; fi
 
 # The rooms without torch build in seconds: run their tests under the sanitizers too.

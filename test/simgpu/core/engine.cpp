@@ -116,7 +116,7 @@ void Engine::Push(int id, Operation operation) {
   queued.time = s.clock.Tick(id);
   queued.issue = ++issues_;
   if (operation.kind == Kind::kWait) s.clock.Join(operation.event->clock);
-  queued.clock = s.clock;
+  queued.clock = std::make_shared<const Clock>(s.clock);
   ++s.issued;
   if (operation.kind == Kind::kRecord) {
     *operation.event = {false, s.clock, id, s.issued};
@@ -130,6 +130,7 @@ void Engine::Push(int id, Operation operation) {
                  operation.name.c_str(), id);
   }
   queued.operation = std::move(operation);
+  CheckAccesses(queued, id, queued.operation.accesses);
   GuardHostMemory(queued, id);
   HardwareQueue(s).insert(queued.issue);
   s.queue.push_back(std::move(queued));
@@ -220,7 +221,6 @@ bool Engine::Run(Lock& lock, int id) {
   if (!head.started) {
     head.started = true;
     HardwareQueue(s).erase(head.issue);
-    CheckAccesses(head, id, head.operation.accesses);
     if (head.operation.late_accesses) CheckAccesses(head, id, head.operation.late_accesses());
     if (settings_.trace) {
       std::fprintf(stderr, "simgpu: run %lu: %s on stream %d\n", head.issue,

@@ -89,7 +89,7 @@ class Engine {
  private:
   struct Queued {
     Operation operation;
-    Clock clock;
+    std::shared_ptr<const Clock> clock;
     uint32_t time = 0;
     uint64_t issue = 0;
     uint64_t turn = 0;  // in its communicator

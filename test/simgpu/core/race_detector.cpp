@@ -9,15 +9,16 @@
 namespace simgpu {
 
 void RaceDetector::Touch(const std::string& name, int stream, uint32_t time, uint64_t issue,
-                         const Clock& clock, const std::vector<Access>& accesses) {
-  const Toucher by{stream, time, NumberOf(name), issue};
+                         const std::shared_ptr<const Clock>& clock,
+                         const std::vector<Access>& accesses) {
+  const Toucher by{stream, time, NumberOf(name), issue, clock};
   // Reads first: an operation that works in place reads what others wrote before it writes.
   for (const bool writes : {false, true}) {
     for (const Access& access : accesses) {
       if (access.writes != writes || access.first >= access.last) continue;
       Split(access.first);
       Split(access.last);
-      Compare(access, by, clock);
+      Compare(access, by);
       writes ? TakeWrite(access, by) : TakeRead(access, by);
     }
   }
@@ -40,10 +41,11 @@ void RaceDetector::Split(uintptr_t where) {
   cells_.emplace(where, std::move(right));
 }
 
-void RaceDetector::Compare(const Access& access, const Toucher& by, const Clock& clock) {
-  const auto ordered = [&](const Toucher& before) {
-    return before.stream < 0 || before.stream == by.stream ||
-           clock.Knows(before.stream, before.time);
+void RaceDetector::Compare(const Access& access, const Toucher& by) {
+  // Either may be the earlier one: what a table in device memory names is known late.
+  const auto ordered = [&](const Toucher& other) {
+    return other.stream < 0 || other.stream == by.stream ||
+           by.clock->Knows(other.stream, other.time) || other.clock->Knows(by.stream, by.time);
   };
   for (auto at = cells_.lower_bound(access.first); at != cells_.end() && at->first < access.last;
        ++at) {

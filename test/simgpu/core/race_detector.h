@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -17,17 +18,17 @@ struct Toucher {
   uint32_t time = 0;
   uint32_t name = 0;  ///< RaceDetector's number of it
   uint64_t issue = 0;
+  std::shared_ptr<const Clock> clock;  ///< what is known to be over when it begins
 };
 
 /// Finds pairs of operations that touch the same bytes, one of them to write, where neither is
-/// known to be over when the other begins. What order they run in does not matter: the clocks are
-/// those of the issue, so that a race is found in any schedule.
+/// known to be over when the other begins. It asks clocks alone, which are those of the issue: a
+/// race is found in any schedule, also where the operations have not run yet.
 class RaceDetector {
  public:
-  /// Looks at what an operation touches beside all that was touched before. `where`: how a report
-  /// names an address.
-  void Touch(const std::string& name, int stream, uint32_t time, uint64_t issue, const Clock& clock,
-             const std::vector<Access>& accesses);
+  /// Looks at what an operation touches beside all that was touched before.
+  void Touch(const std::string& name, int stream, uint32_t time, uint64_t issue,
+             const std::shared_ptr<const Clock>& clock, const std::vector<Access>& accesses);
   /// Nobody has touched [first, last): it is new memory.
   void Forget(uintptr_t first, uintptr_t last);
 
@@ -40,7 +41,7 @@ class RaceDetector {
   using Cells = std::map<uintptr_t, Cell>;
 
   void Split(uintptr_t where);
-  void Compare(const Access& access, const Toucher& by, const Clock& clock);
+  void Compare(const Access& access, const Toucher& by);
   void TakeWrite(const Access& access, const Toucher& by);
   void TakeRead(const Access& access, const Toucher& by);
   void Report(const Toucher& before, bool before_writes, const Toucher& now, bool now_writes,
