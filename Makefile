@@ -6,6 +6,7 @@
 #   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV),
 #                        else the newest)
 #   make soak            the slow cases of pytest's matrices, of which `make test` runs a sample
+#   make simgpu          the tests marked gpu on simulated GPUs, SEEDS of each kind (docs/gpu.md)
 #   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch,
 #                        GPU tests, GPU benchmarks
 #   make sanitize        the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -28,8 +29,8 @@ IN = . $(VENV)/bin/activate &&
 PIP = $(IN) python -m pip install --quiet --disable-pip-version-check
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: demo test soak gpu bench fuzz sanitize race odr format lint build build-tests ctest pytest
-.PHONY: clean
+.PHONY: demo test soak simgpu gpu bench fuzz sanitize race odr format lint build build-tests ctest
+.PHONY: pytest clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -41,6 +42,7 @@ test: lint build-tests
 	$(MAKE) odr
 	$(MAKE) fuzz FUZZ_SECONDS=16
 	$(MAKE) ctest
+	$(MAKE) simgpu SIMGPU=--sample
 	$(MAKE) docs
 	$(MAKE) pytest
 
@@ -102,6 +104,14 @@ pytest: build-tests
 # The slow cases of matrices whose sample is in `make pytest`.
 soak: build-tests
 	$(IN) python -m pytest -m soak $(ARGS)
+
+# Torch's own CUDA build on GPUs that a library stands in for; nothing where that isn't built.
+SEEDS ?= 1
+SIMGPU ?= --seeds $(SEEDS)
+simgpu: build-tests
+	if [ -e $(BUILD)/test/simgpu/libsimgpu_cuda.so ]; then \
+	  $(IN) python test/simgpu/matrix.py $(SIMGPU) $(ARGS); \
+	else echo "no simulated GPU: it needs torch's CUDA build and a CUDA toolkit"; fi
 
 # The rooms without torch build in seconds: run their tests under the sanitizers too.
 CORE = -G Ninja -DHSDP_CKPT_TORCH=OFF -DHSDP_CKPT_TESTS=ON -DHSDP_CKPT_WERROR=ON

@@ -1,7 +1,9 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from ranks import findings_of_simulated_gpu
 
 from torch_hsdp_ckpt import _C
 
@@ -24,3 +26,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skipif(True, reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _no_findings() -> Iterator[None]:
+    """On the simulated GPU a test fails with what the simulator has found in this process."""
+    yield
+    found = findings_of_simulated_gpu()
+    assert not found, found

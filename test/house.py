@@ -181,10 +181,13 @@ def wrong_namespaces(house: House) -> list[str]:
 
 
 def tests_outside_the_build(house: House) -> list[str]:
-    """Each ``*_test.cpp`` and ``*_test.cu`` is named or globbed by test/CMakeLists.txt."""
+    """Each ``*_test.cpp`` and ``*_test.cu`` is named or globbed by a CMakeLists.txt above it."""
     test = house.root / "test"
-    listed = re.findall(r"[\w./*]+\.(?:cpp|cu)\b", (test / "CMakeLists.txt").read_text())
-    patterns = [path.lstrip("/") for path in listed]
+    patterns = [
+        (lists.parent.relative_to(test) / path.lstrip("/")).as_posix()
+        for lists in test.rglob("CMakeLists.txt")
+        for path in re.findall(r"[\w./*]+\.(?:cpp|cu)\b", lists.read_text())
+    ]
     files = (file.relative_to(test).as_posix() for file in test.rglob("*_test.c*"))
     left_out = (file for file in files if not any(fnmatch.fnmatch(file, p) for p in patterns))
     return [f"test/{file}: not in the build" for file in sorted(left_out)]

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -88,6 +89,8 @@ def _rank(
     torch.set_num_threads(1)
     one_gloo_thread()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    if SIMULATED:  # where the collectives of these ranks meet
+        os.environ["SIMGPU_DIR"] = os.path.dirname(store)
     try:
         if "cuda" in backend or "nccl" in backend:
             # Before a mesh takes LOCAL_RANK's, of which there may be fewer than ranks.
@@ -96,13 +99,34 @@ def _rank(
         dist.init_process_group(
             backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
         )
-        outcome = _Outcome(value=fn(rank, *args))
+        outcome = _Outcome(value=fn(rank, *args), failure=findings_of_simulated_gpu() or None)
     except BaseException:
         outcome = _Outcome(failure=traceback.format_exc())
     sender.send_bytes(pickle.dumps(outcome))
     sender.close()
     # A peer that failed may never come to a collective that tearing down would wait for.
     os._exit(0)
+
+
+SIMULATED = "SIMGPU_DIR" in os.environ  # whether CUDA devices are simulated ones (simgpu/)
+
+
+def torchs_wrapper_is_simulated() -> None:
+    """Torch's fully_shard frees gradients that another of its streams still reads, which harms
+    nobody as long as their memory is not given out again: not taken for a fault."""
+    if SIMULATED:
+        sys.modules["simgpu_aten"].poison_frees(False)
+
+
+def findings_of_simulated_gpu() -> str:
+    """What the simulated GPU (``simgpu/``) has found wrong in this process since it was asked last;
+    "" without one."""
+    simulator = sys.modules.get("simgpu_aten")
+    if simulator is None:
+        return ""
+    text: str = simulator.findings_text()
+    simulator.clear_findings()
+    return text
 
 
 def process_memory(key: str) -> int:

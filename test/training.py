@@ -1,12 +1,13 @@
 """What the wrapper's tests share: wrapping on a mesh, and gradients to compare with."""
 
 import copy
+import functools
 
 import torch
 import torch.distributed as dist
 from models import Block, Net
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
@@ -37,8 +38,28 @@ def wrap_fsdp2(net: Net, shape: tuple[int, ...], device: str = "cpu") -> Net:
     return fully_shard(net, mesh=mesh)
 
 
+@functools.cache
+def _on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    """The whole tensor, on its device. Torch's Gloo gathers no CUDA tensors: with it they go by way
+    of the CPU."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    config = str(dist.get_backend_config(tensor.device_mesh.get_group(0)))
+    if tensor.device.type == "cpu" or "cuda:gloo" not in config:
+        return tensor.full_tensor().detach()
+    on_cpu = DTensor.from_local(
+        tensor.to_local().detach().cpu(),
+        _on_cpu(tensor.device_mesh),
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return on_cpu.full_tensor().to(tensor.device)
 
 
 def grads(model: nn.Module) -> dict[str, torch.Tensor | None]:

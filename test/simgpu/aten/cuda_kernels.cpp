@@ -1,0 +1,183 @@
+// ATen's kernels for CUDA, stood in for by the CPU's (fallback.h). Everything else of torch's CUDA
+// side is torch's own: allocators, streams, events, autograd, process groups.
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/copy_native.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "simgpu/aten/device_view.h"
+#include "simgpu/aten/fallback.h"
+#include "simgpu/core/engine.h"
+#include "simgpu/core/findings.h"
+
+extern "C" int simgpu_stream(void* stream, int device);
+
+namespace simgpu::aten {
+namespace {
+
+int CurrentStream() {
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
+  return simgpu_stream(stream.stream(), stream.device_index());
+}
+
+/// Within one device a kernel copies. Between devices, and to and from the host, torch's own code
+/// does, which calls cudaMemcpyAsync.
+at::Tensor& Copy(at::Tensor& self, const at::Tensor& src, bool non_blocking) {
+  const bool fits = src.sizes() == self.sizes();
+  const at::Tensor source = fits ? src : src.expand_as(self);
+  if (!self.is_cuda() || !src.is_cuda() || self.device() != src.device()) {
+    return at::native::copy_(self, self.is_cuda() ? source : src, non_blocking);
+  }
+  if (self.is_same(src)) return self;
+  const c10::cuda::CUDAGuard guard(self.device());
+  const DeviceView to(self), from(source);
+  Operation copy;
+  copy.kind = Kind::kCopy;
+  copy.name = "aten::copy_";
+  copy.accesses = {from.access(false), to.access(true)};
+  copy.run = [to, from] {
+    const BelowAll below;
+    to.OnCpu().copy_(from.OnCpu());
+  };
+  Engine::Get().Issue(CurrentStream(), std::move(copy));
+  return self;
+}
+
+void ForeachCopy(at::TensorList self, at::TensorList src, bool non_blocking) {
+  for (size_t i = 0; i < self.size(); ++i) at::Tensor(self[i]).copy_(src[i], non_blocking);
+}
+
+/// What torch's own code does on the device's memory without touching an element.
+const std::set<std::string>& KeptOperators() {
+  static const std::set<std::string> kept = {"empty.memory_format",
+                                             "empty_strided",
+                                             "as_strided",
+                                             "view",
+                                             "_reshape_alias",
+                                             "unfold",
+                                             "set_.source_Storage",
+                                             "set_.source_Storage_storage_offset",
+                                             "set_.source_Tensor",
+                                             "set_",
+                                             "set_.source_Tensor_storage_offset",
+                                             "resize_",
+                                             "record_stream",
+                                             "_local_scalar_dense",
+                                             "is_pinned",
+                                             "_pin_memory",
+                                             "copy_",
+                                             "_foreach_copy_",
+                                             "is_set_to",
+                                             "_efficientzerotensor",
+                                             "view_as_real",
+                                             "view_as_complex",
+                                             "view.dtype",
+                                             "alias",
+                                             "detach",
+                                             "_fused_sdp_choice"};
+  return kept;
+}
+
+bool MakesView(const c10::FunctionSchema& schema) {
+  for (const auto& result : schema.returns()) {
+    if (result.alias_info() != nullptr && !result.alias_info()->isWrite()) return true;
+  }
+  return false;
+}
+
+void Register() {
+  SetBackend({c10::DeviceType::CUDA, c10::DispatchKey::CUDA, &CurrentStream,
+              [] { c10::cuda::warn_or_error_on_sync(); }});
+  auto& dispatcher = c10::Dispatcher::singleton();
+  static auto& handles = *new std::vector<c10::RegistrationHandleRAII>;
+  for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
+    if (name.name.rfind("aten::", 0) != 0) continue;
+    const std::string overload = name.overload_name.empty() ? "" : "." + name.overload_name;
+    if (KeptOperators().contains(name.name.substr(6) + overload)) continue;
+    const auto op = dispatcher.findSchema(name);
+    if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CUDA) || MakesView(op->schema())) {
+      continue;
+    }
+    handles.push_back(dispatcher.registerImpl(
+        name, c10::DispatchKey::CUDA, c10::KernelFunction::makeFromBoxedFunction<&Fallback>(),
+        std::nullopt, nullptr, "simgpu"));
+  }
+  static auto& library =
+      *new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__, __LINE__);
+  library.impl("copy_", torch::CppFunction::makeFromUnboxedFunction(&Copy));
+  library.impl("_foreach_copy_", torch::CppFunction::makeFromUnboxedFunction(&ForeachCopy));
+}
+
+/// Memory that is given out, or taken back, holds what nobody wants to read, written by the stream
+/// that it belongs to: whoever uses it on another stream without having said so (record_stream)
+/// races with that. Taking back is stricter than the allocator: nobody is hurt before the block is
+/// given out again, which may be never in a short run. `poison_frees` leaves that out, for programs
+/// that rely on it.
+std::atomic<bool> g_poisons_frees = true;
+
+void Poison(const c10::CachingDeviceAllocator::TraceEntry& entry) {
+  using Action = c10::CachingDeviceAllocator::TraceEntry;
+  const bool gives = entry.action_ == Action::ALLOC;
+  const bool takes = entry.action_ == Action::FREE_COMPLETED && g_poisons_frees;
+  if ((!gives && !takes) || entry.size_ == 0) return;
+  auto* block = reinterpret_cast<void*>(static_cast<uintptr_t>(entry.addr_));
+  Engine& engine = Engine::Get();
+  if (!engine.IsAllocated(block, entry.size_)) return;
+  Operation poison;
+  poison.kind = Kind::kMemset;
+  poison.name = gives ? "an allocation" : "a free";
+  poison.accesses = {Writes(block, entry.size_)};
+  poison.run = [block, size = entry.size_, &engine] {
+    std::memset(engine.Hands(block), 0xff, size);
+  };
+  const int stream = simgpu_stream(entry.stream_, engine.DeviceOf(block));
+  engine.Issue(stream, std::move(poison), /*steps=*/false);  // the allocator's lock is held
+}
+
+}  // namespace
+}  // namespace simgpu::aten
+
+PYBIND11_MODULE(simgpu_aten, m) {
+  using namespace simgpu;
+  aten::Register();
+  m.def("watch_allocator", [] {
+    static const bool once = [] {
+      c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker(&aten::Poison);
+      return true;
+    }();
+    return once;
+  });
+  m.def("poison_frees", [](bool poisons) { aten::g_poisons_frees = poisons; });
+  m.def("findings", [] { return Findings::Get().count(); });
+  m.def("findings_text", [] { return Findings::Get().text(); });
+  m.def("clear_findings", [] { Findings::Get().Clear(); });
+  m.def("counts", [] {
+    const Counts counts = Engine::Get().counts();
+    constexpr const char* kNames[] = {"kernels",       "copies",        "memsets",
+                                      "collectives",   "event records", "event waits",
+                                      "host functions"};
+    std::map<std::string, uint64_t> out;
+    for (size_t i = 0; i < kKinds; ++i) out[kNames[i]] = counts.issued[i];
+    out["host waits"] = counts.host_waits;
+    out["queries"] = counts.queries;
+    return out;
+  });
+  m.def("restart", [](uint64_t seed, const std::string& pace) {
+    Engine::Get().Restart(seed, pace == "lazy"    ? Pace::kLazy
+                                : pace == "eager" ? Pace::kEager
+                                                  : Pace::kMixed);
+  });
+  m.def("used_operators", &aten::UsedOperators);
+}
