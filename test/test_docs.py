@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch.distributed.fsdp
 import torch.distributed.run
+from simgpu import simgpu
 
 import torch_hsdp_ckpt
 from examples.demo import __main__ as demo
@@ -126,6 +127,12 @@ def _check_pytest(words: list[str]) -> None:
     assert option == "-k" and any(word in name for name in names)
 
 
+def _check_simgpu(words: list[str]) -> None:
+    """What stands behind the program is a command of its own; test_simgpu.py runs some."""
+    assert words[2:] == simgpu.parser().parse_args(words[2:]).command
+    _check_pytest(words[2:])
+
+
 def _check_ctest(words: list[str]) -> None:
     """A test of this name is in the sources; which build folders there are is the reader's."""
     sources = [*(ROOT / "test/cpp").glob("*.cpp"), *(ROOT / "test/catch2").glob("*.cpp")]
@@ -158,6 +165,7 @@ PARSED: dict[str, Callable[[list[str]], None]] = {
     ". .venv/bin/activate": _check_environment,
     "torchrun": _check_torchrun,
     "python -m pytest": _check_pytest,
+    "python test/simgpu/simgpu.py": _check_simgpu,
     "ctest": _check_ctest,
     "HSDP_CKPT_TESTS=1 python setup.py": _check_setup,
     "python -m examples.demo": _check_demo,

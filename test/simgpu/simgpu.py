@@ -44,9 +44,13 @@ def run(command: list[str], libraries: Path = LIBRARIES) -> int:
         shutil.rmtree(shared, ignore_errors=True)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--libraries", type=Path, default=LIBRARIES)
     parser.add_argument("command", nargs=argparse.REMAINDER)
-    arguments = parser.parse_args()
+    return parser
+
+
+if __name__ == "__main__":
+    arguments = parser().parse_args()
     sys.exit(run(arguments.command, arguments.libraries))
