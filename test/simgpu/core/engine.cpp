@@ -81,12 +81,6 @@ bool Engine::IsAllocated(const void* ptr, size_t bytes) {
   return memory_.IsAllocated(ptr, bytes);
 }
 
-void Engine::Forget(const void* ptr, size_t bytes) {
-  const Lock lock(mutex_);
-  const auto first = reinterpret_cast<uintptr_t>(ptr);
-  races_.Forget(first, first + bytes);
-}
-
 // ---- issuing
 // -------------------------------------------------------------------------------------
 

@@ -62,8 +62,6 @@ class Engine {
   int DeviceOf(const void* ptr) const { return memory_.DeviceOf(ptr); }
   void* Hands(const void* ptr) const { return memory_.Hands(ptr); }
   HostMemory& host_memory() { return host_; }
-  /// Nobody has touched these bytes: they are handed out anew.
-  void Forget(const void* ptr, size_t bytes);
 
   // Streams and events.
   int CreateStream(int device);
