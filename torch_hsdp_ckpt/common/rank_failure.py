@@ -1,6 +1,7 @@
 """One rank's exception as plain data, and the error that all ranks raise when some have failed."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from traceback import StackSummary
 from typing import NamedTuple, NoReturn
 
@@ -48,6 +49,18 @@ class RankFailure(NamedTuple):
         if self.kind in ("corrupt", "checkpoint"):
             return self.message
         return f"{self.kind}: {self.message}"
+
+
+@contextlib.contextmanager
+def own_error_of(refused: Exception | None) -> Iterator[None]:
+    """Around what tells the ranks of ``refused``, what is wrong with this rank's arguments: its
+    caller gets the error that Python has for it, not the one that all ranks raise."""
+    try:
+        yield
+    except CheckpointError:
+        if refused is not None:
+            raise refused from None
+        raise
 
 
 def raise_failures(

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ...common.default_device import without_default_device
 from ...common.gate import wait_at_gate
-from ...common.rank_failure import raise_of_dcp
+from ...common.rank_failure import own_error_of, raise_of_dcp
 from ...errors import CheckpointError
 from ..positional import storage_by_position
 from ..stateful import values_of
@@ -107,12 +107,8 @@ def load(
                 values, reader, cast(LoadPlanner, checked), process_group, no_dist
             )
     else:
-        try:
+        with own_error_of(refused):
             ranks = gather_ranks(process_group, no_dist, failure)
-        except CheckpointError:
-            if refused is not None:  # this rank's caller gets the error that Python has for it
-                raise refused from None
-            raise
         with _trusting(reader, trust_objects, arguments.allow), without_default_device():
             applied = _load(values, reader, planner, ranks, exchange, no_dist)
     hand_over(applied, state_dict)

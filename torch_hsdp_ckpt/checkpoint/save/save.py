@@ -16,8 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from ...common.default_device import without_default_device
-from ...common.rank_failure import raise_of_dcp
-from ...errors import CheckpointError
+from ...common.rank_failure import own_error_of, raise_of_dcp
 from ..positional import storage_by_position
 from ..stateful import values_of
 from ..storage.writer import FileSystemWriter
@@ -115,10 +114,6 @@ def save(
         return prepare_state(request, values, default_planner(planner))
 
     with without_default_device():
-        try:
+        with own_error_of(chosen.refused):
             opened = open_save(request, prepare)
-        except CheckpointError:
-            if chosen.refused is not None:  # this rank's caller gets the error that Python has
-                raise chosen.refused from None
-            raise
         return write_and_commit(opened, lambda: write(stage_nothing(plan(opened))))
