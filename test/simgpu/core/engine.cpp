@@ -309,7 +309,6 @@ void Engine::RunUntil(Lock& lock, const Condition& condition) {
   while (!condition()) {
     ++activity_;
     if (Step(lock) == Stepped::kRan || condition()) continue;
-    SayWhatIsWaitedFor();
     ReportIfDeadlocked(lock);
     changed_.wait_for(lock, std::chrono::microseconds(200));
   }
@@ -330,7 +329,6 @@ bool Engine::Query(const std::shared_ptr<Event>& event) {
     if (went_on || now - queried_ > std::chrono::milliseconds(50)) {
       queries_since_ = now;
     } else if (now - queries_since_ > std::chrono::milliseconds(500)) {
-      SayWhatIsWaitedFor();
       ReportIfDeadlocked(lock);
     }
     queried_ = now;
@@ -410,6 +408,7 @@ void Engine::ReportIfDeadlocked(Lock& lock) {
   const auto now = steady_clock::now();
   if (now - looked_ < std::chrono::milliseconds(20)) return;
   looked_ = now;
+  SayWhatIsWaitedFor();
   const Job::Look look = job_.LookForDeadlock();
   if (look.places == 0) {
     suspected_.reset();

@@ -45,11 +45,6 @@ void Findings::Add(Fault fault, const std::string& key, const std::string& text)
   std::fprintf(stderr, "%s [process %d]\n", line.c_str(), getpid());
 }
 
-uint64_t Findings::count(Fault fault) const {
-  const std::lock_guard lock(mutex_);
-  return counts_[static_cast<size_t>(fault)];
-}
-
 uint64_t Findings::count() const {
   const std::lock_guard lock(mutex_);
   return std::accumulate(counts_.begin(), counts_.end(), uint64_t{0});

@@ -30,7 +30,6 @@ class Findings {
 
   /// `key`: what makes two findings the same one, such as the names of two operations.
   void Add(Fault fault, const std::string& key, const std::string& text);
-  uint64_t count(Fault fault) const;
   uint64_t count() const;
   std::string text() const;
   void Clear();

@@ -61,16 +61,10 @@ bool HostMemory::Unregister(void* ptr) {
   return true;
 }
 
-bool HostMemory::IsPinned(const void* ptr) const { return Find(ptr).first != nullptr; }
-
-std::pair<void*, size_t> HostMemory::Find(const void* ptr) const {
+bool HostMemory::IsPinned(const void* ptr) const {
   const std::lock_guard lock(mutex_);
   const auto address = reinterpret_cast<uintptr_t>(ptr);
-  auto at = blocks_.upper_bound(address);
-  if (at == blocks_.begin()) return {nullptr, 0};
-  --at;
-  if (address >= at->first + at->second.bytes) return {nullptr, 0};
-  return {reinterpret_cast<void*>(at->first), at->second.bytes};
+  return Overlaps(address, address + 1);
 }
 
 bool HostMemory::Overlaps(uintptr_t first, uintptr_t last) const {

@@ -5,7 +5,6 @@
 #include <map>
 #include <mutex>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "simgpu/core/clock.h"
@@ -31,8 +30,6 @@ class HostMemory {
   /// False: nothing was registered at `ptr`.
   bool Unregister(void* ptr);
   bool IsPinned(const void* ptr) const;
-  /// The allocation or registration that holds `ptr`: its first byte and size, or null and 0.
-  std::pair<void*, size_t> Find(const void* ptr) const;
 
   /// The device will touch [first, last) in operation `time` of `stream`.
   void Guard(uintptr_t first, uintptr_t last, bool writes, int stream, uint32_t time,

@@ -4,7 +4,7 @@
 
 namespace simgpu {
 
-Scheduler::Scheduler(uint64_t seed, Pace pace) : random_(seed), pace_(pace) { Restart(seed, pace); }
+Scheduler::Scheduler(uint64_t seed, Pace pace) { Restart(seed, pace); }
 
 void Scheduler::Restart(uint64_t seed, Pace pace) {
   random_.seed(seed);

@@ -34,7 +34,7 @@ class Scheduler {
   void Weigh();
 
   std::mt19937_64 random_;
-  Pace pace_;
+  Pace pace_ = Pace::kMixed;
   uint64_t per_mille_ = 0;  // of steps after an issue
   std::vector<uint64_t> weights_;
 };
