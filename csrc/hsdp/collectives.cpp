@@ -64,11 +64,18 @@ bool Collectives::coalesces(c10::DeviceType device) const {
   return backend(device)->supportsCoalescing();
 }
 
-// On a device `wait` makes the current stream wait for the operation, which may run on a stream of
-// the backend's own.
+// No method tells this either. These two are torch's own that run what is not asked for as `async`
+// on the current stream; another one may have streams of its own.
+bool Collectives::runs_in_place(c10::DeviceType device) const {
+  const std::string name = backend(device)->getBackendName();
+  return name == "nccl" || name == "nccl2";
+}
+
+// On a device `wait` makes the current stream wait for the operation.
 PendingWorks Collectives::Ordered(WorkPtr work, const GroupPtr& group,
                                   const at::Tensor& tensor) const {
   if (host_orders(tensor.device().type())) return {std::move(work), group};
+  if (runs_in_place(tensor.device().type())) return PendingWorks::OnStream(std::move(work));
   if (work) work->wait();
   return {};
 }
@@ -89,7 +96,8 @@ WorkPtr Collectives::AverageIfItCan(Issue issue) const {
   }
 }
 
-PendingWorks Collectives::AllGather(const std::vector<Cut>& runs) const {
+PendingWorks Collectives::AllGather(const std::vector<at::Tensor>& own,
+                                    const std::vector<Cut>& runs) const {
   const GroupPtr group = c10d::resolve_process_group(gather_group_);
   if (exchanges(runs.at(0).run.device().type())) {
     PendingWorks works(departures_, departures_ ? departures_->Begin(Joint::kGather) : JointOp{});
@@ -105,11 +113,8 @@ PendingWorks Collectives::AllGather(const std::vector<Cut>& runs) const {
     }
     return works;
   }
-  std::vector<at::Tensor> outputs, inputs;
-  for (const Cut& cut : runs) {
-    outputs.push_back(cut.run);
-    inputs.push_back(cut.piece(shard_rank_));
-  }
+  std::vector<at::Tensor> outputs, inputs = own;
+  for (const Cut& cut : runs) outputs.push_back(cut.run);
   if (outputs.size() == 1) {
     static const auto op = FindOp<std::tuple<at::Tensor, WorkPtr>(
         at::Tensor&, at::Tensor&, const GroupPtr&, bool, int64_t)>("c10d::_allgather_base_");

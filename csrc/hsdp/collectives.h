@@ -52,7 +52,9 @@ struct Cut {
 /// reductions. A group of one rank needs no communication; callers check the sizes.
 ///
 /// Where `host_orders`, a call returns pending works; the tensors must live until they are over.
-/// Elsewhere it returns none, and the tensors must live until the current stream has passed it.
+/// Elsewhere nothing is pending, and the tensors must live until the current stream has passed the
+/// operation. Its work, if there is one (PendingWorks::TakeQueued), should be waited for by some
+/// stream: it may keep the tensors until then.
 ///
 /// Ownership: none. A group held here would outlive `destroy_process_group`; after that a call
 /// throws, naming the group. Thread safety: as the process groups', one caller at a time for each
@@ -84,9 +86,10 @@ class Collectives {
   /// Whether the backend launches several collectives as one.
   bool coalesces(c10::DeviceType device) const;
 
-  /// Brings every rank's piece of every run to all; this rank's are in place. Without `exchanges`
-  /// the pieces of a run are equal, and without `coalesces` there is one run.
-  PendingWorks AllGather(const std::vector<Cut>& runs) const;
+  /// Brings every rank's piece of every run to all; `own` are this rank's. Where ranks exchange
+  /// pieces these are in their places in the runs; elsewhere they may lie anywhere, the pieces of a
+  /// run are equal, and without `coalesces` there is one run.
+  PendingWorks AllGather(const std::vector<at::Tensor>& own, const std::vector<Cut>& runs) const;
   /// Without `exchanges`: outputs[i] becomes the sum of all ranks' pieces of runs[i], for this
   /// rank; or their average.
   PendingWorks ReduceScatter(const std::vector<at::Tensor>& outputs, const std::vector<Cut>& runs,
@@ -117,6 +120,7 @@ class Collectives {
  private:
   c10::intrusive_ptr<c10d::Backend> backend(c10::DeviceType device) const;
   PendingWorks Ordered(WorkPtr work, const GroupPtr& group, const at::Tensor& tensor) const;
+  bool runs_in_place(c10::DeviceType device) const;
   template <typename Issue>
   WorkPtr AverageIfItCan(Issue issue) const;
 

@@ -1,83 +1,36 @@
 #include "hsdp/device_streams.h"
 
-#include <map>
-#include <mutex>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <iterator>
 #include <utility>
 
-#ifdef HSDP_CKPT_WITH_CUDA
-#include <ATen/cuda/CUDAEvent.h>
-#include <c10/cuda/CUDACachingAllocator.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
+#include "base/left_out.h"
+#include "hsdp/lent_memory.h"
 
 namespace hsdp_ckpt::hsdp {
 
-#ifdef HSDP_CKPT_WITH_CUDA
-namespace {
+using base::IsLeftOut;
+using base::Ordering;
 
-class CudaScope final : public DeviceStreams::Scope {
- public:
-  explicit CudaScope(const c10::cuda::CUDAStream& stream) : guard_(stream) {}
+DeviceStreams::SideStream::SideStream(c10::Stream side)
+    : stream(side), event(side.device_type()) {}  // timing off: the default, and the cheap kind
 
- private:
-  c10::cuda::CUDAStreamGuard guard_;
-};
-
-class CudaMark final : public DeviceStreams::Mark {
- public:
-  at::cuda::CUDAEvent event;  // timing off: the default, and the cheap kind
-};
-
-class CudaStreams final : public DeviceStreams {
- public:
+DeviceStreams::DeviceStreams(at::Device device) {
+  if (device.is_cpu()) return;
+  TORCH_CHECK(!device.is_meta() && c10::impl::hasDeviceGuardImpl(device.type()),
+              "torch_hsdp_ckpt shards parameters on the CPU and on devices with streams, not on ",
+              device, ": move the module first");
+  const c10::impl::VirtualGuardImpl backend(device.type());
   // The priority is high, as a collective that waits behind compute kernels delays the kernels that
   // wait for it.
-  explicit CudaStreams(at::Device device)
-      : gather_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())),
-        reduce_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device.index())) {}
-
-  std::unique_ptr<Scope> Enter(Stream which) override {
-    const c10::cuda::CUDAStream& side = which == Stream::kGather ? gather_ : reduce_;
-    const c10::cuda::CUDAStream current = c10::cuda::getCurrentCUDAStream(side.device_index());
-    if (current != side) {
-      // An event that is destroyed while a stream still waits for it is released by the driver when
-      // the wait is over.
-      at::cuda::CUDAEvent event;
-      event.record(current);
-      event.block(side);
-    }
-    return std::make_unique<CudaScope>(side);
-  }
-
-  std::unique_ptr<Mark> Record(Stream which) override {
-    auto mark = std::make_unique<CudaMark>();
-    mark->event.record(which == Stream::kGather ? gather_ : reduce_);
-    return mark;
-  }
-
-  void Join(const Mark* mark) override {
-    if (mark == nullptr) return;
-    const auto& event = static_cast<const CudaMark*>(mark)->event;
-    const_cast<at::cuda::CUDAEvent&>(event).block(
-        c10::cuda::getCurrentCUDAStream(gather_.device_index()));
-  }
-
-  void Uses(const at::Tensor& tensor) override {
-    c10::cuda::CUDACachingAllocator::recordStream(
-        tensor.storage().data_ptr(), c10::cuda::getCurrentCUDAStream(gather_.device_index()));
-  }
-
- private:
-  c10::cuda::CUDAStream gather_, reduce_;
-};
-
-}  // namespace
-#endif
+  sides_.emplace_back(backend.getStreamFromGlobalPool(device, /*isHighPriority=*/true));
+  sides_.emplace_back(backend.getStreamFromGlobalPool(device, /*isHighPriority=*/true));
+}
 
 std::shared_ptr<DeviceStreams> DeviceStreams::Of(at::Device device) {
-  // A process has one pair of streams a device. The map is never destroyed: at exit the CUDA driver
-  // may be gone before a static would be.
+  // A process has one pair of streams a device. The map is never destroyed: at exit the device's
+  // driver may be gone before a static would be.
   static auto& made = *new std::map<at::Device, std::shared_ptr<DeviceStreams>,
                                     bool (*)(const at::Device&, const at::Device&)>(
       [](const at::Device& a, const at::Device& b) {
@@ -86,17 +39,92 @@ std::shared_ptr<DeviceStreams> DeviceStreams::Of(at::Device device) {
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
   auto& streams = made[device];
-  if (streams) return streams;
-  if (device.is_cpu()) return streams = std::make_shared<DeviceStreams>();
-#ifdef HSDP_CKPT_WITH_CUDA
-  if (device.is_cuda()) return streams = std::make_shared<CudaStreams>(device);
-  TORCH_CHECK(false, "torch_hsdp_ckpt shards parameters on CPU and CUDA devices, not on ", device,
-              ": move the module first");
-#else
-  TORCH_CHECK(false,
-              "this build of torch_hsdp_ckpt supports CPU tensors only and the parameters are on ",
-              device, ": build it again where a CUDA toolkit is found");
-#endif
+  if (!streams) streams = std::make_shared<DeviceStreams>(device);
+  return streams;
+}
+
+c10::Stream DeviceStreams::Current() const {
+  const c10::Device device = sides_[0].stream.device();
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+
+c10::OptionalStreamGuard DeviceStreams::Enter(Side which, const Place& place) {
+  if (!sides_.empty() && !IsLeftOut(Ordering::kEnter, place)) {
+    const std::lock_guard lock(mutex_);
+    SideStream& side = StreamOf(which);
+    const c10::Stream current = Current();
+    if (current != side.stream) {
+      side.event.record(current);
+      side.event.block(side.stream);
+    }
+  }
+  return Within(which, place);
+}
+
+c10::OptionalStreamGuard DeviceStreams::Within(Side which, const Place& place) {
+  if (sides_.empty() || IsLeftOut(Ordering::kWithin, place)) return c10::OptionalStreamGuard();
+  const std::lock_guard lock(mutex_);
+  SideStream& side = StreamOf(which);
+  ++side.given;
+  return c10::OptionalStreamGuard(side.stream);
+}
+
+void DeviceStreams::Record(Side which, Mark& mark, std::vector<WorkPtr> works) {
+  if (sides_.empty()) return;
+  const std::lock_guard lock(mutex_);
+  const SideStream& side = StreamOf(which);
+  mark.side_ = which;
+  mark.given_ = side.given;
+  mark.works_ = std::move(works);
+  if (!mark.works_.empty()) return;
+  if (!mark.event_) mark.event_.emplace(side.stream.device_type());
+  mark.event_->record(side.stream);
+}
+
+void DeviceStreams::Join(Mark& mark, const Place& place) {
+  const std::optional<Side> which = std::exchange(mark.side_, {});
+  const std::vector<WorkPtr> works = std::exchange(mark.works_, {});
+  if (!which || IsLeftOut(Ordering::kJoin, place)) return;
+  for (const WorkPtr& work : works) work->wait();
+  if (!works.empty()) return;
+  const std::lock_guard lock(mutex_);
+  const c10::Stream current = Current();
+  if (StreamOf(*which).joined[current.id()] >= mark.given_) return;
+  mark.event_->block(current);
+}
+
+void DeviceStreams::Join(Side which, const Place& place) {
+  if (sides_.empty() || IsLeftOut(Ordering::kJoin, place)) return;
+  const std::lock_guard lock(mutex_);
+  SideStream& side = StreamOf(which);
+  const c10::Stream current = Current();
+  uint64_t& joined = side.joined[current.id()];
+  if (joined == side.given || current == side.stream) return;
+  side.event.record(side.stream);
+  side.event.block(current);
+  joined = side.given;
+}
+
+void DeviceStreams::Uses(const at::Tensor& tensor, const Place& place) {
+  if (sides_.empty() || !tensor.defined() || IsLeftOut(Ordering::kUses, place)) return;
+  const at::DataPtr& memory = OwnedMemory(tensor);
+  if (memory.get() == nullptr) return;
+  const c10::Stream current = Current();
+  c10::impl::VirtualGuardImpl(current.device_type()).recordDataPtrOnStream(memory, current);
+}
+
+void DeviceStreams::Hold(Side side, std::vector<at::Tensor> tensors, Held& held,
+                         std::vector<WorkPtr> works, const Place& place) {
+  if (sides_.empty() || tensors.empty() || IsLeftOut(Ordering::kHold, place)) return;
+  held.tensors_.insert(held.tensors_.end(), std::make_move_iterator(tensors.begin()),
+                       std::make_move_iterator(tensors.end()));
+  Record(side, held.used_, std::move(works));
+}
+
+void DeviceStreams::Release(Held& held, const Place& place) {
+  Join(held.used_, place);
+  // A no-op for memory of the current stream.
+  for (const at::Tensor& tensor : std::exchange(held.tensors_, {})) Uses(tensor, place);
 }
 
 }  // namespace hsdp_ckpt::hsdp

@@ -1,50 +1,103 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
 
+#include <cstdint>
+#include <map>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <source_location>
+#include <vector>
+
+#include "hsdp/pending_works.h"
 
 namespace hsdp_ckpt::hsdp {
 
-/// A device's side streams: one for gathers, one for reductions, shared by all units. On the CPU
-/// everything here does nothing.
+/// A device's side streams: one for gathers, one for reductions, shared by all units. Any device
+/// whose backend implements c10's streams and events (c10::impl::DeviceGuardImplInterface) has
+/// them; on the CPU everything here does nothing.
 ///
-/// These rules make the order right; all waiting is done on the device, none on the host:
-///  - Work on a side stream begins after what the compute stream had been given when `Enter` was
+/// The *compute stream* is the one that is current where a unit is used. Three rules make the order
+/// right; all waiting is done on the device, none on the host:
+///  - All memory is the compute stream's: it is allocated and freed there.
+///  - A side stream's work begins after what the compute stream had been given when `Enter` was
 ///    called.
-///  - The compute stream goes on after a side stream's work only from `Join` on.
-///  - A tensor that one stream allocated and another one uses is passed to `Uses` before it is
-///    dropped, or kept until the first one has waited for the other in `Join`.
+///  - The compute stream goes on with what a side stream has written, and frees what that has used,
+///    only after a `Join`. What goes out of our hands before that is passed to `Uses`.
+///
+/// docs/design/schedule.md has the table of all calls with what each is for. Tests leave them out
+/// one at a time (base/left_out.h): therefore each knows the function that it stands in.
+///
+/// Thread safety: any thread may call; a Mark and a Held are one thread's at a time.
 class DeviceStreams {
  public:
-  enum class Stream { kGather, kReduce };
-
-  /// A side stream is current as long as this lives.
-  class Scope {
-   public:
-    virtual ~Scope() = default;
-  };
+  enum class Side { kGather, kReduce };
+  using Place = std::source_location;
 
   /// A moment: what a side stream had been given by then.
   class Mark {
-   public:
-    virtual ~Mark() = default;
+    friend DeviceStreams;
+    std::vector<WorkPtr> works_;       // waited for instead of the event
+    std::optional<c10::Event> event_;  // kept, to be recorded again
+    std::optional<Side> side_;         // absent: unset
+    uint64_t given_ = 0;               // SideStream::given by then
   };
 
-  virtual ~DeviceStreams() = default;
+  /// Tensors that a side stream uses up to a moment.
+  class Held {
+    friend DeviceStreams;
+    std::vector<at::Tensor> tensors_;
+    Mark used_;
+  };
 
-  /// The side stream waits for the current stream and becomes current. Null on the CPU.
-  virtual std::unique_ptr<Scope> Enter(Stream) { return nullptr; }
-  /// Marks the end of what has been given to the side stream so far. Null on the CPU.
-  virtual std::unique_ptr<Mark> Record(Stream) { return nullptr; }
-  /// The current stream waits for `mark`; null is nothing to wait for.
-  virtual void Join(const Mark*) {}
-  /// `tensor`'s memory is not given to others before the current stream has passed this point.
-  virtual void Uses(const at::Tensor&) {}
+  /// Without side streams, as on the CPU.
+  DeviceStreams() = default;
+  /// Throws c10::Error for a device without streams of c10's kind.
+  explicit DeviceStreams(at::Device device);
 
-  /// The streams of `device`, made at the first call. Throws c10::Error for a device that this
-  /// build does not support.
+  /// The streams of `device`, made at the first call. Throws as the constructor does.
   static std::shared_ptr<DeviceStreams> Of(at::Device device);
+
+  /// The side stream waits for the current stream, and is current as long as the result lives.
+  c10::OptionalStreamGuard Enter(Side side, const Place& place = Place::current());
+  /// The side stream is current as long as the result lives, and waits for nothing: for what needs
+  /// only what the last Enter has waited for.
+  c10::OptionalStreamGuard Within(Side side, const Place& place = Place::current());
+  /// Sets `mark` to what has been given to the side stream so far. `works`: of the last operations
+  /// there, if their backend gives any: waiting for them costs no event of our own.
+  void Record(Side side, Mark& mark, std::vector<WorkPtr> works = {});
+  /// The current stream waits for `mark`, if that is set and has not been waited for, and unsets
+  /// it.
+  void Join(Mark& mark, const Place& place = Place::current());
+  /// The current stream waits for all that has been given to the side stream.
+  void Join(Side side, const Place& place = Place::current());
+  /// `tensor`'s memory is not given to others before the current stream has passed this point.
+  void Uses(const at::Tensor& tensor, const Place& place = Place::current());
+  /// Adds `tensors` to `held`, all of which the side stream uses up to now at the latest. `works`:
+  /// as for Record.
+  void Hold(Side side, std::vector<at::Tensor> tensors, Held& held, std::vector<WorkPtr> works,
+            const Place& place = Place::current());
+  /// The current stream waits until what is held has been used, and gets the memory.
+  void Release(Held& held, const Place& place = Place::current());
+
+ private:
+  struct SideStream {
+    explicit SideStream(c10::Stream side);
+
+    c10::Stream stream;
+    c10::Event event;                          // recorded anew for every wait
+    uint64_t given = 0;                        // times that it was entered
+    std::map<c10::StreamId, uint64_t> joined;  // by stream: how many of them that has waited for
+  };
+
+  SideStream& StreamOf(Side side) { return sides_[static_cast<size_t>(side)]; }
+  c10::Stream Current() const;
+
+  std::mutex mutex_;
+  std::vector<SideStream> sides_;  // empty without side streams
 };
 
 }  // namespace hsdp_ckpt::hsdp

@@ -2,7 +2,9 @@
 
 #include <ATen/ATen.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "hsdp/collectives.h"
@@ -19,18 +21,24 @@ struct GatheredParam {
 
 /// A move of elements within a gather, from an offset of one buffer to an offset of another one.
 struct Move {
+  enum class Target { kFull, kPacked };
+
   int64_t from;  ///< in bytes; kZeros: zeros are written
   int64_t to;    ///< in bytes
   int64_t numel;
   at::ScalarType src, dst;
+  Target target = Target::kFull;
 
   static constexpr int64_t kZeros = -1;
 };
 
-/// A parameter that is gathered from where it is to where it is used.
+/// Parameters that are gathered from where they are to where they are used.
 struct InPlaceRun {
   int64_t offset;               ///< in the full buffer, in bytes
   std::vector<int64_t> bounds;  ///< of the ranks' pieces, in bytes, see Cut
+  /// Where this rank's piece is in the flat buffer, in bytes; absent where the plan's moves have
+  /// put it into the full one.
+  std::optional<int64_t> flat_offset;
 };
 
 /// How one unit's gather moves bytes between three buffers: the flat one of this rank's shards, the
@@ -38,19 +46,26 @@ struct InPlaceRun {
 /// of the small parameters, by rank. A plan is made when shards or dtypes change and holds for
 /// every gather after that.
 ///
-/// A gather begins with this rank's own rows, cast on the way. Large parameters are gathered in
-/// place; small ones, and those that the backend can't take where they are, go through the packed
-/// buffer, whatever their dtypes.
+/// Large parameters are gathered in place; small ones, and those that the backend can't take where
+/// they are, go through the packed buffer, whatever their dtypes. This rank's own rows are sent
+/// from the flat buffer where a collective takes them from there as they are; if not, a gather
+/// begins with moving them, cast on the way.
 struct GatherPlan {
-  std::vector<int64_t> full_offsets;  ///< in bytes of the full dtypes, one past the end too
-  int64_t packed_stride = 0;          ///< bytes of one rank in the packed buffer
+  std::vector<int64_t> full_offsets;          ///< in bytes of the full dtypes, one past the end too
+  int64_t packed_stride = 0;                  ///< bytes of one rank in the packed buffer
+  std::optional<int64_t> packed_flat_offset;  ///< see InPlaceRun::flat_offset
   std::vector<InPlaceRun> in_place;
-  std::vector<Move> own_to_full, own_to_packed;  ///< this rank's rows; the same dtypes side by side
-  std::vector<Move> unpack;                      ///< packed to full
+  std::vector<Move> own_rows;  ///< flat to full or packed; the same dtypes side by side
+  std::vector<Move> unpack;    ///< packed to full
 };
 
-/// `layout`: of the flat buffer, in bytes of the stored dtypes, as this rank's `collectives` cut
-/// it.
+/// The parameters' indices as they should lie in the flat buffer: first those that are gathered in
+/// place, then the packed ones, so that these can be sent as one.
+std::vector<size_t> FlatOrder(const std::vector<GatheredParam>& params,
+                              const Collectives& collectives, c10::DeviceType device);
+
+/// `layout`: of the flat buffer, in bytes of the stored dtypes and in FlatOrder, as this rank's
+/// `collectives` cut it.
 GatherPlan PlanGather(const std::vector<GatheredParam>& params, const ShardLayout& layout,
                       const Collectives& collectives, c10::DeviceType device);
 

@@ -233,13 +233,14 @@ std::vector<at::Tensor> Pieces(const GradBucket& bucket, const at::Tensor& buffe
   return pieces;
 }
 
-void AddPartial(GradBucket& bucket) {
-  if (!bucket.partial.defined()) return;
-  const kernels::CopySegment all{bucket.partial.const_data_ptr(), bucket.output.mutable_data_ptr(),
+at::Tensor AddPartial(GradBucket& bucket) {
+  at::Tensor partial = std::exchange(bucket.partial, {});
+  if (!partial.defined()) return partial;
+  const kernels::CopySegment all{partial.const_data_ptr(), bucket.output.mutable_data_ptr(),
                                  bucket.stride};
   kernels::BatchedCopy(bucket.output.device(), {&all, 1}, bucket.reduced, bucket.reduced, 1.0,
                        /*accumulate=*/true);
-  bucket.partial.reset();
+  return partial;
 }
 
 void Clear(GradBucket& bucket) {

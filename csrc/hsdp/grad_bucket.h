@@ -81,8 +81,9 @@ void Pack(GradBucket& bucket, const std::vector<at::Tensor>& grads);
 std::vector<Cut> Runs(const GradBucket& bucket);
 /// The piece of every run that `rank` gets, in a buffer of `stride` elements.
 std::vector<at::Tensor> Pieces(const GradBucket& bucket, const at::Tensor& buffer, int64_t rank);
-/// Adds to `output`, and forgets, the sums over the shards that have waited for this all-reduce.
-void AddPartial(GradBucket& bucket);
+/// Adds to `output` the sums over the shards that have waited for this all-reduce, and gives them
+/// up. A device still reads what is returned.
+at::Tensor AddPartial(GradBucket& bucket);
 /// Forgets the buffers of a reduction; partial sums stay.
 void Clear(GradBucket& bucket);
 

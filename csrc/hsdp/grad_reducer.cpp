@@ -1,6 +1,7 @@
 #include "hsdp/grad_reducer.h"
 
 #include <algorithm>
+#include <map>
 #include <utility>
 
 #include "hsdp/host_reduction.h"
@@ -11,9 +12,7 @@ namespace hsdp_ckpt::hsdp {
 namespace {
 
 using Stage = Reduction::Stage;
-using Stream = DeviceStreams::Stream;
-
-constexpr int64_t kShardAlignment = 16;  // bytes
+using Side = DeviceStreams::Side;
 
 std::unique_ptr<Reduction> MakeReduction(std::shared_ptr<const UnitGrads> grads) {
   const bool reduces = !grads->buckets.empty();  // if not, its groups may be gone
@@ -89,14 +88,7 @@ bool GradReducer::KeepsSums() const {
 
 bool GradReducer::Keep() {
   if (reduction_->stage() != Stage::kDone || !KeepsSums()) return false;
-  const auto scope = grads_->streams->Enter(Stream::kReduce);
-  for (const auto& bucket : grads_->buckets) {
-    bucket->partial = std::exchange(bucket->output, {});
-    // With one shard it is the packed input, which is the compute stream's.
-    grads_->streams->Uses(bucket->partial);
-  }
-  written_ = grads_->streams->Record(Stream::kReduce);
-  reduction_->HoldInputs();
+  for (const auto& bucket : grads_->buckets) bucket->partial = std::exchange(bucket->output, {});
   reduction_->End();
   return true;
 }
@@ -108,13 +100,14 @@ bool GradReducer::has_partial() const {
 }
 
 void GradReducer::DropPartial() {
+  if (has_partial()) Join();
   for (const auto& bucket : grads_->buckets) bucket->partial.reset();
 }
 
 std::vector<size_t> GradReducer::Unused() const {
   std::vector<size_t> unused;
   if (std::find(used_here_.begin(), used_here_.end(), false) == used_here_.end()) return unused;
-  const auto scope = grads_->streams->Enter(Stream::kReduce);
+  const auto scope = grads_->streams->Within(Side::kReduce);
   for (const auto& bucket : grads_->buckets) {
     at::Tensor used = bucket->FlagsOf(bucket->output).ne(0);
     if (bucket->other.defined()) used = used.logical_or(bucket->FlagsOf(bucket->other).ne(0));
@@ -127,27 +120,20 @@ std::vector<size_t> GradReducer::Unused() const {
 }
 
 std::vector<at::Tensor> GradReducer::EmptyShards() const {
-  const int64_t shards = grads_->collectives->shards(), rank = grads_->collectives->shard_rank();
   std::vector<at::Tensor> tensors(specs_.size());
-  for (size_t first = 0; first < specs_.size(); ++first) {
-    if (tensors[first].defined()) continue;
-    const at::ScalarType dtype = specs_[first].sharded;
-    std::vector<size_t> params;
-    std::vector<ParamShape> shapes;
-    for (size_t i = first; i < specs_.size(); ++i) {
-      if (specs_[i].sharded != dtype) continue;
-      params.push_back(i);
-      shapes.push_back(ParamShape::Of(specs_[i].sizes, shards));
-    }
-    const auto item = static_cast<int64_t>(c10::elementSize(dtype));
-    const ShardLayout layout(std::move(shapes), shards,
-                             std::max<int64_t>(1, kShardAlignment / item));
-    const auto options = at::TensorOptions(dtype).device(grads_->device);
-    const at::Tensor buffer = at::empty({layout.flat_numel()}, options);
-    for (size_t p = 0; p < params.size(); ++p) {
-      const auto sizes = ShardSizes(specs_[params[p]].sizes, layout.shard_rows(p, rank));
+  for (const auto& bucket : grads_->buckets) {
+    const int64_t rank = grads_->collectives->shard_rank();
+    std::map<at::ScalarType, at::Tensor> buffers;
+    for (size_t p = 0; p < bucket->params.size(); ++p) {
+      const GradSpec& spec = specs_[bucket->params[p]];
+      at::Tensor& buffer = buffers[spec.sharded];
+      // As large as what is reduced, and laid out like it, see SwapIfPossible.
+      if (!buffer.defined()) {
+        buffer = at::empty({bucket->stride}, bucket->ones.options().dtype(spec.sharded));
+      }
+      const ShardLayout& layout = bucket->layout;
       const at::Tensor slice = buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank));
-      tensors[params[p]] = slice.view(sizes);
+      tensors[bucket->params[p]] = slice.view(ShardSizes(spec.sizes, layout.shard_rows(p, rank)));
     }
   }
   return tensors;
@@ -164,6 +150,7 @@ double GradReducer::PostScale(const GradBucket& bucket) const {
 void GradReducer::CallHook(GradBucket& bucket) {
   const auto& hook = reduction_->options().all_reduce_hook;
   if (!hook) return;
+  const auto scope = grads_->streams->Within(Side::kReduce);
   if (bucket.other.defined()) bucket.output.add_(std::exchange(bucket.other, {}));
   const at::Tensor averages = bucket.output.narrow(0, 0, bucket.layout.flat_numel());
   if (const double scale = PostScale(bucket); scale != 1.0) averages.mul_(scale);
@@ -176,18 +163,51 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
   TORCH_CHECK(reduction_->stage() == Stage::kDone, "GradReducer: nothing has been reduced");
   TORCH_CHECK(targets.size() == specs_.size() && accumulate.size() == specs_.size(),
               "GradReducer: ", targets.size(), " targets for ", specs_.size(), " parameters");
-  const auto scope = grads_->streams->Enter(Stream::kReduce);
   for (const auto& bucket : grads_->buckets) {
     CallHook(*bucket);
-    const double scale = PostScale(*bucket);
-    for (const WritePass& pass : PassesOf(*bucket, targets, accumulate)) {
-      kernels::BatchedSum(pass.sums, bucket->reduced, pass.sharded, scale, pass.accumulate);
-      kernels::BatchedCopy(grads_->device, pass.copies, bucket->reduced, pass.sharded, scale,
-                           pass.accumulate);
-    }
+    if (SwapIfPossible(*bucket, targets, accumulate)) continue;
+    RunPasses(*bucket, targets, accumulate);
   }
-  written_ = grads_->streams->Record(Stream::kReduce);
-  Drop();
+  has_written_ = true;
+  End();
+}
+
+// The averages are as the gradients should be, in memory that nobody else needs. What the targets
+// had goes back to the compute stream, which must have waited for the last averages there.
+bool GradReducer::SwapIfPossible(GradBucket& bucket,
+                                 const std::vector<std::optional<at::Tensor>>& targets,
+                                 const std::vector<bool>& accumulate) const {
+  if (has_written_ || bucket.other.defined() || PostScale(bucket) != 1.0) return false;
+  const auto& first = targets[bucket.params[0]];
+  if (!first) return false;
+  const at::Storage& storage = first->storage();
+  const auto item = static_cast<size_t>(c10::elementSize(bucket.reduced));
+  if (storage.nbytes() != static_cast<size_t>(bucket.stride) * item) return false;
+  for (size_t p = 0; p < bucket.params.size(); ++p) {
+    const size_t i = bucket.params[p];
+    const bool is_slice = targets[i] && !accumulate[i] &&
+                          targets[i]->storage().is_alias_of(storage) &&
+                          targets[i]->scalar_type() == bucket.reduced &&
+                          targets[i]->storage_offset() == bucket.layout.offset(p);
+    if (!is_slice) return false;
+  }
+  at::DataPtr averages = bucket.output.storage().set_data_ptr({});
+  at::DataPtr old = storage.set_data_ptr(std::move(averages));
+  bucket.output.storage().set_data_ptr_noswap(std::move(old));
+  return true;
+}
+
+void GradReducer::RunPasses(const GradBucket& bucket,
+                            const std::vector<std::optional<at::Tensor>>& targets,
+                            const std::vector<bool>& accumulate) const {
+  const auto scope = grads_->streams->Enter(Side::kReduce);
+  const double scale = PostScale(bucket);
+  for (const WritePass& pass : PassesOf(bucket, targets, accumulate)) {
+    kernels::BatchedSum(pass.sums, bucket.reduced, pass.sharded, scale, pass.accumulate);
+    kernels::BatchedCopy(grads_->device, pass.copies, bucket.reduced, pass.sharded, scale,
+                         pass.accumulate);
+  }
+  grads_->streams->Uses(bucket.output);
 }
 
 // One fused pass for each dtype of the targets, and for those that are added to.
@@ -231,14 +251,19 @@ void GradReducer::CheckTarget(size_t i, const at::Tensor& target, int64_t numel)
 
 void GradReducer::Drop() {
   if (reduction_->stage() != Stage::kIdle) reduction_->Advance(/*wait=*/true);
-  reduction_->HoldInputs();  // with one shard the input has been the result up to now
+  Join();
+  End();
+}
+
+void GradReducer::End() {
   for (const auto& bucket : grads_->buckets) Clear(*bucket);
   reduction_->End();
 }
 
 void GradReducer::Join() {
-  grads_->streams->Join(std::exchange(written_, nullptr).get());
+  grads_->streams->Join(Side::kReduce);
   ReleaseInputs();
+  has_written_ = false;
 }
 
 }  // namespace hsdp_ckpt::hsdp

@@ -53,10 +53,11 @@ class GradReducer {
   /// them all.
   std::vector<size_t> Unused() const;
   /// Tensors for the sharded gradients: this rank's rows of every parameter, uninitialised, slices
-  /// of one buffer a dtype.
+  /// of one buffer for each bucket and dtype.
   std::vector<at::Tensor> EmptyShards() const;
   /// targets[i] = (accumulate[i] ? targets[i] : 0) + average, for contiguous targets of this rank's
-  /// rows; absent targets are left out. Ends the reduction.
+  /// rows; absent targets are left out. Ends the reduction. What EmptyShards has made is not
+  /// written where it needn't be: its storage takes over the memory of the averages.
   void Write(const std::vector<std::optional<at::Tensor>>& targets,
              const std::vector<bool>& accumulate);
   /// Forgets a reduction whose result nobody wants, after it has ended on the wire.
@@ -64,7 +65,7 @@ class GradReducer {
   /// The current stream waits until a device has read the gradients that it was given, whose memory
   /// goes back to it.
   void ReleaseInputs() { reduction_->ReleaseInputs(); }
-  /// The current stream waits for all that has been written, too.
+  /// The current stream waits for all reductions of the device, too.
   void Join();
 
  private:
@@ -76,6 +77,11 @@ class GradReducer {
   void CheckTarget(size_t i, const at::Tensor& target, int64_t numel) const;
   double PostScale(const GradBucket& bucket) const;
   void CallHook(GradBucket& bucket);
+  void End();
+  bool SwapIfPossible(GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
+                      const std::vector<bool>& accumulate) const;
+  void RunPasses(const GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
+                 const std::vector<bool>& accumulate) const;
   std::vector<WritePass> PassesOf(const GradBucket& bucket,
                                   const std::vector<std::optional<at::Tensor>>& targets,
                                   const std::vector<bool>& accumulate) const;
@@ -84,7 +90,7 @@ class GradReducer {
   const std::shared_ptr<const UnitGrads> grads_;
   const std::unique_ptr<Reduction> reduction_;
   std::vector<bool> used_here_;  // by parameter: this rank has a gradient
-  std::unique_ptr<DeviceStreams::Mark> written_;
+  bool has_written_ = false;     // what the current stream has not waited for yet
 };
 
 }  // namespace hsdp_ckpt::hsdp

@@ -1,7 +1,11 @@
 #include "hsdp/lent_memory.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/StorageImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/headeronly/version.h>
+#include <torch/library.h>
 
 namespace hsdp_ckpt::hsdp {
 namespace {
@@ -21,24 +25,62 @@ void AllowUse(c10::StorageImpl& storage) { RaisesOnUseOf(storage) = false; }
 void AllowUse(c10::StorageImpl& storage) { storage.clear_data_ptr_access_error_msg_(); }
 #endif
 
-// There is no deleter, as the memory is the lender's.
-void Point(c10::StorageImpl& storage, void* data) {
-  storage.set_data_ptr_noswap(at::DataPtr(data, storage.device()));
+// The context of memory that is a piece of a lender's. Its deleter is what tells such memory.
+void DeleteLender(void* lender) { delete static_cast<at::Storage*>(lender); }
+
+at::DataPtr PieceOfStorage(const at::Storage& lender, void* data) {
+  return {data, new at::Storage(lender), &DeleteLender, lender.device()};
 }
 
 }  // namespace
 
-void Lend(const at::Tensor& tensor, void* data) {
+void Lend(const at::Tensor& tensor, const at::Tensor& lender, void* data) {
   c10::StorageImpl& storage = *tensor.storage().unsafeGetStorageImpl();
   AllowUse(storage);
-  Point(storage, data);
+  storage.set_data_ptr_noswap(PieceOfStorage(lender.storage(), data));
 }
 
 void TakeBack(const at::Tensor& tensor, const std::string& message) {
   c10::StorageImpl& storage = *tensor.storage().unsafeGetStorageImpl();
-  Point(storage, nullptr);
+  storage.set_data_ptr_noswap(at::DataPtr(nullptr, storage.device()));
   if (tensor.numel() == 0) return;
   storage.release_data_and_set_meta_custom_data_ptr_error_msg_(message);
+}
+
+at::Tensor PieceOf(const at::Tensor& lender, void* data, at::IntArrayRef sizes,
+                   at::ScalarType dtype) {
+  // The device is named, because torch would ask the address for it, and that of a piece without
+  // elements at the lender's end has another one, or none.
+  return at::for_blob(data, sizes)
+      .context(new at::Storage(lender.storage()), &DeleteLender)
+      .target_device(lender.device())
+      .options(lender.options().dtype(dtype))
+      .make_tensor();
+}
+
+const at::DataPtr& OwnedMemory(const at::Tensor& tensor) {
+  const at::DataPtr& memory = tensor.storage().data_ptr();
+  if (memory.get_deleter() != &DeleteLender) return memory;
+  return static_cast<const at::Storage*>(memory.get_context())->data_ptr();
+}
+
+namespace {
+
+// Allocators know the memory that they have given out, and take no notice of pieces of it.
+void RecordStream(at::Tensor& tensor, c10::Stream stream) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  if (!tensor.has_storage()) return tensor.record_stream(stream);
+  const at::DataPtr& owned = OwnedMemory(tensor);
+  if (&owned == &tensor.storage().data_ptr()) return tensor.record_stream(stream);
+  c10::impl::VirtualGuardImpl(stream.device_type()).recordDataPtrOnStream(owned, stream);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(aten, AutogradCUDA, library) { library.impl("record_stream", &RecordStream); }
+TORCH_LIBRARY_IMPL(aten, AutogradXPU, library) { library.impl("record_stream", &RecordStream); }
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, library) {
+  library.impl("record_stream", &RecordStream);
 }
 
 }  // namespace hsdp_ckpt::hsdp

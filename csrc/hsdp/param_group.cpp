@@ -71,18 +71,19 @@ void ParamGroup::MakeLayout() {
     params.push_back({sizes_[i], dtypes_[i], FullDtype(i)});
     is_whole_ = is_whole_ && FullDtype(i) == dtypes_[i];
   }
-  layout_.emplace(std::move(shapes), shards, kShardAlignment);
+  layout_.emplace(std::move(shapes), shards, kShardAlignment,
+                  FlatOrder(params, *collectives_, device_.type()));
   shard_offsets_.clear();
   for (size_t i = 0; i < sizes_.size(); ++i) shard_offsets_.push_back(layout_->offset(i));
   plan_ = PlanGather(params, *layout_, *collectives_, device_.type());
 }
 
-void ParamGroup::Run(const std::vector<Move>& moves, const at::Tensor& from,
-                     const at::Tensor& to) const {
+void ParamGroup::Run(const std::vector<Move>& moves, const at::Tensor& from) const {
   std::vector<kernels::CopySegment> segments;
   segments.reserve(moves.size());
   for (auto move = moves.begin(); move != moves.end(); ++move) {
     const uint8_t* const source = move->from == Move::kZeros ? nullptr : Bytes(from) + move->from;
+    const at::Tensor& to = move->target == Move::Target::kFull ? lent_ : packed_;
     segments.push_back({source, Bytes(to) + move->to, move->numel});
     const auto next = std::next(move);
     if (next != moves.end() && next->src == move->src && next->dst == move->dst) continue;
@@ -96,12 +97,7 @@ std::vector<at::Tensor> ParamGroup::ShardTensors() const {
   for (size_t i = 0; i < sizes_.size(); ++i) {
     const std::vector<int64_t> sizes =
         ShardSizes(sizes_[i], layout_->shard_rows(i, collectives_->shard_rank()));
-    // Each tensor has a storage of its own that keeps the flat buffer, so that saving or copying it
-    // takes its own bytes only. The device is named, because torch would ask the address for it,
-    // and that of a shard without elements at the buffer's end has another one, or none.
-    shards.push_back(at::from_blob(
-        Bytes(flat_) + layout_->offset(i), sizes, [flat = flat_](void*) {},
-        at::TensorOptions(dtypes_[i]).device(device_), flat_.device()));
+    shards.push_back(PieceOf(flat_, Bytes(flat_) + layout_->offset(i), sizes, dtypes_[i]));
   }
   return shards;
 }
@@ -138,6 +134,7 @@ std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards
   }
   device_ = device;
   streams_ = DeviceStreams::Of(device);
+  gathered_ = {};  // an event is one device's
   for (size_t i = 0; i < shards.size(); ++i) dtypes_[i] = shards[i].scalar_type();
   MakeLayout();
   // Padding is sent along by every gather: zeros, so that nothing uninitialised ever leaves the
@@ -256,27 +253,36 @@ void ParamGroup::StartGather() {
   // stream begins behind it.
   lent_ = at::empty({plan_.full_offsets.back()}, flat_.options());
   if (packed_bytes > 0) packed_ = at::empty({packed_bytes}, flat_.options());
-  const auto scope = streams_->Enter(DeviceStreams::Stream::kGather);
-  Run(plan_.own_to_full, flat_, lent_);
-  if (packed_bytes > 0) Run(plan_.own_to_packed, flat_, packed_);
+  const auto scope = streams_->Enter(DeviceStreams::Side::kGather);
+  Run(plan_.own_rows, flat_);
   if (collectives_->shards() > 1) AllGather();
-  gather_mark_ = streams_->Record(DeviceStreams::Stream::kGather);
+  std::vector<WorkPtr> works;
+  if (WorkPtr work = gather_works_.TakeQueued()) works.push_back(std::move(work));
+  streams_->Record(DeviceStreams::Side::kGather, gathered_, std::move(works));
 }
 
 // Gloo's works are waited for at their use, on CUDA too: a peer may have to take part in a
 // reduction of ours first.
 void ParamGroup::AllGather() {
+  const int64_t rank = collectives_->shard_rank();
+  std::vector<at::Tensor> own;
   std::vector<Cut> runs;
+  const auto add = [&](Cut cut, std::optional<int64_t> flat_offset) {
+    const at::Tensor in_place = cut.piece(rank);
+    own.push_back(flat_offset ? flat_.narrow(0, *flat_offset, in_place.numel()) : in_place);
+    runs.push_back(std::move(cut));
+  };
   for (const InPlaceRun& run : plan_.in_place) {
-    runs.push_back({lent_.narrow(0, run.offset, run.bounds.back()), run.bounds});
+    add({lent_.narrow(0, run.offset, run.bounds.back()), run.bounds}, run.flat_offset);
   }
   if (packed_.defined()) {
-    Cut& packed = runs.emplace_back(Cut{packed_, {}});
+    Cut packed{packed_, {}};
     for (int64_t r = 0; r <= collectives_->shards(); ++r) {
       packed.bounds.push_back(r * plan_.packed_stride);
     }
+    add(std::move(packed), plan_.packed_flat_offset);
   }
-  gather_works_ = collectives_->AllGather(runs);
+  gather_works_ = collectives_->AllGather(own, runs);
 }
 
 void ParamGroup::AwaitGather() {
@@ -288,28 +294,27 @@ void ParamGroup::AwaitGather() {
 // were allocated on whatever stream was current when the gather was started.
 void ParamGroup::JoinGather() {
   AwaitGather();
-  streams_->Join(gather_mark_.get());
-  gather_mark_.reset();
-  if (lent_.defined()) streams_->Uses(lent_);
-  if (packed_.defined()) streams_->Uses(packed_);
+  streams_->Join(gathered_);
+  streams_->Uses(lent_);
+  streams_->Uses(packed_);
 }
 
 void ParamGroup::Unshard() {
   if (state_ == State::kUnsharded) return;
   StartGather();
   if (is_whole_) {
-    LendAll(Bytes(flat_), shard_offsets_);
+    LendAll(flat_, shard_offsets_);
   } else {
     JoinGather();
-    if (packed_.defined()) Run(plan_.unpack, packed_, lent_);
+    if (packed_.defined()) Run(plan_.unpack, packed_);
     packed_.reset();
-    if (lent_.defined()) LendAll(Bytes(lent_), plan_.full_offsets);
+    if (lent_.defined()) LendAll(lent_, plan_.full_offsets);
   }
   state_ = State::kUnsharded;
 }
 
-void ParamGroup::LendAll(uint8_t* base, const std::vector<int64_t>& offsets) {
-  for (size_t i = 0; i < full_.size(); ++i) Lend(full_[i], base + offsets[i]);
+void ParamGroup::LendAll(const at::Tensor& lender, const std::vector<int64_t>& offsets) {
+  for (size_t i = 0; i < full_.size(); ++i) Lend(full_[i], lender, Bytes(lender) + offsets[i]);
 }
 
 void ParamGroup::TakeBackAll() {

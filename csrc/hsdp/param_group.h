@@ -130,11 +130,11 @@ class ParamGroup {
   std::vector<GradSpec> GradSpecs() const;
   void MoveGrads(std::vector<at::Tensor>& full, const std::vector<size_t>& trainable) const;
   void WatchGrads(std::function<void(size_t)> on_grad);
-  void Run(const std::vector<Move>& moves, const at::Tensor& from, const at::Tensor& to) const;
+  void Run(const std::vector<Move>& moves, const at::Tensor& from) const;
   void AllGather();
   void AwaitGather();
   void JoinGather();
-  void LendAll(uint8_t* base, const std::vector<int64_t>& offsets);
+  void LendAll(const at::Tensor& lender, const std::vector<int64_t>& offsets);
   void TakeBackAll();
 
   std::string name_;
@@ -156,7 +156,7 @@ class ParamGroup {
                        // is on its way
   at::Tensor lent_;    // bytes: what the full parameters' storages point into while unsharded
   PendingWorks gather_works_;
-  std::unique_ptr<DeviceStreams::Mark> gather_mark_;
+  DeviceStreams::Mark gathered_;
   State state_ = State::kSharded;
 
   std::vector<at::Tensor> full_;

@@ -172,6 +172,12 @@ class Watch {
 PendingWorks::PendingWorks(WorkPtr work, const GroupPtr& group)
     : works_{std::move(work)}, use_(GroupUses::OfProcess().Add(group)) {}
 
+PendingWorks PendingWorks::OnStream(WorkPtr work) {
+  PendingWorks works;
+  works.queued_ = std::move(work);
+  return works;
+}
+
 PendingWorks::~PendingWorks() {
   if (works_.empty()) return;
   if (AreOver()) use_.reset();
@@ -181,6 +187,7 @@ PendingWorks::~PendingWorks() {
 PendingWorks& PendingWorks::operator=(PendingWorks&& other) noexcept {
   // What this one held is the other's to put aside.
   std::swap(works_, other.works_);
+  std::swap(queued_, other.queued_);
   std::swap(use_, other.use_);
   std::swap(departures_, other.departures_);
   std::swap(op_, other.op_);
@@ -211,6 +218,7 @@ void PendingWorks::Wait() {
       if (work) work->wait();
     }
   }
+  if (waited.queued_) waited.queued_->wait();
   waited.works_.clear();
 }
 

@@ -17,7 +17,8 @@ using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 using GroupPtr = c10::intrusive_ptr<c10d::ProcessGroup>;
 
 /// What has been sent and is not known to be over: the works of one operation, which this object
-/// owns.
+/// owns. What streams order counts as over: its work, if the backend gives one, is only kept for
+/// the streams that have to wait for it.
 ///
 /// Works that nobody has waited for must not be destroyed while peers may still answer them: Gloo
 /// stops to read from a connection, for good, when the receiver of what arrives is gone. So they
@@ -30,6 +31,8 @@ class PendingWorks {
   PendingWorks() = default;
   /// Of a collective of `group`; may be null. Its wait ends with it or with the group's timeout.
   PendingWorks(WorkPtr work, const GroupPtr& group);
+  /// Of an operation on the current stream; `work` may be null.
+  static PendingWorks OnStream(WorkPtr work);
   /// Of messages between two ranks each, which are given up when a rank has left the step without
   /// having begun `op` (Departures). Without departures there are no peers that might.
   PendingWorks(std::shared_ptr<Departures> departures, const JointOp& op)
@@ -44,6 +47,8 @@ class PendingWorks {
   void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer);
 
   bool empty() const { return works_.empty(); }
+  /// The work of an operation on a stream, or null.
+  WorkPtr TakeQueued() { return std::exchange(queued_, {}); }
   /// Whether all of them are over. Of messages nobody knows until they are waited for.
   bool AreOver() const;
   /// Waits for all, in their order, and forgets them. The first failure is thrown at once, as the
@@ -56,6 +61,7 @@ class PendingWorks {
   int64_t tag() const { return departures_ ? departures_->tag(op_.round) : Departures::kFirstTag; }
 
   std::vector<WorkPtr> works_;
+  WorkPtr queued_;                          // on a stream
   std::shared_ptr<const void> use_;         // of a collective's group, while it is not over
   std::shared_ptr<Departures> departures_;  // null for collectives, and without peers
   JointOp op_{};

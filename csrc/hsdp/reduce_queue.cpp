@@ -53,20 +53,13 @@ void ReduceQueue::StartNext() {
 
 void ReduceQueue::Start(const UnitPtr& unit) {
   if (Contains(reducing_, unit)) Take(0);
-  GiveBackInputs();
-  inputs_held_.push_back(unit);
+  // On a device results are taken on the host long before they are there: this is what bounds the
+  // gradients that are in memory. The device has had a unit's computation to read them.
+  if (last_started_ && last_started_->trains()) last_started_->group->reducer().ReleaseInputs();
+  last_started_ = unit;
   StartReduction(unit);
   reducing_.push_back(unit);
   Take(kInFlight);
-}
-
-// On a device results are taken on the host long before they are there: this is what bounds the
-// reductions whose inputs are in memory.
-void ReduceQueue::GiveBackInputs() {
-  for (; inputs_held_.size() >= kInFlight; inputs_held_.pop_front()) {
-    const UnitPtr& oldest = inputs_held_.front();
-    if (oldest->trains()) oldest->group->reducer().ReleaseInputs();
-  }
 }
 
 void ReduceQueue::StartReduction(const UnitPtr& unit) {
@@ -143,6 +136,7 @@ void ReduceQueue::RethrowKept() {
 void ReduceQueue::Clear() {
   queue_.clear();
   reducing_.clear();
+  last_started_.reset();
   error_ = nullptr;
 }
 

@@ -21,8 +21,8 @@ namespace hsdp_ckpt::hsdp {
 ///   from       call                                    to         what is done
 ///   -          Begin                                   kWaiting   it gets its place in the order
 ///   kWaiting   GradientsComplete, AllReady             kReady     -
-///   kReady     these and StartReady, once it is the    in flight  the reduction starts; an older
-///              first in the queue                                 one's inputs go back
+///   kReady     these and StartReady, once it is the    in flight  the reduction starts; the inputs
+///              first in the queue                                 of the one before it go back
 ///   kWaiting   StartWhile: peers need this rank to     in flight  the same, with zeros
 ///              get to a unit behind it
 ///   -          GradientsComplete of a unit that is     in flight  the same, once more
@@ -82,7 +82,6 @@ class ReduceQueue {
   void StartNext();
   void Start(const UnitPtr& unit);
   void StartReduction(const UnitPtr& unit);
-  void GiveBackInputs();
   void AdvanceAll();
   void Await(const Unit& unit);
   void TakeResult(const Unit& unit);
@@ -90,9 +89,9 @@ class ReduceQueue {
 
   GatherQueue& gathers_;
   const int64_t rank_;
-  std::deque<Entry> queue_;          // kWaiting or kReady, in the order of all ranks
-  std::deque<UnitPtr> reducing_;     // in flight, oldest first
-  std::deque<UnitPtr> inputs_held_;  // the last ones started, whose inputs a device may still read
+  std::deque<Entry> queue_;       // kWaiting or kReady, in the order of all ranks
+  std::deque<UnitPtr> reducing_;  // in flight, oldest first
+  UnitPtr last_started_;          // whose inputs a device may still read
   std::exception_ptr error_;
 };
 

@@ -72,9 +72,7 @@ class Reduction {
 
   /// Whether the collectives divide on the way, so that the sums of `bucket` are averages.
   virtual bool averages(const GradBucket& bucket) const = 0;
-  /// Takes the packed inputs out of the buckets and keeps them for as long as a device reads them.
-  virtual void HoldInputs() {}
-  /// The current stream waits until a device has read them; the memory goes back to that stream.
+  /// The current stream waits until a device has read the inputs; their memory goes back to it.
   virtual void ReleaseInputs() {}
 
  protected:

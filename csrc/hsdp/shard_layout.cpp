@@ -16,17 +16,18 @@ std::vector<int64_t> ShardSizes(std::vector<int64_t> sizes, int64_t rows) {
   return sizes;
 }
 
-ShardLayout::ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment)
-    : params_(std::move(params)), shards_(shards) {
+ShardLayout::ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment,
+                         const std::vector<size_t>& order)
+    : params_(std::move(params)), shards_(shards), offsets_(params_.size()) {
   if (shards < 1) throw std::invalid_argument("ShardLayout: a shard group has at least one rank");
   if (alignment < 1) throw std::invalid_argument("ShardLayout: alignment is at least one element");
-  offsets_.reserve(params_.size() + 1);
-  offsets_.push_back(0);
-  for (size_t i = 0; i < params_.size(); ++i) {
+  for (size_t place = 0; place < params_.size(); ++place) {
+    const size_t i = order.empty() ? place : order.at(place);
     if (params_[i].rows < 0 || params_[i].row_size < 0)
       throw std::invalid_argument("ShardLayout: a negative size");
+    offsets_[i] = flat_numel_;
     const int64_t padded = chunk_rows(i) * params_[i].row_size;
-    offsets_.push_back(offsets_.back() + (padded + alignment - 1) / alignment * alignment);
+    flat_numel_ += (padded + alignment - 1) / alignment * alignment;
   }
 }
 

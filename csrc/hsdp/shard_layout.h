@@ -32,9 +32,11 @@ std::vector<int64_t> ShardSizes(std::vector<int64_t> sizes, int64_t rows);
 /// other, by rank.
 class ShardLayout {
  public:
-  /// `alignment` in elements; `shards` >= 1. Throws std::invalid_argument on a negative size or a
-  /// `shards` below one.
-  ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment);
+  /// `alignment` in elements; `shards` >= 1. `order`: the parameters' indices as they follow each
+  /// other in memory; empty: as they are given. Throws std::invalid_argument on a negative size or
+  /// a `shards` below one.
+  ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment,
+              const std::vector<size_t>& order = {});
 
   int64_t shards() const { return shards_; }
   size_t size() const { return params_.size(); }
@@ -53,7 +55,7 @@ class ShardLayout {
   /// Where parameter `i` begins in every rank's flat buffer, in elements.
   int64_t offset(size_t i) const { return offsets_.at(i); }
   /// Elements of one rank's flat buffer, padding included; the same on all ranks.
-  int64_t flat_numel() const { return offsets_.back(); }
+  int64_t flat_numel() const { return flat_numel_; }
   /// Whether every rank holds the same number of rows, so that the shards laid end to end are the
   /// parameter.
   bool even(size_t i) const { return base::CutsEvenly(params_.at(i).rows, shards_); }
@@ -61,7 +63,8 @@ class ShardLayout {
  private:
   std::vector<ParamShape> params_;
   int64_t shards_;
-  std::vector<int64_t> offsets_;  // params_.size() + 1 entries
+  std::vector<int64_t> offsets_;
+  int64_t flat_numel_ = 0;
 };
 
 }  // namespace hsdp_ckpt::hsdp

@@ -1,15 +1,15 @@
 #include "hsdp/stream_reduction.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 namespace hsdp_ckpt::hsdp {
 
-using Stream = DeviceStreams::Stream;
+using Side = DeviceStreams::Side;
 
 void StreamReduction::Allocate() {
   if (grads().collectives->shards() == 1) return;
-  const auto scope = grads().streams->Enter(Stream::kReduce);
   for (const auto& bucket : grads().buckets) {
     bucket->output = at::empty({bucket->stride}, bucket->input.options());
   }
@@ -21,7 +21,7 @@ bool StreamReduction::averages(const GradBucket& bucket) const {
 }
 
 void StreamReduction::Begin() {
-  const auto scope = grads().streams->Enter(Stream::kReduce);
+  const auto scope = grads().streams->Enter(Side::kReduce);
   const Collectives& collectives = *grads().collectives;
   for (const auto& bucket : grads().buckets) {
     if (collectives.shards() == 1) {
@@ -39,18 +39,29 @@ void StreamReduction::Begin() {
 }
 
 void StreamReduction::StartAllReduces() {
-  const auto scope = grads().streams->Enter(Stream::kReduce);
+  DeviceStreams& streams = *grads().streams;
+  const auto scope = streams.Within(Side::kReduce);
+  std::vector<at::Tensor> read;
+  std::vector<WorkPtr> works;
   for (const auto& bucket : grads().buckets) {
+    if (WorkPtr work = bucket->works.TakeQueued()) works.push_back(std::move(work));
     AwaitWorks(grads(), *bucket, "reduce-scatter");
-    if (on_cpu()) {
-      bucket->grads.clear();
-      bucket->input.reset();
+    if (bucket->partial.defined()) {
+      // What reads it comes behind the works.
+      for (const WorkPtr& work : std::exchange(works, {})) work->wait();
+      read.push_back(AddPartial(*bucket));
     }
-    AddPartial(*bucket);
+    std::move(bucket->grads.begin(), bucket->grads.end(), std::back_inserter(read));
+    bucket->grads.clear();
+    // With one shard the input is the output.
+    if (grads().collectives->shards() > 1) read.push_back(bucket->input);
+    bucket->input.reset();
   }
   // The inputs go before the all-reduces: replicas may be far away, and nobody should wait for them
-  // to give memory back.
-  if (grads().collectives->shards() > 1) HoldInputs();
+  // to give memory back. Left to the allocator, with `Uses`, they would go when the host finds that
+  // the reduce stream has passed: the host is a whole backward ahead, and all gradients of the
+  // model would be held at once.
+  streams.Hold(Side::kReduce, std::move(read), inputs_, std::move(works));
   for (const auto& bucket : grads().buckets) AllReduce(*bucket);
   stage_ = Stage::kAllReduce;
 }
@@ -93,30 +104,9 @@ bool StreamReduction::WorksAreOver() const {
 void StreamReduction::TakeWorks() {
   for (const auto& bucket : grads().buckets) {
     if (bucket->works.empty()) continue;
-    const auto scope = grads().streams->Enter(Stream::kReduce);
+    const auto scope = grads().streams->Within(Side::kReduce);
     AwaitWorks(grads(), *bucket, "reduction");
   }
-}
-
-// What the compute stream has allocated and the reduce stream reads goes back in ReleaseInputs,
-// when the one has waited for the other. Left to the allocator, it would go back when the host
-// finds that both have passed: the host is a whole backward ahead, and all gradients of the model
-// would be held at once.
-void StreamReduction::HoldInputs() {
-  if (on_cpu()) return;
-  const size_t before = inputs_held_.size();
-  for (const auto& bucket : grads().buckets) {
-    inputs_held_.insert(inputs_held_.end(), bucket->grads.begin(), bucket->grads.end());
-    if (bucket->input.defined()) inputs_held_.push_back(bucket->input);
-    bucket->grads.clear();
-    bucket->input.reset();
-  }
-  if (inputs_held_.size() > before) inputs_read_ = grads().streams->Record(Stream::kReduce);
-}
-
-void StreamReduction::ReleaseInputs() {
-  grads().streams->Join(std::exchange(inputs_read_, nullptr).get());
-  for (const at::Tensor& tensor : std::exchange(inputs_held_, {})) grads().streams->Uses(tensor);
 }
 
 }  // namespace hsdp_ckpt::hsdp

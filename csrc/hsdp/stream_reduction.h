@@ -20,8 +20,7 @@ class StreamReduction final : public Reduction {
 
   void Allocate() override;
   bool averages(const GradBucket& bucket) const override;
-  void HoldInputs() override;
-  void ReleaseInputs() override;
+  void ReleaseInputs() override { grads().streams->Release(inputs_); }
 
  protected:
   void Begin() override;
@@ -36,8 +35,7 @@ class StreamReduction final : public Reduction {
   void StartAllReduces();
   void AllReduce(GradBucket& bucket);
 
-  std::unique_ptr<DeviceStreams::Mark> inputs_read_;
-  std::vector<at::Tensor> inputs_held_;  // until `inputs_read_` has passed
+  DeviceStreams::Held inputs_;
 };
 
 }  // namespace hsdp_ckpt::hsdp

@@ -26,31 +26,29 @@ void CheckSegments(std::span<const CopySegment> segments, size_t src_align, size
 
 void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src,
                  c10::ScalarType dst, double scale, bool accumulate) {
-  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "BatchedCopy: CPU and CUDA only, not ",
-                    device);
+  TORCH_CHECK_VALUE(!device.is_meta(), "BatchedCopy: there is no memory on ", device);
   CountCopy(segments, {c10::elementSize(src), c10::elementSize(dst), accumulate});
   const bool copies_bits = src == dst && scale == 1.0 && !accumulate;
   TORCH_CHECK_TYPE(copies_bits || (Computes(src) && Computes(dst)), "BatchedCopy: ", src, " to ",
                    dst, " with scale ", scale, accumulate ? ", accumulating," : "",
                    " is not supported: only float32, float64, bfloat16 and float16 are cast, "
                    "scaled or accumulated");
-#ifndef HSDP_CKPT_WITH_CUDA
-  TORCH_CHECK(!device.is_cuda(), "BatchedCopy: torch_hsdp_ckpt was built without CUDA");
-#endif
   if (copies_bits) {
     // Bits have no natural alignment: torch itself makes tensors of complex128 on 8-byte addresses.
     CheckSegments(segments, 1, 1);
     const auto item = static_cast<int64_t>(c10::elementSize(src));
     if (device.is_cpu()) return CopyCpu(segments, item);
 #ifdef HSDP_CKPT_WITH_CUDA
-    return CopyCuda(device, segments, item);
+    if (device.is_cuda()) return CopyCuda(device, segments, item);
 #endif
+    CopyAten(device, segments, item);
   } else {
     CheckSegments(segments, c10::elementSize(src), c10::elementSize(dst));
     if (device.is_cpu()) return CastCpu(segments, src, dst, scale, accumulate);
 #ifdef HSDP_CKPT_WITH_CUDA
-    return CastCuda(device, segments, src, dst, scale, accumulate);
+    if (device.is_cuda()) return CastCuda(device, segments, src, dst, scale, accumulate);
 #endif
+    CastAten(device, segments, src, dst, scale, accumulate);
   }
 }
 

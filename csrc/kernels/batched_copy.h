@@ -32,10 +32,12 @@ struct CopySegment {
 /// `Tensor.add_` have it; a NaN stays a NaN, its payload is not kept. A piece of zeros that
 /// accumulates leaves its destination as it is.
 ///
-/// On CUDA the work is queued on the current stream of `device` and the memory must live until it
-/// is done there (as for any kernel: memory of torch's allocator used on its own stream does); the
-/// segments themselves are read before the call returns. On the CPU the call returns when the bytes
-/// are there. Throws c10::Error on another device, other dtypes or a bad segment.
+/// On a device the work is queued on the current stream of `device` and the memory must live until
+/// it is done there (as for any kernel: memory of torch's allocator used on its own stream does);
+/// the segments themselves are read before the call returns. On the CPU the call returns when the
+/// bytes are there. CPU and CUDA have kernels of their own; on other devices, and on CUDA in a
+/// build without CUDA, it is ATen's operators. Throws c10::Error on the meta device, other dtypes
+/// or a bad segment.
 void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src,
                  c10::ScalarType dst, double scale = 1.0, bool accumulate = false);
 
@@ -70,6 +72,10 @@ void CastCpu(std::span<const CopySegment> segments, c10::ScalarType src, c10::Sc
              double scale, bool accumulate);
 void CopyCuda(c10::Device device, std::span<const CopySegment> segments, int64_t item);
 void CastCuda(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src,
+              c10::ScalarType dst, double scale, bool accumulate);
+/// By ATen's operators, on any device: several launches where the others have one.
+void CopyAten(c10::Device device, std::span<const CopySegment> segments, int64_t item);
+void CastAten(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src,
               c10::ScalarType dst, double scale, bool accumulate);
 
 }  // namespace hsdp_ckpt::kernels

@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <limits>
+#include <source_location>
 #include <type_traits>
 #include <vector>
 
+#include "base/left_out.h"
 #include "kernels/batched_copy.h"
 #include "kernels/batched_copy_device.h"
 
@@ -23,7 +25,9 @@ namespace {
 template <typename Launch>
 void ForEachTable(c10::Device device, std::span<const CopySegment> segments, int64_t item,
                   int64_t tile, const Launch& launch) {
-  const c10::cuda::CUDAGuard guard(device);
+  const auto place = std::source_location::current();
+  c10::cuda::OptionalCUDAGuard guard;
+  if (!base::IsLeftOut(base::Ordering::kWithin, place)) guard.set_device(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
   std::vector<Entry> entries;
   entries.reserve(segments.size());
@@ -54,8 +58,10 @@ void ForEachTable(c10::Device device, std::span<const CopySegment> segments, int
     std::copy(entries.begin(), entries.end(), static_cast<Entry*>(pinned.get()));
     C10_CUDA_CHECK(
         cudaMemcpyAsync(table.get(), pinned.get(), bytes, cudaMemcpyHostToDevice, stream));
-    at::getHostAllocator(at::kCUDA)->record_event(pinned.get(), pinned.get_context(),
-                                                  stream.unwrap());
+    if (!base::IsLeftOut(base::Ordering::kUses, place)) {
+      at::getHostAllocator(at::kCUDA)->record_event(pinned.get(), pinned.get_context(),
+                                                    stream.unwrap());
+    }
     launch(MemoryTable{static_cast<int>(entries.size()), static_cast<const Entry*>(table.get())},
            blocks, stream);
     return;

@@ -39,6 +39,16 @@ TEST_CASE("slices are aligned, disjoint and the same on every rank", "[layout]")
   CHECK(layout.flat_numel() < end + alignment);
 }
 
+TEST_CASE("an order says how slices follow each other, not what they are called", "[layout]") {
+  const std::vector<hsdp::ParamShape> params{{7, 5}, {4, 1}, {16, 4}};
+  const hsdp::ShardLayout layout(params, 2, 4, {2, 0, 1});
+  CHECK(layout.offset(2) == 0);
+  CHECK(layout.offset(0) == 32);
+  CHECK(layout.offset(1) == 52);
+  CHECK(layout.flat_numel() == 56);
+  CHECK(layout.shard_rows(0, 1) == 3);
+}
+
 TEST_CASE("a layout refuses nonsense", "[layout]") {
   CHECK_THROWS_AS(hsdp::ShardLayout({{1, 1}}, 0, 1), std::invalid_argument);
   CHECK_THROWS_AS(hsdp::ShardLayout({{-1, 1}}, 1, 1), std::invalid_argument);

@@ -172,6 +172,7 @@ PYBIND11_MODULE(simgpu_aten, m) {
     for (size_t i = 0; i < kKinds; ++i) out[kNames[i]] = counts.issued[i];
     out["host waits"] = counts.host_waits;
     out["queries"] = counts.queries;
+    out["collectives on default streams"] = counts.collectives_on_default_streams;
     return out;
   });
   m.def("restart", [](uint64_t seed, const std::string& pace) {

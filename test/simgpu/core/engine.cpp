@@ -119,6 +119,9 @@ void Engine::Push(int id, Operation operation) {
     queued.turn = communicators_[operation.meeting->communicator()].issued++;
   }
   ++counts_.issued[static_cast<size_t>(operation.kind)];
+  if (operation.kind == Kind::kCollective && id == default_stream(s.device)) {
+    ++counts_.collectives_on_default_streams;
+  }
   if (settings_.trace) {
     std::fprintf(stderr, "simgpu: issue %lu: %s on stream %d\n", queued.issue,
                  operation.name.c_str(), id);

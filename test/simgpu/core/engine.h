@@ -30,6 +30,7 @@ struct Counts {
   std::array<uint64_t, kKinds> issued{};  ///< by Kind
   uint64_t host_waits = 0;                ///< for an event, a stream or a device
   uint64_t queries = 0;
+  uint64_t collectives_on_default_streams = 0;
 };
 
 /// The devices of this process: streams are queues of operations, and an operation that may run
