@@ -14,7 +14,7 @@
 #   make odr             the torch-free rooms linked as a whole, which finds types defined twice
 #   make fuzz            the parsers of untrusted bytes under libFuzzer (needs clang)
 #   make docs            the pages of docs/ with the API reference, into build/docs
-#   make bench           the benchmarks against torch
+#   make bench           the benchmarks against torch, two of them on simulated GPUs
 #   make format          clang-format and ruff, in place
 PYTHON ?= python3
 VENV ?= .venv

@@ -110,6 +110,35 @@ def test_torch_runs_as_it_is(tmp_path: Path) -> None:
         assert ended.stderr == f"simgpu: seed {each['seed']}\n"
 
 
+COUNTED = """
+def counted(call):
+    before = simgpu_aten.counts()
+    call()
+    after = simgpu_aten.counts()
+    return {n: after[n] - before[n] for n in after if after[n] != before[n] and n != "queries"}
+parts = [torch.zeros(4, 2, device="cuda") for _ in range(3)]
+ones = [torch.ones(4, 2, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+whole = torch.arange(24.0, device="cuda").view(4, 6)
+assert counted(lambda: torch.empty(9, device="cuda")) == {}
+assert counted(lambda: torch._foreach_copy_(parts, ones)) == {"kernels": 1}
+assert all(part.eq(1).all().item() for part in parts)
+tables = {"kernels": 1, "copies": 1, "event records": 1}
+split = lambda: torch.split_with_sizes_copy(whole, [2, 2, 2], 1, out=parts)
+assert counted(split) == tables
+assert torch.equal(parts[1].cpu(), whole.cpu()[:, 2:4])
+packed = torch.empty(2, 12, device="cuda")
+assert counted(lambda: torch._chunk_cat(parts, 0, 2, out=packed)) == tables
+assert packed[0].tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+"""
+
+
+def test_what_is_counted_is_what_torch_queues(tmp_path: Path) -> None:
+    """Lists that a kernel copies at once, tables that are uploaded for a kernel; nothing of the
+    simulator's own."""
+    (ended,) = _run([(COUNTED, {"pace": "lazy"})], tmp_path)
+    assert ended.status == 0, ended.stderr
+
+
 MISSING_WAIT = """
 x = torch.full((1000,), 2.0).cuda()
 torch.cuda.synchronize()

@@ -22,10 +22,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
 import async_  # noqa: E402
 import checkpoint  # noqa: E402
+import launches  # noqa: E402
 import load_planning  # noqa: E402
+import memory  # noqa: E402
 import reshard  # noqa: E402
 import save_scale  # noqa: E402
 import shared_store  # noqa: E402
+import simulated  # noqa: E402
 import state_dict  # noqa: E402
 import step  # noqa: E402
 import systems  # noqa: E402
@@ -149,6 +152,14 @@ def run_shared_store(args: argparse.Namespace) -> str:
     return shared_store.measure(args.quick, chosen(args, shared_store.SYSTEMS))
 
 
+def run_launches(args: argparse.Namespace) -> str:
+    return launches.measure(args.quick, chosen(args, simulated.SYSTEMS))
+
+
+def run_memory(args: argparse.Namespace) -> str:
+    return memory.measure(args.quick, chosen(args, memory.SYSTEMS))
+
+
 def run_async(args: argparse.Namespace) -> str:
     args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
@@ -159,6 +170,8 @@ def run_async(args: argparse.Namespace) -> str:
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "async": async_.SYSTEMS,
     "checkpoint": checkpoint.SYSTEMS,
+    "launches": simulated.SYSTEMS,
+    "memory": memory.SYSTEMS,
     "reshard": reshard.SYSTEMS,
     "shared_store": shared_store.SYSTEMS,
     "step": systems.WRAPPERS,
@@ -174,7 +187,17 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "step": run_step,
     "state_dict": run_state_dict,
     "kernels": run_kernels,
+    "launches": run_launches,
+    "memory": run_memory,
 }
+
+
+def _default_names() -> list[str]:
+    """All that can run here."""
+    simulated_ones = set() if simulated.is_built() else {"launches", "memory"}
+    if simulated_ones:
+        print("no simulated GPU (docs/gpu.md): without launches and memory", file=sys.stderr)
+    return [name for name in BENCHMARKS if name not in simulated_ones]
 
 
 def main() -> None:
@@ -196,7 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of saves and loads")
     args = parser.parse_args()
-    names = args.names or (["kernels"] if args.gpu else list(BENCHMARKS))
+    names = args.names or (["kernels"] if args.gpu else _default_names())
     unknown = set(names) - set(BENCHMARKS)
     if unknown:
         parser.error(

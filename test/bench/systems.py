@@ -3,6 +3,7 @@
 import gc
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 WRAPPERS = ("fsdp1", "fsdp2", "ours")
@@ -86,38 +88,60 @@ def mebibytes(module: nn.Module) -> float:
     return sum(p.numel() * p.element_size() for p in module.parameters()) / 2**20
 
 
-def wrap(system: str, net: Net, mesh: DeviceMesh) -> nn.Module:
-    """``net`` under hybrid sharding by one of WRAPPERS, a unit per Block; "bare" leaves it as it
-    is."""
+MIXED = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+
+
+def wrap(system: str, net: Net, mesh: DeviceMesh, mixed: bool = False) -> nn.Module:
+    """``net`` on ``mesh``, of (replicas, shards) or of shards, by one of WRAPPERS or "ours,
+    fully_shard", a unit per Block; "bare" leaves it as it is. ``mixed``: computes in bfloat16 and
+    reduces in float32."""
     policy = ModuleWrapPolicy({type(block) for block in net.blocks})
     if system == "bare":
-        return net
+        return net.bfloat16() if mixed else net
     if system == "fsdp1":
-        from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+        from torch.distributed.fsdp import FullyShardedDataParallel
 
         return FullyShardedDataParallel(
             net,
             device_mesh=mesh,
-            sharding_strategy=ShardingStrategy.HYBRID_SHARD,
+            sharding_strategy=_strategy(mesh),
             auto_wrap_policy=policy,
             device_id=torch.device(mesh.device_type),
             use_orig_params=True,
+            mixed_precision=MixedPrecision(**MIXED) if mixed else None,
         )
     if system == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
-        for block in net.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-        return net
-    if system == "ours":
+        return _fully_sharded(fully_shard, net, mesh, mixed)
+    if system.startswith("ours"):
         import torch_hsdp_ckpt as ours
 
-        strategy = ours.ShardingStrategy.HYBRID_SHARD
+        if system == "ours, fully_shard":
+            return _fully_sharded(ours.fully_shard, net, mesh, mixed)
         return ours.FullyShardedDataParallel(
-            net, device_mesh=mesh, sharding_strategy=strategy, auto_wrap_policy=policy
+            net,
+            device_mesh=mesh,
+            sharding_strategy=_strategy(mesh),
+            auto_wrap_policy=policy,
+            mixed_precision=MixedPrecision(**MIXED) if mixed else None,
         )
-    raise ValueError(f"unknown system {system!r}: one of bare, {', '.join(WRAPPERS)}")
+    raise ValueError(
+        f"unknown system {system!r}: one of bare, {', '.join(WRAPPERS)} or ours, fully_shard"
+    )
+
+
+def _strategy(mesh: DeviceMesh) -> ShardingStrategy:
+    return ShardingStrategy.HYBRID_SHARD if mesh.ndim == 2 else ShardingStrategy.FULL_SHARD
+
+
+def _fully_sharded(
+    fully_shard: Callable[..., Any], net: Net, mesh: DeviceMesh, mixed: bool
+) -> nn.Module:
+    policy = MixedPrecisionPolicy(**MIXED) if mixed else MixedPrecisionPolicy()
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(net, mesh=mesh, mp_policy=policy)
 
 
 def _memory(key: str) -> float:

@@ -2,6 +2,7 @@
 // side is torch's own: allocators, streams, events, autograd, process groups.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/copy_native.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -10,9 +11,12 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -55,8 +59,72 @@ at::Tensor& Copy(at::Tensor& self, const at::Tensor& src, bool non_blocking) {
   return self;
 }
 
+/// Whether torch copies the lists by kernels that take many pairs each.
+bool AreCopiedTogether(at::TensorList self, at::TensorList src) {
+  for (size_t i = 0; i < self.size(); ++i) {
+    const at::Tensor &to = self[i], &from = src[i];
+    const bool is_here = to.device() == self[0].device() && from.device() == self[0].device();
+    const bool is_alike = to.dtype() == self[0].dtype() && from.dtype() == src[0].dtype() &&
+                          to.sizes() == from.sizes() && to.strides() == from.strides();
+    if (!is_here || !is_alike || !to.is_non_overlapping_and_dense()) return false;
+  }
+  return !self.empty() && self[0].is_cuda();
+}
+
+/// What one launch takes is limited by the size of its arguments (MultiTensorApply.cuh); that a
+/// launch also takes no more than some 80 MB is left out.
+size_t PairsOfLaunch() { return at::detail::getCUDAHooks().versionCUDART() >= 13000 ? 448 : 64; }
+
 void ForeachCopy(at::TensorList self, at::TensorList src, bool non_blocking) {
-  for (size_t i = 0; i < self.size(); ++i) at::Tensor(self[i]).copy_(src[i], non_blocking);
+  if (!AreCopiedTogether(self, src)) {
+    for (size_t i = 0; i < self.size(); ++i) at::Tensor(self[i]).copy_(src[i], non_blocking);
+    return;
+  }
+  const c10::cuda::CUDAGuard guard(self[0].device());
+  for (size_t first = 0; first < self.size(); first += PairsOfLaunch()) {
+    const size_t last = std::min(self.size(), first + PairsOfLaunch());
+    Operation kernel;
+    kernel.name = "aten::_foreach_copy_";
+    std::vector<std::pair<DeviceView, DeviceView>> pairs;
+    for (size_t i = first; i < last; ++i) {
+      const auto& [to, from] = pairs.emplace_back(DeviceView(self[i]), DeviceView(src[i]));
+      kernel.accesses.push_back(from.access(false));
+      kernel.accesses.push_back(to.access(true));
+    }
+    kernel.run = [pairs = std::move(pairs)] {
+      const BelowAll below;
+      for (const auto& [to, from] : pairs) to.OnCpu().copy_(from.OnCpu());
+    };
+    Engine::Get().Issue(CurrentStream(), std::move(kernel));
+  }
+}
+
+/// The kernels that torch's fully_shard packs and unpacks with read a table of addresses, which is
+/// uploaded first: of some words a tensor, and one for each block of threads (TensorShape.cu).
+const std::set<std::string>& OperatorsWithTable() {
+  static const std::set<std::string> with_table = {"split_with_sizes_copy.out", "_chunk_cat",
+                                                   "_chunk_cat.out"};
+  return with_table;
+}
+
+void FallbackWithTable(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  int64_t words = 0;
+  std::optional<c10::Device> device;
+  for (size_t i = stack->size() - count; i < stack->size(); ++i) {
+    const c10::IValue& argument = (*stack)[i];
+    if (!argument.isTensorList()) continue;
+    for (const at::Tensor& tensor : argument.toTensorVector()) {
+      device = tensor.device();
+      words += 7 + static_cast<int64_t>(tensor.nbytes()) / 2048;
+    }
+  }
+  if (device) {
+    const c10::cuda::CUDAGuard guard(*device);
+    at::empty({words}, at::TensorOptions(at::kLong).pinned_memory(true))
+        .to(*device, /*non_blocking=*/true);
+  }
+  Fallback(op, stack);
 }
 
 /// What torch's own code does on the device's memory without touching an element.
@@ -110,9 +178,11 @@ void Register() {
     if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CUDA) || MakesView(op->schema())) {
       continue;
     }
-    handles.push_back(dispatcher.registerImpl(
-        name, c10::DispatchKey::CUDA, c10::KernelFunction::makeFromBoxedFunction<&Fallback>(),
-        std::nullopt, nullptr, "simgpu"));
+    const bool has_table = OperatorsWithTable().contains(name.name.substr(6) + overload);
+    auto kernel = has_table ? c10::KernelFunction::makeFromBoxedFunction<&FallbackWithTable>()
+                            : c10::KernelFunction::makeFromBoxedFunction<&Fallback>();
+    handles.push_back(dispatcher.registerImpl(name, c10::DispatchKey::CUDA, std::move(kernel),
+                                              std::nullopt, nullptr, "simgpu"));
   }
   static auto& library =
       *new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__, __LINE__);
@@ -136,7 +206,7 @@ void Poison(const c10::CachingDeviceAllocator::TraceEntry& entry) {
   Engine& engine = Engine::Get();
   if (!engine.IsAllocated(block, entry.size_)) return;
   Operation poison;
-  poison.kind = Kind::kMemset;
+  poison.kind = Kind::kPoison;
   poison.name = gives ? "an allocation" : "a free";
   poison.accesses = {Writes(block, entry.size_)};
   poison.run = [block, size = entry.size_, &engine] {
@@ -167,9 +237,9 @@ PYBIND11_MODULE(simgpu_aten, m) {
     const Counts counts = Engine::Get().counts();
     constexpr const char* kNames[] = {"kernels",       "copies",        "memsets",
                                       "collectives",   "event records", "event waits",
-                                      "host functions"};
+                                      "host functions"};  // the device's; poison is not
     std::map<std::string, uint64_t> out;
-    for (size_t i = 0; i < kKinds; ++i) out[kNames[i]] = counts.issued[i];
+    for (size_t i = 0; i < std::size(kNames); ++i) out[kNames[i]] = counts.issued[i];
     out["host waits"] = counts.host_waits;
     out["queries"] = counts.queries;
     out["collectives on default streams"] = counts.collectives_on_default_streams;

@@ -18,8 +18,18 @@ struct Access {
 Access Reads(const void* data, size_t bytes);
 Access Writes(const void* data, size_t bytes);
 
-enum class Kind : uint8_t { kKernel, kCopy, kMemset, kCollective, kRecord, kWait, kHostFunction };
-constexpr int kKinds = 7;
+/// The last one is the simulator's own, and nobody's on a real device (aten/cuda_kernels.cpp).
+enum class Kind : uint8_t {
+  kKernel,
+  kCopy,
+  kMemset,
+  kCollective,
+  kRecord,
+  kWait,
+  kHostFunction,
+  kPoison
+};
+constexpr int kKinds = 8;
 
 /// One recording of an event. `done` is the engine's to change.
 struct Event {
