@@ -16,11 +16,17 @@
 
 namespace hsdp_ckpt::hsdp {
 
-/// So many bytes of one rank travel alone, from where they are to where they belong. Fewer are
-/// packed with others: a message or a collective of their own costs more than the copies. Between
-/// Gloo ranks the two take the same time at 128 KiB a piece (test/bench/results/step.md); half of
-/// that, since what is packed takes memory and copies besides.
+/// Where ranks exchange pieces, so many bytes of one rank travel alone, from where they are to
+/// where they belong. Fewer are packed with others: a message of their own costs more than the
+/// copies. Between Gloo ranks the two take the same time at 128 KiB a piece
+/// (test/bench/results/step.md); half of that, since what is packed takes memory and copies
+/// besides.
 inline constexpr int64_t kInPlaceBytes = 64 << 10;
+
+/// Where collectives are called, so many bytes of a whole parameter travel alone. Coalesced or not,
+/// each is an operation and two events more for the host to queue, some microseconds; a device
+/// copies this much in as many.
+inline constexpr int64_t kInPlaceOnStreams = 8 << 20;
 
 /// One contiguous run of elements cut among the ranks of the shard group: rank r's piece is
 /// [bounds[r], bounds[r + 1]).

@@ -26,27 +26,36 @@ int64_t ItemBytes(const GatheredParam& param) {
 }
 
 /// Who is gathered in place, and by what.
-struct Way {
-  Way(const Collectives& collectives, c10::DeviceType device)
-      : shards(collectives.shards()),
-        exchanges(collectives.exchanges(device)),
-        coalesces(collectives.coalesces(device)) {}
+class Ways {
+ public:
+  Ways(const Collectives& collectives, c10::DeviceType device)
+      : shards_(collectives.shards()),
+        exchanges_(shards_ > 1 && collectives.exchanges(device)),
+        coalesces_(shards_ > 1 && collectives.coalesces(device)) {}
+
+  // Whether the parameter has a full buffer of its own.
+  bool IsLarge(const GatheredParam& param) const {
+    const auto [rows, row_bytes] = ParamShape::Of(param.sizes, shards_, ItemBytes(param));
+    return base::ChunkRows(rows, shards_) * row_bytes >= kInPlaceBytes;
+  }
 
   bool GoesInPlace(const GatheredParam& param) const {
-    if (shards == 1) return true;
-    const auto [rows, row_bytes] = ParamShape::Of(param.sizes, shards, ItemBytes(param));
-    if (base::ChunkRows(rows, shards) * row_bytes < kInPlaceBytes) return false;
-    return exchanges || (coalesces && base::CutsEvenly(rows, shards));
+    if (shards_ == 1) return true;
+    if (exchanges_) return IsLarge(param);
+    const ParamShape shape = ParamShape::Of(param.sizes, shards_, ItemBytes(param));
+    return coalesces_ && base::CutsEvenly(shape.rows, shards_) &&
+           shape.numel() >= kInPlaceOnStreams;
   }
 
   // A collective takes this rank's piece from anywhere. Where ranks exchange pieces, and where
   // there is only one, nobody but this rank moves it to its place.
   bool TakesFromFlat(const GatheredParam& param) const {
-    return shards > 1 && !exchanges && param.stored == param.full;
+    return shards_ > 1 && !exchanges_ && param.stored == param.full;
   }
 
-  int64_t shards;
-  bool exchanges, coalesces;
+ private:
+  int64_t shards_;
+  bool exchanges_, coalesces_;
 };
 
 class Planner {
@@ -55,14 +64,16 @@ class Planner {
           const Collectives& collectives, c10::DeviceType device)
       : params_(params),
         layout_(layout),
+        shards_(collectives.shards()),
         rank_(collectives.shard_rank()),
-        way_(collectives, device) {}
+        ways_(collectives, device) {}
 
   GatherPlan Plan() {
     PlaceFull();
+    plan_.is_gathered_into.assign(plan_.full_bytes.size(), false);
     std::vector<size_t> packed;
     for (size_t i = 0; i < params_.size(); ++i) {
-      if (way_.GoesInPlace(params_[i])) {
+      if (ways_.GoesInPlace(params_[i])) {
         AddInPlace(i);
       } else {
         packed.push_back(i);
@@ -75,38 +86,45 @@ class Planner {
 
  private:
   int64_t RowBytes(size_t i) const {
-    return ParamShape::Of(params_[i].sizes, way_.shards, ItemBytes(params_[i])).row_size;
+    return ParamShape::Of(params_[i].sizes, shards_, ItemBytes(params_[i])).row_size;
   }
 
   void PlaceFull() {
-    plan_.full_offsets.assign(1, 0);
-    for (size_t i = 0; i < params_.size(); ++i) {
-      const int64_t bytes =
-          ParamShape::Of(params_[i].sizes, way_.shards, ItemBytes(params_[i])).numel();
-      plan_.full_offsets.push_back(RoundUp(plan_.full_offsets[i] + bytes, kFullAlignment));
+    plan_.full_bytes.assign(1, 0);
+    for (const GatheredParam& param : params_) {
+      const int64_t bytes = ParamShape::Of(param.sizes, shards_, ItemBytes(param)).numel();
+      if (ways_.IsLarge(param)) {
+        plan_.places.push_back({plan_.full_bytes.size(), 0});
+        plan_.full_bytes.push_back(bytes);
+      } else {
+        int64_t& shared = plan_.full_bytes[0];
+        plan_.places.push_back({0, shared});
+        shared = RoundUp(shared + bytes, kFullAlignment);
+      }
     }
   }
 
   // This rank's rows of parameter `i`, from the flat buffer to `to` in another one.
-  Move OwnRows(size_t i, int64_t to, Move::Target target) const {
+  Move OwnRows(size_t i, size_t target, int64_t to) const {
     const int64_t numel = layout_.shard_rows(i, rank_) * RowBytes(i) / ItemBytes(params_[i]);
-    return {layout_.offset(i), to, numel, params_[i].stored, params_[i].full, target};
+    return {layout_.offset(i), target, to, numel, params_[i].stored, params_[i].full};
   }
 
-  // Where the rows of `rank` begin in the full buffer.
+  // Where the rows of `rank` begin in their full buffer.
   int64_t FullOffset(size_t i, int64_t rank) const {
-    return plan_.full_offsets[i] + layout_.first_row(i, rank) * RowBytes(i);
+    return plan_.places[i].offset + layout_.first_row(i, rank) * RowBytes(i);
   }
 
   void AddInPlace(size_t i) {
-    InPlaceRun run{plan_.full_offsets[i], {}, {}};
-    for (int64_t r = 0; r <= way_.shards; ++r) {
+    InPlaceRun run{plan_.places[i], {}, {}};
+    plan_.is_gathered_into[run.place.buffer] = true;
+    for (int64_t r = 0; r <= shards_; ++r) {
       run.bounds.push_back(layout_.first_row(i, r) * RowBytes(i));
     }
-    if (way_.TakesFromFlat(params_[i])) {
+    if (ways_.TakesFromFlat(params_[i])) {
       run.flat_offset = layout_.offset(i);
     } else {
-      plan_.own_rows.push_back(OwnRows(i, FullOffset(i, rank_), Move::Target::kFull));
+      plan_.own_rows.push_back(OwnRows(i, run.place.buffer, FullOffset(i, rank_)));
     }
     plan_.in_place.push_back(std::move(run));
   }
@@ -116,7 +134,7 @@ class Planner {
     bool is_as_flat = !packed.empty();
     for (const size_t i : packed) {
       offsets.push_back(plan_.packed_stride);
-      is_as_flat = is_as_flat && way_.TakesFromFlat(params_[i]);
+      is_as_flat = is_as_flat && ways_.TakesFromFlat(params_[i]);
       plan_.packed_stride += RoundUp(layout_.chunk_rows(i) * RowBytes(i), kPackedAlignment);
     }
     if (is_as_flat) plan_.packed_flat_offset = layout_.offset(packed.front());
@@ -130,31 +148,31 @@ class Planner {
 
   void AddPacked(size_t i, int64_t offset) {
     const int64_t begin = rank_ * plan_.packed_stride + offset;
-    const Move rows = OwnRows(i, begin, Move::Target::kPacked);
+    const Move rows = OwnRows(i, Move::kPacked, begin);
     plan_.own_rows.push_back(rows);
     // Padding is sent along: zeros, so that nothing uninitialised ever leaves the process.
     const int64_t end = begin + rows.numel * ItemBytes(params_[i]);
     const int64_t padded_end =
         begin + RoundUp(layout_.chunk_rows(i) * RowBytes(i), kPackedAlignment);
     if (end == padded_end) return;
-    plan_.own_rows.push_back({Move::kZeros, end, (padded_end - end) / ItemBytes(params_[i]),
-                              rows.src, rows.dst, rows.target});
+    plan_.own_rows.push_back({Move::kZeros, Move::kPacked, end,
+                              (padded_end - end) / ItemBytes(params_[i]), rows.src, rows.dst});
   }
 
   void AddUnpack(size_t i, int64_t offset) {
-    for (int64_t r = 0; r < way_.shards; ++r) {
+    for (int64_t r = 0; r < shards_; ++r) {
       const int64_t bytes = layout_.shard_rows(i, r) * RowBytes(i);
       const int64_t from = r * plan_.packed_stride + offset;
-      if (bytes > 0) {
-        plan_.unpack.push_back({from, FullOffset(i, r), bytes, at::kByte, at::kByte});
-      }
+      if (bytes == 0) continue;
+      plan_.unpack.push_back(
+          {from, plan_.places[i].buffer, FullOffset(i, r), bytes, at::kByte, at::kByte});
     }
   }
 
   const std::vector<GatheredParam>& params_;
   const ShardLayout& layout_;
-  const int64_t rank_;
-  const Way way_;
+  const int64_t shards_, rank_;
+  const Ways ways_;
   GatherPlan plan_;
 };
 
@@ -162,11 +180,11 @@ class Planner {
 
 std::vector<size_t> FlatOrder(const std::vector<GatheredParam>& params,
                               const Collectives& collectives, c10::DeviceType device) {
-  const Way way(collectives, device);
+  const Ways ways(collectives, device);
   std::vector<size_t> order(params.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_partition(order.begin(), order.end(),
-                        [&](size_t i) { return way.GoesInPlace(params[i]); });
+                        [&](size_t i) { return ways.GoesInPlace(params[i]); });
   return order;
 }
 

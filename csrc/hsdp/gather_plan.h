@@ -21,37 +21,45 @@ struct GatheredParam {
 
 /// A move of elements within a gather, from an offset of one buffer to an offset of another one.
 struct Move {
-  enum class Target { kFull, kPacked };
-
-  int64_t from;  ///< in bytes; kZeros: zeros are written
-  int64_t to;    ///< in bytes
+  int64_t from;   ///< in bytes; kZeros: zeros are written
+  size_t target;  ///< index of a full buffer, or kPacked
+  int64_t to;     ///< in bytes
   int64_t numel;
   at::ScalarType src, dst;
-  Target target = Target::kFull;
 
   static constexpr int64_t kZeros = -1;
+  static constexpr size_t kPacked = SIZE_MAX;
 };
 
-/// Parameters that are gathered from where they are to where they are used.
+/// Where a full parameter is.
+struct FullPlace {
+  size_t buffer;   ///< index of a full buffer
+  int64_t offset;  ///< in bytes
+};
+
+/// A parameter that is gathered from where it is to where it is used.
 struct InPlaceRun {
-  int64_t offset;               ///< in the full buffer, in bytes
+  FullPlace place;
   std::vector<int64_t> bounds;  ///< of the ranks' pieces, in bytes, see Cut
   /// Where this rank's piece is in the flat buffer, in bytes; absent where the plan's moves have
   /// put it into the full one.
   std::optional<int64_t> flat_offset;
 };
 
-/// How one unit's gather moves bytes between three buffers: the flat one of this rank's shards, the
-/// full one that the full parameters point into, and the packed one, which holds everybody's rows
-/// of the small parameters, by rank. A plan is made when shards or dtypes change and holds for
-/// every gather after that.
+/// How one unit's gather moves bytes between the flat buffer of this rank's shards, the full ones
+/// that the full parameters point into, and the packed one, which holds everybody's rows of some
+/// parameters, by rank. A plan is made when shards or dtypes change and holds for every gather
+/// after that.
 ///
-/// Large parameters are gathered in place; small ones, and those that the backend can't take where
-/// they are, go through the packed buffer, whatever their dtypes. This rank's own rows are sent
-/// from the flat buffer where a collective takes them from there as they are; if not, a gather
-/// begins with moving them, cast on the way.
+/// A large parameter has a full buffer of its own, so that it can be freed alone, and small ones
+/// share one. What the backend can take where it is is gathered in place; other parameters go
+/// through the packed buffer, whatever their dtypes. This rank's own rows are sent from the flat
+/// buffer where a collective takes them from there as they are; if not, a gather begins with moving
+/// them, cast on the way.
 struct GatherPlan {
-  std::vector<int64_t> full_offsets;          ///< in bytes of the full dtypes, one past the end too
+  std::vector<FullPlace> places;              ///< by parameter
+  std::vector<int64_t> full_bytes;            ///< by full buffer; the first one is the shared one
+  std::vector<bool> is_gathered_into;         ///< by full buffer; others are for unpacking alone
   int64_t packed_stride = 0;                  ///< bytes of one rank in the packed buffer
   std::optional<int64_t> packed_flat_offset;  ///< see InPlaceRun::flat_offset
   std::vector<InPlaceRun> in_place;

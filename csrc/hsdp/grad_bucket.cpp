@@ -39,15 +39,16 @@ std::vector<DtypePair> PairsOf(const std::vector<GradSpec>& specs) {
 // packed in any case; a sum of exchanged pieces casts and scales by itself.
 bool GoesInPlace(const GradSpec& spec, const Collectives& collectives, at::Device device) {
   const int64_t shards = collectives.shards();
-  const auto [rows, row_size] = ParamShape::Of(spec.sizes, shards);
-  const int64_t chunk = base::ChunkRows(rows, shards) * row_size;
-  const auto bytes = chunk * static_cast<int64_t>(c10::elementSize(spec.computed));
-  if (shards == 1 || bytes < kInPlaceBytes) return false;
+  const auto item = static_cast<int64_t>(c10::elementSize(spec.computed));
+  const ParamShape shape = ParamShape::Of(spec.sizes, shards, item);
+  if (shards == 1) return false;
   if (collectives.exchanges(device.type())) {
-    return ExchangedDtype({spec.computed, spec.reduced}) == spec.computed;
+    return base::ChunkRows(shape.rows, shards) * shape.row_size >= kInPlaceBytes &&
+           ExchangedDtype({spec.computed, spec.reduced}) == spec.computed;
   }
-  return spec.computed == spec.reduced && collectives.pre_scale(spec.reduced) == 1.0 &&
-         collectives.coalesces(device.type()) && base::CutsEvenly(rows, shards);
+  return shape.numel() >= kInPlaceOnStreams && spec.computed == spec.reduced &&
+         collectives.pre_scale(spec.reduced) == 1.0 && collectives.coalesces(device.type()) &&
+         base::CutsEvenly(shape.rows, shards);
 }
 
 int64_t AlignmentOf(DtypePair dtypes) {

@@ -17,6 +17,8 @@ uint8_t* Bytes(const at::Tensor& tensor) {
   return static_cast<uint8_t*>(tensor.mutable_data_ptr());
 }
 
+bool HasViews(const at::Tensor& full) { return full.storage().use_count() > 1; }
+
 }  // namespace
 
 ParamGroup::ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes,
@@ -73,8 +75,6 @@ void ParamGroup::MakeLayout() {
   }
   layout_.emplace(std::move(shapes), shards, kShardAlignment,
                   FlatOrder(params, *collectives_, device_.type()));
-  shard_offsets_.clear();
-  for (size_t i = 0; i < sizes_.size(); ++i) shard_offsets_.push_back(layout_->offset(i));
   plan_ = PlanGather(params, *layout_, *collectives_, device_.type());
 }
 
@@ -83,7 +83,7 @@ void ParamGroup::Run(const std::vector<Move>& moves, const at::Tensor& from) con
   segments.reserve(moves.size());
   for (auto move = moves.begin(); move != moves.end(); ++move) {
     const uint8_t* const source = move->from == Move::kZeros ? nullptr : Bytes(from) + move->from;
-    const at::Tensor& to = move->target == Move::Target::kFull ? lent_ : packed_;
+    const at::Tensor& to = move->target == Move::kPacked ? packed_ : lent_[move->target];
     segments.push_back({source, Bytes(to) + move->to, move->numel});
     const auto next = std::next(move);
     if (next != moves.end() && next->src == move->src && next->dst == move->dst) continue;
@@ -245,14 +245,20 @@ std::vector<GradSpec> ParamGroup::GradSpecs() const {
 }
 
 void ParamGroup::StartGather() {
+  if (has_freed_some_) Reshard();  // somebody computes with the unit once more
   if (state_ != State::kSharded) return;
-  state_ = State::kGathering;
-  if (is_whole_ || plan_.full_offsets.back() == 0) return;
+  const bool is_empty = std::all_of(plan_.full_bytes.begin(), plan_.full_bytes.end(),
+                                    [](int64_t bytes) { return bytes == 0; });
   const int64_t packed_bytes = collectives_->shards() * plan_.packed_stride;
-  // The buffers are allocated on the compute stream, where they are used and freed; the gather
-  // stream begins behind it.
-  lent_ = at::empty({plan_.full_offsets.back()}, flat_.options());
-  if (packed_bytes > 0) packed_ = at::empty({packed_bytes}, flat_.options());
+  if (!is_whole_ && !is_empty) {
+    // The buffers are allocated on the compute stream, where they are used and freed; the gather
+    // stream begins behind it.
+    lent_.assign(plan_.full_bytes.size(), {});
+    AllocateFull(/*gathered_into=*/true);
+    if (packed_bytes > 0) packed_ = at::empty({packed_bytes}, flat_.options());
+  }
+  state_ = State::kGathering;
+  if (lent_.empty()) return;
   const auto scope = streams_->Enter(DeviceStreams::Side::kGather);
   Run(plan_.own_rows, flat_);
   if (collectives_->shards() > 1) AllGather();
@@ -273,7 +279,8 @@ void ParamGroup::AllGather() {
     runs.push_back(std::move(cut));
   };
   for (const InPlaceRun& run : plan_.in_place) {
-    add({lent_.narrow(0, run.offset, run.bounds.back()), run.bounds}, run.flat_offset);
+    const at::Tensor& buffer = lent_[run.place.buffer];
+    add({buffer.narrow(0, run.place.offset, run.bounds.back()), run.bounds}, run.flat_offset);
   }
   if (packed_.defined()) {
     Cut packed{packed_, {}};
@@ -295,26 +302,46 @@ void ParamGroup::AwaitGather() {
 void ParamGroup::JoinGather() {
   AwaitGather();
   streams_->Join(gathered_);
-  streams_->Uses(lent_);
+  for (const at::Tensor& buffer : lent_) streams_->Uses(buffer);
   streams_->Uses(packed_);
 }
 
 void ParamGroup::Unshard() {
-  if (state_ == State::kUnsharded) return;
   StartGather();
+  if (state_ == State::kUnsharded) return;
   if (is_whole_) {
-    LendAll(flat_, shard_offsets_);
+    for (size_t i = 0; i < full_.size(); ++i) LendFrom(flat_, layout_->offset(i), i);
   } else {
     JoinGather();
+    if (!lent_.empty()) AllocateFull(/*gathered_into=*/false);
     if (packed_.defined()) Run(plan_.unpack, packed_);
     packed_.reset();
-    if (lent_.defined()) LendAll(lent_, plan_.full_offsets);
+    for (size_t i = 0; i < full_.size() && !lent_.empty(); ++i) {
+      const auto [buffer, offset] = plan_.places[i];
+      LendFrom(lent_[buffer], offset, i);
+    }
   }
   state_ = State::kUnsharded;
 }
 
-void ParamGroup::LendAll(const at::Tensor& lender, const std::vector<int64_t>& offsets) {
-  for (size_t i = 0; i < full_.size(); ++i) Lend(full_[i], lender, Bytes(lender) + offsets[i]);
+void ParamGroup::AllocateFull(bool gathered_into) {
+  for (size_t b = 0; b < lent_.size(); ++b) {
+    if (plan_.is_gathered_into[b] != gathered_into) continue;
+    lent_[b] = at::empty({plan_.full_bytes[b]}, flat_.options());
+  }
+}
+
+void ParamGroup::FreeTrained(size_t slot) {
+  const size_t i = trainable_.at(slot);
+  const size_t buffer = plan_.places[i].buffer;
+  if (state_ != State::kUnsharded || is_whole_ || buffer == 0 || HasViews(full_[i])) return;
+  TakeBack(full_[i], why_freed_);
+  lent_[buffer].reset();
+  has_freed_some_ = true;
+}
+
+void ParamGroup::LendFrom(const at::Tensor& lender, int64_t offset, size_t i) {
+  Lend(full_[i], lender, Bytes(lender) + offset);
 }
 
 void ParamGroup::TakeBackAll() {
@@ -330,13 +357,11 @@ void ParamGroup::Reshard() {
   }
   state_ = State::kSharded;
   packed_.reset();
-  lent_.reset();  // to the compute stream, which has used it last
+  lent_.clear();  // to the compute stream, which has used them last
+  has_freed_some_ = false;
 }
 
-bool ParamGroup::has_views() const {
-  return std::any_of(full_.begin(), full_.end(),
-                     [](const at::Tensor& full) { return full.storage().use_count() > 1; });
-}
+bool ParamGroup::has_views() const { return std::any_of(full_.begin(), full_.end(), HasViews); }
 
 void ParamGroup::ExpectKeptGrads() {
   if (precision_.accumulation != GradAccumulation::kComputed) grad_form_ = GradForm::kReduced;

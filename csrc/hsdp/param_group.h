@@ -95,6 +95,9 @@ class ParamGroup {
   void Unshard();
   /// Takes the full parameters' memory away, or drops a gather that was started.
   void Reshard();
+  /// Takes the memory of one parameter away, whose gradient is there, if it is large and nobody
+  /// else uses it. Whoever needs it once more has to unshard again.
+  void FreeTrained(size_t slot);
   /// Whether the memory of a full parameter is used under another name too: by a graph that has
   /// detached it, for instance, or by a user.
   bool has_views() const;
@@ -134,7 +137,8 @@ class ParamGroup {
   void AllGather();
   void AwaitGather();
   void JoinGather();
-  void LendAll(const at::Tensor& lender, const std::vector<int64_t>& offsets);
+  void AllocateFull(bool gathered_into);
+  void LendFrom(const at::Tensor& lender, int64_t offset, size_t i);
   void TakeBackAll();
 
   std::string name_;
@@ -147,14 +151,14 @@ class ParamGroup {
   std::shared_ptr<DeviceStreams> streams_;
 
   std::optional<ShardLayout> layout_;  // of the flat buffer, in bytes of the shards' dtypes
-  std::vector<int64_t> shard_offsets_;
   bool is_whole_ = false;  // one shard, stored as it is used: the shards are the full parameters
   GatherPlan plan_;
 
   at::Tensor flat_;    // bytes: this rank's shards
   at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank, while a gather
                        // is on its way
-  at::Tensor lent_;    // bytes: what the full parameters' storages point into while unsharded
+  std::vector<at::Tensor> lent_;  // bytes: the full buffers, while unsharded or gathering
+  bool has_freed_some_ = false;   // of them, though the state is kUnsharded
   PendingWorks gather_works_;
   DeviceStreams::Mark gathered_;
   State state_ = State::kSharded;

@@ -94,12 +94,17 @@ void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
   const int graph_task = torch::autograd::get_current_graph_task_id();
   // A reentrant checkpoint within the unit runs a backward of its own. There may be more of them.
   backward.in_parts = backward.in_parts || (begun && graph_task != backward.graph_task);
-  if (!backward.GradArrived(slot)) return;
-  // Mostly all are used for the last time when the last gradient arrives. FreePassed has the rest.
-  if (!unit->frozen && !backward.in_parts && !unit->group->has_views()) {
-    FreeAfterBackward(*unit);
-    std::erase(begun_, unit);
+  const bool is_complete = backward.GradArrived(slot);
+  // Mostly parameters are used for the last time when their gradients arrive. FreePassed has the
+  // rest.
+  if (!unit->frozen && !backward.in_parts && FreesAfterBackward(*unit)) {
+    if (!is_complete) return unit->group->FreeTrained(slot);
+    if (!unit->group->has_views()) {
+      FreeAfterBackward(*unit);
+      std::erase(begun_, unit);
+    }
   }
+  if (!is_complete) return;
   gathers_.GradientsComplete(*unit);
   if (Reduces(*unit)) reductions_.GradientsComplete(unit);
   if (Keeps(*unit)) unit->group->KeepGrads();
