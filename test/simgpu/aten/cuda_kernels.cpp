@@ -127,7 +127,8 @@ void FallbackWithTable(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   Fallback(op, stack);
 }
 
-/// What torch's own code does on the device's memory without touching an element.
+/// What torch's own code does on the device's memory without touching an element, and what has a
+/// kernel of its own here.
 const std::set<std::string>& KeptOperators() {
   static const std::set<std::string> kept = {"empty.memory_format",
                                              "empty_strided",
@@ -154,8 +155,23 @@ const std::set<std::string>& KeptOperators() {
                                              "view.dtype",
                                              "alias",
                                              "detach",
-                                             "_fused_sdp_choice"};
+                                             "_fused_sdp_choice",
+                                             "_thnn_fused_lstm_cell",
+                                             "_thnn_fused_lstm_cell_backward_impl"};
   return kept;
+}
+
+/// Operators of ATen's, and those beside it that torch's fully_shard has a kernel for.
+// "mul.Tensor" of an operator of ATen's.
+std::string NameInAten(const c10::OperatorName& name) {
+  const std::string overload = name.overload_name.empty() ? "" : "." + name.overload_name;
+  return name.name.rfind("aten::", 0) == 0 ? name.name.substr(6) + overload : "";
+}
+
+bool IsReplaced(const c10::OperatorName& name) {
+  if (name.name == "fsdp::chunk_cat_mixed_dtype") return true;
+  const std::string in_aten = NameInAten(name);
+  return !in_aten.empty() && !KeptOperators().contains(in_aten);
 }
 
 bool MakesView(const c10::FunctionSchema& schema) {
@@ -171,14 +187,12 @@ void Register() {
   auto& dispatcher = c10::Dispatcher::singleton();
   static auto& handles = *new std::vector<c10::RegistrationHandleRAII>;
   for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
-    if (name.name.rfind("aten::", 0) != 0) continue;
-    const std::string overload = name.overload_name.empty() ? "" : "." + name.overload_name;
-    if (KeptOperators().contains(name.name.substr(6) + overload)) continue;
+    if (!IsReplaced(name)) continue;
     const auto op = dispatcher.findSchema(name);
     if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CUDA) || MakesView(op->schema())) {
       continue;
     }
-    const bool has_table = OperatorsWithTable().contains(name.name.substr(6) + overload);
+    const bool has_table = OperatorsWithTable().contains(NameInAten(name));
     auto kernel = has_table ? c10::KernelFunction::makeFromBoxedFunction<&FallbackWithTable>()
                             : c10::KernelFunction::makeFromBoxedFunction<&Fallback>();
     handles.push_back(dispatcher.registerImpl(name, c10::DispatchKey::CUDA, std::move(kernel),

@@ -26,6 +26,7 @@ class _Loader(importlib.abc.Loader):
         self._loader.exec_module(module)
         with _Silence():  # the dispatcher says of the first kernel that it is replaced
             import simgpu_aten
+        module.backends.cudnn.enabled = False
         _watch_allocator(module, simgpu_aten)
 
 
