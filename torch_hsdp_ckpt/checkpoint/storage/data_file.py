@@ -12,6 +12,7 @@ from ... import _C
 from ...common.tensors import RECORD_DTYPES, is_row_major_on_cpu, row_major_parts, scratch
 from ...errors import CheckpointError
 from .directory import encoded
+from .pinned import pinned_or_pageable
 
 # Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors
 # take two such blocks, the writer (threads + 1) of a huge page, 2 MiB: together they stay below 64
@@ -204,7 +205,7 @@ class DataFile:
     def _pin(self, part: Tensor) -> Tensor:
         """Starts the copy of a CUDA tensor to this batch's pinned block."""
         if not self._pinned:
-            self._pinned = [_pinned_memory(self._block + _ALIGNMENT) for _ in range(2)]
+            self._pinned = [pinned_or_pageable(self._block + _ALIGNMENT) for _ in range(2)]
         if part.device not in self._streams:  # a stream orders its own device's work only
             self._streams[part.device] = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
         stream = self._streams[part.device]
@@ -223,7 +224,3 @@ class DataFile:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _pinned_memory(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

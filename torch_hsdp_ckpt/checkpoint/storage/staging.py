@@ -3,13 +3,14 @@ kept from save to save."""
 
 import mmap
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import _C
 from ...common.tensors import scratch
+from .pinned import pin, unpin
 
 PAGE = 4096  # direct I/O's: of addresses, offsets and sizes
 # A file's objects lie in its image only if they are few: they are in memory already.
@@ -100,38 +101,38 @@ class Image:
 
 class StagingPool:
     """One block of host memory, as large as the largest image so far; pinned if one was for a CUDA
-    device's tensors.
+    device's tensors, and there was memory that can be.
 
     One image at a time: :meth:`image` hands out the memory of the one before again.
     """
 
     def __init__(self) -> None:
         self._block = _NO_MEMORY
-        self._pinned = False
+        self._for_devices = False
+        self._is_pinned = False
 
     def image(self, layout: Layout, pinned: bool, limit: int | None = None) -> Image:
-        """Memory for a layout, contents undefined. Raises OSError (RuntimeError if pinned) without
-        memory.
+        """Memory for a layout, contents undefined. Raises OSError without memory.
 
         ``limit``: bytes; an older block that is larger is given back.
         """
         size = layout.size + PAGE if layout.size else 0
-        is_small = self._block.numel() < size or (pinned and size > 0 and not self._pinned)
+        is_small = self._block.numel() < size or (pinned and size > 0 and not self._for_devices)
         is_large = limit is not None and self._block.numel() > limit
         if is_small or is_large:
             self._free()  # the old one goes first: never two at a time
             if pinned and size:
                 self._block = _shared_memory(size)
-                _register(self._block)
-                self._pinned = True
+                self._for_devices = True
+                self._is_pinned = pin(self._block)
             elif size:
                 self._block = scratch(size, huge=True)
         return Image(self._block, layout)
 
     def _free(self) -> None:
-        if self._pinned:
-            self._pinned = False
-            _unregister(self._block)
+        if self._is_pinned:
+            unpin(self._block)
+        self._for_devices = self._is_pinned = False
         self._block = _NO_MEMORY
 
 
@@ -140,18 +141,3 @@ def _shared_memory(size: int) -> Tensor:
     asked for, and never goes back. Shared: after a fork, a write to private memory would leave the
     device with pages that this process no longer has."""
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-
-
-_FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
-
-
-def _register(block: Tensor) -> None:
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(
-        cudart.cudaHostRegister(block.data_ptr(), block.numel(), _FOR_ALL_DEVICES)
-    )
-
-
-def _unregister(block: Tensor) -> None:
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(cudart.cudaHostUnregister(block.data_ptr()))
