@@ -1,8 +1,10 @@
+import contextlib
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from device import DEVICE, OnDevice
 from ranks import findings_of_simulated_gpu
 
 from torch_hsdp_ckpt import _C
@@ -26,6 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skipif(True, reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    """What a test makes in this process lies on the device too."""
+    with OnDevice(DEVICE) if DEVICE != "cpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

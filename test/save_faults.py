@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from ranks import run_ranks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -127,7 +128,7 @@ def kill_at_every_call(
 
 
 def pair_mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(DEVICE, (1, 2), mesh_dim_names=("replicate", "shard"))
 
 
 def sharded(tensor: torch.Tensor, mesh: DeviceMesh) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from types import ModuleType
 
 import torch
 import torch.distributed.fsdp as torchs
+from device import DEVICE
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from training import full
@@ -11,7 +12,7 @@ from training import full
 import torch_hsdp_ckpt as ours
 
 SIDES = (ours, torchs)
-CPU = torch.device("cpu")
+HERE = torch.device(DEVICE)
 
 
 def layers(count: int = 2, width: int = 4) -> nn.Sequential:
@@ -24,7 +25,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def fsdp1(side: ModuleType, module: nn.Module, **arguments) -> nn.Module:
-    given = {"device_id": CPU, "use_orig_params": True, **arguments}
+    given = {"device_id": HERE, "use_orig_params": True, **arguments}
     return side.FullyShardedDataParallel(module, **given)
 
 

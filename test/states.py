@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from device import DEVICE
 from models import NETS, Block, Net, batch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,7 +25,7 @@ def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.01)
 
 
-def mesh_of(*shape: int, device: str = "cpu") -> DeviceMesh:
+def mesh_of(*shape: int, device: str = DEVICE) -> DeviceMesh:
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
@@ -42,7 +43,7 @@ def trained(
     kind: str,
     rank: int,
     shape: tuple[int, ...] = (2, 2),
-    device: str = "cpu",
+    device: str = DEVICE,
     steps: int = 2,
     make: Make = adam,
     seed: int = 0,
@@ -64,7 +65,7 @@ def step(
     kind: str,
     number: int,
     rank: int,
-    device: str = "cpu",
+    device: str = DEVICE,
 ) -> None:
     net = _SHAPES.setdefault(kind, NETS[kind]())
 

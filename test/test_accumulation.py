@@ -6,8 +6,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from device import DEVICE
 from models import Block
-from ranks import memory_of, run_checks, run_ranks
+from ranks import memory_on_device_of, run_checks, run_ranks
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchsFSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
@@ -290,7 +291,7 @@ def _beside_fsdp1(rank: int) -> None:
             for face in (FullyShardedDataParallel, TorchsFSDP):
                 model = face(
                     _net(width, skips=False),
-                    device_id=torch.device("cpu"),
+                    device_id=torch.device(DEVICE),
                     use_orig_params=True,
                     auto_wrap_policy=ModuleWrapPolicy({Block}),
                     mixed_precision=MixedPrecision(param_dtype=param, reduce_dtype=reduce),
@@ -331,7 +332,7 @@ def _memory(rank: int) -> None:
 
         steps()
         model.zero_grad()
-        taken.append(memory_of(steps))
+        taken.append(memory_on_device_of(steps))
     assert taken[0] < 1.1 * taken[1] + (1 << 20), taken
 
 

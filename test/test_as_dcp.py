@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
@@ -110,7 +111,7 @@ def _ignored(rank: int) -> None:
         module = nn.Linear(4, 4)
         with pytest.warns(UserWarning, match="ignore"):
             wrapped = side(
-                module, ignored_modules=[module], device_id="cpu", device_mesh=mesh_of((2,))
+                module, ignored_modules=[module], device_id=DEVICE, device_mesh=mesh_of((2,))
             )
         wrapped(torch.ones(2, 4)).sum().backward()
         assert module.weight.grad is not None

@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from models import uneven_net
 from ranks import run_checks, run_ranks
 from torch import nn
@@ -53,7 +54,7 @@ def _writes_without_shards(rank: int) -> None:
                 uneven_net(),
                 sharding_strategy=strategy,
                 use_orig_params=True,
-                device_id=torch.device("cpu"),
+                device_id=torch.device(DEVICE),
             )
             before = uneven_net().head.weight
             with face.summon_full_params(model, writeback=False), torch.no_grad():
@@ -73,7 +74,7 @@ def _online_conversion(rank: int, path: str) -> None:
     if rank == 0:
         torch.save({"model": whole}, path)
     dist.barrier()
-    model = FullyShardedDataParallel(nn.Linear(5, 10), device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(nn.Linear(5, 10), device_id=torch.device(DEVICE))
     reader, planner = BroadcastingTorchSaveReader(), DynamicMetaLoadPlanner()
     with pytest.raises(CheckpointError, match=r"model\.weight is sharded.*FULL_STATE_DICT"):
         load({"model": model}, planner=planner, storage_reader=reader, checkpoint_id=path)

@@ -6,8 +6,9 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from ranks import run_checks
-from sides import CPU, SIDES, assert_same, fsdp1, gradients, layers, values
+from sides import HERE, SIDES, assert_same, fsdp1, gradients, layers, values
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -79,7 +80,7 @@ def _attributes(rank: int) -> None:
         model = fsdp1(side, layers())
         assert (model.rank, model.world_size) == (rank, 4)
         assert dist.get_world_size(model.process_group) == 4
-        assert model.compute_device == CPU
+        assert model.compute_device == HERE
         assert not model.cpu_offload.offload_params
         assert model.mixed_precision == side.MixedPrecision()
         plain = fsdp1(side, layers(), sharding_strategy=side.ShardingStrategy.NO_SHARD)
@@ -204,7 +205,7 @@ def _wrapping_policies(rank: int) -> None:
     grads = []
     for side in SIDES:
         fsdp = side.FullyShardedDataParallel
-        with enable_wrap(wrapper_cls=fsdp, device_id=CPU, use_orig_params=True):
+        with enable_wrap(wrapper_cls=fsdp, device_id=HERE, use_orig_params=True):
             torch.manual_seed(0)
             net = nn.Sequential(wrap(nn.Linear(4, 4)), nn.ReLU())
         assert isinstance(net[0], fsdp)
@@ -225,7 +226,7 @@ def _scaler(rank: int) -> None:
     for side in SIDES:
         model = fsdp1(side, layers())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        scaler = ShardedGradScaler(device="cpu", init_scale=2.0**10)
+        scaler = ShardedGradScaler(device=DEVICE, init_scale=2.0**10)
         before = values(side, model)
         scaler.scale(model(torch.ones(2, 4)).sum()).backward()
         with torch.no_grad():
@@ -263,7 +264,7 @@ def _recursing_initialisation(rank: int) -> None:
     wrapped parts."""
 
     def fill(module: nn.Module) -> None:
-        module.to_empty(device="cpu", recurse=False)
+        module.to_empty(device=DEVICE, recurse=False)
         with torch.no_grad():
             for p in module.parameters(recurse=False):
                 p.fill_(0.5)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from ranks import run_checks
 from sides import SIDES, assert_same, layers, sharded, whole
 from torch import Tensor, nn
@@ -193,7 +194,7 @@ def _replicas_by_hook(rank: int) -> None:
     grads = []
     for side in SIDES:
         mesh = mesh_of((2, 2))
-        shards = DeviceMesh.from_group(mesh.get_group("shard"), "cpu")
+        shards = DeviceMesh.from_group(mesh.get_group("shard"), DEVICE)
         replicas = mesh.get_group("replicate")
         model = side.fully_shard(layers(), mesh=shards)
         model.set_all_reduce_hook(lambda g, group=replicas: _sum_over(g, group))
@@ -261,7 +262,7 @@ def _piecewise_loads_on_meta(rank: int) -> None:
 
 def _one_rank(rank: int) -> None:
     """``TestFullyShardWorldSize1``: nobody to talk to."""
-    alone = DeviceMesh("cpu", [rank])
+    alone = DeviceMesh(DEVICE, [rank])
     model = ours.fully_shard(layers(), mesh=alone)
     with CommDebugMode() as counts:
         model(torch.ones(2, 4)).sum().backward()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from ranks import process_memory, run_ranks
 from save_faults import (
     OLD,
@@ -331,7 +332,7 @@ def _in_place_in_forward(rank: int, path: str) -> None:
     it."""
     model = h.FullyShardedDataParallel(
         _Clamped(),
-        device_mesh=init_device_mesh("cpu", (1, 1)),
+        device_mesh=init_device_mesh(DEVICE, (1, 1)),
         sharding_strategy=h.ShardingStrategy.NO_SHARD,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

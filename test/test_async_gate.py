@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from models import batch, even_net
-from ranks import run_ranks
+from ranks import findings_of_simulated_gpu, run_ranks
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 from training import loss_of, mesh_of, wrap
@@ -57,7 +58,7 @@ def _local(value: Any) -> Any:
 class _Run:
     """A wrapped model in training, and its state."""
 
-    def __init__(self, rank: int, device: str = "cpu") -> None:
+    def __init__(self, rank: int, device: str = DEVICE) -> None:
         self.rank, self.device, self.net = rank, device, even_net()
         self.ema: list[torch.Tensor] = []
         self.model = wrap(even_net(), (2, 2) if dist.get_world_size() == 4 else (1, 1), device)
@@ -87,6 +88,12 @@ class _Run:
         h.load(target, checkpoint_id=path)
         for a, b in zip(self.leaves(target), expected, strict=True):
             assert torch.equal(a, b), path
+
+
+def _with_own_version(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory in a tensor whose version counter is its own."""
+    other = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return other.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape)
 
 
 _check_given_up = Job.check_given_up
@@ -195,7 +202,7 @@ def _gates(rank: int, path: str) -> None:
     def write_unseen(gate: Gate, verify: bool) -> None:
         if rank == 1:  # of the first replica, whose half of the state has all parameters
             for parameter in run.model.parameters():
-                _local(parameter.detach()).numpy()[...] = 3
+                _with_own_version(_local(parameter.detach())).fill_(3)
         check(gate, verify)
 
     Gate._check = write_unseen  # type: ignore[method-assign]
@@ -205,6 +212,7 @@ def _gates(rank: int, path: str) -> None:
     Gate._check = check  # type: ignore[method-assign]
     with pytest.raises(h.CheckpointError, match="it was changed"):
         h.async_save(run.state(), checkpoint_id=f"{path}/step")
+    findings_of_simulated_gpu()  # the races that were asked for
     run.model.load_state_dict(elsewhere["model"])  # replicas are equal again
     future = h.async_save(run.state(), checkpoint_id=f"{path}/verified", snapshot="verify")
     expected = run.leaves(run.state())
@@ -248,7 +256,7 @@ def _changed_by_any_means(rank: int, path: str) -> None:
     placements = next(run.model.parameters()).placements
     ema = DTensor.from_local(torch.full((300_000,), float(rank % 2)), mesh_of((2, 2)), placements)
     means: dict[str, Callable[[torch.Tensor], Any]] = {
-        "NumPy": lambda t: t.numpy().fill(3),
+        "another tensor": lambda t: _with_own_version(t).fill_(3),
         ".data": lambda t: t.data.add_(3),
         "a collective": lambda t: dist.all_reduce(t) if t.is_contiguous() else t.add_(3),
         "an operator": lambda t: t.add_(3),
@@ -348,7 +356,7 @@ def _ways_to_change(rank: int, path: str) -> None:
     not have to."""
 
     def scaled(run: _Run) -> None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=1.0)
         scaler.scale(torch.ones(()))
         scaler.step(run.optimizer)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor, Shard
 from training import mesh_of
@@ -25,7 +26,7 @@ _LARGE = 9_000_000
 class _Run:
     """An optimizer whose states are guarded, and copied late."""
 
-    def __init__(self, device: str = "cpu", elements: int = _LARGE) -> None:
+    def __init__(self, device: str = DEVICE, elements: int = _LARGE) -> None:
         self.parameter = torch.nn.Parameter(torch.zeros(elements, device=device))
         self.optimizer = torch.optim.Adam([self.parameter])
         self.parameter.grad = torch.ones_like(self.parameter)

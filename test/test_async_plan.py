@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from models import batch, even_net
 from ranks import run_ranks
 from torch.distributed.device_mesh import DeviceMesh
@@ -33,7 +34,7 @@ def _variants(rank: int) -> dict[str, Callable[[], dict[str, Any]]]:
     """States of two ranks, each unlike the first one in one thing that the plan depends on, and in
     no other that it could be told by. Made anew at each call, but for the meshes and the DTensors'
     specs."""
-    mesh, reverse = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [1, 0])
+    mesh, reverse = DeviceMesh(DEVICE, [0, 1]), DeviceMesh(DEVICE, [1, 0])
     values = torch.arange(32.0) + 100 * rank
 
     def sharded(

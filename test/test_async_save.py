@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE, cpu_only
 from models import Net, batch, even_net
 from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -121,6 +122,26 @@ def _open_and_running() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
+def _fork_with_a_save_in_flight(rank: int, path: str, state: dict[str, Any]) -> None:
+    """A forked process has nothing in flight, and saves what it likes; the parent's save goes
+    on."""
+    future = h.async_save(state, checkpoint_id=path)
+    with writer._commit_lock:  # the fork may come in the midst of a commit
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            code = 1
+            try:
+                if async_save._in_flight.job is None:
+                    h.save(state, checkpoint_id=f"{path}-of-child-{rank}", no_dist=True)
+                    code = 0
+            finally:
+                os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert h.verify(f"{path}-of-child-{rank}").ok
+    future.result(60)
+
+
 def _failing(rank: int, path: str) -> None:
     state = {"w": torch.full((300_000,), 1.0), "n": 1}
     h.async_save(state, checkpoint_id=path).result(60)
@@ -144,22 +165,8 @@ def _failing(rank: int, path: str) -> None:
     dcp.load(target, storage_reader=h.FileSystemReader(path))
     assert target["n"] == 3
 
-    # A forked process has nothing in flight, and saves what it likes; the parent's save goes on.
-    future = h.async_save(state, checkpoint_id=path)
-    with writer._commit_lock:  # the fork may come in the midst of a commit
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)
-            code = 1
-            try:
-                if async_save._in_flight.job is None:
-                    h.save(state, checkpoint_id=f"{path}-of-child-{rank}", no_dist=True)
-                    code = 0
-            finally:
-                os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
-    assert h.verify(f"{path}-of-child-{rank}").ok
-    future.result(60)
+    if DEVICE == "cpu":  # CUDA is of no use to a forked process
+        _fork_with_a_save_in_flight(rank, path, state)
     # Many saves of changing shapes: no thread and no descriptor is left over.
     before = _open_and_running()
     for i in range(40):
@@ -316,5 +323,6 @@ def _in_process_mode(rank: int, path: str) -> None:
     assert isinstance(h.async_save(state, checkpoint_id=f"{path}-ours"), h.AsyncSave)
 
 
+@cpu_only("torch gives the other process the device's memory by cudaIpcGetMemHandle")
 def test_process_mode_is_torchs_own_save(tmp_path: Path) -> None:
     run_ranks(_in_process_mode, 1, str(tmp_path / "c"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from ranks import run_ranks
 from torch.distributed.checkpoint import format_utils
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -120,7 +121,7 @@ def _torch_save_file(rank: int, path: str) -> None:
     """A file by torch.save, made of a checkpoint of ours, which one rank reads and broadcasts,
     under both loads. Into plain tensors: torch's reader has no others on the ranks that do not
     read."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(DEVICE, (2,))
     full = {"w": torch.arange(5000.0).reshape(50, 100), "v": torch.arange(7.0)}
     h.save(
         {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in full.items()},

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import Block, Net, batch
-from ranks import SIMULATED, run_ranks, torchs_wrapper_is_simulated
+from ranks import SIMULATED, run_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision
 from torch.profiler import ProfilerActivity, profile
@@ -252,7 +252,6 @@ def _coalesced(rank: int) -> None:
     """Large even parameters from where they are, in one coalesced call with the packed rest:
     FSDP2's numbers."""
     torch.cuda.set_device(rank)
-    torchs_wrapper_is_simulated()
     ranks = torch.distributed.get_world_size()
     for shape in ((ranks // 2, 2), (1, ranks)) if ranks >= 2 else ((1, 1),):
         nets = [_net(1024, blocks=1) for _ in range(2)]  # 8 MiB a weight

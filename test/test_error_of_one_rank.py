@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import not_on_device
 from models import Block, Net, batch
 from ranks import run_checks, run_ranks
 from torch import nn
@@ -15,6 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from training import assert_close, grads, loss_of, mean_grads, mesh_of, wrap
 
 from torch_hsdp_ckpt import ShardingStrategy, fully_shard
+
+pytestmark = not_on_device("NCCL has no peers that tell each other of an error")
 
 
 def _net() -> Net:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from ranks import run_ranks
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -224,8 +225,8 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path: Path) -> None:
 
 
 def _sharded(rank: int, path: str, writer: str, reader: str) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    flat = init_device_mesh("cpu", (4,))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
+    flat = init_device_mesh(DEVICE, (4,))
     full = {f"w{n}": torch.arange(n * 3, dtype=torch.float32).reshape(n, 3) for n in (1, 2, 5, 8)}
     state: dict[str, Any] = {
         k: distribute_tensor(v, mesh, [Replicate(), Shard(0)]) for k, v in full.items()
@@ -298,7 +299,7 @@ class _Fails(h.FileSystemWriter):
 
 
 def _failing(rank: int, path: str, when: str) -> None:
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(DEVICE, (2,))
     old = {"w": distribute_tensor(torch.arange(5000.0), mesh, [Shard(0)])}
     dcp.save(old, storage_writer=h.FileSystemWriter(path))
     writer = _Fails(path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from models import NETS, Net
 from ranks import run_checks
 from states import adam, assert_same, bits, fully_sharded, mesh_of, step, wrapped
@@ -245,7 +246,7 @@ def _goes_on_with_unused(rank: int, *pairs: tuple[FSDP, optim.Optimizer]) -> Non
 def _sharded_tensors(rank: int) -> None:
     """ShardedTensors over all ranks, with uneven rows and ranks without any; beside stock FSDP1."""
     net = Net(7, 13, 3)
-    stock = TorchFSDP(NETS["uneven"](), device_id=torch.device("cpu"), use_orig_params=True)
+    stock = TorchFSDP(NETS["uneven"](), device_id=torch.device(DEVICE), use_orig_params=True)
     models = [(stock, TorchFSDP), (FSDP(net, device_mesh=mesh_of(4)), FSDP)]
     results = []
     for model, side in models:

@@ -3,10 +3,12 @@ whatever the graph looks like."""
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from models import NETS, Block, Net, batch
 from ranks import run_checks, run_ranks
 from torch import nn
@@ -50,7 +52,7 @@ def _same_bits_as_fsdp2(rank: int, device: str, shape: tuple[int, int]) -> None:
 
 
 def test_training_is_fsdp2s_to_the_last_bit() -> None:
-    run_ranks(_same_bits_as_fsdp2, 4, "cpu", (2, 2))
+    run_ranks(_same_bits_as_fsdp2, 4, DEVICE, (2, 2))
 
 
 @pytest.mark.gpu
@@ -87,11 +89,11 @@ def _within_rounding(rank: int) -> None:
         expected = {name: p.detach() for name, p in single.named_parameters()}
         for shape, kinds in strategies.items():
             reference = wrap_fsdp2(make(), shape)
-            _train(reference, single, rank, "cpu")
+            _train(reference, single, rank, DEVICE)
             for strategy in kinds:
                 ours = wrap(make(), shape, sharding_strategy=strategy)
                 torch.testing.assert_close(
-                    _train(ours, single, rank, "cpu"), losses, rtol=1e-4, atol=1e-5
+                    _train(ours, single, rank, DEVICE), losses, rtol=1e-4, atol=1e-5
                 )
                 for (name, p), q in zip(
                     ours.named_parameters(), reference.parameters(), strict=True
@@ -401,14 +403,14 @@ def _construction(rank: int) -> None:
 
     tied = nn.Sequential(Block(6, 6), nn.Linear(6, 6))
     tied[1].weight = tied[0].up.weight
-    cube = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "c"))
+    cube = init_device_mesh(DEVICE, (2, 2, 1), mesh_dim_names=("a", "b", "c"))
     crossed = [
         [dist.new_group(ranks) for ranks in pairs] for pairs in (((0, 1), (2, 3)), ((0, 3), (1, 2)))
     ]
     no_mesh = tuple(
         next(g for g in groups if rank in dist.get_process_group_ranks(g)) for groups in crossed
     )
-    half = DeviceMesh("cpu", [0, 1])
+    half = DeviceMesh(DEVICE, [0, 1])
     wrong = [
         (lambda: wrap(tied), "Linear", "shared with another wrapped module"),
         (lambda: wrap(ours.module), r"\w+", "already is a DTensor"),
@@ -431,7 +433,7 @@ def _construction(rank: int) -> None:
             "device_mesh has 3 dimensions",
         ),
         (
-            lambda: FullyShardedDataParallel(net(), sharding_strategy=HYBRID),
+            lambda: FullyShardedDataParallel(net(), sharding_strategy=HYBRID),  # 3 ranks a host
             "Net",
             "HYBRID_SHARD without device_mesh",
         ),
@@ -459,6 +461,7 @@ def _construction(rank: int) -> None:
                 "this rank is not in device_mesh",
             )
         )
+    os.environ["LOCAL_WORLD_SIZE"] = "3"
     for make, module, message in wrong:
         with pytest.raises(ValueError, match=f"^rank {rank}: module {module}: .*{message}"):
             make()

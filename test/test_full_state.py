@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from models import NETS, Block, Net
 from ranks import process_memory, run_ranks
 from states import assert_same, bits, mesh_of, step, tensors, trained, wrapped
@@ -41,7 +42,7 @@ def _as_torchs(rank: int) -> None:
             net.tied = nn.Linear(net.head.in_features, net.head.out_features)
             net.tied.weight = net.head.weight
         ours = wrapped(nets[0], mesh_of(4), ignored_states=[nets[0].free])
-        policy, device = ModuleWrapPolicy({Block}), torch.device("cpu")
+        policy, device = ModuleWrapPolicy({Block}), torch.device(DEVICE)
         theirs = TorchFSDP(
             nets[1],
             auto_wrap_policy=policy,

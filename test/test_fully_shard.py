@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from models import NETS, Block, Net, batch
 from ranks import run_checks
 from torch import nn
@@ -113,7 +114,7 @@ def _settings(rank: int) -> None:
         torch.testing.assert_close(ours.predict(x), net.head(x))
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(ours)
-    fresh, cube = NETS["even"](), init_device_mesh("cpu", (2, 2, 1))
+    fresh, cube = NETS["even"](), init_device_mesh(DEVICE, (2, 2, 1))
     for given, module, wrong, message in (
         (fresh, "Net", dict(reshard_after_forward=2), "reshard_after_forward=2, to fewer ranks"),
         (fresh, "Net", dict(mesh=cube), "device_mesh has 3 dimensions"),
@@ -180,11 +181,12 @@ def _constructor(rank: int) -> None:
     policy = ModuleWrapPolicy({Block})
     pair = (mesh.get_group(1), mesh.get_group(0))
     hybrid, whole = ShardingStrategy.HYBRID_SHARD, ShardingStrategy.NO_SHARD
+    offload = CPUOffload(offload_params=DEVICE == "cpu")  # refused elsewhere
     for options in (
         dict(process_group=pair, sharding_strategy=hybrid),
         dict(process_group=dist.group.WORLD),
         dict(sharding_strategy=whole),
-        dict(device_mesh=mesh, cpu_offload=CPUOffload(offload_params=True), use_orig_params=False),
+        dict(device_mesh=mesh, cpu_offload=offload, use_orig_params=False),
         dict(device_mesh=mesh, forward_prefetch=True, limit_all_gathers=False),
     ):
         check(FullyShardedDataParallel(copy.deepcopy(net), auto_wrap_policy=policy, **options))

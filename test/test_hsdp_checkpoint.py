@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from models import NETS, Block, batch
 from ranks import run_ranks
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -115,7 +116,7 @@ CASES = [_save_step_load, _save_hsdp_load_fsdp]
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("case", CASES)
 def test_on_gloo(case, kind, tmp_path) -> None:
-    run_ranks(case, 4, str(tmp_path), kind, "cpu")
+    run_ranks(case, 4, str(tmp_path), kind, DEVICE)
 
 
 @pytest.mark.gpu

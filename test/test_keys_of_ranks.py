@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -36,7 +37,7 @@ def _saves(state: dict[str, Any], path: str) -> list[str]:
 
 
 def _contradicting(rank: int, root: str) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     cases: dict[str, Any] = {
         "shape": torch.full((2 + rank // 2,), float(rank)),
         "dtype": torch.zeros(2, dtype=torch.float32 if rank else torch.float64),
@@ -51,7 +52,7 @@ def _contradicting(rank: int, root: str) -> None:
 
 
 def _within_objects(rank: int, root: str) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     sharded = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])
     for form, value in {"tuple": (sharded, 1), "class": Holder({"deep": [sharded]})}.items():
         for message in _saves({"n": {form: value}}, f"{root}/{form}"):

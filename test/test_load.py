@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import training
+from device import DEVICE
 from load_states import (
     OtherPlanner,
     blank_state,
@@ -28,7 +29,7 @@ from torch_hsdp_ckpt.checkpoint.load import exchange as _exchange
 
 
 def _every_exchange(rank: int, path: str) -> None:
-    mesh = init_device_mesh("cpu", (2, 2))
+    mesh = init_device_mesh(DEVICE, (2, 2))
     hybrid = [Replicate(), Shard(0)]
     full = full_tensors(1)
     for name, writer in (("ours", h.FileSystemWriter), ("stock", dcp.FileSystemWriter)):
@@ -54,7 +55,7 @@ def test_every_way_of_exchange_gives_the_same(tmp_path: Path) -> None:
 
 
 def _reshard(rank: int, path: str) -> None:
-    two, flat = init_device_mesh("cpu", (2, 2)), init_device_mesh("cpu", (4,))
+    two, flat = init_device_mesh(DEVICE, (2, 2)), init_device_mesh(DEVICE, (4,))
     full = full_tensors(2)
     meshes: list[tuple[Any, list[Any]]] = [
         (two, [Replicate(), Shard(0)]),
@@ -95,7 +96,7 @@ def _storage_bytes() -> int:
 def _read_bytes(rank: int, path: str, replicas: int) -> dict[str, int]:
     """Bytes that this rank reads from files in every mode, and with planners that are not the
     default one."""
-    mesh = init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas))
+    mesh = init_device_mesh(DEVICE, (replicas, dist.get_world_size() // replicas))
     full = {
         "w": torch.arange(8_000_000.0).reshape(-1, 1000),
         "v": torch.arange(4_000_000.0).reshape(-1, 1000),
@@ -233,7 +234,7 @@ def test_planners_stateful_objects_and_readers(tmp_path: Path) -> None:
 def _extra_memory(rank: int, path: str) -> dict[str, int]:
     """Memory that a load takes at its height, on top of what is resting, shared memory included;
     the state exists before."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(), 1))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(), 1))
     shapes = {"large": (9000, 1000), **{f"w{i}": (500, 1000 + i) for i in range(4)}}  # 44 MB a set
     # One set of tensors for the sharded ones, one for the others: each has an exchange of its own.
     sets = ("sharded", "plain")

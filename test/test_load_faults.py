@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from load_states import OtherPlanner, blank_state, full_tensors, save_state
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -64,7 +65,7 @@ def _at_read(number: int, act: Callable[[], int]) -> None:
 def _rank_fails(rank: int, path: str) -> None:
     """Damage that only one rank meets, or that only one replica reads, is every rank's error, in
     every mode."""
-    mesh, hybrid = init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]
+    mesh, hybrid = init_device_mesh(DEVICE, (2, 2)), [Replicate(), Shard(0)]
     full = full_tensors(3)
     # In the second case the ranks of one shard fail before those of the other one know, and before
     # the plain tensors' turn.
@@ -194,7 +195,7 @@ class _Replaced(h.FileSystemReader):
 
 def _saved_over(rank: int, path: str) -> None:
     """A save goes through while this load has read .metadata and opened nothing yet."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(DEVICE, (2,))
 
     first = {"w": distribute_tensor(torch.ones(600, 100), mesh, [Shard(0)])}
     dcp.save(first, storage_writer=h.FileSystemWriter(path))
@@ -222,7 +223,7 @@ def test_a_directory_that_is_saved_over_gives_one_generation(tmp_path: Path) -> 
 def _many_saves(rank: int, path: str) -> list[int]:
     """Ranks 0 and 1 save over one directory again and again, while ranks 2 and 3 load from it: what
     these have seen."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("task", "shard"))["shard"]
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("task", "shard"))["shard"]
     group = mesh.get_group()
 
     def state(value: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from ranks import run_ranks
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -60,7 +61,7 @@ def _two_hosts(rank: int, path: str) -> tuple[list[int], list[str]]:
     """2 replicas x 2 shards, a replica on each host."""
     _on_host(f"host{rank // 2}")
     kinds = _exchanges_seen()
-    mesh = init_device_mesh("cpu", (2, 2))
+    mesh = init_device_mesh(DEVICE, (2, 2))
     full = torch.arange(1_200_000.0).reshape(-1, 1000)
     dcp.save(
         {"w": distribute_tensor(full, mesh, HYBRID)},
@@ -98,7 +99,7 @@ def _shards_on_a_host(rank: int, path: str) -> list[str]:
     """4 replicas on two hosts."""
     _on_host(f"host{rank // 2}")
     kinds = _exchanges_seen()
-    mesh = init_device_mesh("cpu", (4, 1))
+    mesh = init_device_mesh(DEVICE, (4, 1))
     full = torch.arange(1_200_000.0).reshape(-1, 1000)
     dcp.save({"w": distribute_tensor(full, mesh, HYBRID)}, storage_writer=h.FileSystemWriter(path))
     for mode in ("shared", "network"):
@@ -163,7 +164,7 @@ def test_sizes_that_files_do_not_explain_under_stock_load_on_several_ranks(tmp_p
 
 
 def _save_hybrid(rank: int, path: str) -> None:
-    mesh = init_device_mesh("cpu", (2, 2))
+    mesh = init_device_mesh(DEVICE, (2, 2))
     state = {
         f"w{i}": distribute_tensor(torch.arange(4000.0).reshape(8, 500) + i, mesh, HYBRID)
         for i in range(8)
@@ -176,7 +177,7 @@ def _fewer(rank: int, path: str) -> None:
     wanted = {f"w{i}": torch.arange(4000.0).reshape(8, 500) + i for i in range(8)}
     whole = dist.get_world_size()
     for ranks in (list(range(whole)), list(range(whole - 1))):
-        mesh = DeviceMesh("cpu", ranks)
+        mesh = DeviceMesh(DEVICE, ranks)
         state = {k: distribute_tensor(torch.zeros(8, 500), mesh, [Shard(0)]) for k in wanted}
         h.load(state, checkpoint_id=path)
         if mesh.get_coordinate() is not None:
@@ -192,7 +193,7 @@ def _lost_file(rank: int, path: str) -> None:
         for i, info in metadata.storage_data.items()
         if not os.path.exists(f"{path}/{info.relative_path}")
     }
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(DEVICE, (2,))
     names = set(metadata.state_dict_metadata)
     assert needed and needed < names
     state = {
@@ -208,7 +209,7 @@ def _lost_file(rank: int, path: str) -> None:
 
 def _lost_chunk(rank: int, path: str) -> None:
     """.metadata no longer lists the second half of w3, which only rank 1 needs."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(DEVICE, (2,))
     state: dict[str, DTensor] = {
         f"w{i}": distribute_tensor(torch.zeros(8, 500), mesh, [Shard(0)])  # type: ignore[misc]
         for i in range(8)
@@ -246,13 +247,13 @@ WIDE = {f"layers.{i}": (4000 + i, 1000) for i in range(4)}
 
 
 def _save_wide(rank: int, path: str) -> None:
-    mesh = init_device_mesh("cpu", (2, 2))
+    mesh = init_device_mesh(DEVICE, (2, 2))
     state = {k: distribute_tensor(torch.full(v, 3.0), mesh, HYBRID) for k, v in WIDE.items()}
     dcp.save(state, storage_writer=h.FileSystemWriter(path))
 
 
 def _bytes_read(rank: int, path: str) -> tuple[int, int]:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     state = {k: distribute_tensor(torch.zeros(v), mesh, [Shard(0)]) for k, v in WIDE.items()}
 
     def count() -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from models import NETS, Block, Net, batch
 from ranks import run_ranks
 from torch import nn
@@ -31,7 +32,7 @@ GLOBAL_ROWS = 8  # rows of the whole batch, whatever the number of ranks
 
 
 def _mesh(*shape: int) -> DeviceMesh:
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    return init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 def _ours(*shape: int) -> Callable[[Net], nn.Module]:
@@ -48,7 +49,7 @@ def _fsdp1(strategy: ShardingStrategy, *shape: int) -> Callable[[Net], nn.Module
         device_mesh=_mesh(*shape),
         sharding_strategy=strategy,
         auto_wrap_policy=ModuleWrapPolicy({Block}),
-        device_id=torch.device("cpu"),
+        device_id=torch.device(DEVICE),
         use_orig_params=True,
     )
 

@@ -4,6 +4,7 @@ torch's."""
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from device import DEVICE, cpu_only
 from models import Net, batch, uneven_net
 from ranks import run_checks, run_ranks
 from torch.distributed.checkpoint.state_dict import (
@@ -64,7 +65,7 @@ def _deferred(rank: int) -> None:
             if face is torchs_fully_shard:  # torch's is of no more use
                 model = _on_meta(face, shape)
                 before = list(model.parameters())
-            model.to_empty(device="cpu")
+            model.to_empty(device=DEVICE)
             assert all(p is q for p, q in zip(before, model.parameters(), strict=True))
             torch.manual_seed(0)  # as always on replicas
             _reset(model)
@@ -87,7 +88,7 @@ def _only_the_root(rank: int) -> None:
         model = _shard(net)
         with pytest.raises(RuntimeError, match="materialized from meta device"):
             model(batch(uneven_net(), 0, rank))
-        model.to_empty(device="cpu")
+        model.to_empty(device=DEVICE)
         _reset(model)
         _train(model, rank)
 
@@ -100,7 +101,7 @@ def _within_a_unit(rank: int) -> None:
     model = _shard(net)
     with pytest.raises(RuntimeError, match=r"these still are on it: head.bias\."):
         model(batch(uneven_net(), 0, rank))
-    model.head.to_empty(device="cpu")  # past the unit, which finds it at the next forward
+    model.head.to_empty(device=DEVICE)  # past the unit, which finds it at the next forward
     with torch.no_grad():
         model.head.weight.fill_(1.0)
         model.head.bias.fill_(2.0)
@@ -109,6 +110,7 @@ def _within_a_unit(rank: int) -> None:
     assert out.isfinite().all() and torch.equal(full(model.head.bias), torch.full((3,), 2.0))
 
 
+@cpu_only("torch puts such values on the CPU where the default group has a CPU backend too")
 def _from_the_first_rank(rank: int) -> None:
     whole = uneven_net().state_dict()
     for cpu_offload in (False, True):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from models import Block, Net, batch, uneven_net
 from ranks import run_checks, run_ranks
 from torch import nn
@@ -71,14 +72,14 @@ def _parts_of_the_ranks(rank: int) -> None:
         columns = (mesh["replicate"], 3 + rank % 2)
         kept = [_trains_as_alone(face, *rows)]  # two models at a time, each on its half
         if rank != 1:
-            mesh_of_three = DeviceMesh.from_group(three, "cpu", mesh_dim_names=("shard",))
+            mesh_of_three = DeviceMesh.from_group(three, DEVICE, mesh_dim_names=("shard",))
             kept.append(_trains_as_alone(face, mesh_of_three))
         kept.append(_trains_as_alone(face, mesh))
         kept.append(_trains_as_alone(face, *columns))
         # Torch's own groups still have the same names on all ranks.
         again = dist.new_group([3, 1])
         if rank % 2:
-            pair = DeviceMesh.from_group(again, "cpu", mesh_dim_names=("shard",))
+            pair = DeviceMesh.from_group(again, DEVICE, mesh_dim_names=("shard",))
             kept.append(_trains_as_alone(face, pair))
         dist.barrier(dist.new_group(list(range(4))))
 
@@ -86,7 +87,7 @@ def _parts_of_the_ranks(rank: int) -> None:
 def _halves_in_another_order(rank: int) -> None:
     """Half of the ranks wraps first what the other half wraps last, and more of it."""
     half = dist.new_subgroups(2)[0]
-    by_half = DeviceMesh.from_group(half, "cpu", mesh_dim_names=("shard",))
+    by_half = DeviceMesh.from_group(half, DEVICE, mesh_dim_names=("shard",))
     kept = []
     if rank < 2:
         kept += [_trains_as_alone(face, by_half, 1) for face in FACES]

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from device import DEVICE
 from models import NETS, Block, batch
 from ranks import run_ranks
 from states import adam, assert_same, bits, mesh_of, step, tensors, trained, wrapped
@@ -330,7 +331,7 @@ def _family(rank: int) -> None:
     for kind, shape in (("even", (4,)), ("uneven", (4,)), ("uneven", (2, 2))):
         ours, our_optim = trained(kind, rank, shape)
         net = NETS[kind]()
-        policy, device = ModuleWrapPolicy({Block}), torch.device("cpu")
+        policy, device = ModuleWrapPolicy({Block}), torch.device(DEVICE)
         theirs = TorchFSDP(net, auto_wrap_policy=policy, device_id=device, use_orig_params=True)
         their_optim = adam(list(theirs.parameters()))
         for number in range(2):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from models import NETS, Block, Net, batch
 from ranks import run_checks
 from states import adam, assert_same, bits, fully_sharded, mesh_of, step, wrapped
@@ -46,7 +47,7 @@ def _stock(net: Net) -> nn.Module:
         device_mesh=mesh_of(4),
         auto_wrap_policy=ModuleWrapPolicy({Block}),
         use_orig_params=True,
-        device_id=torch.device("cpu"),
+        device_id=torch.device(DEVICE),
     )
 
 
@@ -240,7 +241,7 @@ def _scaler(rank: int) -> None:
     for face in FACES:
         net = NETS["uneven"]()
         optimizer = optim.SGD(net.parameters(), lr=0.1)
-        model, scaler = face(net), torch.amp.GradScaler("cpu", init_scale=256.0)
+        model, scaler = face(net), torch.amp.GradScaler(DEVICE, init_scale=256.0)
         start = bits(model.state_dict())
         optimizer.zero_grad()
         scaler.scale(model(batch(NETS["uneven"](), 0, rank)).square().mean()).backward()

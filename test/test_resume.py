@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from models import Block
 from ranks import run_ranks
 from states import assert_same, bits, mesh_of
@@ -147,7 +148,7 @@ def _resumes(rank: int, root: str, device: str) -> None:
 
 
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    run_ranks(_resumes, 4, str(tmp_path), "cpu")
+    run_ranks(_resumes, 4, str(tmp_path), DEVICE)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from ranks import run_ranks
 from save_faults import calls_of
 from torch.distributed.device_mesh import init_device_mesh
@@ -64,7 +65,7 @@ def _collectives(events: Any) -> dict[str, int]:
 
 def _static(rank: int, path: str, log: str) -> None:
     logging.basicConfig(filename=f"{log}/{rank}", level=logging.INFO)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
     state = _state(mesh)
     for _ in range(2):
         with profile(activities=[ProfilerActivity.CPU]) as events:
@@ -157,7 +158,7 @@ def test_static_plan(tmp_path: Path) -> None:
 
 def _differing(rank: int, path: str, log: str) -> dict[str, Any]:
     logging.basicConfig(filename=f"{log}/{rank}", level=logging.INFO)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
     out: dict[str, Any] = {}
     # Values that differ by rank: these are gathered, DTensors are not.
     state = _state(mesh)
@@ -187,7 +188,7 @@ def _differing(rank: int, path: str, log: str) -> dict[str, Any]:
     assert all(0 <= value[0] < 4 and (value == value[0]).all() for value in like.values())
 
     # Meshes that differ by rank: each pair of ranks has one of its own.
-    own = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))["shard"]
+    own = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))["shard"]
     state = {
         "model": {k: distribute_tensor(v, own, [Shard(0)]) for k, v in FULL.items()},
         **_rest(),
@@ -196,7 +197,7 @@ def _differing(rank: int, path: str, log: str) -> dict[str, Any]:
     _check_loads(f"{path}/submesh", FULL)
 
     # Three dimensions; a dimension that is cut twice; a placement that only DTensor knows.
-    cube = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+    cube = init_device_mesh(DEVICE, (2, 1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
     for name, placements in {
         "3d": (Replicate(), Shard(0), Shard(1)),
         "twice": (Shard(0), Replicate(), Shard(0)),
@@ -267,7 +268,7 @@ class _Planner(dcp.DefaultSavePlanner):
 
 def _delegated(rank: int, path: str, log: str) -> None:
     logging.basicConfig(filename=f"{log}/{rank}", level=logging.INFO)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
     state = _state(mesh)
 
     def files(name: str) -> set[str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from ranks import memory_of, run_ranks
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +22,7 @@ def _size(path: str | Path) -> int:
 
 
 def _few_large_tensors(rank: int, path: str) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
     shard = mesh.get_local_rank("shard")
     for name, shapes in {
         "one": [(5000, 1024)],
@@ -103,7 +104,7 @@ def test_the_metadata_hardly_grows_with_the_replicas(tmp_path: Path) -> None:
 def _memory(rank: int, path: str) -> dict[str, int]:
     """Memory that a save takes on top of the state: of tensors that lie contiguous, and of those
     that have to be copied."""
-    mesh = init_device_mesh("cpu", (2, 1))
+    mesh = init_device_mesh(DEVICE, (2, 1))
     locals_ = {
         "contiguous": torch.ones(9000, 1000),
         "transposed": torch.ones(1000, 9000).t(),
@@ -144,7 +145,7 @@ def test_memory_on_top_of_the_state_is_bounded(tmp_path: Path) -> None:
 def _memory_of_many(rank: int, path: str) -> list[int]:
     """A first save, which brings in what saves bring in once, then one over it and its metadata;
     the same of DTensors."""
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()))
+    mesh = init_device_mesh(DEVICE, (1, dist.get_world_size()))
     extra = []
     for sharded, count in ((False, 50_000), (True, 20_000)):
         state: dict[str, torch.Tensor] = {f"layers.{i}.weight": torch.ones(2) for i in range(count)}

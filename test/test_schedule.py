@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from models import Net, batch
-from ranks import memory_of, run_checks
+from ranks import memory_on_device_of, run_checks
 from torch import nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -161,7 +161,7 @@ def _memory_of_what_backward_skips(rank: int) -> None:
 
     for _ in range(2):
         step()
-    assert memory_of(step) < layers * (4 << 20) * 3 // 4
+    assert memory_on_device_of(step) < layers * (4 << 20) * 3 // 4
 
 
 class _Cut(nn.Module):

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from device import DEVICE
 from models import NETS, batch
 from ranks import run_ranks
 from states import Moves, assert_same, bits, fully_sharded, mesh_of, step, tensors, trained, wrapped
@@ -71,7 +72,7 @@ def _free(rank: int, device: str) -> None:
 
 
 def test_state_dict_sends_and_copies_nothing() -> None:
-    run_ranks(_free, 4, "cpu")
+    run_ranks(_free, 4, DEVICE)
 
 
 @pytest.mark.gpu
@@ -378,7 +379,7 @@ def _cast_buffers(rank: int) -> None:
     low = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
     policy = ModuleWrapPolicy({nn.Linear})
     models: list[nn.Module] = []
-    for kind, device in ((FSDP, None), (TorchFSDP, torch.device("cpu"))):
+    for kind, device in ((FSDP, None), (TorchFSDP, torch.device(DEVICE))):
         torch.manual_seed(3)
         net = _Buffered()
         options = {

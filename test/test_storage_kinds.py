@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from ranks import run_ranks
 from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
 from torch.distributed._shard.sharded_tensor.shard import Shard
@@ -47,7 +48,7 @@ def _sharded_tensor(rank: int, full: torch.Tensor) -> ShardedTensor:
 def _local_shards(rank: int, full: torch.Tensor) -> DTensor:
     """As torchrec's tables come: a DTensor whose local part is a list of shards, here columns; two
     ranks have none."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     columns = {0: (0, 1), 1: (2,)}.get(rank, ())
     local = LocalShardsWrapper(
         [full[:, c : c + 1].clone() for c in columns], [(0, c) for c in columns]
@@ -59,7 +60,7 @@ def _local_shards(rank: int, full: torch.Tensor) -> DTensor:
 
 def _sharded_tensors(rank: int, root: str) -> None:
     full = torch.arange(10 * 3, dtype=torch.float32).reshape(10, 3)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     for writer, reader in PAIRS:
         path = f"{root}/{writer}"
         dcp.save(
@@ -273,7 +274,7 @@ def test_what_a_thread_of_torchs_raises_fails_the_save(tmp_path: Path) -> None:
 
 
 def _without_collectives(rank: int, root: str, kinds: Sequence[tuple[str, str]]) -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     for writer, reader in kinds:
         path = f"{root}/{writer}-{reader}"
         for value in (1.0, 2.0):  # the second saves over the first, each rank its own
@@ -305,7 +306,7 @@ def test_without_collectives(tmp_path: Path) -> None:
 
 def _as_nobody(rank: int, path: str) -> list[int]:
     """The ranks whose errors this rank's save names."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     state = {"w": distribute_tensor(torch.ones(6), mesh, [ShardOn(0)])}
     h.save(state, checkpoint_id=f"{path}-warm")
     if os.geteuid() == 0:  # root may write anywhere

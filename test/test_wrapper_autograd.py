@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from device import cpu_only
 from models import NETS, Block, Net, batch
 from ranks import run_checks
 from torch import nn
@@ -193,6 +194,7 @@ class Part(nn.Module):
         return x @ self.one + (x @ self.two if use else 0.0)
 
 
+@cpu_only("a limit of docs/supported.md: other collectives than Gloo's may mix such gradients up")
 def _roots_of_their_own(rank: int) -> None:
     """Units of one size without a wrapper around them: a rank that lacks a gradient in one reduces
     it later than its peers, after another one's, and neither gets the other one's gradient."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as torchs
+from device import DEVICE
 from models import NETS, Block, Net, batch
 from ranks import run_checks
 from torch import nn
@@ -254,7 +255,7 @@ def _dtypes_that_nothing_computes_in(rank: int) -> None:
 def _tensor_parallel(rank: int) -> None:
     """Parameters that torch's parallelize_module has placed are refused by both faces; ignored,
     they compute as they did."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("data", "tensor"))
     net = NETS["even"]()
 
     def parallel() -> Net:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from models import NETS, Block, Net, batch
 from ranks import run_checks
 from torch import nn
@@ -66,10 +67,10 @@ def _autocast_and_scaler(rank: int) -> None:
     ]
     for model in models:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
         for step in range(4):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 out = model(batch(net, step, rank))
                 assert out.dtype == torch.bfloat16
                 loss = out.float().square().mean()
@@ -196,16 +197,17 @@ def _dtypes_of_buffers_inputs_and_scaled_gradients(rank: int) -> None:
             device_mesh=mesh_of((2, 2)),
             auto_wrap_policy=ModuleWrapPolicy({Seeing}),
             mixed_precision=precision,
-            device_id=torch.device("cpu"),
+            device_id=torch.device(DEVICE),
         )
         out = ours(torch.ones(2, 6))
         assert ours.module.inner.module.seen == seen and out.dtype == bf16
         assert (
             ours.table.dtype == bf16 and (ours.table == 1).all() and ours.count.dtype == torch.int64
         )
-    with pytest.raises(ValueError, match="device_id is cuda"):
+    other = "cuda" if DEVICE == "cpu" else "cpu"
+    with pytest.raises(ValueError, match=f"device_id is {other}"):
         FullyShardedDataParallel(
-            Seeing(), device_mesh=mesh_of((2, 2)), device_id=torch.device("cuda", 0)
+            Seeing(), device_mesh=mesh_of((2, 2)), device_id=torch.device(other, 0)
         )
     items = FullyShardedDataParallel(
         nn.Sequential(nn.Linear(2, 2), nn.ReLU()), device_mesh=mesh_of((2, 2))
@@ -215,7 +217,7 @@ def _dtypes_of_buffers_inputs_and_scaled_gradients(rank: int) -> None:
     net = NETS["even"]()
     ours = wrap(copy.deepcopy(net), mixed_precision=MixedPrecision(param_dtype=torch.float16))
     expected = mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r)))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
     optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)
     before = {name: full(p).clone() for name, p in ours.named_parameters()}
     scaler.scale(ours(batch(net, 0, rank)).float().square().mean()).backward()
@@ -327,7 +329,7 @@ def _converted_past_the_wrapper(rank: int) -> None:
 
 def _given_initialisation(rank: int) -> None:
     def fill(module: nn.Module) -> None:
-        module.to_empty(device="cpu", recurse=False)
+        module.to_empty(device=DEVICE, recurse=False)
         called.append(module)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             nn.init.constant_(tensor, rank + 1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from ranks import run_ranks
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -27,7 +28,7 @@ FULL = torch.arange(40000.0).reshape(200, 200)
 
 
 def _state(value: float) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(DEVICE, (2, 1), mesh_dim_names=("replicate", "shard"))
     return {
         "w": distribute_tensor(FULL + value, mesh, (Replicate(), Shard(0))),
         "b": torch.full((9,), value),

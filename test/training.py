@@ -5,6 +5,7 @@ import functools
 
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from models import Block, Net
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,24 +17,29 @@ from torch_hsdp_ckpt import FullyShardedDataParallel
 from torch_hsdp_ckpt.hsdp.runner import named_runners
 
 
-def mesh_of(shape: tuple[int, ...], device: str = "cpu"):
+def mesh_of(shape: tuple[int, ...], device: str = DEVICE):
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
+def _on(net: nn.Module, device: str) -> nn.Module:
+    """On the device that the tests run on it is already, or on the meta device for good."""
+    return net if device == DEVICE else net.to(device)
+
+
 def wrap(
-    net: nn.Module, shape: tuple[int, ...] = (2, 2), device: str = "cpu", policy=None, **options
+    net: nn.Module, shape: tuple[int, ...] = (2, 2), device: str = DEVICE, policy=None, **options
 ):
     return FullyShardedDataParallel(
-        net if device == "cpu" else net.to(device),
+        _on(net, device),
         device_mesh=mesh_of(shape, device),
         auto_wrap_policy=policy or ModuleWrapPolicy({Block}),
         **options,
     )
 
 
-def wrap_fsdp2(net: Net, shape: tuple[int, ...], device: str = "cpu") -> Net:
+def wrap_fsdp2(net: Net, shape: tuple[int, ...], device: str = DEVICE) -> Net:
     mesh = mesh_of(shape, device)
-    for block in net.to(device).blocks:
+    for block in _on(net, device).blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(net, mesh=mesh)
 

@@ -143,9 +143,9 @@ class FSDPModule:
 
     def set_post_optim_event(self, event: Any) -> None:
         """``event``: recorded behind an optimizer step on another stream. What the current stream
-        is given from here on waits for it; on the CPU there is nothing to wait for."""
+        is given from here on waits for it; None, and any on the CPU, is nothing to wait for."""
         unit = fsdp_runner(self).unit
-        if unit.device.type != "cpu":
+        if event is not None and unit.device.type != "cpu":
             torch.get_device_module(unit.device.type).current_stream(unit.device).wait_event(event)
 
     def reset_iter_state(self) -> None:
