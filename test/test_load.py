@@ -54,6 +54,25 @@ def test_every_way_of_exchange_gives_the_same(tmp_path: Path) -> None:
     run_ranks(_every_exchange, 4, str(tmp_path))
 
 
+def _staged_of_several_files(rank: int, path: str) -> None:
+    """Small tensors of one size, in the files of several ranks, whose bytes pass through memory.
+    The ranks of another shard have opened those files in another order."""
+    mesh = init_device_mesh(DEVICE, (2, 2))
+    plain = {f"small {i}": torch.full((50,), float(i)) for i in range(8)}
+    plain["large"] = torch.arange(400_000.0)
+    w = {"w": distribute_tensor(torch.ones(512, 256), mesh, [Replicate(), Shard(0)])}
+    h.save(plain | w, checkpoint_id=path)
+    for mode in ("shared", "network"):
+        target = {k: torch.zeros(v.shape, dtype=torch.float64) for k, v in plain.items()}
+        h.load(target | w, checkpoint_id=path, exchange=mode)  # type: ignore[arg-type]
+        for name, value in plain.items():
+            assert torch.equal(target[name], value.double()), name
+
+
+def test_staged_tensors_of_several_files(tmp_path: Path) -> None:
+    run_ranks(_staged_of_several_files, 4, str(tmp_path))
+
+
 def _reshard(rank: int, path: str) -> None:
     two, flat = init_device_mesh(DEVICE, (2, 2)), init_device_mesh(DEVICE, (4,))
     full = full_tensors(2)

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <numeric>
+#include <string_view>
 
 #include "base/crc32.h"
 #include "base/error.h"
@@ -30,9 +32,25 @@ bool LandsBehind(const Segment& a, const Segment& b) {
   return b.begin == a.end && b.target == a.target + (a.end - a.begin);
 }
 
-void SortByPlace(std::vector<PlannedRead>& reads) {
-  const auto place = [](const PlannedRead& r) {
-    return std::tuple(r.file, r.read.offset, r.read.length, r.read.first);
+// For each file, how many have a name before its own. Files are numbered as this process has opened
+// them; the ranks of an exchange have to have their extents in one order, so in that of the names.
+std::vector<uint32_t> PlacesByName(const std::vector<const ShardFileReader*>& files) {
+  std::vector<uint32_t> numbers(files.size()), places(files.size());
+  std::iota(numbers.begin(), numbers.end(), 0);
+  const auto name = [&](uint32_t number) {
+    return files[number] == nullptr ? std::string_view{} : files[number]->file().path();
+  };
+  std::stable_sort(numbers.begin(), numbers.end(),
+                   [&](uint32_t a, uint32_t b) { return name(a) < name(b); });
+  for (uint32_t i = 0; i < numbers.size(); ++i) places[numbers[i]] = i;
+  return places;
+}
+
+void SortByPlace(std::vector<PlannedRead>& reads,
+                 const std::vector<const ShardFileReader*>& files) {
+  const std::vector<uint32_t> of_file = PlacesByName(files);
+  const auto place = [&](const PlannedRead& r) {
+    return std::tuple(of_file[r.file], r.read.offset, r.read.length, r.read.first);
   };
   std::stable_sort(reads.begin(), reads.end(),
                    [&](const auto& a, const auto& b) { return place(a) < place(b); });
@@ -81,7 +99,7 @@ ReadPlan::ReadPlan(std::span<const std::unique_ptr<ShardFileReader>> files,
                    std::vector<PlannedRead> reads)
     : reads_(std::move(reads)) {
   for (const auto& file : files) files_.push_back(file.get());
-  SortByPlace(reads_);
+  SortByPlace(reads_, files_);
   SegmentList list;
   for (size_t read = 0; read < reads_.size();) {
     const uint32_t file = reads_[read].file;
