@@ -15,10 +15,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -84,7 +85,13 @@ class RankError(AssertionError):
 
 
 def _rank(
-    call: bytes, rank: int, world_size: int, store: str, backend: str, sender: Connection
+    call: bytes,
+    rank: int,
+    world_size: int,
+    store: str,
+    backend: str,
+    settings: Mapping[str, str],
+    sender: Connection,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -92,7 +99,7 @@ def _rank(
     torch.set_num_threads(1)
     one_gloo_thread()
     tolerate_torchs_wrapper()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(settings, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     if SIMULATED:  # where the collectives of these ranks meet
         os.environ["SIMGPU_DIR"] = os.path.dirname(store)
     try:
@@ -188,18 +195,20 @@ def run_ranks(
     backend: str = BACKEND,
     timeout: float = 120.0,
     allow_death: tuple[int, ...] = (),
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Any]:
     """Calls ``fn(rank, *args)`` in ``world_size`` processes with a default process group and
     returns what each returned.
 
-    ``fn`` is a module-level function. Raises RankError if a rank raises, dies (unless it is in
-    ``allow_death``; its result is then None) or is not done after ``timeout`` seconds."""
+    ``fn`` is a module-level function; ``settings`` are environment variables. Raises RankError if a
+    rank raises, dies (unless it is in ``allow_death``; its result is then None) or is not done
+    after ``timeout`` seconds."""
     # Plain bytes both ways: torch's own pickling for processes would send tensors as files in
     # shared memory.
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as scratch:
         ranks = [
-            _start(call, rank, world_size, f"{scratch}/store", backend)
+            _start(call, rank, world_size, f"{scratch}/store", backend, dict(settings))
             for rank in range(world_size)
         ]
         outcomes = _collect(ranks, timeout, allow_death)
@@ -213,9 +222,11 @@ def run_ranks(
     return [outcomes[rank].value for rank in range(world_size)]
 
 
-def _start(call: bytes, rank: int, world_size: int, store: str, backend: str) -> _Started:
+def _start(
+    call: bytes, rank: int, world_size: int, store: str, backend: str, settings: dict[str, str]
+) -> _Started:
     receiver, sender = _context.Pipe(duplex=False)
-    arguments = (call, rank, world_size, store, backend, sender)
+    arguments = (call, rank, world_size, store, backend, settings, sender)
     process = _context.Process(target=_rank, args=arguments, daemon=True)
     process.start()
     sender.close()

@@ -66,9 +66,9 @@ def _tell_once(size: int, why: str) -> None:
     if not _has_told:
         _has_told = True
         _logger.warning(
-            "%d bytes of host memory can't be pinned (%s): they stay pageable. Saves of tensors on "
-            "devices are slower, and hold up the call while they copy; max_staging_bytes bounds "
-            "what async_save pins",
+            "%d bytes of host memory can't be pinned (%s): they stay pageable. Saves and loads of "
+            "tensors on devices are slower, and async_save returns when they are copied; its "
+            "max_staging_bytes bounds what it pins",
             size,
             why,
         )

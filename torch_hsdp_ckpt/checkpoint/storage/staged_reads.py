@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import _C
 from ...common.tensors import scratch
 from ...errors import CheckpointError
+from .pinned import pinned_or_pageable
 
 # Bytes that pass through memory of ours at a time; twice this on the way to a device, while one
 # batch is copied and the next one is read.
@@ -183,10 +184,7 @@ def _make_blocks(parts: Sequence[StagedPart]) -> list[_Block]:
     size = min(BATCH_BYTES, sum(part.staged_size for part in parts))
     if not any(part.target.is_cuda for part in parts):
         return [_Block(scratch(size))]
-    return [
-        _Block(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True))
-        for _ in range(2)
-    ]
+    return [_Block(pinned_or_pageable(size)) for _ in range(2)]
 
 
 def _batches(parts: Sequence[StagedPart]) -> Iterator[list[StagedPart]]:
