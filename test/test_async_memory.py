@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from device import DEVICE
+from device import DEVICE, not_on_device
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor, Shard
 from training import mesh_of
 
 import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt.checkpoint.save import async_job
+
+pytestmark = not_on_device("storages of the host: a device's that is resized fails the save")
 
 # Elements of a tensor: large enough that malloc gives the memory back to the system at once, where
 # to read it ends the process.

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from device import cpu_only
 from models import Net, batch
 from ranks import memory_on_device_of, run_checks
 from torch import nn
@@ -73,6 +74,7 @@ def _assert_order(model: nn.Module, expected: str, passes: int = 2) -> None:
     assert found == expected, found
 
 
+@cpu_only("it reads the profile of Gloo's messages")
 def _gathers_are_started_ahead(rank: int) -> None:
     forward = "g0 g1 f0 g2 f1 g3 f2 f3 "
     backwards = {
@@ -103,6 +105,7 @@ def _pieces_sharded(**options) -> nn.Sequential:
     return fully_shard(model, mesh=mesh_of((2,)), **options)
 
 
+@cpu_only("it reads the profile of Gloo's messages")
 def _gathers_are_started_as_told(rank: int) -> None:
     ours = _pieces_sharded()
     ours[0].set_modules_to_forward_prefetch([ours[2], ours[1]])
@@ -177,6 +180,7 @@ class _Cut(nn.Module):
         return x
 
 
+@cpu_only("it reads the profile of Gloo's messages")
 def _what_one_rank_skips(rank: int) -> None:
     """The units that its peer's backward reaches it gathers and reduces too, in the peer's order,
     and no two reductions late: the peer would wait for it at each of them, and it would hold all of

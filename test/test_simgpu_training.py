@@ -26,9 +26,7 @@ import torch_hsdp_ckpt as h
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.device_count() < 4, reason="NCCL refuses two ranks on one device"
-    ),
+    pytest.mark.skipif(torch.cuda.device_count() < 4, reason="NCCL takes a device for each rank"),
 ]
 BF16, FP32 = torch.bfloat16, torch.float32
 BACKEND = "cpu:gloo,cuda:nccl"

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from device import DEVICE
+from device import DEVICE, cpu_only
 from ranks import run_ranks
 from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
 from torch.distributed._shard.sharded_tensor.shard import Shard
@@ -107,6 +107,7 @@ def _quantized() -> dict[str, torch.Tensor]:
     }
 
 
+@cpu_only("torch copies no quantized tensors to the simulated device")
 @pytest.mark.filterwarnings("ignore")  # torch warns that its quantized tensors go away
 @pytest.mark.parametrize("writer, reader", [("stock", "stock"), *PAIRS])
 def test_quantized_tensors(tmp_path: Path, writer: str, reader: str) -> None:
@@ -333,6 +334,7 @@ def _as_nobody(rank: int, path: str) -> list[int]:
     return sorted(refused)
 
 
+@cpu_only("another user has no part in the simulated device")
 def test_a_directory_that_is_not_ours_to_write() -> None:
     with tempfile.TemporaryDirectory() as scratch:  # pytest keeps its own for the owner alone
         os.chmod(scratch, 0o755)
@@ -346,6 +348,7 @@ def test_a_directory_that_is_not_ours_to_write() -> None:
         assert sorted(os.listdir(target)) == before
 
 
+@cpu_only("a simulated device has 8 GiB")
 def test_a_record_beyond_4_gib(tmp_path: Path) -> None:
     """The zip format's 32-bit fields overflow there. The source is memory that nobody has touched,
     but for its ends."""

@@ -1,5 +1,6 @@
-"""Runs the tests marked ``gpu`` on simulated GPUs: with each of torch's NCCL classes, at each pace
-of the device beside the host, with several seeds.
+"""Runs tests on simulated GPUs, with each of torch's NCCL classes, at each pace of the device
+beside the host, with several seeds: those marked ``gpu``, and those of the wrapper, of state dicts
+and of checkpoints that name no device (``test/device.py``).
 
     python test/simgpu/matrix.py --seeds 3 [pytest's arguments]
 
@@ -17,9 +18,18 @@ import simgpu
 # 2.15's default class is another one; both are asked for by one variable.
 CLASSES = {"nccl2": "1", "nccl": "0"} if TorchVersion(__version__) >= "2.15" else {"nccl": "0"}
 PACES = ("lazy", "mixed", "eager")
+# What is run on the device though it isn't about one. Of these a sample takes the first ones.
+FILES = """
+fully_shard wrapper_edges meta wrapper_scalars resume
+accumulation as_torch as_torchs_fsdp2_tests async_faults async_gate async_image async_save fsdp
+fsdp_errors full_state fresh_optimizer hsdp_checkpoint load model_groups older_graphs optim_state
+optimizer_before_wrap optimizer_groups precision save schedule state_dict state_dict_options
+state_dict_threads storage_kinds wrapper_autograd wrapper_outputs wrapper_uses
+""".split()
+SAMPLE = 5
 
 
-def run(nccl: str, pace: str, seed: int, arguments: list[str]) -> bool:
+def run(nccl: str, pace: str, seed: int, files: int, arguments: list[str]) -> bool:
     settings = {
         "TORCH_DIST_USE_NCCL2": CLASSES[nccl],
         "SIMGPU_PACE": pace,
@@ -29,15 +39,23 @@ def run(nccl: str, pace: str, seed: int, arguments: list[str]) -> bool:
     words = " ".join(f"{name}={value}" for name, value in settings.items())
     print(f"== {nccl}, {pace}, seed {seed}: {words}", flush=True)
     os.environ.update(settings)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not real_gpu", *arguments]
-    return simgpu.run(command) == 0
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    marked = simgpu.run([*pytest, "-m", "gpu and not real_gpu", *arguments])
+    os.environ.update(HSDP_TEST_DEVICE="cuda", SIMGPU_DEVICES="8")
+    paths = [f"test/test_{name}.py" for name in FILES[:files]]
+    unmarked = simgpu.run([*pytest, "-m", "not gpu and not soak", *arguments, *paths])
+    for name in ("HSDP_TEST_DEVICE", "SIMGPU_DEVICES"):
+        del os.environ[name]
+    return marked == 0 and unmarked == 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--sample", action="store_true", help="each class at another pace")
+    parser.add_argument(
+        "--sample", action="store_true", help="each class at another pace, some files"
+    )
     parser.add_argument("--pace", choices=PACES, action="append")
     parser.add_argument("--nccl", choices=list(CLASSES), action="append")
     options, arguments = parser.parse_known_args()
@@ -45,7 +63,8 @@ def main() -> int:
     cases = list(itertools.product(options.nccl or CLASSES, options.pace or PACES, seeds))
     if options.sample:
         cases = list(zip(CLASSES, PACES, itertools.count(options.first_seed)))
-    failed = [case for case in cases if not run(*case, arguments)]
+    files = SAMPLE if options.sample else len(FILES)
+    failed = [case for case in cases if not run(*case, files, arguments)]
     for nccl, pace, seed in failed:
         print(f"FAILED: {nccl}, {pace}, seed {seed}")
     return 1 if failed else 0
