@@ -6,7 +6,7 @@
 #   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV),
 #                        else the newest)
 #   make soak            the slow cases of pytest's matrices, of which `make test` runs a sample
-#   make simgpu          the tests marked gpu on simulated GPUs, SEEDS of each kind (docs/gpu.md)
+#   make simgpu          tests on simulated GPUs, SEEDS of each kind (docs/gpu.md)
 #   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch,
 #                        GPU tests, GPU benchmarks
 #   make sanitize        the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer
