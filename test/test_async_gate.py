@@ -14,6 +14,7 @@ import torch.distributed as dist
 from device import DEVICE
 from models import batch, even_net
 from ranks import findings_of_simulated_gpu, run_ranks
+from states import with_own_version
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 from training import loss_of, mesh_of, wrap
@@ -88,12 +89,6 @@ class _Run:
         h.load(target, checkpoint_id=path)
         for a, b in zip(self.leaves(target), expected, strict=True):
             assert torch.equal(a, b), path
-
-
-def _with_own_version(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory in a tensor whose version counter is its own."""
-    other = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return other.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape)
 
 
 _check_given_up = Job.check_given_up
@@ -202,7 +197,7 @@ def _gates(rank: int, path: str) -> None:
     def write_unseen(gate: Gate, verify: bool) -> None:
         if rank == 1:  # of the first replica, whose half of the state has all parameters
             for parameter in run.model.parameters():
-                _with_own_version(_local(parameter.detach())).fill_(3)
+                with_own_version(_local(parameter.detach())).fill_(3)
         check(gate, verify)
 
     Gate._check = write_unseen  # type: ignore[method-assign]
@@ -256,7 +251,7 @@ def _changed_by_any_means(rank: int, path: str) -> None:
     placements = next(run.model.parameters()).placements
     ema = DTensor.from_local(torch.full((300_000,), float(rank % 2)), mesh_of((2, 2)), placements)
     means: dict[str, Callable[[torch.Tensor], Any]] = {
-        "another tensor": lambda t: _with_own_version(t).fill_(3),
+        "another tensor": lambda t: with_own_version(t).fill_(3),
         ".data": lambda t: t.data.add_(3),
         "a collective": lambda t: dist.all_reduce(t) if t.is_contiguous() else t.add_(3),
         "an operator": lambda t: t.add_(3),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import training
-from device import DEVICE
+from device import DEVICE, cpu_only
 from load_states import (
     OtherPlanner,
     blank_state,
@@ -287,6 +287,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@cpu_only("it is the host's memory, of which simulated devices take theirs")
 @pytest.mark.parametrize("ranks", [4, 16])
 def test_memory_on_top_of_the_state_is_bounded(tmp_path: Path, ranks: int) -> None:
     extra = run_ranks(_extra_memory, ranks, str(tmp_path))

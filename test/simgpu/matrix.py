@@ -21,10 +21,7 @@ PACES = ("lazy", "mixed", "eager")
 # What is run on the device though it isn't about one. Of these a sample takes the first ones.
 FILES = """
 fully_shard wrapper_edges meta wrapper_scalars resume
-accumulation as_torch as_torchs_fsdp2_tests async_faults async_gate async_image async_save fsdp
-fsdp_errors full_state fresh_optimizer hsdp_checkpoint load model_groups older_graphs optim_state
-optimizer_before_wrap optimizer_groups precision save schedule state_dict state_dict_options
-state_dict_threads storage_kinds wrapper_autograd wrapper_outputs wrapper_uses
+as_torchs_fsdp2_tests async_faults fsdp_errors older_graphs save wrapper_outputs wrapper_uses
 """.split()
 SAMPLE = 5
 
