@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from ranks import run_ranks, torchs_wrapper_is_simulated  # noqa: E402
+from ranks import run_ranks  # noqa: E402
 from report import table  # noqa: E402
 from simulated import MESHES, Trained, mesh_of, outcome_of, words_of  # noqa: E402
 from systems import model  # noqa: E402
@@ -84,7 +84,6 @@ def _rank(rank: int, systems: list[str], quick: bool) -> list[dict[str, Counts]]
 
     # The device is far behind, so that no wait is left out because its event is over.
     simgpu_aten.restart(0, "lazy")
-    torchs_wrapper_is_simulated()
     outcomes = []
     for case in _cases(quick):
         counts = {}

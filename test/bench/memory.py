@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from ranks import run_ranks, torchs_wrapper_is_simulated  # noqa: E402
+from ranks import run_ranks  # noqa: E402
 from report import table  # noqa: E402
 from simulated import Trained, mesh_of, outcome_of, words_of  # noqa: E402
 from systems import mebibytes, model  # noqa: E402
@@ -73,7 +73,6 @@ def _peaks(system: str, case: Case, quick: bool) -> dict[str, float]:
 def _rank(rank: int, system: str, quick: bool) -> list[dict[str, float]]:
     import simgpu_aten
 
-    torchs_wrapper_is_simulated()
     outcomes = []
     for case in _cases(quick):
         simgpu_aten.restart(0, case.pace)
