@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import CheckpointError
+from .devices import device_types
 from .meeting import meet_at
 from .rank_failure import RankFailure, raise_alone, raise_failures
 
@@ -346,10 +347,10 @@ def _private_group(parent: Any, purpose: str) -> dist.ProcessGroupGloo:
         ) from error
 
 
-def group_timeout(group: Any, device_types: Sequence[str] = ("cpu", "cuda")) -> timedelta:
-    """The process group's own timeout, that of the first of its backends for ``device_types`` that
-    has one; torch's default where none says."""
-    for device in device_types:
+def group_timeout(group: Any, types: Sequence[str] | None = None) -> timedelta:
+    """The process group's own timeout, that of the first of its backends for these types of device
+    that has one (None: all that this process may have); torch's default where none says."""
+    for device in device_types() if types is None else types:
         try:
             timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
         except (RuntimeError, AttributeError):

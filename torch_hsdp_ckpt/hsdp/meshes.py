@@ -129,14 +129,36 @@ def _check_process_group(module: nn.Module, process_group: Any, mesh: DeviceMesh
 
 def _device_type(module: nn.Module, device_id: int | torch.device | None) -> str:
     if device_id is not None:
-        return device_id.type if isinstance(device_id, torch.device) else "cuda"
+        return device_id.type if isinstance(device_id, torch.device) else _accelerator(module)
     types = {parameter.device.type for parameter in module.parameters()} - {"meta"}
     return min(types) if types else _device_type_of_backend()
 
 
+def _accelerator(module: nn.Module) -> str:
+    """What a device that is named by a number is of."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        raise ValueError(
+            f"{at(module)}device_id is a number, and this torch {torch.__version__} knows no "
+            "accelerator: pass a torch.device, or leave it out"
+        )
+    return accelerator.type
+
+
+# Backends that go through the host: that a device has one says nothing of where modules are to be.
+_OF_THE_HOST = ("gloo", "mpi", "fake")
+
+
 def _device_type_of_backend() -> str:
-    has_nccl = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config())
-    return "cuda" if has_nccl else "cpu"
+    """The accelerator, if there is one here and the default group has a backend that is made for
+    it, as NCCL is for CUDA; else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "cpu"
+    pairs = (pair.split(":") for pair in str(dist.get_backend_config()).split(","))
+    backends = {device: backend for device, backend in pairs}
+    is_made_for_it = backends.get(accelerator.type, "gloo") not in _OF_THE_HOST
+    return accelerator.type if is_made_for_it else "cpu"
 
 
 def _mesh_of_groups(
@@ -159,7 +181,7 @@ def _mesh_of_groups(
 def _mesh_of_hosts(module: nn.Module, device_type: str, strategy: ShardingStrategy) -> DeviceMesh:
     """The ranks of a host shard, and hosts are replicas."""
     world = dist.get_world_size()
-    devices = torch.cuda.device_count() if device_type == "cuda" else 0
+    devices = torch.accelerator.device_count() if device_type != "cpu" else 0
     shards = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or devices
     if shards < 1 or world % shards:
         raise ValueError(
@@ -202,8 +224,8 @@ def _all_gather_ranks(
 ) -> torch.Tensor:
     """The shard groups of all replicas, of shape (replicas, shards), on the CPU."""
     device = torch.device("cpu")
-    if device_type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device_type != "cpu":
+        device = torch.device(device_type, torch.accelerator.current_device_index())
     sent = torch.tensor(shard_ranks, device=device)
     replicas = dist.get_world_size(replica_group)
     rows = [torch.empty_like(sent) for _ in range(replicas)]

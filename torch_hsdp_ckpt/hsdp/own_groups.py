@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from .. import _C
 from ..common.agreement import group_timeout
+from ..common.devices import device_types
 from ..common.meeting import meet_at
 
 _c10d: Any = dist.distributed_c10d
@@ -76,7 +77,7 @@ def _new_gloo_group(name: str, store: Any, request: GroupRequest) -> Any:
     group: Any = dist.ProcessGroup(store, rank, size)
     backend = dist.ProcessGroupGloo(store, rank, size, request.timeout)
     group._set_default_backend(gloo)
-    for device in ("cpu", "cuda"):
+    for device in device_types():
         group._register_backend(torch.device(device), gloo, backend)
     group._set_group_name(name)
     group._set_group_desc("torch_hsdp_ckpt")

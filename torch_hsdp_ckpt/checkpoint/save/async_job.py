@@ -5,6 +5,7 @@ import logging
 import queue
 import threading
 import traceback
+from typing import Any
 
 import torch
 
@@ -136,7 +137,7 @@ class Job:
         """As if the ranks agreed, which they mostly do."""
         try:
             if device is not None:
-                torch.cuda.set_device(device)
+                torch.accelerator.set_device_index(device)
             if not isinstance(call, CallCaptured):
                 return call
             call.captured.hand_to_planner()
@@ -239,11 +240,16 @@ def stage_late(opened: Opened, late: LateCopy, mode: SnapshotMode) -> Staged:
 
 
 def _current_device() -> int | None:
-    """The call's CUDA device, which is its thread's too: a new thread's is 0, where each rank would
-    take some hundred MiB beside the rank that trains there."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    """The call's device, which is its thread's too: a new thread's is 0, where with CUDA each rank
+    would take some hundred MiB beside the rank that trains there. None where no device is in use.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
         return None
-    return torch.cuda.current_device()
+    module: Any = torch.get_device_module(accelerator)
+    # A device that needs no initialisation has no such function.
+    is_in_use = getattr(module, "is_initialized", module.is_available)
+    return torch.accelerator.current_device_index() if is_in_use() else None
 
 
 def _end_copy(copy: _C.StagingCopy) -> None:

@@ -174,7 +174,7 @@ def async_save(
         in_flight: what to do if the save before is still in flight, the same on all ranks. "wait":
             wait for it. "raise": CheckpointError on all ranks if it is so on any. "replace": it is
             given up, unless all have voted for it by then.
-        max_staging_bytes: host memory (pinned for tensors on CUDA devices) that the copies may take
+        max_staging_bytes: host memory (pinned for tensors on devices) that the copies may take
             on this rank. Not counted are up to 64 MiB of the writer's own, and copies of tensors
             that do not lie contiguous. Tensors that do not fit are written first, from where they
             are: the next step waits for that, or this call where nothing guards them. None: all of

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
 from ... import _C
+from ...common.devices import has_streams
 from ...common.gate import CHANGED
 from ...common.tensors import RECORD_DTYPES, local_of
 from ...errors import CheckpointError
@@ -59,7 +60,7 @@ class Structure:
 
     ``key`` and ``fingerprint`` say what it fits. ``kept``: types and specs, so that their
     addresses, which are in the fingerprint, mean the same objects. ``places``: of the tensors among
-    the values. ``objects``: values that may change and are no tensors. ``devices``: CUDA's.
+    the values. ``objects``: values that may change and are no tensors. ``devices``: but the CPU.
     ``chunk_parts``: the chunks again, as C++ takes them. ``shapes``: of what this rank holds of the
     planned tensors, by name, whichever rank writes them."""
 
@@ -224,9 +225,9 @@ def _structure_of(
 
 
 def _devices_of(live: _C.LiveState, tensors: int) -> frozenset[torch.device]:
-    """The CUDA devices of so many tensors."""
+    """The devices other than the CPU of so many tensors."""
     devices = (live.tensor(i).device for i in range(tensors))
-    return frozenset(device for device in devices if device.type == "cuda")
+    return frozenset(filter(has_streams, devices))
 
 
 def _changeable_objects(local: LocalState) -> list[int]:

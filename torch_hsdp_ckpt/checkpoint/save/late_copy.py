@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import torch
 
 from ... import _C
+from ...common.devices import has_streams
 from ..snapshot.device_copy import CopyPair, DeviceCopy, SnapshotCopy
 from ..snapshot.staged import Objects, Source, StagedRecords
 from ..storage.data_file import HostRecord
@@ -64,7 +65,7 @@ def _live_record(captured: Captured, chunk: LocalChunk) -> Source:
     """A record that is read from the tensor itself."""
     if chunk.size and captured.structure.devices:
         elements = _elements(captured.memory(chunk.tensor), chunk)
-        if elements.is_cuda:
+        if has_streams(elements.device):
             return elements.view(chunk.shape)
     address = captured.live.address(chunk.tensor) + chunk.first
     return HostRecord(chunk.kind, chunk.shape, address, chunk.size)
@@ -111,7 +112,7 @@ def _pairs_on_devices(
         if chunk.size == 0 or chunk.tensor not in wanted:
             continue
         source = _elements(captured.memory(chunk.tensor), chunk)
-        if source.is_cuda:
+        if has_streams(source.device):
             yield CopyPair(source, placed.image.view(record, source))
 
 

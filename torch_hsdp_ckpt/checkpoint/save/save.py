@@ -56,8 +56,8 @@ def save(
 
     Args:
         state_dict: nested dicts and lists of tensors, DTensors, ``Stateful`` objects, plain values.
-            Tensors are on the CPU or on CUDA devices. A plain tensor or value under the same name
-            on all ranks is saved once.
+            Tensors are on the CPU or on an accelerator's devices. A plain tensor or value under the
+            same name on all ranks is saved once.
         checkpoint_id: the directory, also as a ``file://`` address.
         storage_writer: a :class:`FileSystemWriter` with other options than the default ones, or
             another storage.

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 
 from ... import _C
+from ...common.devices import current_stream, on_stream
 
 # Bytes of one copy: on the way to the host a collective's own transfer waits for no more than this.
 _PIECE = 16 << 20
 # One stream for each device of the process, kept: streams come from a small pool that all share.
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+_streams: dict[torch.device, torch.Stream] = {}
 
 
 class CopyPair(NamedTuple):
@@ -23,16 +24,14 @@ class CopyPair(NamedTuple):
 
 
 class DeviceCopy:
-    """Copies from CUDA devices into pinned memory, on side streams; made where and when the state
+    """Copies from devices into pinned memory, on side streams; made where and when the state
     is to be copied."""
 
     def __init__(self, devices: Collection[torch.device]) -> None:
         self._ready = {}
         for device in devices:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(device))
-            self._ready[device] = event
-        self._done: list[torch.cuda.Event] = []
+            self._ready[device] = current_stream(device).record_event()
+        self._done: list[torch.Event] = []
         self._pairs: Sequence[CopyPair] = ()
 
     def start(self, pairs: Sequence[CopyPair]) -> None:
@@ -53,7 +52,7 @@ class DeviceCopy:
         """What is queued on the devices from here on runs after the copies; the host does not
         wait."""
         for device, done in zip(self._ready, self._done, strict=False):
-            torch.cuda.current_stream(device).wait_event(done)
+            current_stream(device).wait_event(done)
 
     def synchronize(self) -> None:
         """Returns when nothing is copied any more, also of what a failed :meth:`start` has
@@ -74,9 +73,7 @@ class DeviceCopy:
         self._pairs = ()
 
 
-def _queue(
-    device: torch.device, ready: torch.cuda.Event, pairs: Sequence[CopyPair]
-) -> torch.cuda.Event:
+def _queue(device: torch.device, ready: torch.Event, pairs: Sequence[CopyPair]) -> torch.Event:
     """Queues the copies of one device behind ``ready``; the event at their end."""
     stream = _side_stream(device)
     sources: list[torch.Tensor] = []
@@ -85,17 +82,15 @@ def _queue(
         limit = _PIECE // source.itemsize
         sources += torch.split(source, limit)
         targets += torch.split(target, limit)
-    with torch.cuda.stream(stream), torch.no_grad():
+    with on_stream(stream), torch.no_grad():
         stream.wait_event(ready)
         torch._foreach_copy_(targets, sources, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(stream)
-    return done
+    return stream.record_event()
 
 
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device) -> torch.Stream:
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+        _streams[device] = torch.Stream(device)
     return _streams[device]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from ...common.devices import current_stream, has_streams
 from ...common.gate import CHANGED
 from ...common.tensors import RECORD_DTYPES, local_of, row_major_on_cpu, row_major_parts
 from ...errors import CheckpointError
@@ -84,9 +85,9 @@ def stage_tensors(
 ) -> StagedRecords:
     """Copies plain tensors of any layout and device, those that find room in ``limit`` bytes.
 
-    Complete on return; on CUDA devices the others are then what they are to be."""
+    Complete on return; on other devices than the CPU the rest is then what it is to be."""
     layout = Layout(files, objects, limit)
-    image = pool.image(layout, any(tensor.is_cuda for tensor in tensors), limit)
+    image = pool.image(layout, any(has_streams(tensor.device) for tensor in tensors), limit)
     in_place = layout.first - objects
     with torch.no_grad():
         copies = [
@@ -94,8 +95,9 @@ def stage_tensors(
             for i, tensor in enumerate(tensors[in_place:], start=in_place)
         ]
     # Another thread will read those that are left, on a stream of its own.
-    for device in {tensor.device for tensor in tensors[:in_place] if tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+    devices = {tensor.device for tensor in tensors[:in_place]}
+    for device in filter(has_streams, devices):
+        current_stream(device).synchronize()
     return StagedRecords([*tensors[:in_place], *copies], image.files, in_place)
 
 

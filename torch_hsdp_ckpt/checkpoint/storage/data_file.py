@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from ...common.devices import current_stream, has_streams, on_stream
 from ...common.tensors import RECORD_DTYPES, is_row_major_on_cpu, row_major_parts, scratch
 from ...errors import CheckpointError
 from .directory import encoded
 from .pinned import pinned_or_pageable
 
-# Bytes that are copied at a time where a tensor can't be written from where it is. CUDA tensors
-# take two such blocks, the writer (threads + 1) of a huge page, 2 MiB: together they stay below 64
-# MiB.
+# Bytes that are copied at a time where a tensor can't be written from where it is. Devices'
+# tensors take two such blocks, the writer (threads + 1) of a huge page, 2 MiB: together they stay
+# below 64 MiB.
 COPY_BLOCK = 16 << 20
 # Records that are given to the writer at a time: each has some 2 KiB of framing and names there.
 _RECORDS = 1024
@@ -43,7 +44,7 @@ class _Batch:
     kept: list[Tensor] = dataclasses.field(default_factory=list)
     copied: int = 0  # bytes of block memory in use
     # Of each device, once all copies are started.
-    copies_done: list[torch.cuda.Event] = dataclasses.field(default_factory=list)
+    copies_done: list[torch.Event] = dataclasses.field(default_factory=list)
 
 
 class DataFile:
@@ -51,9 +52,9 @@ class DataFile:
     :meth:`discard` after an error.
 
     What lies contiguous in CPU memory is written from where it is. Everything else is copied a
-    block at a time: strided CPU tensors to one block of pageable memory; CUDA tensors to two pinned
-    blocks in turn, one of which is filled on a side stream while the other is written. No tensor
-    may change before :meth:`finish` returns.
+    block at a time: strided CPU tensors to one block of pageable memory; devices' tensors to two
+    pinned blocks in turn, one of which is filled on a side stream while the other is written. No
+    tensor may change before :meth:`finish` returns.
 
     Args:
         directory, name: where; ``name`` as ``_C.data_file_name`` gives it. There is no such file
@@ -91,9 +92,9 @@ class DataFile:
         )
         self._block = _aligned(block or COPY_BLOCK)
         self._batch = _Batch()
-        # The CUDA batch before: its copies run, nothing of it is written yet.
+        # The batch before, with tensors of devices: its copies run, nothing of it is written yet.
         self._started: _Batch | None = None
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, torch.Stream] = {}
         self._pinned: list[Tensor] = []
         self._pageable: Tensor | None = None
         self._name, self._planned = f"{directory}/{name}", planned
@@ -152,12 +153,12 @@ class DataFile:
             self._next_batch()
 
     def _next_batch(self) -> None:
-        """Writes this batch; with CUDA tensors the one before, while this one's copies run."""
+        """Writes this batch; with devices' tensors the one before, while this one's copies run."""
         batch, self._batch = self._batch, _Batch()
         if not self._streams:
             self._write(batch)
             return
-        batch.copies_done = [stream.record_event() for stream in self._streams.values()]  # type: ignore[no-untyped-call]
+        batch.copies_done = [stream.record_event() for stream in self._streams.values()]
         before, self._started = self._started, batch
         # The next batch is copied to the block of the one before, which is written by then.
         self._pinned.reverse()
@@ -172,7 +173,7 @@ class DataFile:
 
     def _write(self, batch: _Batch) -> None:
         for event in batch.copies_done:
-            event.synchronize()  # type: ignore[no-untyped-call]
+            event.synchronize()
         if batch.parts:
             self._take(self._writer.write_tensors(batch.parts))
 
@@ -187,11 +188,11 @@ class DataFile:
         self.places += places[len(planned) :]
 
     def _copy_to_block(self, part: Tensor) -> Tensor:
-        """A part's elements in this batch's block, contiguous; on CUDA they are on their way."""
+        """A part's elements in this batch's block, contiguous; a device's are on their way."""
         size = _aligned(part.nbytes)
         if self._batch.copied and self._batch.copied + size > self._block:
             self._next_batch()
-        copy = self._pin(part) if part.device.type == "cuda" else self._copy(part)
+        copy = self._pin(part) if has_streams(part.device) else self._copy(part)
         self._batch.kept += [part, copy]
         self._batch.copied += size
         return copy
@@ -203,14 +204,14 @@ class DataFile:
         return self._place_in(self._pageable, part).copy_(part)
 
     def _pin(self, part: Tensor) -> Tensor:
-        """Starts the copy of a CUDA tensor to this batch's pinned block."""
+        """Starts the copy of a device's tensor to this batch's pinned block."""
         if not self._pinned:
             self._pinned = [pinned_or_pageable(self._block + _ALIGNMENT) for _ in range(2)]
         if part.device not in self._streams:  # a stream orders its own device's work only
-            self._streams[part.device] = torch.cuda.Stream(part.device)  # type: ignore[no-untyped-call]
+            self._streams[part.device] = torch.Stream(part.device)
         stream = self._streams[part.device]
-        stream.wait_stream(torch.cuda.current_stream(part.device))  # what computes the tensor
-        with torch.cuda.stream(stream):
+        stream.wait_stream(current_stream(part.device))  # what computes the tensor
+        with on_stream(stream):
             source = part.resolve_conj().resolve_neg()
             copy = self._place_in(self._pinned[0], part)
             copy.copy_(source, non_blocking=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
+from ...common.devices import is_here
 from ...errors import CheckpointError
 from .numpy_kinds import add_numpy_kinds
 from .object_classes import Classes, has_finalizer
@@ -267,7 +268,7 @@ class ObjectBuilder:
         expect(are_sizes(size) and are_sizes(stride) and are_sizes((offset,)), _WRAPPER, arguments)
         fits = type(layout) is torch.layout and type(requires_grad) is bool
         expect(fits and are((device,), torch.device, str), _WRAPPER, arguments)
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        if (named := torch.device(device).type) not in ("cpu", "meta") and not is_here(named):
             device = "cpu"
         made: Tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,

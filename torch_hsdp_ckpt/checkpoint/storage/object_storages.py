@@ -5,6 +5,7 @@ from torch import UntypedStorage
 from torch.storage import TypedStorage
 from typing_extensions import Buffer
 
+from ...common.devices import is_here
 from .object_table import MalformedError
 
 
@@ -16,10 +17,11 @@ def _typed(storage: UntypedStorage, dtype: torch.dtype) -> TypedStorage:
 
 def _on_device(storage: UntypedStorage, location: str) -> UntypedStorage:
     """On the device that it was on, if there is one here."""
-    if not location.startswith("cuda") or not torch.cuda.is_available():
+    device_type = location.split(":")[0]
+    if device_type == "cpu" or not is_here(device_type):
         return storage
     device = torch.device(location)
-    if device.index is not None and device.index >= torch.cuda.device_count():
+    if device.index is not None and device.index >= torch.accelerator.device_count():
         return storage
     moved: UntypedStorage = storage.to(device=device)
     return moved

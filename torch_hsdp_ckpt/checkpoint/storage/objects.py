@@ -108,7 +108,7 @@ def _corrupt(what: str, problem: str) -> CorruptCheckpointError:
 
 
 def _load_trusted(data: bytes, what: str) -> Any:
-    location = None if torch.cuda.is_available() else "cpu"
+    location = None if torch.accelerator.is_available() else "cpu"
     try:
         return torch.load(io.BytesIO(data), map_location=location, weights_only=False)
     except Exception as error:

@@ -2,6 +2,7 @@
 no more of it."""
 
 import logging
+import mmap
 import threading
 from typing import Any
 
@@ -25,19 +26,34 @@ def pinned_or_pageable(size: int) -> Tensor:
         return scratch(size)
 
 
-def pin(block: Tensor) -> bool:
-    """Pins memory as it is. False, which is told once: it can't be, and copies to it work all the
-    same, but hold up the host."""
-    error = _register(block)
-    if error is None:
-        return True
-    _tell_once(block.numel(), str(error))
-    return False
+class PinnedBlock:
+    """Memory that goes back as soon as it is freed, and is as large as was asked for. On CUDA
+    devices a program's own memory is pinned by registration: torch's comes in powers of two, and
+    never goes back. On others it is torch's. Where it can't be pinned, which is told once, copies
+    to it work all the same, but may hold up the host.
 
+    Raises OSError without memory."""
 
-def unpin(block: Tensor) -> None:
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(cudart.cudaHostUnregister(block.data_ptr()))
+    def __init__(self, size: int) -> None:
+        accelerator = torch.accelerator.current_accelerator()
+        self._is_registered = False
+        if accelerator is None or accelerator.type != "cuda":
+            self.memory = pinned_or_pageable(size)
+            return
+        # Shared: after a fork, a write to private memory would leave the device with pages that
+        # this process no longer has.
+        self.memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        error = _register(self.memory)
+        self._is_registered = error is None
+        if error is not None:
+            _tell_once(size, str(error))
+
+    def free(self) -> None:
+        """Nothing copies to or from it any more."""
+        if self._is_registered:
+            self._is_registered = False
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(cudart.cudaHostUnregister(self.memory.data_ptr()))
 
 
 def _register(block: Tensor) -> RuntimeError | None:

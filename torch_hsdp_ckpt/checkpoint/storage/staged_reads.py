@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from ...common.devices import current_stream, has_streams
 from ...common.tensors import scratch
 from ...errors import CheckpointError
 from .pinned import pinned_or_pageable
@@ -132,11 +133,11 @@ class _Block:
     """Memory that batches are read into, and the copies from it that may still be running."""
 
     memory: Tensor
-    copies: list[torch.cuda.Event] = dataclasses.field(default_factory=list)
+    copies: list[torch.Event] = dataclasses.field(default_factory=list)
 
     def wait(self) -> None:
         for event in self.copies:
-            event.synchronize()  # type: ignore[no-untyped-call]
+            event.synchronize()
 
     def divide(self, batch: Sequence[StagedPart]) -> list[Tensor]:
         """The memory of each part."""
@@ -151,12 +152,11 @@ class _Block:
         """Copies the parts, whose memory has been filled, to their targets."""
         for part, filled in zip(batch, memory, strict=True):
             source = filled.as_strided(part.lengths, part.stride, filled.storage_offset())
-            part.target.copy_(source, non_blocking=part.target.is_cuda)
+            part.target.copy_(source, non_blocking=has_streams(part.target.device))
         # On the targets' devices: the current one may be another, as device 0 is in every new
         # thread.
-        devices = {part.target.device for part in batch if part.target.is_cuda}
-        streams = [torch.cuda.current_stream(device) for device in devices]
-        self.copies = [stream.record_event() for stream in streams]  # type: ignore[no-untyped-call]
+        devices = filter(has_streams, {part.target.device for part in batch})
+        self.copies = [current_stream(device).record_event() for device in devices]
 
 
 def read_staged(
@@ -182,7 +182,7 @@ def _make_blocks(parts: Sequence[StagedPart]) -> list[_Block]:
     """One block, or, on the way to a device, two: one is filled while the other one is copied
     from."""
     size = min(BATCH_BYTES, sum(part.staged_size for part in parts))
-    if not any(part.target.is_cuda for part in parts):
+    if not any(has_streams(part.target.device) for part in parts):
         return [_Block(scratch(size))]
     return [_Block(pinned_or_pageable(size)) for _ in range(2)]
 

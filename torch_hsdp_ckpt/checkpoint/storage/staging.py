@@ -1,7 +1,6 @@
 """Host memory that a snapshot is copied to: laid out as the files that will be written from it,
 kept from save to save."""
 
-import mmap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ... import _C
 from ...common.tensors import scratch
-from .pinned import pin, unpin
+from .pinned import PinnedBlock
 
 PAGE = 4096  # direct I/O's: of addresses, offsets and sizes
 # A file's objects lie in its image only if they are few: they are in memory already.
@@ -100,16 +99,15 @@ class Image:
 
 
 class StagingPool:
-    """One block of host memory, as large as the largest image so far; pinned if one was for a CUDA
-    device's tensors, and there was memory that can be.
+    """One block of host memory, as large as the largest image so far; pinned, if that can be, if
+    one was for a device's tensors.
 
     One image at a time: :meth:`image` hands out the memory of the one before again.
     """
 
     def __init__(self) -> None:
         self._block = _NO_MEMORY
-        self._for_devices = False
-        self._is_pinned = False
+        self._pinned: PinnedBlock | None = None
 
     def image(self, layout: Layout, pinned: bool, limit: int | None = None) -> Image:
         """Memory for a layout, contents undefined. Raises OSError without memory.
@@ -117,27 +115,19 @@ class StagingPool:
         ``limit``: bytes; an older block that is larger is given back.
         """
         size = layout.size + PAGE if layout.size else 0
-        is_small = self._block.numel() < size or (pinned and size > 0 and not self._for_devices)
+        is_small = self._block.numel() < size or (pinned and size > 0 and self._pinned is None)
         is_large = limit is not None and self._block.numel() > limit
         if is_small or is_large:
             self._free()  # the old one goes first: never two at a time
             if pinned and size:
-                self._block = _shared_memory(size)
-                self._for_devices = True
-                self._is_pinned = pin(self._block)
+                self._pinned = PinnedBlock(size)
+                self._block = self._pinned.memory
             elif size:
                 self._block = scratch(size, huge=True)
         return Image(self._block, layout)
 
     def _free(self) -> None:
-        if self._is_pinned:
-            unpin(self._block)
-        self._for_devices = self._is_pinned = False
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None:
+            pinned.free()
         self._block = _NO_MEMORY
-
-
-def _shared_memory(size: int) -> Tensor:
-    """Memory to be pinned. Not torch's own: that comes in powers of two, up to twice of what is
-    asked for, and never goes back. Shared: after a fork, a write to private memory would leave the
-    device with pages that this process no longer has."""
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)

@@ -165,7 +165,7 @@ def _can_send(value: DTensor) -> bool:
     """Whether the shard group sends from the device: Gloo gathers from there, but sends from host
     memory only."""
     device = _device_of(value)
-    if device.type != "cuda":
+    if device.type == "cpu":
         return True
     backend: Any = _shard_group(value)._get_backend(device)
     return bool(backend.name() != "gloo")
