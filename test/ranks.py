@@ -7,6 +7,7 @@ which costs each rank a second."""
 from __future__ import annotations
 
 import ctypes
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -100,9 +101,11 @@ def _rank(
     one_gloo_thread()
     tolerate_torchs_wrapper()
     os.environ.update(settings, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    if SIMULATED:  # where the collectives of these ranks meet
+    if SIMULATED or "simulated" in backend:  # where the collectives of these ranks meet
         os.environ["SIMGPU_DIR"] = os.path.dirname(store)
     try:
+        if "simulated" in backend:
+            importlib.import_module("simgpu.python.simulated_accelerator").set_device(rank)
         if "cuda" in backend or "nccl" in backend:
             # Before a mesh takes LOCAL_RANK's, of which there may be fewer than ranks.
             torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -112,8 +115,8 @@ def _rank(
             backend, store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
         )
         value = fn(rank, *args)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # peers may need this rank's part of what is queued yet
+        if torch.cuda.is_initialized() or "simulated" in backend:
+            torch.accelerator.synchronize()  # peers may need this rank's part of what is queued yet
         outcome = _Outcome(value, findings_of_simulated_gpu() or None)
     except BaseException:
         outcome = _Outcome(failure=traceback.format_exc())
@@ -126,18 +129,23 @@ def _rank(
 SIMULATED = "SIMGPU_DIR" in os.environ  # whether CUDA devices are simulated ones (simgpu/)
 
 
+def _simulator() -> Any:
+    """What simulates this process's devices: GPUs, or those of an accelerator of its own."""
+    return sys.modules.get("simgpu_aten") or sys.modules.get("simgpu_accelerator")
+
+
 def tolerate_torchs_wrapper() -> None:
     """Torch's fully_shard frees gradients that another of its streams still reads, which harms
     nobody as long as their memory is not given out again: a rank that uses it does not take that
     for a fault from there on."""
-    if not SIMULATED:
-        return
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     made = FSDPParamGroup.__init__
 
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
-        sys.modules["simgpu_aten"].poison_frees(False)
+        simulator = _simulator()
+        if simulator is not None:
+            simulator.poison_frees(False)
         made(self, *args, **kwargs)
 
     FSDPParamGroup.__init__ = make
@@ -146,7 +154,7 @@ def tolerate_torchs_wrapper() -> None:
 def findings_of_simulated_gpu() -> str:
     """What the simulated GPU (``simgpu/``) has found wrong in this process since it was asked last;
     "" without one."""
-    simulator = sys.modules.get("simgpu_aten")
+    simulator = _simulator()
     if simulator is None:
         return ""
     text: str = simulator.findings_text()
