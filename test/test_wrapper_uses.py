@@ -439,9 +439,29 @@ def _other_shapes_of_use(rank: int) -> None:
     assert_close(grads(ours), mean_grads(net, lambda n, r: loss_of(n, batch(net, 0, r))))
 
 
+def _backward_hooks_read_parameters(rank: int) -> None:
+    """Full parameters go as their gradients come; not where a user's hooks may read them."""
+    torch.manual_seed(0)
+    net = Net(256, 512, 3, blocks=2)  # weights large enough to go alone
+    whole = {name: p.detach().clone() for name, p in net.named_parameters()}
+    ours = shard(net)
+    seen = []
+    for name, module in ours.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_full_backward_hook(
+                lambda module, *_, name=name: seen.append(
+                    torch.equal(module.weight, whole[f"{name}.weight"])
+                )
+            )
+    x = batch(net, 0, rank).requires_grad_()
+    loss_of(ours, x).backward()
+    assert seen == [True] * 5
+
+
 def test_around_a_step() -> None:
     run_checks(
         4,
+        _backward_hooks_read_parameters,
         _results_of_any_kind,
         _retain_graph,
         _autocast_and_scaler,

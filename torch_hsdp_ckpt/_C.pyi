@@ -410,6 +410,7 @@ class Unit:
     sync: bool
     reshard_after_forward: ReshardAfterForward
     reshard_after_backward: bool
+    is_watched: bool
     @property
     def is_unsharded(self) -> bool: ...
     def set_forward_prefetch(self, units: Sequence[Unit]) -> None: ...

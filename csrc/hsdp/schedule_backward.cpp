@@ -97,9 +97,10 @@ void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
   const bool is_complete = backward.GradArrived(slot);
   // Mostly parameters are used for the last time when their gradients arrive. FreePassed has the
   // rest.
-  if (!unit->frozen && !backward.in_parts && FreesAfterBackward(*unit)) {
-    if (!is_complete) return unit->group->FreeTrained(slot);
-    if (!unit->group->has_views()) {
+  const bool is_last_use = !unit->frozen && !unit->is_watched && !backward.in_parts;
+  if (is_last_use && FreesAfterBackward(*unit)) {
+    if (!is_complete) unit->group->FreeTrained(slot);
+    if (is_complete && !unit->group->has_views()) {
       FreeAfterBackward(*unit);
       std::erase(begun_, unit);
     }

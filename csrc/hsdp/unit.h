@@ -60,6 +60,9 @@ struct Unit {
   // What a user sets between steps.
   ReshardAfterForward reshard_after_forward = ReshardAfterForward::kUnlessBackwardIsNext;
   bool reshard_after_backward = true;
+  /// A user's hooks run in its backward, and may read any full parameter there: all stay until
+  /// backward has gone past the unit.
+  bool is_watched = false;
   bool sync = true;  ///< false: gradients stay with the full parameters and are added to
   /// The units whose gathers start with this one's, instead of those that the last pass suggests.
   /// Empty: what the last pass suggests.

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.nn.modules.module import _global_backward_hooks
 
 from .. import _C
 from ..common.gate import wait_at_gate
 from .adoption import adopt_everywhere
 from .eager import keep_dynamo_out
-from .module_tree import RUNNER, without_wrappers
+from .module_tree import RUNNER, modules_of_unit, without_wrappers
 from .precision import Precision
 from .results import Results, sequence_number, with_gathered_steps
 from .root import Root
@@ -53,6 +54,7 @@ class Runner:
         self._results = Results()
         # Whoever makes the root, or reads while there is none, holds it.
         self._rootless = threading.RLock()
+        self._inside: list[weakref.ref[nn.Module]] | None = None  # all modules of the unit
         self.add(module)
         unit.core.name = label
         keep_dynamo_out()
@@ -124,6 +126,7 @@ class Runner:
         core = self.unit.core
         is_outermost = not root.schedule.running_here()
         root.schedule.enter_forward(core, torch.is_grad_enabled())
+        core.is_watched = self._has_backward_hooks()
         if makes_hidden_graph() and not root.in_backward():
             root.schedule.expect_hidden_graph()
         if is_outermost:
@@ -140,6 +143,18 @@ class Runner:
             announcing = self._results.find(outputs, (args, kwargs), self.modules, since)
         root.schedule.leave_forward(core, announcing)
         return outputs
+
+    def _has_backward_hooks(self) -> bool:
+        """Whether hooks of a user's run in the backward of the unit's modules: they may read
+        parameters whose gradients are there already."""
+        if self._inside is None:
+            self._inside = [
+                weakref.ref(module) for outer in self.modules() for module in modules_of_unit(outer)
+            ]
+        inside = (module for reference in self._inside if (module := reference()) is not None)
+        return bool(_global_backward_hooks) or any(
+            module._backward_hooks or module._backward_pre_hooks for module in inside
+        )
 
     def show_kept(self) -> None:
         """After forward: shows the full parameters that it was told to keep for backward, as
