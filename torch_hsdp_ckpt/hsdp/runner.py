@@ -126,7 +126,8 @@ class Runner:
         core = self.unit.core
         is_outermost = not root.schedule.running_here()
         root.schedule.enter_forward(core, torch.is_grad_enabled())
-        core.is_watched = self._has_backward_hooks()
+        if torch.is_grad_enabled():
+            core.is_watched = self._has_backward_hooks()
         if makes_hidden_graph() and not root.in_backward():
             root.schedule.expect_hidden_graph()
         if is_outermost:
