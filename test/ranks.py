@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -160,6 +161,17 @@ def findings_of_simulated_gpu() -> str:
     text: str = simulator.findings_text()
     simulator.clear_findings()
     return text
+
+
+class Messages(logging.Handler):
+    """What a logger says within a rank, where pytest's ``caplog`` does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 def process_memory(key: str) -> int:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from device import DEVICE, cpu_only
 from models import Net, batch, even_net
-from ranks import run_ranks
+from ranks import Messages, run_ranks
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from training import loss_of, wrap
@@ -280,20 +280,11 @@ def test_torchs_own_stager_is_torchs_own_save(
     assert (tmp_path / "c" / ".metadata").is_file()
 
 
-class _Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def _in_process_mode(rank: int, path: str) -> None:
     # Only a process that is no daemon may have children; torch's has to.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    log, logger = _Messages(), logging.getLogger("torch_hsdp_ckpt")
+    log, logger = Messages(), logging.getLogger("torch_hsdp_ckpt")
     logger.addHandler(log)
     logger.setLevel(logging.INFO)
     model = wrap(even_net(), (1, 1))

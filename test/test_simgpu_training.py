@@ -16,7 +16,7 @@ import pytest
 import torch
 from device import OnDevice
 from models import Net, batch
-from ranks import SIMULATED, run_ranks
+from ranks import SIMULATED, Messages, run_ranks
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torchs_fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -230,20 +230,11 @@ def test_asynchronous_saves_of_queued_steps(tmp_path: Path) -> None:
     run_ranks(_saves, 4, str(tmp_path), backend=BACKEND, timeout=300.0)
 
 
-class _Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 simulated = pytest.mark.skipif(not SIMULATED, reason="the memory of a real device is large")
 
 
 def _nothing_to_pin(rank: int, path: str) -> None:
-    told = _Messages()
+    told = Messages()
     logging.getLogger("torch_hsdp_ckpt").addHandler(told)
     state = {
         "w": torch.arange(3_000_000.0, device="cuda") + rank,

@@ -13,8 +13,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from report import table  # noqa: E402
-from simulated import MESHES, Trained, mesh_of, outcome_of, words_of  # noqa: E402
+from simulated import MESHES, Trained, outcome_of, words_of  # noqa: E402
 from systems import model  # noqa: E402
+from training import mesh_of  # noqa: E402
 
 WARMUP, STEPS = 3, 2
 KINDS = (
@@ -62,7 +63,7 @@ def _counted(system: str, case: Case, layers: int) -> Counts:
 
     torch.manual_seed(0)
     net = model(case.kind, 64, layers)
-    trained = Trained(system, mesh_of(case.mesh), net, case.mixed, case.checkpoints)
+    trained = Trained(system, mesh_of(case.mesh, "cuda"), net, case.mixed, case.checkpoints)
 
     def step() -> None:
         trained.step()

@@ -13,8 +13,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from report import table  # noqa: E402
-from simulated import Trained, mesh_of, outcome_of, words_of  # noqa: E402
+from simulated import Trained, outcome_of, words_of  # noqa: E402
 from systems import mebibytes, model  # noqa: E402
+from training import mesh_of  # noqa: E402
 
 SYSTEMS = ("fsdp2", "ours")  # our fully_shard has the same core
 WARMUP = 2
@@ -52,7 +53,9 @@ def _size(quick: bool) -> tuple[int, int]:
 def _peaks(system: str, case: Case, quick: bool) -> dict[str, float]:
     """In MiB, of a steady step; "rest": of the shards and their gradients."""
     torch.manual_seed(0)
-    trained = Trained(system, mesh_of(case.mesh), model("blocks", *_size(quick)), case.mixed)
+    trained = Trained(
+        system, mesh_of(case.mesh, "cuda"), model("blocks", *_size(quick)), case.mixed
+    )
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # what wrapping took
     for _ in range(WARMUP + 1):

@@ -2,10 +2,8 @@
 Order and counts are those of a GPU; speed is not."""
 
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from simgpu import simgpu
 from systems import Net, wrap
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 SYSTEMS = ("fsdp2", "ours", "ours, fully_shard")
 MESHES = ((2, 2), (4,))  # replicas x shards, and shards alone
@@ -31,18 +29,10 @@ def outcome_of(program: str, *arguments: Any) -> Any:
             f"{program}: the simulated GPU is not built: it needs torch's CUDA build and a CUDA "
             "toolkit; build with HSDP_CKPT_TESTS=1"
         )
-    shared = tempfile.mkdtemp(prefix="simgpu_", dir="/dev/shm")
-    try:
-        command = [sys.executable, str(Path(__file__).with_name(program)), json.dumps(arguments)]
-        environment = simgpu.environment(simgpu.LIBRARIES, shared)
+    command = [sys.executable, str(Path(__file__).with_name(program)), json.dumps(arguments)]
+    with simgpu.job() as environment:
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-    finally:
-        shutil.rmtree(shared, ignore_errors=True)
     return json.loads(done.stdout)
-
-
-def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
-    return init_device_mesh("cuda", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 def words_of(shape: tuple[int, ...]) -> str:

@@ -7,11 +7,13 @@ and so on. Processes of the command are one job: their collectives meet, and dea
 among all of them."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -36,12 +38,19 @@ def environment(libraries: Path, shared: str) -> dict[str, str]:
     return out
 
 
-def run(command: list[str], libraries: Path = LIBRARIES) -> int:
+@contextlib.contextmanager
+def job(libraries: Path = LIBRARIES) -> Iterator[dict[str, str]]:
+    """The environment for the processes of one job, whose directory goes with it."""
     shared = tempfile.mkdtemp(prefix="simgpu_", dir="/dev/shm")
     try:
-        return subprocess.run(command, env=environment(libraries, shared), check=False).returncode
+        yield environment(libraries, shared)
     finally:
         shutil.rmtree(shared, ignore_errors=True)
+
+
+def run(command: list[str], libraries: Path = LIBRARIES) -> int:
+    with job(libraries) as its_environment:
+        return subprocess.run(command, env=its_environment, check=False).returncode
 
 
 def parser() -> argparse.ArgumentParser:
