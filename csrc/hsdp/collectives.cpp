@@ -41,41 +41,38 @@ void Collectives::SetReduceGroups(std::string shard_group,
               "Collectives: the groups for reductions are not of the same ranks");
   reduce_group_ = std::move(shard_group);
   replica_group_ = std::move(replica_group);
+  const std::lock_guard lock(mutex_);
+  ways_.clear();
 }
 
-c10::intrusive_ptr<c10d::Backend> Collectives::backend(c10::DeviceType device) const {
-  return c10d::resolve_process_group(reduce_group_)->getBackend(device);
+Collectives::Ways Collectives::WaysOf(c10::DeviceType device) const {
+  const std::lock_guard lock(mutex_);
+  const auto known = ways_.find(device);
+  return known != ways_.end() ? known->second : ways_[device] = AskBackend(device);
 }
 
-// No method of a backend tells this. These two are the ones of torch's own that copy a device's
-// tensors through the host; all others wait on streams.
-bool Collectives::host_orders(c10::DeviceType device) const {
-  if (device == c10::kCPU) return true;
-  if (shards_ * replicas_ == 1) return false;  // there is nothing to order
-  const std::string name = backend(device)->getBackendName();
-  return name == "gloo" || name == "mpi";
-}
-
-bool Collectives::exchanges(c10::DeviceType device) const {
-  return device == c10::kCPU && backend(device)->getBackendName() == "gloo";
-}
-
-bool Collectives::coalesces(c10::DeviceType device) const {
-  return backend(device)->supportsCoalescing();
-}
-
-// No method tells this either. These two are torch's own that run what is not asked for as `async`
-// on the current stream; another one may have streams of its own.
-bool Collectives::runs_in_place(c10::DeviceType device) const {
-  const std::string name = backend(device)->getBackendName();
-  return name == "nccl" || name == "nccl2";
+// No method of a backend tells who orders. "gloo" and "mpi" are the ones of torch's own that copy a
+// device's tensors through the host; all others wait on streams. "nccl" and "nccl2" are those that
+// run what is not asked for as `async` on the current stream; another one may have streams of its
+// own.
+Collectives::Ways Collectives::AskBackend(c10::DeviceType device) const {
+  const bool is_cpu = device == c10::kCPU;
+  // One rank has nothing to order, and need not have a backend for its device.
+  if (shards_ * replicas_ == 1 && !is_cpu) return {};
+  const auto backend = c10d::resolve_process_group(reduce_group_)->getBackend(device);
+  const std::string name = backend->getBackendName();
+  return {.host_orders = is_cpu || name == "gloo" || name == "mpi",
+          .exchanges = is_cpu && name == "gloo",
+          .coalesces = backend->supportsCoalescing(),
+          .runs_in_place = name == "nccl" || name == "nccl2"};
 }
 
 // On a device `wait` makes the current stream wait for the operation.
 PendingWorks Collectives::Ordered(WorkPtr work, const GroupPtr& group,
                                   const at::Tensor& tensor) const {
-  if (host_orders(tensor.device().type())) return {std::move(work), group};
-  if (runs_in_place(tensor.device().type())) return PendingWorks::OnStream(std::move(work));
+  const Ways ways = WaysOf(tensor.device().type());
+  if (ways.host_orders) return {std::move(work), group};
+  if (ways.runs_in_place) return PendingWorks::OnStream(std::move(work));
   if (work) work->wait();
   return {};
 }

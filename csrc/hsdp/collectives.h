@@ -4,7 +4,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -86,11 +88,11 @@ class Collectives {
   int64_t replicas() const { return replicas_; }
 
   /// Whether operations on tensors of `device` are over only when the host has waited for them.
-  bool host_orders(c10::DeviceType device) const;
+  bool host_orders(c10::DeviceType device) const { return WaysOf(device).host_orders; }
   /// Whether pieces of tensors on `device` are better sent point to point than by collectives.
-  bool exchanges(c10::DeviceType device) const;
+  bool exchanges(c10::DeviceType device) const { return WaysOf(device).exchanges; }
   /// Whether the backend launches several collectives as one.
-  bool coalesces(c10::DeviceType device) const;
+  bool coalesces(c10::DeviceType device) const { return WaysOf(device).coalesces; }
 
   /// Brings every rank's piece of every run to all; `own` are this rank's. Where ranks exchange
   /// pieces these are in their places in the runs; elsewhere they may lie anywhere, the pieces of a
@@ -124,9 +126,15 @@ class Collectives {
   double pre_scale(at::ScalarType dtype) const;
 
  private:
-  c10::intrusive_ptr<c10d::Backend> backend(c10::DeviceType device) const;
+  /// How the backend for one kind of device works.
+  struct Ways {
+    bool host_orders, exchanges, coalesces;
+    bool runs_in_place;  ///< on the current stream, what is not asked for as `async`
+  };
+
+  Ways WaysOf(c10::DeviceType device) const;
+  Ways AskBackend(c10::DeviceType device) const;
   PendingWorks Ordered(WorkPtr work, const GroupPtr& group, const at::Tensor& tensor) const;
-  bool runs_in_place(c10::DeviceType device) const;
   template <typename Issue>
   WorkPtr AverageIfItCan(Issue issue) const;
 
@@ -134,7 +142,9 @@ class Collectives {
   std::optional<std::string> replica_group_;
   std::shared_ptr<Departures> departures_;
   int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1;
-  mutable bool refuses_average_ = false;  // the backend, and so on every rank
+  mutable bool refuses_average_ = false;          // the backend, and so on every rank
+  mutable std::mutex mutex_;                      // of what follows
+  mutable std::map<c10::DeviceType, Ways> ways_;  // of the backends that have been asked
 };
 
 /// Waits for all `works` and forgets them. The first failure is thrown at once, as torch's
