@@ -22,6 +22,10 @@ std::unique_ptr<Reduction> MakeReduction(std::shared_ptr<const UnitGrads> grads)
   return std::make_unique<StreamReduction>(std::move(grads));
 }
 
+bool IsFreed(const at::Tensor& shard) {
+  return shard.storage().nbytes() > 0 && shard.storage().data() == nullptr;
+}
+
 }  // namespace
 
 /// The parameters of one bucket that are written in one fused pass.
@@ -139,6 +143,24 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
   return tensors;
 }
 
+void GradReducer::FreeShards(const std::vector<at::Tensor>& shards) {
+  Join();  // a device may still write there
+  for (const at::Tensor& shard : shards) {
+    shard.storage().set_data_ptr_noswap(at::DataPtr(nullptr, grads_->device));
+  }
+}
+
+void GradReducer::AllocateFreed(const GradBucket& bucket,
+                                const std::vector<std::optional<at::Tensor>>& targets) {
+  for (const size_t i : bucket.params) {
+    const auto& target = targets[i];
+    if (!target || !IsFreed(*target)) continue;
+    const auto bytes = static_cast<int64_t>(target->storage().nbytes());
+    const at::Tensor memory = at::empty({bytes}, target->options().dtype(at::kByte));
+    target->storage().set_data_ptr_noswap(memory.storage().set_data_ptr({}));
+  }
+}
+
 double GradReducer::PostScale(const GradBucket& bucket) const {
   if (bucket.is_average || reduction_->averages(bucket)) return 1.0;
   const Collectives& collectives = *grads_->collectives;
@@ -166,6 +188,7 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
   for (const auto& bucket : grads_->buckets) {
     CallHook(*bucket);
     if (SwapIfPossible(*bucket, targets, accumulate)) continue;
+    AllocateFreed(*bucket, targets);
     RunPasses(*bucket, targets, accumulate);
   }
   has_written_ = true;
@@ -177,9 +200,9 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
 bool GradReducer::SwapIfPossible(GradBucket& bucket,
                                  const std::vector<std::optional<at::Tensor>>& targets,
                                  const std::vector<bool>& accumulate) const {
-  if (has_written_ || bucket.other.defined() || PostScale(bucket) != 1.0) return false;
+  if (bucket.other.defined() || PostScale(bucket) != 1.0) return false;
   const auto& first = targets[bucket.params[0]];
-  if (!first) return false;
+  if (!first || (has_written_ && !IsFreed(*first))) return false;
   const at::Storage& storage = first->storage();
   const auto item = static_cast<size_t>(c10::elementSize(bucket.reduced));
   if (storage.nbytes() != static_cast<size_t>(bucket.stride) * item) return false;

@@ -55,6 +55,8 @@ class GradReducer {
   /// Tensors for the sharded gradients: this rank's rows of every parameter, uninitialised, slices
   /// of one buffer for each bucket and dtype.
   std::vector<at::Tensor> EmptyShards() const;
+  /// Takes the memory of what EmptyShards has made away, until it is written again.
+  void FreeShards(const std::vector<at::Tensor>& shards);
   /// targets[i] = (accumulate[i] ? targets[i] : 0) + average, for contiguous targets of this rank's
   /// rows; absent targets are left out. Ends the reduction. What EmptyShards has made is not
   /// written where it needn't be: its storage takes over the memory of the averages.
@@ -78,6 +80,8 @@ class GradReducer {
   double PostScale(const GradBucket& bucket) const;
   void CallHook(GradBucket& bucket);
   void End();
+  static void AllocateFreed(const GradBucket& bucket,
+                            const std::vector<std::optional<at::Tensor>>& targets);
   bool SwapIfPossible(GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
                       const std::vector<bool>& accumulate) const;
   void RunPasses(const GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,

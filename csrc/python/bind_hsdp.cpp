@@ -163,6 +163,12 @@ void BindUnit(py::module_& module) {
       .def("empty_grads",
            [](const hsdp::Unit& unit) { return unit.group->reducer().EmptyShards(); })
       .def(
+          "free_grads",
+          [](hsdp::Unit& unit, const std::vector<at::Tensor>& shards) {
+            unit.group->reducer().FreeShards(shards);
+          },
+          py::arg("shards"), NoGil())
+      .def(
           "unused", [](const hsdp::Unit& unit) { return unit.group->reducer().Unused(); }, NoGil())
       .def(
           "write_grads",

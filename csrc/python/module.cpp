@@ -37,6 +37,7 @@ PYBIND11_MODULE(_C, module) {
   BindLoad(module);
   BindMetadata(module);
   BindObjects(module);
+  BindParameters(module);
   BindPlan(module);
   BindReader(module);
   BindSnapshot(module);

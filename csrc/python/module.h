@@ -13,6 +13,7 @@ void BindHsdp(pybind11::module_& module);
 void BindLoad(pybind11::module_& module);
 void BindMetadata(pybind11::module_& module);
 void BindObjects(pybind11::module_& module);
+void BindParameters(pybind11::module_& module);
 void BindPlan(pybind11::module_& module);
 void BindReader(pybind11::module_& module);
 void BindSnapshot(pybind11::module_& module);

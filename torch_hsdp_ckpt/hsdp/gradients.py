@@ -1,6 +1,5 @@
 """How a unit's reduced gradients get into ``parameter.grad``."""
 
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,34 +26,48 @@ class UnitGradients:
     their order.
 
     It keeps the DTensors that it has handed out: building one costs tens of microseconds, and after
-    ``zero_grad`` the last step's can be filled again, if nobody else holds them."""
+    ``zero_grad`` the last step's can be filled again, if nobody else holds them. Their memory goes
+    back at the next forward (:meth:`free_unheld`)."""
 
     def __init__(self, core: _C.Unit, trainable: Sequence[TrainableParameter]) -> None:
         self._core = core
         self._trainable = trainable
         self._parameters = [each.parameter for each in trainable]
-        self._kept: list[DTensor] = []
-        self._holders_of_kept: list[int] = []
+        self._keep([])
+
+    def _keep(self, gradients: list[DTensor]) -> None:
+        self._kept = gradients
+        self._kept_locals = [gradient._local_tensor for gradient in gradients]
+        self._kept_are_freed = False
+        # Equal counts mean that nobody has come since they were made.
+        self._holders_of_kept = _C.count_holders(gradients)
 
     def forget_kept(self) -> None:
         """Lets go of the DTensors of the last step."""
-        self._kept, self._holders_of_kept = [], []
+        self._keep([])
+
+    def free_unheld(self) -> None:
+        """Gives back the memory of the last step's gradients, if ``zero_grad`` has set them to None
+        and nobody else holds them: what forward keeps for backward can have it."""
+        if not self._kept_are_freed and self._kept_are_unheld():
+            self._core.free_grads(self._kept_locals)
+            self._kept_are_freed = True
 
     def take(self) -> None:
         """The reduction is over: adds it into the parameters' gradients, or makes it theirs."""
         unused = set(self._core.unused())
-        if unused or any(parameter.grad is not None for parameter in self._parameters):
+        if unused or _C.have_gradients(self._parameters):
             self._add(unused)
         else:
             self._assign_all()
         self._run_hooks(unused)
 
     def _assign_all(self) -> None:
-        gradients = self._reusable_gradients()
-        locals_ = [gradient._local_tensor for gradient in gradients]
-        self._core.write_grads(locals_, [False] * len(locals_))
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
+        if not self._kept_are_unheld():
+            self._keep(self._new_gradients())
+        self._core.write_grads(self._kept_locals, [False] * len(self._kept))
+        self._kept_are_freed = False
+        _C.set_gradients(self._parameters, self._kept)
 
     def _add(self, unused: set[int]) -> None:
         """Adds to the gradients that are there and makes those that are missing, except for the
@@ -98,25 +111,11 @@ class UnitGradients:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-    def _reusable_gradients(self) -> list[DTensor]:
-        """DTensors for all gradients: the kept ones, unless somebody else still holds one."""
-        if not self._kept or self._count_holders() != self._holders_of_kept:
-            self._kept = self._new_gradients()
-            self._holders_of_kept = self._count_holders()
-        return self._kept
-
     def _new_gradients(self) -> list[DTensor]:
         pairs = zip(self._core.empty_grads(), self._trainable, strict=True)
         return [dtensor_around(local, trainable.grad_spec) for local, trainable in pairs]
 
-    def _count_holders(self) -> list[int]:
-        """How many hold the kept gradients: as Python objects, as tensors, and by views of their
-        memory. Equal counts mean that nobody has come since they were made."""
-        counts = [sys.getrefcount(gradient) for gradient in self._kept]
-        counts += [gradient._use_count() for gradient in self._kept]  # type: ignore[attr-defined]
-        for gradient in self._kept:
-            local = gradient._local_tensor
-            counts += (sys.getrefcount(local), local._use_count())  # type: ignore[attr-defined]
-        # There is one storage for each dtype.
-        storages = {gradient._local_tensor.untyped_storage()._cdata for gradient in self._kept}
-        return counts + [torch._C._storage_Use_Count(storage) for storage in sorted(storages)]
+    def _kept_are_unheld(self) -> bool:
+        """Whether nobody else holds one of them: as a Python object, as a tensor, or by a view of
+        its memory."""
+        return bool(self._kept) and _C.count_holders(self._kept) == self._holders_of_kept

@@ -66,6 +66,11 @@ class Root:
             if unit.showing_full and not unit.core.is_unsharded:
                 unit.show_sharded()
 
+    def free_unheld_gradients(self) -> None:
+        """Before a forward: gives back the memory of gradients that nobody has any more."""
+        for unit in self.units:
+            unit.free_unheld_gradients()
+
     def _show_sharded(self) -> None:
         for unit in self.units:
             unit.show_sharded()

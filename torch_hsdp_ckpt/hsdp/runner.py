@@ -1,6 +1,7 @@
 """Running a wrapped module: gather before its forward, free after, whichever face it was wrapped
 with."""
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -54,7 +55,8 @@ class Runner:
         self._results = Results()
         # Whoever makes the root, or reads while there is none, holds it.
         self._rootless = threading.RLock()
-        self._inside: list[weakref.ref[nn.Module]] | None = None  # all modules of the unit
+        # The tables of hooks that run in the backward of the unit's modules.
+        self._hook_tables: list[dict[int, Callable[..., Any]]] | None = None
         self.add(module)
         unit.core.name = label
         keep_dynamo_out()
@@ -132,6 +134,7 @@ class Runner:
             root.schedule.expect_hidden_graph()
         if is_outermost:
             root.hide_freed()  # what the last pass has kept, and this one may not call
+            root.free_unheld_gradients()
         self.unit.show_full()
         since = sequence_number()
         outputs = with_gathered_steps(call(*args, **kwargs), self.run)
@@ -148,14 +151,11 @@ class Runner:
     def _has_backward_hooks(self) -> bool:
         """Whether hooks of a user's run in the backward of the unit's modules: they may read
         parameters whose gradients are there already."""
-        if self._inside is None:
-            self._inside = [
-                weakref.ref(module) for outer in self.modules() for module in modules_of_unit(outer)
-            ]
-        inside = (module for reference in self._inside if (module := reference()) is not None)
-        return bool(_global_backward_hooks) or any(
-            module._backward_hooks or module._backward_pre_hooks for module in inside
-        )
+        if self._hook_tables is None:
+            inside = [module for outer in self.modules() for module in modules_of_unit(outer)]
+            tables = [(module._backward_hooks, module._backward_pre_hooks) for module in inside]
+            self._hook_tables = [_global_backward_hooks, *itertools.chain(*tables)]
+        return any(self._hook_tables)
 
     def show_kept(self) -> None:
         """After forward: shows the full parameters that it was told to keep for backward, as

@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
+from .. import _C
 from .module_tree import is_wrapped
 
 
@@ -109,15 +110,12 @@ class SlotTable:
 
     def fill_slots(self) -> None:
         """Puts every parameter into its slots."""
-        for table, name, parameter in self._plain:
-            table[name] = parameter
+        _C.fill_slots(self._plain)
         for slot, parameter in self._observed:
             slot.put(parameter)
 
     def replaced_parameter(self) -> nn.Parameter | None:
         """The first parameter whose slot somebody has filled with another one, or emptied; None if
         there is none. Slots of modules with a ``__setattr__`` of their own are not looked at."""
-        for table, name, parameter in self._plain:
-            if table.get(name) is not parameter:
-                return parameter
-        return None
+        index = _C.first_replaced(self._plain)
+        return None if index is None else self._plain[index].parameter

@@ -239,6 +239,10 @@ class ShardedUnit:
         may hold then."""
         self._gradients.forget_kept()
 
+    def free_unheld_gradients(self) -> None:
+        """See :meth:`UnitGradients.free_unheld`."""
+        self._gradients.free_unheld()
+
     def describe(self) -> str:
         """One line about the unit, for errors."""
         parameters = ", ".join(
