@@ -85,12 +85,13 @@ void DeviceStreams::Join(Mark& mark, const Place& place) {
   const std::optional<Side> which = std::exchange(mark.side_, {});
   const std::vector<WorkPtr> works = std::exchange(mark.works_, {});
   if (!which || IsLeftOut(Ordering::kJoin, place)) return;
-  for (const WorkPtr& work : works) work->wait();
-  if (!works.empty()) return;
-  const std::lock_guard lock(mutex_);
   const c10::Stream current = Current();
-  if (StreamOf(*which).joined[current.id()] >= mark.given_) return;
-  mark.event_->block(current);
+  {
+    const std::lock_guard lock(mutex_);
+    if (StreamOf(*which).joined[current.id()] >= mark.given_) return;
+  }
+  for (const WorkPtr& work : works) work->wait();
+  if (works.empty()) mark.event_->block(current);
 }
 
 void DeviceStreams::Join(Side which, const Place& place) {

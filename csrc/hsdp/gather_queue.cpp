@@ -34,17 +34,30 @@ GatherQueue::State GatherQueue::StateOf(const UnitPtr& unit) const {
   return unit == ahead_ && gathering ? State::kAhead : State::kNotQueued;
 }
 
+// Where the host waits for this gather, the next one is under way meanwhile. On a stream nobody
+// waits here, and by then the memory that this one was unpacked from is free.
 void GatherQueue::Unshard(const UnitPtr& unit) {
   StartThrough(unit);
   StartGather(rank_, unit);
-  for (const auto& weak : unit->backward_prefetch) {
+  const bool on_stream = unit->group->gathers_on_stream();
+  if (!on_stream) PrefetchBefore(*unit);
+  Naming({rank_, unit->name()}, "all-gather", [&] { unit->group->Unshard(); });
+  if (on_stream) PrefetchBefore(*unit);
+}
+
+void GatherQueue::PrefetchBefore(const Unit& unit) {
+  for (const auto& weak : unit.backward_prefetch) {
     const UnitPtr named = weak.lock();
     if (!named) continue;
     ahead_ = named;
     StartThrough(named);
   }
-  if (unit->backward_prefetch.empty() && prefetch_ == BackwardPrefetch::kPre) PrefetchNext(*unit);
-  Naming({rank_, unit->name()}, "all-gather", [&] { unit->group->Unshard(); });
+  const bool is_now = prefetch_ == BackwardPrefetch::kPre && !unit.has_halfway();
+  if (unit.backward_prefetch.empty() && is_now) PrefetchNext(unit);
+}
+
+void GatherQueue::HalfComplete(const Unit& unit) {
+  if (unit.backward_prefetch.empty() && prefetch_ == BackwardPrefetch::kPre) PrefetchNext(unit);
 }
 
 void GatherQueue::GradientsComplete(const Unit& unit) {

@@ -10,7 +10,7 @@ namespace hsdp_ckpt::hsdp {
 /// When backward starts the next unit's gather.
 enum class BackwardPrefetch {
   kNone,  ///< at its use
-  kPre,   ///< before the computation of the unit before it
+  kPre,  ///< before the computation of the unit before it; on a device's streams halfway through it
   kPost,  ///< behind that, when its gradients are there
 };
 
@@ -46,6 +46,8 @@ class GatherQueue {
   /// Makes the full parameters of `unit` usable on the current stream, and starts what is
   /// prefetched before its backward. Throws as the collectives do, naming rank and unit.
   void Unshard(const UnitPtr& unit);
+  /// Starts what is prefetched when half of the gradients of `unit` are there.
+  void HalfComplete(const Unit& unit);
   /// Starts what is prefetched when the gradients of `unit` are there.
   void GradientsComplete(const Unit& unit);
   /// Starts the gathers up to that of `unit`, if it is queued.
@@ -60,6 +62,7 @@ class GatherQueue {
 
  private:
   State StateOf(const UnitPtr& unit) const;
+  void PrefetchBefore(const Unit& unit);
   void PrefetchNext(const Unit& current);
 
   const BackwardPrefetch prefetch_;

@@ -177,6 +177,7 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
   // and Parameters are made by one.
   TakeBackAll();
   trainable_ = std::move(trainable);
+  half_of_grads_ = HalfOfGrads();
   WatchGrads(std::move(on_grad));
   reducer_ = std::make_unique<GradReducer>(name_, GradSpecs(), device_, collectives_, streams_);
 }
@@ -200,6 +201,16 @@ void ParamGroup::MoveGrads(std::vector<at::Tensor>& full,
     const at::ScalarType dtype = reduced ? ReduceDtype(i) : GradDtype(i);
     full[i].mutable_grad() = kept[i].to(full[i].options().dtype(dtype));
   }
+}
+
+int64_t ParamGroup::HalfOfGrads() const {
+  if (trainable_.empty() || !gathers_on_stream()) return 0;
+  int64_t all = 0, largest = 0;
+  for (size_t slot = 0; slot < trainable_.size(); ++slot) {
+    all += grad_numel(slot);
+    largest = std::max(largest, grad_numel(slot));
+  }
+  return largest > all - largest ? 0 : (all + 1) / 2;
 }
 
 void ParamGroup::WatchGrads(std::function<void(size_t)> on_grad) {

@@ -122,6 +122,14 @@ class ParamGroup {
   GradReducer& reducer() { return *reducer_; }
   ReduceOptions& reduce_options() { return reduce_options_; }
   const std::vector<size_t>& trainable() const { return trainable_; }
+  /// Elements of the gradient of parameter `trainable()[slot]`.
+  int64_t grad_numel(size_t slot) const { return full_[trainable_[slot]].numel(); }
+  /// So many elements are half of the gradients. 0 where nothing comes halfway: on the CPU, and
+  /// with a parameter that is larger than all others together, whose gradient may come first or
+  /// last.
+  int64_t half_of_grads() const { return half_of_grads_; }
+  /// Whether a device's stream runs the gathers; if not, the host waits for them.
+  bool gathers_on_stream() const { return !collectives_->host_orders(device_.type()); }
 
  private:
   void CheckNoPartial() const;
@@ -132,6 +140,7 @@ class ParamGroup {
   at::ScalarType GradDtype(size_t i) const;
   std::vector<GradSpec> GradSpecs() const;
   void MoveGrads(std::vector<at::Tensor>& full, const std::vector<size_t>& trainable) const;
+  int64_t HalfOfGrads() const;
   void WatchGrads(std::function<void(size_t)> on_grad);
   void Run(const std::vector<Move>& moves, const at::Tensor& from) const;
   void AllGather();
@@ -165,6 +174,7 @@ class ParamGroup {
 
   std::vector<at::Tensor> full_;
   std::vector<size_t> trainable_;
+  int64_t half_of_grads_ = 0;
   // Gradient accumulators live as long as somebody holds them: they are kept, so that their hooks
   // are. Each is a shared_ptr in torch 2.11, an intrusive_ptr in 2.15.
   std::vector<decltype(torch::autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()))>

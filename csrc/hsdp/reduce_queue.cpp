@@ -53,13 +53,17 @@ void ReduceQueue::StartNext() {
 
 void ReduceQueue::Start(const UnitPtr& unit) {
   if (Contains(reducing_, unit)) Take(0);
-  // On a device results are taken on the host long before they are there: this is what bounds the
-  // gradients that are in memory. The device has had a unit's computation to read them.
-  if (last_started_ && last_started_->trains()) last_started_->group->reducer().ReleaseInputs();
+  ReleaseInputs();
   last_started_ = unit;
   StartReduction(unit);
   reducing_.push_back(unit);
   Take(kInFlight);
+}
+
+// On a device results are taken on the host long before they are there: this is what bounds the
+// gradients that are in memory.
+void ReduceQueue::ReleaseInputs() {
+  if (last_started_ && last_started_->trains()) last_started_->group->reducer().ReleaseInputs();
 }
 
 void ReduceQueue::StartReduction(const UnitPtr& unit) {

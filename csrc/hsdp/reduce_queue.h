@@ -64,6 +64,9 @@ class ReduceQueue {
       StartNext();
     }
   }
+  /// The current stream waits until a device has read the gradients that the last reduction was
+  /// given, and gets their memory.
+  void ReleaseInputs();
   /// Takes the results that are there, and waits for the oldest until `keep` are in flight.
   void Take(size_t keep);
   /// Throws this rank's first error since Begin, and forgets it.

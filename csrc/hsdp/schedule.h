@@ -148,6 +148,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void BeforeBackward(const UnitPtr& unit, uint64_t first_node);
   void UnshardInBackward(const UnitPtr& unit);
   void GradArrived(const UnitPtr& unit, size_t slot);
+  void Halfway(Unit& unit);
   void FreePassed();
   void FreeAfterBackward(Unit& unit);
   bool FreesAfterBackward(const Unit& unit) const;

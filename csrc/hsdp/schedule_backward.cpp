@@ -23,6 +23,8 @@ void Schedule::BeginBackward() {
   has_hidden_graph_ = has_hidden_graph_ && keeps_graph_;
   begun_.clear();
   for (const UnitPtr& unit : units_) {
+    const bool has_run = unit->backward.graph_task != -1;
+    if (has_run) unit->missed_halfway = !unit->backward.is_halfway;
     unit->backward.Begin(unit->group->trainable().size());
   }
   QueueBackward();
@@ -94,7 +96,7 @@ void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
   const int graph_task = torch::autograd::get_current_graph_task_id();
   // A reentrant checkpoint within the unit runs a backward of its own. There may be more of them.
   backward.in_parts = backward.in_parts || (begun && graph_task != backward.graph_task);
-  const bool is_complete = backward.GradArrived(slot);
+  const bool is_complete = backward.GradArrived(slot, unit->group->grad_numel(slot));
   // Mostly parameters are used for the last time when their gradients arrive. FreePassed has the
   // rest.
   const bool is_last_use = !unit->frozen && !unit->is_watched && !backward.in_parts;
@@ -105,10 +107,21 @@ void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
       std::erase(begun_, unit);
     }
   }
-  if (!is_complete) return;
+  if (!is_complete) return Halfway(*unit);
   gathers_.GradientsComplete(*unit);
   if (Reduces(*unit)) reductions_.GradientsComplete(unit);
   if (Keeps(*unit)) unit->group->KeepGrads();
+}
+
+// Half of the unit's computation is left. The device has had the other half to read what the last
+// reduction was given: that memory is free for the next gather, which has as long as forward gives
+// one.
+void Schedule::Halfway(Unit& unit) {
+  const int64_t half = unit.group->half_of_grads();
+  if (half == 0 || unit.backward.arrived_numel < half) return;
+  if (std::exchange(unit.backward.is_halfway, true)) return;
+  reductions_.ReleaseInputs();
+  gathers_.HalfComplete(unit);
 }
 
 // Frees the units that backward has gone past: frozen and detached parameters may be needed for the

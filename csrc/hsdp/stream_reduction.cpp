@@ -73,6 +73,7 @@ void StreamReduction::AllReduce(GradBucket& bucket) {
     bucket.works = collectives.AllReduce(bucket.output, averages(bucket));
   }
   if (on_cpu()) return;
+  bucket.works.TakeQueued();  // what follows here comes behind it in any case
   AwaitWorks(grads(), bucket, "all-reduce");
   // An all-reduce leaves the same bits on all ranks. A ring's reduce-scatter does not: it sums the
   // gradient of a parameter without dimensions for each rank in another order, beginning with its
@@ -80,6 +81,7 @@ void StreamReduction::AllReduce(GradBucket& bucket) {
   const at::Tensor whole = bucket.WholeOf(bucket.output);
   if (!is_last || whole.numel() == 0 || collectives.shards() == 1) return;
   bucket.works = collectives.BroadcastFirst(whole);
+  bucket.works.TakeQueued();
   AwaitWorks(grads(), bucket, "broadcast");
 }
 

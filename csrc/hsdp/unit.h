@@ -23,6 +23,8 @@ enum class ReshardAfterForward {
 struct BackwardProgress {
   std::vector<bool> arrived;         ///< by trainable parameter: its gradient is there
   size_t arrivals = 0;               ///< how many of them
+  int64_t arrived_numel = 0;         ///< their elements
+  bool is_halfway = false;           ///< half of the elements have arrived, see ParamGroup
   bool complete = false;             ///< all of them have arrived
   int graph_task = -1;               ///< autograd's, which has come to the unit's outputs last
   uint64_t first_node = UINT64_MAX;  ///< of the forwards whose outputs those are, see Unit
@@ -31,19 +33,23 @@ struct BackwardProgress {
   void Begin(size_t trainable) {
     arrived.assign(trainable, false);
     arrivals = 0;
+    arrived_numel = 0;
+    is_halfway = false;
     complete = false;
     graph_task = -1;
     first_node = UINT64_MAX;
     in_parts = false;
   }
-  /// Notes the gradient of one parameter. True when it was the last one of them; should more come
-  /// (a reentrant checkpoint runs backward piece by piece), they count anew.
-  bool GradArrived(size_t slot) {
+  /// Notes the gradient of one parameter of `numel` elements. True when it was the last one of
+  /// them; should more come (a reentrant checkpoint runs backward piece by piece), they count anew.
+  bool GradArrived(size_t slot, int64_t numel) {
     if (arrived[slot]) return false;
     arrived[slot] = true;
+    arrived_numel += numel;
     if (++arrivals < arrived.size()) return false;
     arrived.assign(arrived.size(), false);
     arrivals = 0;
+    arrived_numel = 0;
     complete = true;
     return true;
   }
@@ -54,6 +60,8 @@ struct BackwardProgress {
 struct Unit {
   const std::string& name() const { return group->name(); }
   bool trains() const { return !group->trainable().empty(); }
+  /// Whether its backward comes to where half of its gradients are there and others are not.
+  bool has_halfway() const { return group->half_of_grads() > 0 && !missed_halfway; }
 
   std::shared_ptr<ParamGroup> group;
 
@@ -77,6 +85,7 @@ struct Unit {
   // What the Schedule notes here.
   bool frozen = false;  ///< some parameter is: it may be needed when all gradients are there
   bool unsharded_by_user = false;  ///< for a forward to come
+  bool missed_halfway = false;     ///< in the last backward, for want of gradients
   bool outdated = false;  ///< kept for the graph of an earlier backward: forward gathers anew
   /// The nodes of autograd's graph that this pass's forwards have made have this sequence number or
   /// higher ones.
