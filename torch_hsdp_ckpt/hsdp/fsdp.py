@@ -50,8 +50,9 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     ``auto_wrap_policy``: as torch's; each module it picks becomes a unit of its own, the rest
     belongs to this one. ``CustomPolicy`` may give a unit other arguments than the rest.
     ``backward_prefetch``: the next unit's gather starts before (PRE; on a device halfway through) or
-    after (POST) this one's gradients, or not ahead (None). ``forward_prefetch``, ``limit_all_gathers``: the next gather is
-    always started ahead, and never more than that one. ``mixed_precision``: as torch's; with
+    after (POST) this one's gradients, or not ahead (None). ``forward_prefetch``,
+    ``limit_all_gathers``: the next gather is always started ahead, and never more than that one.
+    ``mixed_precision``: as torch's; with
     ``auto_wrap_policy`` the classes it excepts (BatchNorm) become units in float32.
     ``ignored_modules``, ``ignored_states``: stay plain parameters, in neither gathers nor
     reductions. ``param_init_fn``: gives modules on the meta device memory and values; without it
