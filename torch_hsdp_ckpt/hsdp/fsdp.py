@@ -49,8 +49,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     ``cpu_offload``: taken on a CPU mesh, where parameters and gradients are there anyway.
     ``auto_wrap_policy``: as torch's; each module it picks becomes a unit of its own, the rest
     belongs to this one. ``CustomPolicy`` may give a unit other arguments than the rest.
-    ``backward_prefetch``: the next unit's gather starts before (PRE; on a device halfway through) or
-    after (POST) this one's gradients, or not ahead (None). ``forward_prefetch``,
+    ``backward_prefetch``: the next unit's gather starts before this one's gradients (PRE; on a
+    device halfway through), after them (POST) or not ahead (None). ``forward_prefetch``,
     ``limit_all_gathers``: the next gather is always started ahead, and never more than that one.
     ``mixed_precision``: as torch's; with
     ``auto_wrap_policy`` the classes it excepts (BatchNorm) become units in float32.
