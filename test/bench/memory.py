@@ -14,11 +14,11 @@ import torch.distributed as dist  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from report import table  # noqa: E402
 from simulated import Trained, outcome_of, words_of  # noqa: E402
-from systems import mebibytes, model  # noqa: E402
+from systems import Net, mebibytes, model  # noqa: E402
 from training import mesh_of  # noqa: E402
 
 SYSTEMS = ("fsdp2", "ours")  # our fully_shard has the same core
-WARMUP = 2
+WARMUP, LAYERS = 2, 6
 PACES = {"lazy": "the host is a step ahead of the device", "eager": "the device keeps up"}
 PEAKS = {
     "allocated": "allocated_bytes.all.peak",
@@ -30,32 +30,35 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Case:
-    mesh: tuple[int, ...]
-    mixed: bool
-    pace: str
+    width: int
+    mesh: tuple[int, ...] = (2, 2)
+    mixed: bool = False
+    pace: str = "lazy"
 
     def words(self) -> str:
         precision = "bfloat16, reduced in float32" if self.mixed else "float32"
-        return f"{words_of(self.mesh)}, {precision}, {PACES[self.pace]}"
+        mib = mebibytes(self.model()) / LAYERS
+        where = f"{words_of(self.mesh)}, {precision}, {PACES[self.pace]}"
+        return f"{LAYERS} blocks of {mib:.0f} MiB, {where}"
+
+    def model(self) -> Net:
+        return model("blocks", self.width, LAYERS)
 
 
 def _cases(quick: bool) -> list[Case]:
-    paces = [Case((2, 2), False, pace) for pace in PACES]
-    return paces if quick else [*paces, Case((2, 2), True, "lazy"), Case((4,), False, "lazy")]
+    if quick:
+        return [Case(128, pace=pace) for pace in PACES]
+    # Weights of up to 16 MiB, most of which are gathered and reduced where they are, and of up to
+    # 4 MiB, which are packed.
+    large = [Case(1024), Case(1024, mixed=True)]
+    small = [*(Case(512, pace=pace) for pace in PACES), Case(512, mixed=True), Case(512, (4,))]
+    return large + small
 
 
-def _size(quick: bool) -> tuple[int, int]:
-    """Width and layers. Units of 12 MiB: smaller ones would be lost in the allocator's segments of
-    2 and 20 MiB."""
-    return (128, 4) if quick else (512, 6)
-
-
-def _peaks(system: str, case: Case, quick: bool) -> dict[str, float]:
+def _peaks(system: str, case: Case) -> dict[str, float]:
     """In MiB, of a steady step; "rest": of the shards and their gradients."""
     torch.manual_seed(0)
-    trained = Trained(
-        system, mesh_of(case.mesh, "cuda"), model("blocks", *_size(quick)), case.mixed
-    )
+    trained = Trained(system, mesh_of(case.mesh, "cuda"), case.model(), case.mixed)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # what wrapping took
     for _ in range(WARMUP + 1):
@@ -79,7 +82,7 @@ def _rank(rank: int, system: str, quick: bool) -> list[dict[str, float]]:
     outcomes = []
     for case in _cases(quick):
         simgpu_aten.restart(0, case.pace)
-        outcomes.append(_peaks(system, case, quick))
+        outcomes.append(_peaks(system, case))
         gc.collect()
         torch.cuda.empty_cache()
     return outcomes
@@ -114,15 +117,12 @@ use it.
 
 
 def measure(quick: bool, systems: tuple[str, ...]) -> str:
-    width, layers = _size(quick)
-    mib = mebibytes(model("blocks", width, layers))
-    title = f"{layers} blocks of width {width}, {mib:.0f} MiB of float32."
     outcomes = outcome_of("memory.py", systems, quick)
     sections = [
         _section(case, {system: outcomes[system][i] for system in systems})
         for i, case in enumerate(_cases(quick))
     ]
-    return "\n".join([INTRODUCTION, f"{title}\n", *sections])
+    return "\n".join([INTRODUCTION, *sections])
 
 
 def main() -> None:

@@ -125,6 +125,14 @@ class Runner:
     ) -> Any:
         if self._input_dtype is not None:
             args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
+        self._enter(root)
+        since = sequence_number()
+        outputs = with_gathered_steps(call(*args, **kwargs), self.run)
+        outputs = self.precision.cast_outputs(outputs)
+        self._leave(root, outputs, (args, kwargs), since)
+        return outputs
+
+    def _enter(self, root: Root) -> None:
         core = self.unit.core
         is_outermost = not root.schedule.running_here()
         root.schedule.enter_forward(core, torch.is_grad_enabled())
@@ -136,17 +144,15 @@ class Runner:
             root.hide_freed()  # what the last pass has kept, and this one may not call
             root.free_unheld_gradients()
         self.unit.show_full()
-        since = sequence_number()
-        outputs = with_gathered_steps(call(*args, **kwargs), self.run)
-        outputs = self.precision.cast_outputs(outputs)
+
+    def _leave(self, root: Root, outputs: Any, arguments: Any, since: int) -> None:
         if not root.in_backward():
             # This comes before the forward is left: then another thread may read.
             self.unit.show_sharded()
         announcing: list[torch.Tensor] = []
         if not in_transform():
-            announcing = self._results.find(outputs, (args, kwargs), self.modules, since)
-        root.schedule.leave_forward(core, announcing)
-        return outputs
+            announcing = self._results.find(outputs, arguments, self.modules, since)
+        root.schedule.leave_forward(self.unit.core, announcing)
 
     def _has_backward_hooks(self) -> bool:
         """Whether hooks of a user's run in the backward of the unit's modules: they may read
