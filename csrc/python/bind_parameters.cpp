@@ -54,18 +54,16 @@ void SetGradients(const std::vector<at::Tensor>& parameters,
   for (size_t i = 0; i < parameters.size(); ++i) parameters[i].mutable_grad() = gradients.at(i);
 }
 
-std::vector<int64_t> CountHolders(const py::list& dtensors) {
+std::vector<int64_t> CountHolders(const std::vector<py::object>& tensors) {
   std::vector<int64_t> counts;
-  const auto count = [&](py::handle object) {
+  counts.reserve(3 * tensors.size());
+  for (const py::object& object : tensors) {
     const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
     counts.push_back(object.ref_count());
     counts.push_back(static_cast<int64_t>(tensor.use_count()));
-  };
-  for (const py::handle dtensor : dtensors) {
-    count(dtensor);
-    const py::object local = dtensor.attr("_local_tensor");
-    count(local);
-    counts.push_back(static_cast<int64_t>(THPVariable_Unpack(local.ptr()).storage().use_count()));
+    if (tensor.has_storage()) {
+      counts.push_back(static_cast<int64_t>(tensor.storage().use_count()));
+    }
   }
   return counts;
 }
@@ -77,7 +75,7 @@ void BindParameters(py::module_& module) {
   module.def("first_replaced", &FirstReplaced, py::arg("entries"));
   module.def("have_gradients", &HaveGradients, py::arg("parameters"));
   module.def("set_gradients", &SetGradients, py::arg("parameters"), py::arg("gradients"));
-  module.def("count_holders", &CountHolders, py::arg("dtensors"));
+  module.def("count_holders", &CountHolders, py::arg("tensors"));
 }
 
 }  // namespace hsdp_ckpt::python

@@ -40,7 +40,7 @@ class UnitGradients:
         self._kept_locals = [gradient._local_tensor for gradient in gradients]
         self._kept_are_freed = False
         # Equal counts mean that nobody has come since they were made.
-        self._holders_of_kept = _C.count_holders(gradients)
+        self._holders_of_kept = self._count_holders()
 
     def forget_kept(self) -> None:
         """Lets go of the DTensors of the last step."""
@@ -118,4 +118,7 @@ class UnitGradients:
     def _kept_are_unheld(self) -> bool:
         """Whether nobody else holds one of them: as a Python object, as a tensor, or by a view of
         its memory."""
-        return bool(self._kept) and _C.count_holders(self._kept) == self._holders_of_kept
+        return bool(self._kept) and self._count_holders() == self._holders_of_kept
+
+    def _count_holders(self) -> list[int]:
+        return _C.count_holders(self._kept) + _C.count_holders(self._kept_locals)
