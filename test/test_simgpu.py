@@ -251,3 +251,26 @@ def test_a_deadlock_is_shown_with_python_stacks(tmp_path: Path) -> None:
         assert "simgpu: deadlock: these processes wait for each other" in ended.stderr
         assert "at 'nccl AllReduce of communicator" in ended.stderr
         assert "in wait_in_vain" in ended.stderr
+
+
+def test_the_quick_benchmarks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``python test/bench/run.py --quick launches memory``"""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
+    import run as bench
+
+    reports: dict[str, str] = {}
+    monkeypatch.setattr(bench, "publish", reports.__setitem__)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick", "launches", "memory"])
+    bench.main()
+    lines = [line for report in reports.values() for line in report.splitlines()]
+    tables = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    rows = [row for row in tables if row[0] not in ("system", "---")]
+    launches, memory = rows[:6], rows[6:]
+    assert [row[0] for row in launches] == 2 * ["fsdp2", "ours", "ours, fully_shard"]
+    assert [row[0] for row in memory] == 2 * ["fsdp2", "ours"]
+    # Units as small as these are lost in the allocator's segments: theirs is as much as ours.
+    for _, *counts, total, of_torchs in launches:
+        assert float(total) == pytest.approx(sum(map(float, counts)), abs=0.5)
+        assert float(of_torchs) <= 1.0, launches
+    for _, allocated, in_use, reserved, above, *_ in memory:
+        assert float(reserved) >= float(in_use) >= float(allocated) > float(above) > 0.0, memory

@@ -193,10 +193,27 @@ def _in_turn(rank: int) -> None:
         check(rank)
 
 
-def _device_is(pace: str) -> None:
+def _device_is(pace: str, seed: int = 7) -> None:
     if SIMULATED:
         torch.cuda.synchronize()
-        sys.modules["simgpu_aten"].restart(7, pace)
+        sys.modules["simgpu_aten"].restart(seed, pace)
+
+
+def _on_one_queue(rank: int) -> None:
+    for name in ("HSDP", "no synchronisation in bfloat16", "prefetching"):
+        trained = []
+        for seed, pace in enumerate(("eager", "mixed", "lazy")):
+            _device_is(pace, seed)
+            trained.append(_trained(name, h.fully_shard, rank, "cuda"))
+        for results in trained[1:]:
+            _same(results, trained[0], name)
+
+
+def test_gathers_and_reductions_in_one_hardware_queue() -> None:
+    """Their communicators are separate: where a device has one queue for all streams, a gather that
+    waits for its peers holds up the reduction that is behind it, and the other way round."""
+    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    run_ranks(_on_one_queue, 4, backend=BACKEND, timeout=300.0, settings=settings)
 
 
 def _saves(rank: int, path: str) -> None:

@@ -7,9 +7,11 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
-#include <limits>
+#include <map>
+#include <mutex>
 #include <source_location>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "base/left_out.h"
@@ -19,7 +21,32 @@
 namespace hsdp_ckpt::kernels {
 namespace {
 
-/// Calls `launch(table, blocks, stream)` for all segments: once, with the table as an argument or,
+/// How many blocks of `kernel` the device, which is the current one, runs at once: its registers
+/// decide. Asked once for each kernel and device.
+int64_t BlocksAtOnce(const void* kernel, c10::DeviceIndex device) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, c10::DeviceIndex>, int64_t> known;
+  const std::lock_guard lock(mutex);
+  const auto at = known.find({kernel, device});
+  if (at != known.end()) return at->second;
+  int on_each = 0, multiprocessors = 0;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, kThreads, 0));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return known[{kernel, device}] = int64_t{on_each} * multiprocessors;
+}
+
+/// `kernel(table, scale...)` for all tiles of the table.
+template <typename Table, typename... Scale>
+void LaunchTiles(void (*kernel)(Table, Scale...), const Table& table,
+                 const c10::cuda::CUDAStream& stream, Scale... scale) {
+  const int64_t at_once =
+      BlocksAtOnce(reinterpret_cast<const void*>(kernel), stream.device_index());
+  const auto blocks = static_cast<unsigned>(std::min(table.tiles, at_once));
+  kernel<<<blocks, kThreads, 0, stream>>>(table, scale...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+/// Calls `launch(table, stream)` for all segments: once, with the table as an argument or,
 /// where it is too long for that, in device memory. A captured graph would replay a table that is
 /// long gone, so there it is several launches.
 template <typename Launch>
@@ -29,26 +56,11 @@ void ForEachTable(c10::Device device, std::span<const CopySegment> segments, int
   c10::cuda::OptionalCUDAGuard guard;
   if (!base::IsLeftOut(base::Ordering::kWithin, place)) guard.set_device(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-  std::vector<Entry> entries;
-  entries.reserve(segments.size());
-  for (const auto& [src, dst, numel] : segments) {
-    if (numel > 0)
-      entries.push_back({static_cast<const char*>(src), static_cast<char*>(dst), numel * item, 0});
-  }
-  const auto number = [&](std::span<Entry> part) {
-    int64_t tiles = 0;
-    for (Entry& entry : part) {
-      entry.first_tile = tiles;
-      tiles += (entry.numel + tile - 1) / tile;
-    }
-    TORCH_CHECK(tiles <= std::numeric_limits<int32_t>::max(),
-                "BatchedCopy: more elements than one launch can take");
-    return static_cast<unsigned>(tiles);
-  };
+  std::vector<Entry> entries = EntriesOf(segments, item);
   const bool capturing =
       c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   if (entries.size() > kArgEntries && !capturing) {
-    const unsigned blocks = number(entries);
+    const int64_t tiles = NumberTiles(entries, tile);
     const size_t bytes = entries.size() * sizeof(Entry);
     // No host synchronisation: the pinned block is not handed out again before the event recorded
     // here has passed, and the device block, made and freed on this stream, only to work that is
@@ -62,17 +74,17 @@ void ForEachTable(c10::Device device, std::span<const CopySegment> segments, int
       at::getHostAllocator(at::kCUDA)->record_event(pinned.get(), pinned.get_context(),
                                                     stream.unwrap());
     }
-    launch(MemoryTable{static_cast<int>(entries.size()), static_cast<const Entry*>(table.get())},
-           blocks, stream);
+    launch(MemoryTable{static_cast<int>(entries.size()), tiles,
+                       static_cast<const Entry*>(table.get())},
+           stream);
     return;
   }
   for (size_t first = 0; first < entries.size(); first += kArgEntries) {
     const std::span<Entry> part(entries.data() + first,
                                 std::min<size_t>(kArgEntries, entries.size() - first));
-    const unsigned blocks = number(part);
-    ArgTable table{static_cast<int>(part.size()), {}};
+    ArgTable table{static_cast<int>(part.size()), NumberTiles(part, tile), {}};
     std::copy(part.begin(), part.end(), table.entries);
-    launch(table, blocks, stream);
+    launch(table, stream);
   }
 }
 
@@ -81,14 +93,11 @@ void CastAll(c10::Device device, std::span<const CopySegment> segments, double s
              bool accumulate) {
   const auto s = static_cast<typename Cast<Src, Dst>::C>(scale);
   ForEachTable(device, segments, 1, kTileItems<Src, Dst>,
-               [&](const auto& table, unsigned blocks, cudaStream_t stream) {
+               [&](const auto& table, const c10::cuda::CUDAStream& stream) {
                  using Table = std::decay_t<decltype(table)>;
-                 if (accumulate) {
-                   CastKernel<Src, Dst, true, Table><<<blocks, kThreads, 0, stream>>>(table, s);
-                 } else {
-                   CastKernel<Src, Dst, false, Table><<<blocks, kThreads, 0, stream>>>(table, s);
-                 }
-                 C10_CUDA_KERNEL_LAUNCH_CHECK();
+                 LaunchTiles(accumulate ? CastKernel<Src, Dst, true, Table>
+                                        : CastKernel<Src, Dst, false, Table>,
+                             table, stream, s);
                });
 }
 
@@ -112,9 +121,8 @@ void WithType(c10::ScalarType type, const Fn& fn) {
 
 void CopyCuda(c10::Device device, std::span<const CopySegment> segments, int64_t item) {
   ForEachTable(device, segments, item, kTileBytes,
-               [](const auto& table, unsigned blocks, cudaStream_t stream) {
-                 CopyKernel<std::decay_t<decltype(table)>><<<blocks, kThreads, 0, stream>>>(table);
-                 C10_CUDA_KERNEL_LAUNCH_CHECK();
+               [](const auto& table, const c10::cuda::CUDAStream& stream) {
+                 LaunchTiles(CopyKernel<std::decay_t<decltype(table)>>, table, stream);
                });
 }
 

@@ -4,14 +4,20 @@
 #include <c10/util/Half.h>
 
 #include <cstdint>
+#include <span>
 #include <type_traits>
+#include <vector>
 
-// The kernels of BatchedCopy, apart from their launches (batched_copy_cuda.cu): in the device
-// language, which the simulated GPU of the tests reads with g++.
+#include "kernels/batched_copy.h"
+
+// The kernels of BatchedCopy and the tables that they read, apart from their launches
+// (batched_copy_cuda.cu): in the device language, which the tests read with g++, on the simulated
+// GPU and under sanitizers.
 //
-// One launch for all segments. Each segment is cut into tiles, a block moves one tile, and finds
-// its segment by a binary search over the tiles' running count: blocks stay busy whether there are
-// three large segments or thousands of small ones.
+// One launch for all segments. Each segment is cut into tiles, a block moves one tile after
+// another, and finds a tile's segment by a binary search over the tiles' running count: blocks stay
+// busy whether there are three large segments or thousands of small ones. There are no more blocks
+// than the device runs at once.
 namespace hsdp_ckpt::kernels {
 namespace {
 
@@ -35,14 +41,37 @@ struct Entry {
 constexpr int kArgEntries = 120;
 struct ArgTable {
   int count;
+  int64_t tiles;  // of all entries
   Entry entries[kArgEntries];
   __device__ const Entry& operator[](int i) const { return entries[i]; }
 };
 struct MemoryTable {
   int count;
+  int64_t tiles;
   const Entry* entries;
   __device__ const Entry& operator[](int i) const { return entries[i]; }
 };
+
+/// What there is to copy of `segments`, whose elements take `item` bytes (1: they are counted).
+inline std::vector<Entry> EntriesOf(std::span<const CopySegment> segments, int64_t item) {
+  std::vector<Entry> entries;
+  entries.reserve(segments.size());
+  for (const auto& [src, dst, numel] : segments) {
+    if (numel > 0)
+      entries.push_back({static_cast<const char*>(src), static_cast<char*>(dst), numel * item, 0});
+  }
+  return entries;
+}
+
+/// Counts the tiles of `tile` items up; returns how many there are in all.
+inline int64_t NumberTiles(std::span<Entry> entries, int64_t tile) {
+  int64_t tiles = 0;
+  for (Entry& entry : entries) {
+    entry.first_tile = tiles;
+    tiles += (entry.numel + tile - 1) / tile;
+  }
+  return tiles;
+}
 
 template <typename Table>
 __device__ const Entry& FindSegment(const Table& table, int64_t tile) {
@@ -98,10 +127,8 @@ __device__ void CopyBytes(const char* src, char* dst, int64_t bytes) {
   }
 }
 
-template <typename Table>
-__global__ void __launch_bounds__(kThreads) CopyKernel(const __grid_constant__ Table table) {
-  const Entry& segment = FindSegment(table, blockIdx.x);
-  const int64_t first = (blockIdx.x - segment.first_tile) * kTileBytes;
+__device__ inline void CopyTile(const Entry& segment, int64_t tile) {
+  const int64_t first = (tile - segment.first_tile) * kTileBytes;
   const int64_t bytes = segment.numel - first < kTileBytes ? segment.numel - first : kTileBytes;
   const char* src = segment.src == nullptr ? nullptr : segment.src + first;
   char* dst = segment.dst + first;
@@ -118,6 +145,13 @@ __global__ void __launch_bounds__(kThreads) CopyKernel(const __grid_constant__ T
     CopyBytes<uint16_t>(src, dst, bytes);
   } else {
     CopyBytes<uint8_t>(src, dst, bytes);
+  }
+}
+
+template <typename Table>
+__global__ void __launch_bounds__(kThreads) CopyKernel(const __grid_constant__ Table table) {
+  for (int64_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
+    CopyTile(FindSegment(table, tile), tile);
   }
 }
 
@@ -167,17 +201,15 @@ __device__ void CastItems(const Src* src, Dst* dst, int64_t n, typename Cast<Src
 template <typename Src, typename Dst>
 constexpr int64_t kTileItems = kTileBytes / (sizeof(Src) > sizeof(Dst) ? sizeof(Src) : sizeof(Dst));
 
-template <typename Src, typename Dst, bool kAccumulate, typename Table>
-__global__ void __launch_bounds__(kThreads)
-    CastKernel(const __grid_constant__ Table table, typename Cast<Src, Dst>::C scale) {
+template <typename Src, typename Dst, bool kAccumulate>
+__device__ void CastTile(const Entry& segment, int64_t tile, typename Cast<Src, Dst>::C scale) {
   // Elements of a vector: 16 bytes on the wider side, so that neighbouring threads touch
   // neighbouring bytes on both.
   constexpr int kItems = kVector / (sizeof(Src) > sizeof(Dst) ? sizeof(Src) : sizeof(Dst));
   using SrcPack = Pack<Src, kItems>;
   using DstPack = Pack<Dst, kItems>;
 
-  const Entry& segment = FindSegment(table, blockIdx.x);
-  const int64_t first = (blockIdx.x - segment.first_tile) * kTileItems<Src, Dst>;
+  const int64_t first = (tile - segment.first_tile) * kTileItems<Src, Dst>;
   int64_t n =
       segment.numel - first < kTileItems<Src, Dst> ? segment.numel - first : kTileItems<Src, Dst>;
   auto* dst = reinterpret_cast<Dst*>(segment.dst) + first;
@@ -228,6 +260,14 @@ __global__ void __launch_bounds__(kThreads)
   }
   CastItems<Src, Dst, kAccumulate>(src + packs * kItems, dst + packs * kItems, n - packs * kItems,
                                    scale);
+}
+
+template <typename Src, typename Dst, bool kAccumulate, typename Table>
+__global__ void __launch_bounds__(kThreads)
+    CastKernel(const __grid_constant__ Table table, typename Cast<Src, Dst>::C scale) {
+  for (int64_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
+    CastTile<Src, Dst, kAccumulate>(FindSegment(table, tile), tile, scale);
+  }
 }
 
 }  // namespace

@@ -63,6 +63,8 @@ inline at::Tensor Hostile(int64_t n, at::ScalarType type, std::mt19937& random) 
   std::generate(words.begin(), words.end(), std::ref(random));
   auto out = at::empty({n}, type);
   std::memcpy(out.data_ptr(), words.data(), static_cast<size_t>(n) * c10::elementSize(type));
+  // Others do not outlive torch's own copies on the CPU.
+  if (type == at::kBool) out.view(at::kByte).bitwise_and_(1);
   if (std::find(kComputed.begin(), kComputed.end(), type) != kComputed.end()) {
     const auto hard = at::tensor(kHard, at::kDouble).to(type);
     const int64_t start = std::uniform_int_distribution<int64_t>(0, 3)(random);
@@ -114,9 +116,10 @@ inline void Check(at::Device device, at::ScalarType src_type, at::ScalarType dst
     const auto piece = src.slice(0, src_offsets[i], src_offsets[i] + sizes[i]);
     auto target = expected.slice(0, dst_offsets[i], dst_offsets[i] + sizes[i]);
     if (zeros) {
-      if (!accumulate) std::memset(target.data_ptr(), 0, target.nbytes());
+      if (!accumulate) std::fill_n(static_cast<char*>(target.data_ptr()), target.nbytes(), 0);
     } else if (!computes) {
-      std::memcpy(target.data_ptr(), piece.data_ptr(), piece.nbytes());
+      std::copy_n(static_cast<const char*>(piece.const_data_ptr()), piece.nbytes(),
+                  static_cast<char*>(target.data_ptr()));
     } else {
       auto value = scale == 1.0 ? piece.to(compute) : piece.to(compute) * scale;
       if (accumulate) value = value + target.to(compute);

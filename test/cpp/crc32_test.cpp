@@ -19,5 +19,11 @@ TEST(Crc32Test, ContinuesFromASeed) {
   EXPECT_EQ(base::Crc32(Bytes("6789"), base::Crc32(Bytes("12345"))), 0xCBF43926u);
 }
 
+// A tensor without elements has no memory: null pointers, which no function of the C library takes.
+TEST(Crc32Test, NoBytesNeedNoMemory) {
+  EXPECT_EQ(base::Crc32({}, 7), 7u);
+  EXPECT_EQ(base::CopyAndCrc32({}, {}, 7), 7u);
+}
+
 }  // namespace
 }  // namespace hsdp_ckpt

@@ -83,6 +83,16 @@ TEST(StagingCopy, NothingToCopyIsDone) {
   EXPECT_EQ(none.FirstChange(2), -1);
 }
 
+// A tensor without elements has no memory.
+TEST(StagingCopy, NoBytesNeedNoMemory) {
+  Memory memory(kSizes);
+  memory.pieces.insert(memory.pieces.begin() + 1, {nullptr, nullptr, 0});
+  snapshot::StagingCopy copy(memory.pieces);
+  copy.Finish();
+  EXPECT_EQ(copy.FirstChange(2), -1);
+  EXPECT_TRUE(copy.Checksums(nullptr).empty());
+}
+
 TEST(StagingCopy, WhoFinishesHelpsAndSeesEverything) {
   for (int round = 0; round < 20; ++round) {
     Memory memory(kSizes);

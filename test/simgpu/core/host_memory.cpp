@@ -67,6 +67,17 @@ bool HostMemory::IsPinned(const void* ptr) const {
   return Overlaps(address, address + 1);
 }
 
+bool HostMemory::AreTogether(const void* ptr, size_t bytes) const {
+  const std::lock_guard lock(mutex_);
+  const auto first = reinterpret_cast<uintptr_t>(ptr);
+  const auto behind = blocks_.upper_bound(first);
+  if (behind != blocks_.end() && behind->first < first + bytes) return false;
+  if (behind == blocks_.begin()) return true;
+  const auto& [begin, block] = *std::prev(behind);
+  const uintptr_t end = begin + block.bytes;
+  return end <= first || end >= first + bytes;
+}
+
 bool HostMemory::Overlaps(uintptr_t first, uintptr_t last) const {
   auto at = blocks_.lower_bound(first);
   if (at != blocks_.end() && at->first < last) return true;

@@ -30,6 +30,8 @@ class HostMemory {
   /// False: nothing was registered at `ptr`.
   bool Unregister(void* ptr);
   bool IsPinned(const void* ptr) const;
+  /// Whether these bytes lie in one block, or in none: a driver refuses copies of others.
+  bool AreTogether(const void* ptr, size_t bytes) const;
 
   /// The device will touch [first, last) in operation `time` of `stream`.
   void Guard(uintptr_t first, uintptr_t last, bool writes, int stream, uint32_t time,

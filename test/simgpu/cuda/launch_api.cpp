@@ -99,6 +99,16 @@ SIMGPU_API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 b
                           stream);
 }
 
+/// One, as for a kernel that takes all registers: its few blocks have much to do each.
+SIMGPU_API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* stub,
+                                                                     int threads, size_t) {
+  if (const cudaError_t error = simgpu::Usable(); error != cudaSuccess) return error;
+  if (threads <= 0 || threads > 1024) return Fail(cudaErrorInvalidValue);
+  if (!simgpu::FindKernel(NameOf(stub))) return Fail(cudaErrorInvalidDeviceFunction);
+  *blocks = 1;
+  return cudaSuccess;
+}
+
 SIMGPU_API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
   if (const cudaError_t error = simgpu::Usable(); error != cudaSuccess) return error;
   simgpu::Operation call;

@@ -9,6 +9,7 @@
 
 using simgpu::Engine;
 using simgpu::Fail;
+using simgpu::HostMemory;
 using simgpu::Operation;
 
 namespace {
@@ -23,6 +24,10 @@ cudaError_t Copy(void* to, const void* from, size_t bytes, int stream, bool wait
   if (bytes == 0) return cudaSuccess;
   Engine& engine = Engine::Get();
   const bool to_device = IsOnDevice(to), from_device = IsOnDevice(from);
+  const HostMemory& host = engine.host_memory();
+  if (!host.AreTogether(to, bytes) || !host.AreTogether(from, bytes)) {
+    return Fail(cudaErrorInvalidValue);
+  }
   Operation copy;
   copy.kind = simgpu::Kind::kCopy;
   copy.name = std::string("memcpy ") + (from_device ? "device" : "host") + " to " +
@@ -130,6 +135,7 @@ SIMGPU_API cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int,
 
 SIMGPU_API cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   if (const cudaError_t error = simgpu::Usable(); error != cudaSuccess) return error;
+  if (bytes == 0) return cudaSuccess;
   Operation set;
   set.kind = simgpu::Kind::kMemset;
   set.name = "memset";

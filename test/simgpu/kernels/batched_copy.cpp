@@ -51,26 +51,20 @@ std::vector<Entry> InHands(std::vector<Entry> entries) {
   return entries;
 }
 
-/// All threads of all blocks, one after another.
-template <typename Kernel>
-void RunGrid(const Launch& launch, const Kernel& kernel) {
-  for (blockIdx.x = 0; blockIdx.x < launch.blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < launch.threads; ++threadIdx.x) kernel();
-  }
-}
-
 /// A kernel whose table is an argument, which is read when it is launched.
 template <typename Kernel>
 Operation WithArgument(const Launch& launch, const Shape& shape, const Kernel& kernel) {
   const auto& table = *static_cast<const ArgTable*>(launch.arguments[0]);
   const std::vector<Entry> entries(table.entries, table.entries + table.count);
+  const int64_t tiles = table.tiles;
   Operation operation;
   operation.accesses = AccessesOf(entries, shape);
   operation.run = [=] {
     auto reached = std::make_unique<ArgTable>();
     reached->count = static_cast<int>(entries.size());
+    reached->tiles = tiles;
     std::ranges::copy(InHands(entries), reached->entries);
-    RunGrid(launch, [&] { kernel(*reached); });
+    RunGrid(launch.blocks, launch.threads, [&] { kernel(*reached); });
   };
   return operation;
 }
@@ -89,8 +83,8 @@ Operation WithMemory(const Launch& launch, const Shape& shape, const Kernel& ker
   operation.late_accesses = [=] { return AccessesOf(read(), shape); };
   operation.run = [=] {
     const std::vector<Entry> entries = InHands(read());
-    const MemoryTable reached{table.count, entries.data()};
-    RunGrid(launch, [&] { kernel(reached); });
+    const MemoryTable reached{table.count, table.tiles, entries.data()};
+    RunGrid(launch.blocks, launch.threads, [&] { kernel(reached); });
   };
   return operation;
 }

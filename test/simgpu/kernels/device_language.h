@@ -13,7 +13,7 @@
 struct Index3 {
   unsigned x = 0, y = 0, z = 0;
 };
-inline thread_local Index3 threadIdx, blockIdx;
+inline thread_local Index3 threadIdx, blockIdx, gridDim;
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -27,3 +27,12 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
+
+/// Launches a kernel: all threads of all blocks, one after another.
+template <typename Kernel>
+void RunGrid(unsigned blocks, unsigned threads, const Kernel& kernel) {
+  gridDim.x = blocks;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel();
+  }
+}

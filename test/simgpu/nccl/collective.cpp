@@ -167,11 +167,11 @@ void Compute(const Call& call, const std::vector<const char*>& inputs,
   const auto me = static_cast<size_t>(rank);
   switch (call.kind) {
     case Collective::kAllGather:
-      for (size_t r = 0; r < inputs.size(); ++r) std::memcpy(out + piece * r, inputs[r], piece);
+      for (size_t r = 0; r < inputs.size(); ++r) std::copy_n(inputs[r], piece, out + piece * r);
       return;
     case Collective::kAllToAll:
       for (size_t r = 0; r < inputs.size(); ++r) {
-        std::memcpy(out + piece * r, inputs[r] + piece * me, piece);
+        std::copy_n(inputs[r] + piece * me, piece, out + piece * r);
       }
       return;
     case Collective::kReduceScatter:
@@ -183,7 +183,7 @@ void Compute(const Call& call, const std::vector<const char*>& inputs,
     case Collective::kAllReduce:
       return AllReduce(call, inputs, factors, out);
     case Collective::kBroadcast:
-      std::memcpy(out, inputs[static_cast<size_t>(call.peer)], piece);
+      std::copy_n(inputs[static_cast<size_t>(call.peer)], piece, out);
       return;
     case Collective::kSend:
     case Collective::kReceive:

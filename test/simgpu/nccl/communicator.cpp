@@ -137,7 +137,7 @@ class Communicator::Group final : public Meeting {
       Differ("rank " + std::to_string(call.peer) + " sends " + std::to_string(bytes.size()) +
              " bytes, rank " + std::to_string(of_->rank_) + " receives " + std::to_string(wanted));
     }
-    std::memcpy(Engine::Get().Hands(call.receive), bytes.data(), wanted);
+    std::ranges::copy(bytes, static_cast<char*>(Engine::Get().Hands(call.receive)));
   }
 
   void FinishCollectives() {

@@ -1,7 +1,7 @@
 """The copies of one snapshot that are on their way: by the CPU, and from devices."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from ... import _C
 from ...common.devices import current_stream, on_stream
 
 # Bytes of one copy: on the way to the host a collective's own transfer waits for no more than this.
+# Copies end at its multiples, and so does what is registered (pinned.STEP): the driver refuses one
+# from one registration into the next.
 _PIECE = 16 << 20
 # One stream for each device of the process, kept: streams come from a small pool that all share.
 _streams: dict[torch.device, torch.Stream] = {}
@@ -21,6 +23,16 @@ class CopyPair(NamedTuple):
 
     source: torch.Tensor
     target: torch.Tensor
+
+    def pieces(self) -> Iterator["CopyPair"]:
+        """What is copied at once."""
+        address, item = self.target.data_ptr(), self.target.itemsize
+        begin, count = 0, self.target.numel()
+        while begin < count:
+            room = _PIECE - (address + begin * item) % _PIECE
+            end = begin + room // item
+            yield CopyPair(self.source[begin:end], self.target[begin:end])
+            begin = end
 
 
 class DeviceCopy:
@@ -64,7 +76,9 @@ class DeviceCopy:
         """Whether the sources still are what was copied."""
         self.synchronize()
         return all(
-            torch.equal(pair.source, pair.target.to(pair.source.device)) for pair in self._pairs
+            torch.equal(source, target.to(source.device))
+            for pair in self._pairs
+            for source, target in pair.pieces()
         )
 
     def close(self) -> None:
@@ -76,12 +90,9 @@ class DeviceCopy:
 def _queue(device: torch.device, ready: torch.Event, pairs: Sequence[CopyPair]) -> torch.Event:
     """Queues the copies of one device behind ``ready``; the event at their end."""
     stream = _side_stream(device)
-    sources: list[torch.Tensor] = []
-    targets: list[torch.Tensor] = []
-    for source, target in pairs:
-        limit = _PIECE // source.itemsize
-        sources += torch.split(source, limit)
-        targets += torch.split(target, limit)
+    pieces = [piece for pair in pairs for piece in pair.pieces()]
+    sources = [piece.source for piece in pieces]
+    targets = [piece.target for piece in pieces]
     with on_stream(stream), torch.no_grad():
         stream.wait_event(ready)
         torch._foreach_copy_(targets, sources, non_blocking=True)

@@ -15,6 +15,7 @@ from ...common.tensors import RECORD_DTYPES, local_of, row_major_on_cpu, row_maj
 from ...errors import CheckpointError
 from ..storage.data_file import COPY_BLOCK, HostRecord
 from ..storage.staging import Image, Layout, StagingPool
+from .device_copy import CopyPair
 
 Objects = list[tuple[str, memoryview]]  # names and records
 Source = Tensor | HostRecord
@@ -105,7 +106,11 @@ def _copy_to(image: Image, record: int, tensor: Tensor) -> HostRecord:
     """Copies a tensor to a record's place. What is returned keeps no memory alive: the pool has to
     be able to free its block before it makes a larger one."""
     place = image.view(record, tensor)
-    place.copy_(tensor)
+    if has_streams(tensor.device):
+        for piece in CopyPair(tensor.reshape(-1), place.view(-1)).pieces():
+            piece.target.copy_(piece.source)
+    else:
+        place.copy_(tensor)
     dtype, shape = RECORD_DTYPES[tensor.dtype], tuple(tensor.shape)
     return HostRecord(dtype, shape, place.data_ptr(), place.nbytes)
 
