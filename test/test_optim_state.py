@@ -44,12 +44,11 @@ OPTIMIZERS = {
     "NAdam": lambda p: optim.NAdam(p, lr=0.01),
     "RAdam": lambda p: optim.RAdam(p, lr=0.01),
     "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
-    **(
-        {"Rprop": lambda p: optim.Rprop(p, lr=0.01)} if torch.__version__ >= "2.12" else {}
-    ),  # before, not on DTensors
     "ASGD": lambda p: optim.ASGD(p, lr=0.01),
     "Muon": lambda p: optim.Muon([q for q in p if q.ndim == 2], lr=0.01),
 }
+if torch.__version__ >= "2.12":  # before, not on DTensors, and never by foreach
+    OPTIMIZERS["Rprop"] = lambda p: optim.Rprop(p, lr=0.01, foreach=False)
 
 
 def _every_optimizer(rank: int, names: list[str]) -> None:

@@ -1,8 +1,11 @@
 """Optimizers with groups that are empty or frozen, on every road to a checkpoint and back, and one
 that torch has no step of for shards."""
 
+import itertools
+
 import pytest
 import torch
+from device import DEVICE
 from models import NETS, batch
 from ranks import run_checks
 from states import fully_sharded, wrapped
@@ -131,16 +134,22 @@ def _adafactor_made_before(rank: int) -> None:
 
 
 def _rprop(rank: int) -> None:
-    """As on torch's FSDP2, whose parameters torch below 2.12 can't step with it either."""
+    """As on torch's FSDP2, whose parameters torch below 2.12 can't step with it either, and no
+    torch by its foreach functions, which are the default on devices."""
     x = batch(NETS["even"](), 0, rank)
-    for face in FACES:
+    has_masks = TorchVersion(torch.__version__) >= "2.12"
+    for face, foreach in itertools.product(FACES, (False, True, None)):
         model = face(NETS["even"](), mesh_of((2, 2)))
         theirs = wrap_fsdp2(NETS["even"](), (2, 2))
-        optimizers = [torch.optim.Rprop(m.parameters(), lr=0.05) for m in (model, theirs)]
+        optimizers = [
+            torch.optim.Rprop(m.parameters(), lr=0.05, foreach=foreach) for m in (model, theirs)
+        ]
         for each in (model, theirs):
             loss_of(each, x).backward()
-        if TorchVersion(torch.__version__) < "2.12":
-            with pytest.raises(NotImplementedError, match=f"^rank {rank}: torch.optim.Rprop has"):
+        if foreach or (foreach is None and DEVICE != "cpu") or not has_masks:
+            why = "foreach=False" if has_masks else "masks"
+            refused = f"^rank {rank}: torch.optim.Rprop has .*{why}"
+            with pytest.raises(NotImplementedError, match=refused):
                 optimizers[0].step()
             assert not optimizers[0].state
             with pytest.raises(NotImplementedError):

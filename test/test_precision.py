@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from device import DEVICE
 from models import Net, batch
 from ranks import run_checks, run_ranks
 from torch import nn
@@ -166,10 +167,12 @@ def _reduce_dtype_shows(rank: int) -> None:
             ours = wrap_in(Scaled(rows, columns), param_dtype=BF16, reduce_dtype=reduce)
             ours(factor).backward()
             assert (ours.module.weight.grad.to_local() == expected).all(), (rows, reduce)
-    # Sums of float16 terms that overflow before the division.
+    # Sums of float16 terms that overflow before the division. Those over the replicas are float32
+    # ones on the CPU, where 2 x 40000 fits; NCCL's are float16.
+    term = 40000.0 if DEVICE == "cpu" else 30000.0
     ours = wrap_in(Scaled(300, 512), param_dtype=FP16, reduce_dtype=FP16)
-    ours(torch.tensor(40000.0, dtype=FP16)).backward()
-    assert (ours.module.weight.grad.to_local() == 40000.0).all()
+    ours(torch.tensor(term, dtype=FP16)).backward()
+    assert (ours.module.weight.grad.to_local() == term).all()
 
 
 def _odd_dtypes(rank: int) -> None:
@@ -252,8 +255,9 @@ def _factor_and_hook(rank: int) -> None:
 
 
 def _bytes_copied(rank: int) -> None:
-    """Below the 14 + 20 / N bytes an element and step that torch's FSDP2 moves beside the wire, in
-    any precision."""
+    """Below the 14 + 20 / N bytes an element and step that torch's FSDP2 moves beside the wire with
+    bfloat16 parameters, in any precision; on a device below its 24 + 16 / N for float32 ones, as
+    NCCL gathers them to where they are copied from."""
     for shape, precision in (
         ((2, 2), {"param_dtype": BF16, "reduce_dtype": FP32}),
         ((1, 4), {}),
@@ -268,7 +272,9 @@ def _bytes_copied(rank: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
         copied = (_C._copied_bytes() - before) / sum(p.numel() for p in wide_net().parameters())
-        assert 0 < copied < 14 + 20 / shape[-1], (shape, precision, copied)
+        shards, is_packed = shape[-1], DEVICE != "cpu" and not precision
+        theirs = 24 + 16 / shards if is_packed else 14 + 20 / shards
+        assert 0 < copied < theirs, (shape, precision, copied)
 
 
 def test_numbers_on_four_ranks() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from device import DEVICE
+from device import DEVICE, cpu_only
 from ranks import memory_of, run_ranks
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
@@ -162,6 +162,7 @@ def _memory_of_many(rank: int, path: str) -> list[int]:
     return extra
 
 
+@cpu_only("it is the host's memory, of which simulated devices take theirs")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_many_small_tensors_take_no_more(tmp_path: Path, ranks: int) -> None:
     extra = run_ranks(_memory_of_many, ranks, str(tmp_path))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from device import cpu_only
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -18,6 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:.*(beta|prototype) s"),
 ]
+
+_NO_SPARSE = "the simulated device has no sparse tensors"
 
 
 class Named(torch.Tensor):
@@ -61,6 +64,7 @@ def _refused() -> dict[str, tuple[torch.Tensor, str]]:
     }
 
 
+@cpu_only(_NO_SPARSE)
 @pytest.mark.parametrize("kind", _refused())
 def test_what_no_record_brings_back_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     value, words = _refused()[kind]
@@ -77,6 +81,7 @@ def test_what_no_record_brings_back_is_refused_by_name(tmp_path: Path, kind: str
             dcp.save(state, storage_writer=h.FileSystemWriter(tmp_path), no_dist=True)
 
 
+@cpu_only(_NO_SPARSE)
 def test_sparse_tensors_of_older_checkpoints_are_not_taken_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

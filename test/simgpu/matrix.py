@@ -18,15 +18,23 @@ import simgpu
 # 2.15's default class is another one; both are asked for by one variable.
 CLASSES = {"nccl2": "1", "nccl": "0"} if TorchVersion(__version__) >= "2.15" else {"nccl": "0"}
 PACES = ("lazy", "mixed", "eager")
-# What is run on the device though it isn't about one. Of these a sample takes the first ones, once.
+# What is run on the device though it isn't about one.
 FILES = """
-fully_shard wrapper_edges meta wrapper_scalars resume
-as_torchs_fsdp2_tests async_faults fsdp_errors older_graphs save wrapper_outputs wrapper_uses
+accumulation as_torch as_torchs_fsdp2_tests async_faults async_gate async_image async_losses
+async_plan async_save fsdp fsdp_errors fully_shard hsdp_checkpoint load meta older_graphs
+optimizer_groups precision resume save save_bytes schedule state_dict state_dict_options
+state_dict_threads storage_kinds tensor_kinds wrapper_autograd wrapper_edges wrapper_outputs
+wrapper_scalars wrapper_uses
 """.split()
-SAMPLE = 5
+# Of that a sample runs, once, what finds most in its time.
+SAMPLE = """
+fully_shard wrapper_edges wrapper_scalars async_gate state_dict
+accumulation::test_beside_fully_shard_with_replicas_and_uneven_ranks
+accumulation::test_what_torchs_wrappers_keep
+""".split()
 
 
-def run(nccl: str, pace: str, seed: int, files: int, arguments: list[str]) -> bool:
+def run(nccl: str, pace: str, seed: int, unmarked: list[str], arguments: list[str]) -> bool:
     settings = {
         "TORCH_DIST_USE_NCCL2": CLASSES[nccl],
         "SIMGPU_PACE": pace,
@@ -37,15 +45,20 @@ def run(nccl: str, pace: str, seed: int, files: int, arguments: list[str]) -> bo
     print(f"== {nccl}, {pace}, seed {seed}: {words}", flush=True)
     os.environ.update(settings)
     pytest = [sys.executable, "-m", "pytest", "-q"]
-    marked = simgpu.run([*pytest, "-m", "gpu and not real_gpu", *arguments])
-    if files == 0:
-        return marked == 0
-    os.environ.update(HSDP_TEST_DEVICE="cuda", SIMGPU_DEVICES="8")
-    paths = [f"test/test_{name}.py" for name in FILES[:files]]
-    unmarked = simgpu.run([*pytest, "-m", "not gpu and not soak", *arguments, *paths])
-    for name in ("HSDP_TEST_DEVICE", "SIMGPU_DEVICES"):
-        del os.environ[name]
-    return marked == 0 and unmarked == 0
+    failed = simgpu.run([*pytest, "-m", "gpu and not real_gpu", *arguments])
+    if unmarked:
+        os.environ.update(HSDP_TEST_DEVICE="cuda", SIMGPU_DEVICES="8")
+        paths = [_path(name) for name in unmarked]
+        failed |= simgpu.run([*pytest, "-m", "not gpu and not soak", *arguments, *paths])
+        for name in ("HSDP_TEST_DEVICE", "SIMGPU_DEVICES"):
+            del os.environ[name]
+    return failed == 0
+
+
+def _path(name: str) -> str:
+    """pytest's, of a file or of one of its tests."""
+    file, separator, test = name.partition("::")
+    return f"test/test_{file}.py{separator}{test}"
 
 
 def main() -> int:
@@ -53,7 +66,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
-        "--sample", action="store_true", help="each class at another pace, some files"
+        "--sample", action="store_true", help="each class at another pace, some tests"
     )
     parser.add_argument("--pace", choices=PACES, action="append")
     parser.add_argument("--nccl", choices=list(CLASSES), action="append")
@@ -64,8 +77,8 @@ def main() -> int:
         cases = list(zip(CLASSES, PACES, itertools.count(options.first_seed)))
     failed = []
     for case in cases:
-        files = len(FILES) if not options.sample else SAMPLE if case == cases[0] else 0
-        if not run(*case, files, arguments):
+        unmarked = FILES if not options.sample else SAMPLE if case == cases[0] else []
+        if not run(*case, unmarked, arguments):
             failed.append(case)
     for nccl, pace, seed in failed:
         print(f"FAILED: {nccl}, {pace}, seed {seed}")

@@ -1,28 +1,38 @@
 """Optimizers that can't step on sharded parameters, with clear words for it."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 from torch.torch_version import TorchVersion
-
-# Adafactor: of a sharded matrix torch's DTensor has not all norms; of a sharded vector each rank
-# would take the norm of its own part.
-_WHY: dict[type[Optimizer], str] = {
-    torch.optim.Adafactor: "it scales its step by norms that torch does not have of one"
-}
-if TorchVersion(torch.__version__) < "2.12":
-    _WHY[torch.optim.Rprop] = "it assigns by masks, which torch has for one since 2.12 only"
 
 
 def check_can_step(optimizer: Optimizer) -> None:
     """NotImplementedError, before anything changes, where ``optimizer`` computes what torch has not
     for DTensors."""
-    for kind, why in _WHY.items():
-        if isinstance(optimizer, kind):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    _check_is_whole(parameter, kind.__name__, why)
+    for group in optimizer.param_groups:
+        if why := _why_not(optimizer, group):
+            kind = "Rprop" if isinstance(optimizer, torch.optim.Rprop) else "Adafactor"
+            for parameter in group["params"]:
+                _check_is_whole(parameter, kind, why)
+
+
+def _why_not(optimizer: Optimizer, group: dict[str, Any]) -> str:
+    """Why there is no step for the group's parameters that are sharded; "" if there is."""
+    if isinstance(optimizer, torch.optim.Adafactor):
+        # Of a sharded matrix torch's DTensor has not all norms; of a sharded vector each rank would
+        # take the norm of its own part.
+        return "it scales its step by norms that torch does not have of one"
+    if not isinstance(optimizer, torch.optim.Rprop):
+        return ""
+    if TorchVersion(torch.__version__) < "2.12":
+        return "it assigns by masks, which torch has for one since 2.12 only"
+    foreach = group["foreach"]
+    if foreach is None:  # it is by default where all are on a device
+        _, foreach = _default_to_fused_or_foreach(group["params"], group["differentiable"])
+    return "torch._foreach_copy_ takes none (foreach=False does without it)" if foreach else ""
 
 
 def _check_is_whole(parameter: torch.Tensor, kind: str, why: str) -> None:

@@ -145,8 +145,13 @@ class DataFile:
 
     def discard(self) -> None:
         """Closes and removes the file: an error's frames would keep it, and the space it takes, as
-        long as the error lives."""
-        del self._writer
+        long as the error lives. Nothing that was added is read any more when it returns: copies may
+        still be on their way from devices."""
+        try:
+            for stream in self._streams.values():
+                stream.synchronize()
+        finally:
+            del self._writer
 
     def _make_room(self) -> None:
         if len(self._batch.parts) >= _RECORDS:
