@@ -121,12 +121,17 @@ def _parts(state: dict[str, Any], prefix: str = "") -> dict[str, _Part]:
             place = tuple(
                 slice(first, first + rows) for first, rows in zip(start, extent, strict=True)
             )
-            out[name] = _Part(tuple(value.shape), place, value.to_local().detach().clone())
+            out[name] = _Part(tuple(value.shape), place, _kept(value.to_local()))
         elif isinstance(value, torch.Tensor):
             # FSDP1 hands out ShardedTensors on one-dimensional process groups, DTensors with a
             # mesh; here only the latter.
-            out[name] = _Part(tuple(value.shape), (), value.detach().clone())
+            out[name] = _Part(tuple(value.shape), (), _kept(value))
     return out
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU, where the ranks' process and this one can compare."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _whole(ranks: list[dict[str, _Part]]) -> dict[str, torch.Tensor]:

@@ -5,9 +5,10 @@ Only the ranks of such a group take part in making it, and nothing that torch co
 some of them have made a group among themselves, and the next group that they all make then hangs.
 """
 
+import contextlib
 import hashlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -111,11 +112,18 @@ def group_of_this_rank(like: dist.ProcessGroup) -> Any:
     """A group of this rank alone with the backend of ``like``, for meshes. It is made once and
     stays until ``destroy_process_group``."""
     rank, backend = dist.get_rank(), str(dist.get_backend_config(like))
-    return _named_group(f"hsdp_ckpt/rank {rank}/{backend}", [rank], like, group_timeout(like))
+    name, timeout = f"hsdp_ckpt/rank {rank}/{backend}", group_timeout(like)
+    with _unbound_default_group() as device:
+        is_on_device = device is not None and f"{device.type}:" in backend
+        return _named_group(name, [rank], like, timeout, device if is_on_device else None)
 
 
 def _named_group(
-    name: str, ranks: Sequence[int], like: dist.ProcessGroup, timeout: timedelta
+    name: str,
+    ranks: Sequence[int],
+    like: dist.ProcessGroup,
+    timeout: timedelta,
+    device: torch.device | None = None,
 ) -> Any:
     """A group that torch knows, by a name that follows from its ranks: ``new_group`` of torch 2.11
     takes one from how many groups a rank has, also where only its members meet."""
@@ -133,7 +141,21 @@ def _named_group(
         store,
         name,
         timeout=timeout,
+        device_id=device,
         group_desc="torch_hsdp_ckpt",
     )
     world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
     return group
+
+
+@contextlib.contextmanager
+def _unbound_default_group() -> Iterator[torch.device | None]:
+    """The device that the default group is bound to, which torch does not see meanwhile: from a
+    bound group it splits others, and waits for all its ranks, where only the new one's come."""
+    default = _c10d._get_default_group()
+    device = default.bound_device_id
+    default.bound_device_id = None
+    try:
+        yield device
+    finally:
+        default.bound_device_id = device
