@@ -105,6 +105,19 @@ def backwards_elsewhere(rank: int) -> None:
         stream.wait_stream(torch.cuda.current_stream())
 
 
+def gradients_elsewhere(rank: int) -> None:
+    """Gradients that are used on another stream than the one that the first forward ran on, whose
+    memory they are."""
+    model, side = _fully_sharded(), torch.cuda.Stream()
+    inputs = _inputs(rank, 3)
+    with torch.no_grad():
+        model(inputs[0])
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _train(model, inputs)
+    torch.cuda.current_stream().wait_stream(side)  # before the inputs go
+
+
 class _Many(nn.Module):
     """More pieces than fit into a kernel's arguments."""
 
@@ -141,6 +154,7 @@ PROGRAMS = (
     gathered_elsewhere,
     backwards_elsewhere,
     dropped_gradients,
+    gradients_elsewhere,
     many_pieces,
     another_device,
     on_gloo,

@@ -1,6 +1,7 @@
 """What only a GPU can show: no host synchronisation, streams, reuse of memory. NCCL, one rank a
 device; Gloo, several."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -175,9 +176,44 @@ class _Outputs(nn.Module):
         return outputs
 
 
-def _unused_on_some(rank: int, device: str) -> None:
-    """A rank that has no gradient for the last blocks reduces them at the end, when it has gathered
-    all others."""
+class _Branch(Block):
+    def forward(self, x: torch.Tensor, skips: bool) -> torch.Tensor:  # type: ignore[override]
+        half = torch.tanh(self.up(self.norm(x)))
+        return x + (half[..., : x.shape[-1]] if skips else self.down(half))
+
+
+class _Branches(nn.Module):
+    """The last blocks may leave out their second half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Branch(64, 128) for _ in range(5))
+
+    def forward(self, x: torch.Tensor, skips: bool) -> torch.Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x, skips and number > 2)
+        return x
+
+
+def _partly_unused_on_some(rank: int, device: str, replicas: int) -> None:
+    """The same where they lack some gradients of a block."""
+    torch.manual_seed(0)
+    net = _Branches()
+    x = torch.randn(8, 64)
+
+    def loss(model: nn.Module, rank: int) -> torch.Tensor:
+        return model(x.to(device) + rank, rank % 2 == 1).square().mean()
+
+    expected = mean_grads(net.to(device), loss)
+    model = wrap(net, (replicas, dist.get_world_size() // replicas), device)
+    for _ in range(2):
+        model.zero_grad()
+        loss(model, rank).backward()
+        assert_close(grads(model), expected)
+
+
+def _unused_on_some(rank: int, device: str, replicas: int = 1) -> None:
+    """Ranks that have no gradient for the last blocks reduce zeros for them."""
     torch.manual_seed(0)
     net = _Outputs()
     x = torch.randn(8, 64)
@@ -186,7 +222,7 @@ def _unused_on_some(rank: int, device: str) -> None:
         return model(x.to(device) + rank)[-1 - rank].square().mean()
 
     expected = mean_grads(net.to(device), loss)
-    model = wrap(net, (1, dist.get_world_size()), device)
+    model = wrap(net, (replicas, dist.get_world_size() // replicas), device)
     for _ in range(2):
         model.zero_grad()
         loss(model, rank).backward()
@@ -195,6 +231,13 @@ def _unused_on_some(rank: int, device: str) -> None:
 
 def test_gloo_on_one_device_when_ranks_lack_gradients() -> None:
     run_ranks(_unused_on_some, 2, "cuda", backend="cpu:gloo,cuda:gloo")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="NCCL takes a device for each rank")
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("lacks", [_unused_on_some, _partly_unused_on_some])
+def test_ranks_that_lack_gradients(lacks: Callable[..., None], replicas: int) -> None:
+    run_ranks(lacks, 4, "cuda", replicas, backend="cpu:gloo,cuda:nccl", timeout=120.0)
 
 
 class _OneRecord(list[tuple[int, int]]):

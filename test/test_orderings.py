@@ -31,6 +31,7 @@ NEEDED = {
     "join GradReducer::Join": (orderings.steps, RACE),
     "uses ParamGroup::JoinGather": (orderings.gathered_elsewhere, RACE),
     "uses StreamReduction::ReleaseInputs": (orderings.backwards_elsewhere, RACE),
+    "uses GradReducer::FreeShards": (orderings.gradients_elsewhere, RACE),
     "uses GradReducer::RunPasses": (orderings.casts, RACE),
     "uses GradReducer::PassesOf": (orderings.dropped_gradients, RACE),
     "uses ForEachTable": (orderings.many_pieces, "simgpu: host too early"),

@@ -48,7 +48,7 @@ c10::Stream DeviceStreams::Current() const {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
-c10::OptionalStreamGuard DeviceStreams::Enter(Side which, const Place& place) {
+DeviceStreams::Scope DeviceStreams::Enter(Side which, const Place& place) {
   if (!sides_.empty() && !IsLeftOut(Ordering::kEnter, place)) {
     const std::lock_guard lock(mutex_);
     SideStream& side = StreamOf(which);
@@ -61,20 +61,22 @@ c10::OptionalStreamGuard DeviceStreams::Enter(Side which, const Place& place) {
   return Within(which, place);
 }
 
-c10::OptionalStreamGuard DeviceStreams::Within(Side which, const Place& place) {
-  if (sides_.empty() || IsLeftOut(Ordering::kWithin, place)) return c10::OptionalStreamGuard();
+DeviceStreams::Scope DeviceStreams::Within(Side which, const Place& place) {
+  if (sides_.empty() || IsLeftOut(Ordering::kWithin, place)) return {};
+  return {*this, which};
+}
+
+void DeviceStreams::Given(Side which) {
   const std::lock_guard lock(mutex_);
-  SideStream& side = StreamOf(which);
-  ++side.given;
-  return c10::OptionalStreamGuard(side.stream);
+  ++StreamOf(which).given;
 }
 
 void DeviceStreams::Record(Side which, Mark& mark, std::vector<WorkPtr> works) {
   if (sides_.empty()) return;
   const std::lock_guard lock(mutex_);
-  const SideStream& side = StreamOf(which);
+  SideStream& side = StreamOf(which);
   mark.side_ = which;
-  mark.given_ = side.given;
+  mark.given_ = ++side.given;
   mark.works_ = std::move(works);
   if (!mark.works_.empty()) return;
   if (!mark.event_) mark.event_.emplace(side.stream.device_type());

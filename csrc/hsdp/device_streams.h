@@ -53,6 +53,9 @@ class DeviceStreams {
     Mark used_;
   };
 
+  /// While it lives, a side stream is the current one.
+  class Scope;
+
   /// Without side streams, as on the CPU.
   DeviceStreams() = default;
   /// Throws c10::Error for a device without streams of c10's kind.
@@ -62,10 +65,10 @@ class DeviceStreams {
   static std::shared_ptr<DeviceStreams> Of(at::Device device);
 
   /// The side stream waits for the current stream, and is current as long as the result lives.
-  c10::OptionalStreamGuard Enter(Side side, const Place& place = Place::current());
+  Scope Enter(Side side, const Place& place = Place::current());
   /// The side stream is current as long as the result lives, and waits for nothing: for what needs
   /// only what the last Enter has waited for.
-  c10::OptionalStreamGuard Within(Side side, const Place& place = Place::current());
+  Scope Within(Side side, const Place& place = Place::current());
   /// Sets `mark` to what has been given to the side stream so far. `works`: of the last operations
   /// there, if their backend gives any: waiting for them costs no event of our own.
   void Record(Side side, Mark& mark, std::vector<WorkPtr> works = {});
@@ -88,16 +91,35 @@ class DeviceStreams {
     explicit SideStream(c10::Stream side);
 
     c10::Stream stream;
-    c10::Event event;                          // recorded anew for every wait
-    uint64_t given = 0;                        // times that it was entered
-    std::map<c10::StreamId, uint64_t> joined;  // by stream: how many of them that has waited for
+    c10::Event event;  // recorded anew for every wait
+    uint64_t given =
+        0;  // grows when something has been given to it: at marks, and at ends of scopes
+    std::map<c10::StreamId, uint64_t> joined;  // by stream: what it has waited for of that
   };
 
+  void Given(Side side);
   SideStream& StreamOf(Side side) { return sides_[static_cast<size_t>(side)]; }
   c10::Stream Current() const;
 
   std::mutex mutex_;
   std::vector<SideStream> sides_;  // empty without side streams
+};
+
+class DeviceStreams::Scope {
+ public:
+  Scope() = default;
+  Scope(DeviceStreams& streams, Side side)
+      : streams_(&streams), side_(side), current_(streams.StreamOf(side).stream) {}
+  ~Scope() {
+    if (streams_ != nullptr) streams_->Given(side_);
+  }
+  Scope(const Scope&) = delete;
+  Scope& operator=(const Scope&) = delete;
+
+ private:
+  DeviceStreams* streams_ = nullptr;
+  Side side_{};
+  c10::OptionalStreamGuard current_;
 };
 
 }  // namespace hsdp_ckpt::hsdp

@@ -35,14 +35,16 @@ GatherQueue::State GatherQueue::StateOf(const UnitPtr& unit) const {
 }
 
 // Where the host waits for this gather, the next one is under way meanwhile. On a stream nobody
-// waits here, and by then the memory that this one was unpacked from is free.
-void GatherQueue::Unshard(const UnitPtr& unit) {
+// waits, and once this one is unpacked what it was unpacked from is free.
+void GatherQueue::Start(const UnitPtr& unit) {
   StartThrough(unit);
   StartGather(rank_, unit);
-  const bool on_stream = unit->group->gathers_on_stream();
-  if (!on_stream) PrefetchBefore(*unit);
+  if (!unit->group->gathers_on_stream()) PrefetchBefore(*unit);
+}
+
+void GatherQueue::Unshard(const UnitPtr& unit) {
   Naming({rank_, unit->name()}, "all-gather", [&] { unit->group->Unshard(); });
-  if (on_stream) PrefetchBefore(*unit);
+  if (unit->group->gathers_on_stream()) PrefetchBefore(*unit);
 }
 
 void GatherQueue::PrefetchBefore(const Unit& unit) {
@@ -52,16 +54,16 @@ void GatherQueue::PrefetchBefore(const Unit& unit) {
     ahead_ = named;
     StartThrough(named);
   }
-  const bool is_now = prefetch_ == BackwardPrefetch::kPre && !unit.has_halfway();
-  if (unit.backward_prefetch.empty() && is_now) PrefetchNext(unit);
+  if (!unit.has_halfway()) PrefetchAt(BackwardPrefetch::kPre, unit);
 }
 
-void GatherQueue::HalfComplete(const Unit& unit) {
-  if (unit.backward_prefetch.empty() && prefetch_ == BackwardPrefetch::kPre) PrefetchNext(unit);
-}
+void GatherQueue::Halfway(const Unit& unit) { PrefetchAt(BackwardPrefetch::kPre, unit); }
 
-void GatherQueue::GradientsComplete(const Unit& unit) {
-  if (unit.backward_prefetch.empty() && prefetch_ == BackwardPrefetch::kPost) PrefetchNext(unit);
+void GatherQueue::GradientsComplete(const Unit& unit) { PrefetchAt(BackwardPrefetch::kPost, unit); }
+
+// What a user has named has been started at its own time.
+void GatherQueue::PrefetchAt(BackwardPrefetch when, const Unit& unit) {
+  if (prefetch_ == when && unit.backward_prefetch.empty()) PrefetchNext(unit);
 }
 
 void GatherQueue::StartThrough(const UnitPtr& unit) {

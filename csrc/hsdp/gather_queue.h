@@ -43,11 +43,14 @@ class GatherQueue {
 
   /// Queues the sharded ones of `backward_order`: the units whose forward has run, last one first.
   void Begin(const UnitSequence& backward_order);
-  /// Makes the full parameters of `unit` usable on the current stream, and starts what is
-  /// prefetched before its backward. Throws as the collectives do, naming rank and unit.
+  /// Starts the gather of `unit`, whose backward comes next, and all before it. Throws as the
+  /// collectives do, naming rank and unit; so does Unshard.
+  void Start(const UnitPtr& unit);
+  /// Makes the full parameters of `unit`, whose gather has been started, usable on the current
+  /// stream, and starts what is prefetched before its backward.
   void Unshard(const UnitPtr& unit);
-  /// Starts what is prefetched when half of the gradients of `unit` are there.
-  void HalfComplete(const Unit& unit);
+  /// Starts what is prefetched halfway through the backward of `unit`.
+  void Halfway(const Unit& unit);
   /// Starts what is prefetched when the gradients of `unit` are there.
   void GradientsComplete(const Unit& unit);
   /// Starts the gathers up to that of `unit`, if it is queued.
@@ -62,6 +65,7 @@ class GatherQueue {
 
  private:
   State StateOf(const UnitPtr& unit) const;
+  void PrefetchAt(BackwardPrefetch when, const Unit& unit);
   void PrefetchBefore(const Unit& unit);
   void PrefetchNext(const Unit& current);
 

@@ -146,6 +146,7 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
 void GradReducer::FreeShards(const std::vector<at::Tensor>& shards) {
   Join();  // a device may still write there
   for (const at::Tensor& shard : shards) {
+    grads_->streams->Uses(shard);
     shard.storage().set_data_ptr_noswap(at::DataPtr(nullptr, grads_->device));
   }
 }

@@ -124,8 +124,8 @@ class ParamGroup {
   const std::vector<size_t>& trainable() const { return trainable_; }
   /// Elements of the gradient of parameter `trainable()[slot]`.
   int64_t grad_numel(size_t slot) const { return full_[trainable_[slot]].numel(); }
-  /// So many elements are half of the gradients. 0 where nothing comes halfway: on the CPU, and
-  /// with a parameter that is larger than all others together, whose gradient may come first or
+  /// So many elements are about half of the gradients. 0 where nothing comes halfway: on the CPU,
+  /// and with a parameter that is larger than all others together, whose gradient may come first or
   /// last.
   int64_t half_of_grads() const { return half_of_grads_; }
   /// Whether a device's stream runs the gathers; if not, the host waits for them.

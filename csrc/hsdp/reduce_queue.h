@@ -64,6 +64,16 @@ class ReduceQueue {
       StartNext();
     }
   }
+  /// Starts the reductions at the head of the queue whose gradients are there, or of which
+  /// `is_passed` says that no more come.
+  template <typename Predicate>
+  void StartPassed(Predicate is_passed) {
+    while (!queue_.empty()) {
+      const Entry& first = queue_.front();
+      if (first.state == State::kWaiting && !is_passed(*first.unit)) return;
+      StartNext();
+    }
+  }
   /// The current stream waits until a device has read the gradients that the last reduction was
   /// given, and gets their memory.
   void ReleaseInputs();

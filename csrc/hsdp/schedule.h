@@ -149,6 +149,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void UnshardInBackward(const UnitPtr& unit);
   void GradArrived(const UnitPtr& unit, size_t slot);
   void Halfway(Unit& unit);
+  void ReducePassed();
   void FreePassed();
   void FreeAfterBackward(Unit& unit);
   bool FreesAfterBackward(const Unit& unit) const;

@@ -24,7 +24,7 @@ void Schedule::BeginBackward() {
   begun_.clear();
   for (const UnitPtr& unit : units_) {
     const bool has_run = unit->backward.graph_task != -1;
-    if (has_run) unit->missed_halfway = !unit->backward.is_halfway;
+    if (has_run) unit->missed_halfway = !unit->backward.is_halfway || unit->backward.is_late;
     unit->backward.Begin(unit->group->trainable().size());
   }
   QueueBackward();
@@ -86,7 +86,32 @@ void Schedule::BeforeBackward(const UnitPtr& unit, uint64_t first_node) {
 void Schedule::UnshardInBackward(const UnitPtr& unit) {
   BeginBackward();
   FreePassed();
+  for (const UnitPtr& begun : begun_) {
+    const bool is_late = begun != unit && begun->has_halfway() && !begun->backward.is_halfway;
+    begun->backward.is_late = begun->backward.is_late || is_late;
+  }
+  gathers_.Start(unit);
+  if (unit->group->gathers_on_stream()) ReducePassed();
   gathers_.Unshard(unit);
+}
+
+// Peers that have the gradients which this rank lacks have started their reductions, and their
+// streams wait for them before they come to the gathers that this rank's computation needs next.
+// So it takes part, with zeros, before its own stream waits for a gather.
+void Schedule::ReducePassed() {
+  const auto node = torch::autograd::get_current_node();
+  if (node == nullptr || uses_hidden_graph_ || phase_ != Phase::kBackward) return;
+  const int graph_task = torch::autograd::get_current_graph_task_id();
+  reductions_.StartPassed([&](const Unit& unit) {
+    // Outside of its forward it may have been used at any time.
+    const bool is_shown = unit.unsharded_by_user || !unit.reshard_after_backward;
+    const BackwardProgress& backward = unit.backward;
+    const bool has_begun = backward.graph_task != -1;
+    const uint64_t first_node = has_begun ? backward.first_node : unit.first_node;
+    const bool is_known = first_node != UINT64_MAX && !is_shown && !backward.in_parts &&
+                          (!has_begun || backward.graph_task == graph_task);
+    return is_known && node->sequence_nr() < first_node && node->device() == unit.group->device();
+  });
 }
 
 void Schedule::GradArrived(const UnitPtr& unit, size_t slot) {
@@ -121,7 +146,7 @@ void Schedule::Halfway(Unit& unit) {
   if (half == 0 || unit.backward.arrived_numel < half) return;
   if (std::exchange(unit.backward.is_halfway, true)) return;
   reductions_.ReleaseInputs();
-  gathers_.HalfComplete(unit);
+  gathers_.Halfway(unit);
 }
 
 // Frees the units that backward has gone past: frozen and detached parameters may be needed for the

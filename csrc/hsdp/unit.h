@@ -25,6 +25,7 @@ struct BackwardProgress {
   size_t arrivals = 0;               ///< how many of them
   int64_t arrived_numel = 0;         ///< their elements
   bool is_halfway = false;           ///< half of the elements have arrived, see ParamGroup
+  bool is_late = false;              ///< backward has come to another unit before that
   bool complete = false;             ///< all of them have arrived
   int graph_task = -1;               ///< autograd's, which has come to the unit's outputs last
   uint64_t first_node = UINT64_MAX;  ///< of the forwards whose outputs those are, see Unit
@@ -34,7 +35,7 @@ struct BackwardProgress {
     arrived.assign(trainable, false);
     arrivals = 0;
     arrived_numel = 0;
-    is_halfway = false;
+    is_halfway = is_late = false;
     complete = false;
     graph_task = -1;
     first_node = UINT64_MAX;
@@ -60,7 +61,8 @@ struct BackwardProgress {
 struct Unit {
   const std::string& name() const { return group->name(); }
   bool trains() const { return !group->trainable().empty(); }
-  /// Whether its backward comes to where half of its gradients are there and others are not.
+  /// Whether its backward comes to where half of its gradients are there and others are not, before
+  /// it comes to another unit.
   bool has_halfway() const { return group->half_of_grads() > 0 && !missed_halfway; }
 
   std::shared_ptr<ParamGroup> group;
@@ -85,7 +87,7 @@ struct Unit {
   // What the Schedule notes here.
   bool frozen = false;  ///< some parameter is: it may be needed when all gradients are there
   bool unsharded_by_user = false;  ///< for a forward to come
-  bool missed_halfway = false;     ///< in the last backward, for want of gradients
+  bool missed_halfway = false;     ///< in the last backward: gradients did not come, or too late
   bool outdated = false;  ///< kept for the graph of an earlier backward: forward gathers anew
   /// The nodes of autograd's graph that this pass's forwards have made have this sequence number or
   /// higher ones.

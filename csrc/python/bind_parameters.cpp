@@ -1,5 +1,5 @@
-// What is done with all parameters of a unit at once, twice a step: in Python's own lists, which
-// its collector sees through.
+// What is done with all parameters of a unit at once, several times a step: in Python's own lists,
+// which its collector sees through.
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -16,10 +16,12 @@ namespace {
 
 /// A parameter and the place it belongs to: a table of a module's, and a name there.
 struct Entry {
-  explicit Entry(py::handle tuple)
-      : table(PyTuple_GET_ITEM(tuple.ptr(), 0)),
-        name(PyTuple_GET_ITEM(tuple.ptr(), 1)),
-        parameter(PyTuple_GET_ITEM(tuple.ptr(), 2)) {}
+  explicit Entry(const py::tuple& tuple) {
+    if (tuple.size() != 3) throw py::type_error("an entry is a table, a name and a parameter");
+    table = PyTuple_GET_ITEM(tuple.ptr(), 0);
+    name = PyTuple_GET_ITEM(tuple.ptr(), 1);
+    parameter = PyTuple_GET_ITEM(tuple.ptr(), 2);
+  }
 
   PyObject *table, *name, *parameter;
 };
@@ -27,8 +29,9 @@ struct Entry {
 void FillSlots(const std::vector<py::tuple>& entries) {
   for (const py::tuple& tuple : entries) {
     const Entry entry(tuple);
-    if (PyDict_SetItem(entry.table, entry.name, entry.parameter) != 0)
+    if (PyObject_SetItem(entry.table, entry.name, entry.parameter) != 0) {
       throw py::error_already_set();
+    }
   }
 }
 
@@ -58,6 +61,7 @@ std::vector<int64_t> CountHolders(const std::vector<py::object>& tensors) {
   std::vector<int64_t> counts;
   counts.reserve(3 * tensors.size());
   for (const py::object& object : tensors) {
+    if (!THPVariable_Check(object.ptr())) throw py::type_error("holders are counted of tensors");
     const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
     counts.push_back(object.ref_count());
     counts.push_back(static_cast<int64_t>(tensor.use_count()));

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
+from torch.optim.optimizer import Optimizer
 from torch.torch_version import TorchVersion
 
 
@@ -31,6 +31,8 @@ def _why_not(optimizer: Optimizer, group: dict[str, Any]) -> str:
         return "it assigns by masks, which torch has for one since 2.12 only"
     foreach = group["foreach"]
     if foreach is None:  # it is by default where all are on a device
+        from torch.optim.optimizer import _default_to_fused_or_foreach
+
         _, foreach = _default_to_fused_or_foreach(group["params"], group["differentiable"])
     return "torch._foreach_copy_ takes none (foreach=False does without it)" if foreach else ""
 

@@ -1,7 +1,6 @@
 """Running a wrapped module: gather before its forward, free after, whichever face it was wrapped
 with."""
 
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -55,8 +54,7 @@ class Runner:
         self._results = Results()
         # Whoever makes the root, or reads while there is none, holds it.
         self._rootless = threading.RLock()
-        # The tables of hooks that run in the backward of the unit's modules.
-        self._hook_tables: list[dict[int, Callable[..., Any]]] | None = None
+        self._inside: list[weakref.ref[nn.Module]] | None = None  # all modules of the unit
         self.add(module)
         unit.core.name = label
         keep_dynamo_out()
@@ -157,11 +155,14 @@ class Runner:
     def _has_backward_hooks(self) -> bool:
         """Whether hooks of a user's run in the backward of the unit's modules: they may read
         parameters whose gradients are there already."""
-        if self._hook_tables is None:
-            inside = [module for outer in self.modules() for module in modules_of_unit(outer)]
-            tables = [(module._backward_hooks, module._backward_pre_hooks) for module in inside]
-            self._hook_tables = [_global_backward_hooks, *itertools.chain(*tables)]
-        return any(self._hook_tables)
+        if self._inside is None:
+            self._inside = [
+                weakref.ref(module) for outer in self.modules() for module in modules_of_unit(outer)
+            ]
+        inside = (module for reference in self._inside if (module := reference()) is not None)
+        return bool(_global_backward_hooks) or any(
+            module._backward_hooks or module._backward_pre_hooks for module in inside
+        )
 
     def show_kept(self) -> None:
         """After forward: shows the full parameters that it was told to keep for backward, as

@@ -99,12 +99,25 @@ void ForeachCopy(at::TensorList self, at::TensorList src, bool non_blocking) {
   }
 }
 
+// "mul.Tensor" of an operator of ATen's.
+std::string NameInAten(const c10::OperatorName& name) {
+  const std::string overload = name.overload_name.empty() ? "" : "." + name.overload_name;
+  return name.name.rfind("aten::", 0) == 0 ? name.name.substr(6) + overload : "";
+}
+
+/// The one beside ATen's that torch's fully_shard has a kernel for.
+bool IsFullyShards(const c10::OperatorName& name) {
+  return name.name == "fsdp::chunk_cat_mixed_dtype";
+}
+
 /// The kernels that torch's fully_shard packs and unpacks with read a table of addresses, which is
-/// uploaded first: of some words a tensor, and one for each block of threads (TensorShape.cu).
-const std::set<std::string>& OperatorsWithTable() {
-  static const std::set<std::string> with_table = {"split_with_sizes_copy.out", "_chunk_cat",
-                                                   "_chunk_cat.out"};
-  return with_table;
+/// uploaded first: of some words a tensor, and one for each block of threads (TensorShape.cu; the
+/// kernel of its own takes the same pointers to such tables, as its symbol in torch's library
+/// says).
+bool ReadsTable(const c10::OperatorName& name) {
+  static const std::set<std::string> of_aten = {"split_with_sizes_copy.out", "_chunk_cat",
+                                                "_chunk_cat.out"};
+  return IsFullyShards(name) || of_aten.contains(NameInAten(name));
 }
 
 void FallbackWithTable(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -161,15 +174,8 @@ const std::set<std::string>& KeptOperators() {
   return kept;
 }
 
-/// Operators of ATen's, and those beside it that torch's fully_shard has a kernel for.
-// "mul.Tensor" of an operator of ATen's.
-std::string NameInAten(const c10::OperatorName& name) {
-  const std::string overload = name.overload_name.empty() ? "" : "." + name.overload_name;
-  return name.name.rfind("aten::", 0) == 0 ? name.name.substr(6) + overload : "";
-}
-
 bool IsReplaced(const c10::OperatorName& name) {
-  if (name.name == "fsdp::chunk_cat_mixed_dtype") return true;
+  if (IsFullyShards(name)) return true;
   const std::string in_aten = NameInAten(name);
   return !in_aten.empty() && !KeptOperators().contains(in_aten);
 }
@@ -192,9 +198,9 @@ void Register() {
     if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CUDA) || MakesView(op->schema())) {
       continue;
     }
-    const bool has_table = OperatorsWithTable().contains(NameInAten(name));
-    auto kernel = has_table ? c10::KernelFunction::makeFromBoxedFunction<&FallbackWithTable>()
-                            : c10::KernelFunction::makeFromBoxedFunction<&Fallback>();
+    auto kernel = ReadsTable(name)
+                      ? c10::KernelFunction::makeFromBoxedFunction<&FallbackWithTable>()
+                      : c10::KernelFunction::makeFromBoxedFunction<&Fallback>();
     handles.push_back(dispatcher.registerImpl(name, c10::DispatchKey::CUDA, std::move(kernel),
                                               std::nullopt, nullptr, "simgpu"));
   }
