@@ -101,6 +101,11 @@ void Schedule::UnshardInBackward(const UnitPtr& unit) {
 void Schedule::ReducePassed() {
   const auto node = torch::autograd::get_current_node();
   if (node == nullptr || uses_hidden_graph_ || phase_ != Phase::kBackward) return;
+  // Which units an older graph than the last forward's has is not known.
+  const bool is_of_last_forward =
+      std::any_of(participants_.begin(), participants_.end(),
+                  [&](const UnitPtr& unit) { return unit->first_node <= node->sequence_nr(); });
+  if (!is_of_last_forward) return;
   const int graph_task = torch::autograd::get_current_graph_task_id();
   reductions_.StartPassed([&](const Unit& unit) {
     // Outside of its forward it may have been used at any time.
