@@ -24,6 +24,12 @@ struct ThreeUnits {
   hsdp::UnitSequence all() const { return {a.unit(), b.unit(), c.unit()}; }
 };
 
+// Backward comes to `unit`.
+void Reach(GatherQueue& queue, const hsdp::UnitPtr& unit) {
+  queue.Start(unit);
+  queue.Unshard(unit);
+}
+
 }  // namespace
 
 TEST_CASE("a backward's gathers are queued in its order", "[schedule]") {
@@ -72,11 +78,11 @@ TEST_CASE("a unit that is reached has all gathers before it started", "[schedule
   queue.Begin(units.all());
 
   SECTION("to use it") {
-    queue.Unshard(units.b.unit());
+    Reach(queue, units.b.unit());
     CHECK(units.log == Log{"gather a", "gather b", "wait for gather b"});
     CHECK(units.a.group().state() == State::kGathering);
     CHECK(units.b.group().state() == State::kUnsharded);
-    queue.Unshard(units.a.unit());  // later than a unit behind it: its gather has been started
+    Reach(queue, units.a.unit());  // later than a unit behind it: its gather has been started
     CHECK(units.log.back() == "wait for gather a");
     CHECK(units.a.group().state() == State::kUnsharded);
     CHECK(queue.next() == units.c.unit());
@@ -87,16 +93,16 @@ TEST_CASE("a unit that is reached has all gathers before it started", "[schedule
     CHECK(units.log == Log{"gather a", "gather b"});
   }
   SECTION("and once more if it was freed meanwhile") {
-    queue.Unshard(units.a.unit());
+    Reach(queue, units.a.unit());
     units.a.group().Reshard();
     units.log.clear();
-    queue.Unshard(units.a.unit());
+    Reach(queue, units.a.unit());
     CHECK(units.log == Log{"gather a", "wait for gather a"});
     CHECK(queue.next() == units.b.unit());
   }
   SECTION("also when the queue has forgotten it") {
     queue.Clear();
-    queue.Unshard(units.c.unit());
+    Reach(queue, units.c.unit());
     CHECK(units.log == Log{"gather c", "wait for gather c"});
   }
 }
@@ -107,7 +113,7 @@ TEST_CASE("backward starts the next gather when it is told to", "[schedule]") {
       GENERATE(BackwardPrefetch::kNone, BackwardPrefetch::kPre, BackwardPrefetch::kPost);
   GatherQueue queue(prefetch, kThisRank);
   queue.Begin(units.all());
-  queue.Unshard(units.a.unit());
+  Reach(queue, units.a.unit());
   const bool before_use = prefetch == BackwardPrefetch::kPre;
   const Log early{"gather a", "gather b", "wait for gather a"};
   const Log late{"gather a", "wait for gather a"};
@@ -122,34 +128,34 @@ TEST_CASE("at most one gather is ahead of its use", "[schedule]") {
   ThreeUnits units;
   GatherQueue queue(BackwardPrefetch::kPre, kThisRank);
   queue.Begin(units.all());
-  queue.Unshard(units.a.unit());
+  Reach(queue, units.a.unit());
   REQUIRE(units.b.group().state() == State::kGathering);
 
   SECTION("a second one is not started") {
-    queue.Unshard(units.a.unit());
+    Reach(queue, units.a.unit());
     CHECK(units.c.group().state() == State::kSharded);
   }
   SECTION("until the first one is used") {
-    queue.Unshard(units.b.unit());
+    Reach(queue, units.b.unit());
     CHECK(units.c.group().state() == State::kGathering);
     CHECK(queue.empty());
-    queue.Unshard(units.c.unit());  // nothing is left to prefetch
+    Reach(queue, units.c.unit());  // nothing is left to prefetch
     CHECK(units.c.group().state() == State::kUnsharded);
   }
   SECTION("or waited for by somebody else") {
     units.b.group().Unshard();
-    queue.Unshard(units.a.unit());
+    Reach(queue, units.a.unit());
     CHECK(units.c.group().state() == State::kGathering);
   }
   SECTION("or dropped") {
     units.b.group().Reshard();
-    queue.Unshard(units.a.unit());
+    Reach(queue, units.a.unit());
     CHECK(units.c.group().state() == State::kGathering);
   }
   SECTION("or its backward is over") {
     queue.Clear();
     queue.Begin({units.c.unit()});
-    queue.Unshard(units.a.unit());
+    Reach(queue, units.a.unit());
     CHECK(units.c.group().state() == State::kGathering);
   }
 }
@@ -158,7 +164,7 @@ TEST_CASE("a unit that was freed is gathered before the next one", "[schedule]")
   ThreeUnits units;
   GatherQueue queue(BackwardPrefetch::kPre, kThisRank);
   queue.Begin({units.b.unit()});
-  queue.Unshard(units.a.unit());
+  Reach(queue, units.a.unit());
   CHECK(units.log == Log{"gather a", "gather b", "wait for gather a"});
 }
 
@@ -173,7 +179,7 @@ TEST_CASE("what a user names is prefetched instead of the next unit", "[schedule
   SECTION("all that are named") {
     units.a.unit()->backward_prefetch = {units.c.unit(), units.b.unit()};
     queue.Begin(order);
-    queue.Unshard(units.a.unit());
+    Reach(queue, units.a.unit());
     CHECK(units.log == Log{"gather a", "gather c", "gather b", "wait for gather a"});
     CHECK(queue.next() == d.unit());
   }
@@ -181,15 +187,15 @@ TEST_CASE("what a user names is prefetched instead of the next unit", "[schedule
     units.a.unit()->backward_prefetch = {units.c.unit()};
     units.c.group().Unshard();
     queue.Begin(order);
-    queue.Unshard(units.a.unit());
+    Reach(queue, units.a.unit());
     queue.GradientsComplete(*units.a.unit());
     CHECK(queue.next() == units.b.unit());
   }
   SECTION("and nothing else ahead of its use") {
     units.a.unit()->backward_prefetch = {units.c.unit()};
     queue.Begin(order);
-    queue.Unshard(units.a.unit());
-    queue.Unshard(units.b.unit());
+    Reach(queue, units.a.unit());
+    Reach(queue, units.b.unit());
     queue.GradientsComplete(*units.b.unit());
     CHECK(queue.next() == d.unit());
   }
@@ -201,7 +207,7 @@ TEST_CASE("an all-gather that fails names rank and unit", "[schedule]") {
   queue.Begin(units.all());
   queue.StartNext();
   units.a.shard_work().Fail();
-  const std::string error = ErrorOf([&] { queue.Unshard(units.a.unit()); });
+  const std::string error = ErrorOf([&] { Reach(queue, units.a.unit()); });
   CHECK(error.starts_with("rank 7: the all-gather of module a failed: "));
   CHECK(error.find("the wire is cut") != std::string::npos);
 }

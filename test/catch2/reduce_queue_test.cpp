@@ -39,6 +39,18 @@ struct Backward {
 
 }  // namespace
 
+TEST_CASE("units that backward has passed are reduced up to the first that it has not",
+          "[schedule]") {
+  Backward backward;
+  const auto is_passed = [&](const hsdp::Unit& unit) { return &unit != backward.b.unit().get(); };
+  backward.queue.StartPassed(is_passed);
+  CHECK(backward.News() == Log{"reduce-scatter a"});
+  backward.GradientsComplete(backward.b);
+  CHECK(backward.News() == Log{"reduce-scatter b"});
+  backward.queue.StartPassed(is_passed);
+  CHECK(backward.queue.all_started());
+}
+
 TEST_CASE("reductions start in the queue's order, however gradients come", "[schedule]") {
   Backward backward;
   backward.GradientsComplete(backward.b);
