@@ -195,38 +195,38 @@ class _Branches(nn.Module):
         return x
 
 
+Loss = Callable[[nn.Module, int], torch.Tensor]
+
+
+def _has_the_mean_of_gradients(net: nn.Module, loss: Loss, device: str, replicas: int) -> None:
+    expected = mean_grads(net.to(device), loss)
+    model = wrap(net, (replicas, dist.get_world_size() // replicas), device)
+    for _ in range(2):
+        model.zero_grad()
+        loss(model, dist.get_rank()).backward()
+        assert_close(grads(model), expected)
+
+
 def _partly_unused_on_some(rank: int, device: str, replicas: int) -> None:
-    """The same where they lack some gradients of a block."""
+    """Ranks that have no gradient for a part of a block reduce zeros for it."""
     torch.manual_seed(0)
-    net = _Branches()
-    x = torch.randn(8, 64)
+    net, x = _Branches(), torch.randn(8, 64)
 
     def loss(model: nn.Module, rank: int) -> torch.Tensor:
         return model(x.to(device) + rank, rank % 2 == 1).square().mean()
 
-    expected = mean_grads(net.to(device), loss)
-    model = wrap(net, (replicas, dist.get_world_size() // replicas), device)
-    for _ in range(2):
-        model.zero_grad()
-        loss(model, rank).backward()
-        assert_close(grads(model), expected)
+    _has_the_mean_of_gradients(net, loss, device, replicas)
 
 
 def _unused_on_some(rank: int, device: str, replicas: int = 1) -> None:
-    """Ranks that have no gradient for the last blocks reduce zeros for them."""
+    """The same of the last blocks."""
     torch.manual_seed(0)
-    net = _Outputs()
-    x = torch.randn(8, 64)
+    net, x = _Outputs(), torch.randn(8, 64)
 
     def loss(model: nn.Module, rank: int) -> torch.Tensor:
         return model(x.to(device) + rank)[-1 - rank].square().mean()
 
-    expected = mean_grads(net.to(device), loss)
-    model = wrap(net, (replicas, dist.get_world_size() // replicas), device)
-    for _ in range(2):
-        model.zero_grad()
-        loss(model, rank).backward()
-        assert_close(grads(model), expected)
+    _has_the_mean_of_gradients(net, loss, device, replicas)
 
 
 def test_gloo_on_one_device_when_ranks_lack_gradients() -> None:
