@@ -28,7 +28,7 @@ def _whole_states_in_other_orders(rank: int) -> None:
     alone = torch.optim.Adam(net.parameters())
     net(torch.ones(2, 4)).sum().backward()
     alone.step()
-    expected = {name: alone.state[p]["exp_avg"] for name, p in net.named_parameters()}
+    expected = {name: alone.state[p]["exp_avg"].cpu() for name, p in net.named_parameters()}
     for side in SIDES:
         model = fsdp1(side, layers())
         parameters = list(model.parameters())

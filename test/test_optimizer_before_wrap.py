@@ -203,7 +203,7 @@ def _trained_before(rank: int) -> None:
             whole = FSDP.full_optim_state_dict(model, optimizers[1], rank0_only=False)
             for number, name in enumerate(("scale", "layer.weight", "layer.bias")):
                 for key, value in optimizers[0].state_dict()["state"][number].items():
-                    torch.testing.assert_close(whole["state"][name][key], value)
+                    torch.testing.assert_close(whole["state"][name][key], value.cpu())
 
 
 def _unfit_state(rank: int) -> None:
