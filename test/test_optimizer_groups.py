@@ -20,6 +20,7 @@ from torch.torch_version import TorchVersion
 from training import full, loss_of, mesh_of, wrap_fsdp2
 
 from torch_hsdp_ckpt import FullyShardedDataParallel as FSDP
+from torch_hsdp_ckpt import fully_shard
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 FACES = (wrapped, fully_sharded)
@@ -133,6 +134,41 @@ def _adafactor_made_before(rank: int) -> None:
     torch.optim.Adafactor(matrices, lr=0.05).step()  # whole ones are torch's as ever
 
 
+def _mixed_groups(rank: int) -> None:
+    """Sharded parameters and whole ones in one group: torch's functions for lists, the default on
+    devices, take one kind only. On torch's FSDP2 they fail in the midst of a step."""
+    x = batch(NETS["even"](), 0, rank)
+    faces = (
+        lambda net, whole: FSDP(net, device_mesh=mesh_of((2, 2)), ignored_states=whole),
+        lambda net, whole: fully_shard(net, mesh=mesh_of((2, 2)), ignored_params=set(whole)),
+    )
+    for face in faces:
+        stepped = []
+        for is_mixed, foreach in ((True, None), (False, False), (True, True)):
+            net = NETS["even"]().to(DEVICE)
+            whole = list(net.head.parameters())
+            model = face(net, whole)
+            sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+            groups = [[*sharded, *whole]] if is_mixed else [sharded, whole]
+            options = [{"params": each, "foreach": foreach} for each in groups]
+            optimizer = torch.optim.Adam(options, lr=0.05)
+            loss_of(model, x).backward()
+            if foreach:
+                refused = f"^rank {rank}: a group of torch.optim.Adam has sharded .*foreach"
+                with pytest.raises(NotImplementedError, match=refused):
+                    optimizer.step()
+                with pytest.raises(NotImplementedError, match=refused):
+                    FSDP.optim_state_dict(model, optimizer)
+                assert not optimizer.state
+                continue
+            if is_mixed:
+                FSDP.optim_state_dict(model, optimizer)
+            optimizer.step()
+            assert [group["foreach"] for group in optimizer.param_groups] == [foreach] * len(groups)
+            stepped.append([full(p) for group in groups for p in group])
+        assert all(map(torch.equal, *stepped))
+
+
 def _rprop(rank: int) -> None:
     """As on torch's FSDP2, whose parameters torch below 2.12 can't step with it either, and no
     torch by its foreach functions, which are the default on devices."""
@@ -172,6 +208,10 @@ def test_traps_of_torchs_own() -> None:
 
 def test_adafactor() -> None:
     run_checks(4, _adafactor, _adafactor_made_before)
+
+
+def test_sharded_and_whole_parameters_in_one_group() -> None:
+    run_checks(4, _mixed_groups)
 
 
 def test_rprop() -> None:

@@ -22,9 +22,13 @@ import torch
 import torch.distributed as dist
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from .optimizers import check_can_step
+from .optimizers import check_can_step, step_is_over, step_mixed_groups_singly
 from .shards import Replacement, replacement_of, some_are_replaced
 from .state.cut import own_part
 from .state.nested import map_leaves
@@ -119,9 +123,16 @@ def _exchange(optimizer: Optimizer, adoptions: list[_Adoption]) -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     adopt(optimizer)
     check_can_step(optimizer)
+    step_mixed_groups_singly(optimizer)
+
+
+@_disable_dynamo
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    step_is_over(optimizer)
 
 
 register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
 
 
 def _adoptions(optimizer: Optimizer) -> list[_Adoption]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import Optimizer
 
 from ...common.gate import wait_at_gate
-from ..optimizers import check_can_step
+from ..optimizers import check_can_step, step_mixed_groups_singly
 from .optimizer_plan import is_torchs
 
 # Those whose step on trial has made no state (SGD without momentum): they need no second one.
@@ -67,6 +67,7 @@ def _step_on_trial(optimizer: Optimizer) -> None:
         step = step.__wrapped__
     wait_at_gate()
     with _nothing_to_change(optimizer):
+        step_mixed_groups_singly(optimizer)
         try:
             step(optimizer)
         except Exception as error:
