@@ -42,20 +42,24 @@ void Collectives::SetReduceGroups(std::string shard_group,
   reduce_group_ = std::move(shard_group);
   replica_group_ = std::move(replica_group);
   const std::lock_guard lock(mutex_);
-  ways_.clear();
+  traits_.clear();
 }
 
-Collectives::Ways Collectives::WaysOf(c10::DeviceType device) const {
+Collectives::BackendTraits Collectives::TraitsOf(c10::DeviceType device) const {
+  {
+    const std::lock_guard lock(mutex_);
+    if (const auto known = traits_.find(device); known != traits_.end()) return known->second;
+  }
+  const BackendTraits traits = AskBackend(device);
   const std::lock_guard lock(mutex_);
-  const auto known = ways_.find(device);
-  return known != ways_.end() ? known->second : ways_[device] = AskBackend(device);
+  return traits_.emplace(device, traits).first->second;
 }
 
 // No method of a backend tells who orders. "gloo" and "mpi" are the ones of torch's own that copy a
 // device's tensors through the host; all others wait on streams. "nccl" and "nccl2" are those that
 // run what is not asked for as `async` on the current stream; another one may have streams of its
 // own.
-Collectives::Ways Collectives::AskBackend(c10::DeviceType device) const {
+Collectives::BackendTraits Collectives::AskBackend(c10::DeviceType device) const {
   const bool is_cpu = device == c10::kCPU;
   // One rank has nothing to order, and need not have a backend for its device.
   if (shards_ * replicas_ == 1 && !is_cpu) return {};
@@ -70,9 +74,9 @@ Collectives::Ways Collectives::AskBackend(c10::DeviceType device) const {
 // On a device `wait` makes the current stream wait for the operation.
 PendingWorks Collectives::Ordered(WorkPtr work, const GroupPtr& group,
                                   const at::Tensor& tensor) const {
-  const Ways ways = WaysOf(tensor.device().type());
-  if (ways.host_orders) return {std::move(work), group};
-  if (ways.runs_in_place) return PendingWorks::OnStream(std::move(work));
+  const BackendTraits traits = TraitsOf(tensor.device().type());
+  if (traits.host_orders) return {std::move(work), group};
+  if (traits.runs_in_place) return PendingWorks::OnStream(std::move(work));
   if (work) work->wait();
   return {};
 }

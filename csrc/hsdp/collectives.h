@@ -45,7 +45,7 @@ struct Cut {
 /// The communication of a sharded step, over process groups that are looked up by name at every
 /// call.
 ///
-/// There are two ways, and the backend decides which is better:
+/// There are two traits, and the backend decides which is better:
 ///  - `exchanges`: ranks send point to point, every piece straight from where it is to where it
 ///    belongs, pieces of any size. Gloo does so on the CPU: its all-gather copies, and its
 ///    reduce-scatter is an all-reduce inside.
@@ -88,11 +88,11 @@ class Collectives {
   int64_t replicas() const { return replicas_; }
 
   /// Whether operations on tensors of `device` are over only when the host has waited for them.
-  bool host_orders(c10::DeviceType device) const { return WaysOf(device).host_orders; }
+  bool host_orders(c10::DeviceType device) const { return TraitsOf(device).host_orders; }
   /// Whether pieces of tensors on `device` are better sent point to point than by collectives.
-  bool exchanges(c10::DeviceType device) const { return WaysOf(device).exchanges; }
+  bool exchanges(c10::DeviceType device) const { return TraitsOf(device).exchanges; }
   /// Whether the backend launches several collectives as one.
-  bool coalesces(c10::DeviceType device) const { return WaysOf(device).coalesces; }
+  bool coalesces(c10::DeviceType device) const { return TraitsOf(device).coalesces; }
 
   /// Brings every rank's piece of every run to all; `own` are this rank's. Where ranks exchange
   /// pieces these are in their places in the runs; elsewhere they may lie anywhere, the pieces of a
@@ -127,13 +127,13 @@ class Collectives {
 
  private:
   /// How the backend for one kind of device works.
-  struct Ways {
+  struct BackendTraits {
     bool host_orders, exchanges, coalesces;
     bool runs_in_place;  ///< on the current stream, what is not asked for as `async`
   };
 
-  Ways WaysOf(c10::DeviceType device) const;
-  Ways AskBackend(c10::DeviceType device) const;
+  BackendTraits TraitsOf(c10::DeviceType device) const;
+  BackendTraits AskBackend(c10::DeviceType device) const;
   PendingWorks Ordered(WorkPtr work, const GroupPtr& group, const at::Tensor& tensor) const;
   template <typename Issue>
   WorkPtr AverageIfItCan(Issue issue) const;
@@ -144,7 +144,7 @@ class Collectives {
   int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1;
   mutable bool refuses_average_ = false;          // the backend, and so on every rank
   mutable std::mutex mutex_;                      // of what follows
-  mutable std::map<c10::DeviceType, Ways> ways_;  // of the backends that have been asked
+  mutable std::map<c10::DeviceType, BackendTraits> traits_;  // of the backends that have been asked
 };
 
 /// Waits for all `works` and forgets them. The first failure is thrown at once, as torch's

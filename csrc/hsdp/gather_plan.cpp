@@ -26,9 +26,9 @@ int64_t ItemBytes(const GatheredParam& param) {
 }
 
 /// Who is gathered in place, and by what.
-class Ways {
+class InPlaceRule {
  public:
-  Ways(const Collectives& collectives, c10::DeviceType device)
+  InPlaceRule(const Collectives& collectives, c10::DeviceType device)
       : shards_(collectives.shards()),
         exchanges_(shards_ > 1 && collectives.exchanges(device)),
         coalesces_(shards_ > 1 && collectives.coalesces(device)) {}
@@ -66,14 +66,14 @@ class Planner {
         layout_(layout),
         shards_(collectives.shards()),
         rank_(collectives.shard_rank()),
-        ways_(collectives, device) {}
+        rule_(collectives, device) {}
 
   GatherPlan Plan() {
     PlaceFull();
     plan_.is_gathered_into.assign(plan_.full_bytes.size(), false);
     std::vector<size_t> packed;
     for (size_t i = 0; i < params_.size(); ++i) {
-      if (ways_.GoesInPlace(params_[i])) {
+      if (rule_.GoesInPlace(params_[i])) {
         AddInPlace(i);
       } else {
         packed.push_back(i);
@@ -93,7 +93,7 @@ class Planner {
     plan_.full_bytes.assign(1, 0);
     for (const GatheredParam& param : params_) {
       const int64_t bytes = ParamShape::Of(param.sizes, shards_, ItemBytes(param)).numel();
-      if (ways_.IsLarge(param)) {
+      if (rule_.IsLarge(param)) {
         plan_.places.push_back({plan_.full_bytes.size(), 0});
         plan_.full_bytes.push_back(bytes);
       } else {
@@ -121,7 +121,7 @@ class Planner {
     for (int64_t r = 0; r <= shards_; ++r) {
       run.bounds.push_back(layout_.first_row(i, r) * RowBytes(i));
     }
-    if (ways_.TakesFromFlat(params_[i])) {
+    if (rule_.TakesFromFlat(params_[i])) {
       run.flat_offset = layout_.offset(i);
     } else {
       plan_.own_rows.push_back(OwnRows(i, run.place.buffer, FullOffset(i, rank_)));
@@ -134,7 +134,7 @@ class Planner {
     bool is_as_flat = !packed.empty();
     for (const size_t i : packed) {
       offsets.push_back(plan_.packed_stride);
-      is_as_flat = is_as_flat && ways_.TakesFromFlat(params_[i]);
+      is_as_flat = is_as_flat && rule_.TakesFromFlat(params_[i]);
       plan_.packed_stride += RoundUp(layout_.chunk_rows(i) * RowBytes(i), kPackedAlignment);
     }
     if (is_as_flat) plan_.packed_flat_offset = layout_.offset(packed.front());
@@ -172,7 +172,7 @@ class Planner {
   const std::vector<GatheredParam>& params_;
   const ShardLayout& layout_;
   const int64_t shards_, rank_;
-  const Ways ways_;
+  const InPlaceRule rule_;
   GatherPlan plan_;
 };
 
@@ -180,11 +180,11 @@ class Planner {
 
 std::vector<size_t> FlatOrder(const std::vector<GatheredParam>& params,
                               const Collectives& collectives, c10::DeviceType device) {
-  const Ways ways(collectives, device);
+  const InPlaceRule rule(collectives, device);
   std::vector<size_t> order(params.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_partition(order.begin(), order.end(),
-                        [&](size_t i) { return ways.GoesInPlace(params[i]); });
+                        [&](size_t i) { return rule.GoesInPlace(params[i]); });
   return order;
 }
 

@@ -275,7 +275,7 @@ void ParamGroup::StartGather() {
   Run(plan_.own_rows, flat_);
   if (collectives_->shards() > 1) AllGather();
   std::vector<WorkPtr> works;
-  if (WorkPtr work = gather_works_.TakeQueued()) works.push_back(std::move(work));
+  gather_works_.MoveQueuedTo(works);
   streams_->Record(DeviceStreams::Side::kGather, gathered_, std::move(works));
 }
 

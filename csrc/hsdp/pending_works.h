@@ -47,8 +47,12 @@ class PendingWorks {
   void Receive(const at::Tensor& tensor, const GroupPtr& group, int64_t peer);
 
   bool empty() const { return works_.empty(); }
-  /// The work of an operation on a stream, or null.
-  WorkPtr TakeQueued() { return std::exchange(queued_, {}); }
+  /// The work of an operation on a stream, if there is one, put behind `works`.
+  void MoveQueuedTo(std::vector<WorkPtr>& works) {
+    if (WorkPtr work = std::exchange(queued_, {})) works.push_back(std::move(work));
+  }
+  /// For what comes behind that operation in any case.
+  void ForgetQueued() { queued_.reset(); }
   /// Whether all of them are over. Of messages nobody knows until they are waited for.
   bool AreOver() const;
   /// Waits for all, in their order, and forgets them. The first failure is thrown at once, as the

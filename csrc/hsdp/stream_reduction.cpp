@@ -44,7 +44,7 @@ void StreamReduction::StartAllReduces() {
   std::vector<at::Tensor> read;
   std::vector<WorkPtr> works;
   for (const auto& bucket : grads().buckets) {
-    if (WorkPtr work = bucket->works.TakeQueued()) works.push_back(std::move(work));
+    bucket->works.MoveQueuedTo(works);
     AwaitWorks(grads(), *bucket, "reduce-scatter");
     if (bucket->partial.defined()) {
       // What reads it comes behind the works.
@@ -73,7 +73,7 @@ void StreamReduction::AllReduce(GradBucket& bucket) {
     bucket.works = collectives.AllReduce(bucket.output, averages(bucket));
   }
   if (on_cpu()) return;
-  bucket.works.TakeQueued();  // what follows here comes behind it in any case
+  bucket.works.ForgetQueued();
   AwaitWorks(grads(), bucket, "all-reduce");
   // An all-reduce leaves the same bits on all ranks. A ring's reduce-scatter does not: it sums the
   // gradient of a parameter without dimensions for each rank in another order, beginning with its
@@ -81,7 +81,7 @@ void StreamReduction::AllReduce(GradBucket& bucket) {
   const at::Tensor whole = bucket.WholeOf(bucket.output);
   if (!is_last || whole.numel() == 0 || collectives.shards() == 1) return;
   bucket.works = collectives.BroadcastFirst(whole);
-  bucket.works.TakeQueued();
+  bucket.works.ForgetQueued();
   AwaitWorks(grads(), bucket, "broadcast");
 }
 
