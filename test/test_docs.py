@@ -129,8 +129,9 @@ def _check_pytest(words: list[str]) -> None:
 
 def _check_simgpu(words: list[str]) -> None:
     """What stands behind the program is a command of its own; test_simgpu.py runs some."""
-    assert words[2:] == simgpu.parser().parse_args(words[2:]).command
-    _check_pytest(words[2:])
+    command = simgpu.parser().parse_args(words[2:]).command
+    assert words[2:] == command
+    (_check_torchrun if command[0] == "torchrun" else _check_pytest)(command)
 
 
 def _check_ctest(words: list[str]) -> None:

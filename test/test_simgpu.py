@@ -198,6 +198,27 @@ def test_what_is_wrong_is_found_and_what_is_right_is_clean(tmp_path: Path, name:
         assert right == Ended(0, f"simgpu: seed {seed}\n")
 
 
+def test_a_process_in_which_something_was_found_ends_by_its_own_status() -> None:
+    program = "import torch\n" + MISSING_WAIT
+    for wait, status in (("pass", 73), (PROGRAMS["a missing wait"][1], 0)):
+        assert simgpu.run([sys.executable, "-c", program.format(wait=wait)]) == status
+
+
+ATTENTION = """
+torch.manual_seed(0)
+layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+x = torch.randn(2, 4, 16)
+expected = layer(x)
+assert torch.equal(layer.cuda()(x.cuda()).cpu(), expected)
+layer(x.cuda()).sum().backward()
+"""
+
+
+def test_attention_is_composed_of_what_there_is(tmp_path: Path) -> None:
+    (ended,) = _run([(ATTENTION, {})], tmp_path)
+    assert ended.status == 0, ended.stderr
+
+
 CAPTURE = """
 with torch.cuda.stream(torch.cuda.Stream()):
     torch.cuda.CUDAGraph().capture_begin()

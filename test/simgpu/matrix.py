@@ -4,19 +4,22 @@ and of checkpoints that name no device (``test/device.py``).
 
     python test/simgpu/matrix.py --seeds 3 [pytest's arguments]
 
-A run that fails is named by what makes it happen again."""
+A run that fails is named by the command that makes it happen again."""
 
 import argparse
 import itertools
 import os
+import shlex
 import sys
 
+import pytest
 from torch.torch_version import TorchVersion, __version__
 
 import simgpu
 
 # 2.15's default class is another one; both are asked for by one variable.
 CLASSES = {"nccl2": "1", "nccl": "0"} if TorchVersion(__version__) >= "2.15" else {"nccl": "0"}
+OK, NO_TESTS = int(pytest.ExitCode.OK), int(pytest.ExitCode.NO_TESTS_COLLECTED)
 PACES = ("lazy", "mixed", "eager")
 # What is run on the device though it isn't about one.
 FILES = """
@@ -42,18 +45,30 @@ def run(nccl: str, pace: str, seed: int, unmarked: list[str], arguments: list[st
         "SIMGPU_SEED": str(seed),
         "HSDP_CKPT_REQUIRE_GPU": "1",
     }
-    words = " ".join(f"{name}={value}" for name, value in settings.items())
-    print(f"== {nccl}, {pace}, seed {seed}: {words}", flush=True)
-    os.environ.update(settings)
-    pytest = [sys.executable, "-m", "pytest", "-q"]
-    failed = simgpu.run([*pytest, "-m", "gpu and not real_gpu", *arguments])
+    print(f"== {nccl}, {pace}, seed {seed}", flush=True)
+    statuses = {_pytest(settings, ["-m", "gpu and not real_gpu", *arguments])}
     if unmarked:
-        os.environ.update(HSDP_TEST_DEVICE="cuda", SIMGPU_DEVICES="8")
+        on_device = {**settings, "HSDP_TEST_DEVICE": "cuda", "SIMGPU_DEVICES": "8"}
         paths = [_path(name) for name in unmarked]
-        failed |= simgpu.run([*pytest, "-m", "not gpu and not soak", *arguments, *paths])
-        for name in ("HSDP_TEST_DEVICE", "SIMGPU_DEVICES"):
-            del os.environ[name]
-    return failed == 0
+        statuses.add(_pytest(on_device, ["-m", "not gpu and not soak", *arguments, *paths]))
+    # With -k one of them may have nothing to run.
+    return OK in statuses and statuses <= {OK, NO_TESTS}
+
+
+def _pytest(settings: dict[str, str], arguments: list[str]) -> int:
+    """pytest's exit status; if it fails, prints how to run it alone."""
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    before = dict(os.environ)
+    os.environ.update(settings)
+    status = simgpu.run(command)
+    os.environ.clear()
+    os.environ.update(before)
+    if status in (OK, NO_TESTS):
+        return status
+    words = [f"{name}={value}" for name, value in settings.items()]
+    program = os.path.relpath(simgpu.__file__)
+    print("FAILED:", shlex.join([*words, "python", program, *command]), flush=True)
+    return status
 
 
 def _path(name: str) -> str:
@@ -82,7 +97,7 @@ def main() -> int:
         if not run(*case, unmarked, arguments):
             failed.append(case)
     for nccl, pace, seed in failed:
-        print(f"FAILED: {nccl}, {pace}, seed {seed}")
+        print(f"FAILED: {nccl}, {pace}, seed {seed}, see above")
     return 1 if failed else 0
 
 

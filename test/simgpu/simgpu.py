@@ -1,15 +1,18 @@
 """Runs a command on simulated GPUs.
 
-    python test/simgpu/simgpu.py [--libraries DIRECTORY] python -m pytest ...
+    python test/simgpu/simgpu.py [--libraries DIRECTORY] torchrun --nproc-per-node 4 train.py
 
-The environment says how they are (``core/settings.h``): SIMGPU_SEED, SIMGPU_PACE, SIMGPU_DEVICES
-and so on. Processes of the command are one job: their collectives meet, and deadlocks are found
-among all of them."""
+The environment says how they are, see core/settings.h: SIMGPU_SEED (0), SIMGPU_PACE (lazy, mixed or
+eager; by the seed), SIMGPU_DEVICES (4), SIMGPU_DEVICE_MB (8192), SIMGPU_TRACE=1 and others.
+Processes of the command, 64 at most, are one job: their collectives meet, and deadlocks are found
+among all of them. A process in which something was found ends with status 70 (a deadlock), 71 (the
+host touched device memory), 72 (collectives that differ) or, at its own end, 73 (all else)."""
 
 import argparse
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +41,15 @@ def environment(libraries: Path, shared: str) -> dict[str, str]:
     return out
 
 
+def check_built(libraries: Path) -> None:
+    """Ends the program with words if the simulator is not there."""
+    if not list(libraries.glob("simgpu_aten*.so")):
+        sys.exit(
+            f"{libraries} has no simulated GPU: `make build-tests` builds it, where torch has CUDA "
+            "and a CUDA toolkit is installed"
+        )
+
+
 @contextlib.contextmanager
 def job(libraries: Path = LIBRARIES) -> Iterator[dict[str, str]]:
     """The environment for the processes of one job, whose directory goes with it."""
@@ -54,7 +66,9 @@ def run(command: list[str], libraries: Path = LIBRARIES) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--libraries", type=Path, default=LIBRARIES)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     return parser
@@ -62,4 +76,9 @@ def parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     arguments = parser().parse_args()
+    if not arguments.command:
+        parser().error("no command to run")
+    check_built(arguments.libraries)
+    # The job's directory goes with it then too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(run(arguments.command, arguments.libraries))

@@ -400,7 +400,11 @@ std::string Engine::Words() {
       out << " for operation " << head.operation.event->number << " of stream "
           << head.operation.event->stream;
     }
-    if (head.operation.meeting) out << (head.started ? ", waits for its peers" : ", not started");
+    if (head.operation.meeting && head.started) {
+      out << ", waits for " << head.operation.meeting->absent();
+    } else if (head.operation.meeting) {
+      out << ", not started";
+    }
     out << "\n";
   }
   return out.str();

@@ -47,6 +47,8 @@ class Meeting {
   virtual bool Poll() = 0;
   /// Processes (bits of Job's places) that are not there yet.
   virtual uint64_t missing() const = 0;
+  /// The same, as the communicator calls them: "rank 3", say.
+  virtual std::string absent() const = 0;
   /// Meetings of one communicator take place one after another, in the order of their issue.
   virtual int64_t communicator() const = 0;
 };

@@ -16,8 +16,9 @@ struct Settings {
   size_t device_bytes = size_t{8} << 30;  ///< of each; SIMGPU_DEVICE_MB
   size_t pinned_bytes = SIZE_MAX;         ///< of pinned host memory in all; SIMGPU_PINNED_MB
   uint64_t seed = 0;                      ///< SIMGPU_SEED
-  Pace pace = Pace::kMixed;               ///< SIMGPU_PACE: lazy, mixed, eager; unset: by the seed
-  int hardware_queues = 8;                ///< CUDA_DEVICE_MAX_CONNECTIONS
+  /// SIMGPU_PACE: lazy, mixed, eager. Unset: lazy with every third seed from 0 on, else mixed.
+  Pace pace = Pace::kLazy;
+  int hardware_queues = 8;             ///< CUDA_DEVICE_MAX_CONNECTIONS
   int idle_ms = 4;                     ///< SIMGPU_IDLE_MS: the device goes on by itself after that
   double deadlock_s = 1.0;             ///< SIMGPU_DEADLOCK_S: blocked that long is a deadlock
   bool trace = false;                  ///< SIMGPU_TRACE=1: every operation, to stderr

@@ -77,6 +77,13 @@ const char* NameOf(Collective kind) {
   return kNames[static_cast<size_t>(kind)];
 }
 
+const char* NameOf(DataType type) {
+  constexpr const char* kNames[] = {"int8",    "uint8",    "int32",       "uint32",
+                                    "int64",   "uint64",   "float16",     "float32",
+                                    "float64", "bfloat16", "float8_e4m3", "float8_e5m2"};
+  return kNames[static_cast<size_t>(type)];
+}
+
 size_t SizeOf(DataType type) {
   switch (type) {
     case DataType::kInt8:

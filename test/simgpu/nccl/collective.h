@@ -33,6 +33,7 @@ enum class DataType : uint8_t {
   kFloat8e5m2
 };
 size_t SizeOf(DataType type);
+const char* NameOf(DataType type);
 
 enum class Reduction : uint8_t { kSum, kProduct, kMax, kMin, kAverage, kScaledSum };
 

@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <functional>
+#include <iomanip>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <thread>
@@ -34,8 +37,8 @@ bool Agree(const Header& a, const Header& b) {
 }
 
 std::string Text(const Header& h) {
-  return std::string(NameOf(h.kind)) + " of " + std::to_string(h.count) + " elements of type " +
-         std::to_string(static_cast<int>(h.type));
+  return std::string(NameOf(h.kind)) + " of " + std::to_string(h.count) + " elements of " +
+         NameOf(h.type);
 }
 
 std::string ByRank(const std::string& what, int rank) { return what + "_" + std::to_string(rank); }
@@ -82,23 +85,36 @@ class Communicator::Group final : public Meeting {
 
   uint64_t missing() const override {
     uint64_t out = 0;
-    const auto lacks = [&](int rank) {
+    for (const int rank : MissingRanks()) {
       out |= uint64_t{1} << of_->places_[static_cast<size_t>(rank)];
-    };
-    for (size_t i = 0; i < calls_.size(); ++i) {
-      if (!IsPointToPoint(calls_[i])) continue;
-      const bool sends = calls_[i].kind == Collective::kSend;
-      if (!of_->mailbox_.Has(pairs_[i] + (sends ? "_there" : ""))) lacks(calls_[i].peer);
-    }
-    for (int r = 0; !collective_.empty() && r < of_->size_; ++r) {
-      if (!of_->mailbox_.Has(ByRank(collective_, r))) lacks(r);
     }
     return out;
+  }
+
+  std::string absent() const override {
+    std::string out;
+    for (const int rank : MissingRanks()) {
+      out += (out.empty() ? "rank " : ", ") + std::to_string(rank);
+    }
+    return out.empty() ? "nobody any more" : out;
   }
 
   int64_t communicator() const override { return of_->number_; }
 
  private:
+  std::vector<int> MissingRanks() const {
+    std::set<int> out;
+    for (size_t i = 0; i < calls_.size(); ++i) {
+      if (!IsPointToPoint(calls_[i])) continue;
+      const bool sends = calls_[i].kind == Collective::kSend;
+      if (!of_->mailbox_.Has(pairs_[i] + (sends ? "_there" : ""))) out.insert(calls_[i].peer);
+    }
+    for (int r = 0; !collective_.empty() && r < of_->size_; ++r) {
+      if (!of_->mailbox_.Has(ByRank(collective_, r))) out.insert(r);
+    }
+    return {out.begin(), out.end()};
+  }
+
   void PutMessages() {
     std::vector<char> message;
     const auto append = [&](const void* data, size_t bytes) {
@@ -181,7 +197,7 @@ class Communicator::Group final : public Meeting {
   }
 
   [[noreturn]] void Differ(const std::string& how) const {
-    Findings::Get().Add(Fault::kMismatch, how, "communicator " + of_->id_ + ": " + how);
+    Findings::Get().Add(Fault::kMismatch, how, of_->Name() + ": " + how);
     PrintPythonStacks();
     std::_Exit(kMismatchExit);
   }
@@ -215,6 +231,14 @@ std::shared_ptr<Communicator> Communicator::Open(const std::string& id, int rank
   return made;
 }
 
+std::string Communicator::Name() const {
+  std::ostringstream out;
+  out << "communicator " << std::hex << std::setfill('0') << std::setw(4)
+      << (std::hash<std::string>{}(id_) & 0xffff) << std::dec << ", rank " << rank_ << " of "
+      << size_;
+  return out.str();
+}
+
 std::vector<std::string> Communicator::Exchange(const std::string& what, const std::string& mine) {
   mailbox_.Put(ByRank(what, rank_), {mine.begin(), mine.end()});
   const auto limit = std::chrono::steady_clock::now() + std::chrono::minutes(1);
@@ -242,7 +266,7 @@ void Communicator::Launch(int stream, std::vector<Call> calls) {
     operation.accesses.push_back(Writes(call.receive, ReceivedBytes(call, rank_, size_)));
     if (operation.name.size() < 60) operation.name += std::string(" ") + NameOf(call.kind);
   }
-  operation.name += " of communicator " + std::to_string(number_);
+  operation.name += " of " + Name();
   operation.meeting = std::make_shared<Group>(shared_from_this(), std::move(calls));
   Engine::Get().Issue(stream, std::move(operation));
 }

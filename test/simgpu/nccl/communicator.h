@@ -40,6 +40,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   class Group;  // a group of calls under way
 
   Communicator(std::string id, int rank, int size, int device);
+  /// For reports: the same number in all processes, and who this is in it.
+  std::string Name() const;
   std::vector<std::string> Exchange(const std::string& what, const std::string& mine);
 
   const std::string id_;

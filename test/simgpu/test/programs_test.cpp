@@ -267,8 +267,8 @@ TEST_P(Programs, RanksInDifferentOrders) {
   for (const Ended& ended : Run(2, [&](int rank) { program(rank, false); })) {
     EXPECT_EQ(ended.status, kDeadlockExit) << ended.text;
     EXPECT_THAT(ended.text, HasSubstr("stream 0 (device 0): "));
-    EXPECT_THAT(ended.text, HasSubstr("of communicator 0', waits for its peers"));
-    EXPECT_THAT(ended.text, HasSubstr("of communicator 1', waits for its peers"));
+    EXPECT_THAT(ended.text, HasSubstr("rank 0 of 2', waits for rank 1"));
+    EXPECT_THAT(ended.text, HasSubstr("rank 1 of 2', waits for rank 0"));
   }
   IsClean(2, [&](int rank) { program(rank, true); });
 }
