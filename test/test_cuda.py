@@ -11,6 +11,7 @@ from models import Block, Net, batch
 from ranks import SIMULATED, run_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.profiler import ProfilerActivity, profile
 from training import assert_close, full, grads, loss_of, mean_grads, wrap, wrap_fsdp2
 
@@ -198,9 +199,12 @@ class _Branches(nn.Module):
 Loss = Callable[[nn.Module, int], torch.Tensor]
 
 
-def _has_the_mean_of_gradients(net: nn.Module, loss: Loss, device: str, replicas: int) -> None:
+def _has_the_mean_of_gradients(
+    net: nn.Module, loss: Loss, device: str, replicas: int, units: tuple[type, ...] = (Block,)
+) -> None:
     expected = mean_grads(net.to(device), loss)
-    model = wrap(net, (replicas, dist.get_world_size() // replicas), device)
+    shape = replicas, dist.get_world_size() // replicas
+    model = wrap(net, shape, device, ModuleWrapPolicy(set(units)))
     for _ in range(2):
         model.zero_grad()
         loss(model, dist.get_rank()).backward()
@@ -229,15 +233,56 @@ def _unused_on_some(rank: int, device: str, replicas: int = 1) -> None:
     _has_the_mean_of_gradients(net, loss, device, replicas)
 
 
+class _Cut(Block):
+    def forward(self, x: torch.Tensor, cuts: bool) -> torch.Tensor:  # type: ignore[override]
+        x = super().forward(x)
+        return x.detach() if cuts else x
+
+
+class _Cuts(nn.Module):
+    """Blocks, up to one of which no gradient comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Cut(64, 128) for _ in range(3))
+        self.head = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, cuts: tuple[int, ...]) -> torch.Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x, number in cuts)
+        return self.head(x)
+
+
+def _cut_on_some(rank: int, device: str, replicas: int = 1) -> None:
+    """The same of the first blocks."""
+    torch.manual_seed(0)
+    net, x = _Cuts(), torch.randn(8, 64)
+
+    def loss(model: nn.Module, rank: int) -> torch.Tensor:
+        return model(x.to(device) + rank, ((), (0,), (0, 2), (1,))[rank]).square().mean()
+
+    _has_the_mean_of_gradients(net, loss, device, replicas, (Block, nn.Linear))
+
+
 def test_gloo_on_one_device_when_ranks_lack_gradients() -> None:
     run_ranks(_unused_on_some, 2, "cuda", backend="cpu:gloo,cuda:gloo")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="NCCL takes a device for each rank")
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("lacks", [_unused_on_some, _partly_unused_on_some])
+@pytest.mark.parametrize("lacks", [_unused_on_some, _partly_unused_on_some, _cut_on_some])
 def test_ranks_that_lack_gradients(lacks: Callable[..., None], replicas: int) -> None:
-    run_ranks(lacks, 4, "cuda", replicas, backend="cpu:gloo,cuda:nccl", timeout=120.0)
+    """Each stream has a hardware queue of its own: see docs/troubleshooting.md."""
+    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    run_ranks(lacks, 4, "cuda", replicas, backend="cpu:gloo,cuda:nccl", settings=settings)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="NCCL takes a device for each rank")
+def test_a_host_that_lacks_gradients_asks_for_them_when_all_is_queued() -> None:
+    """With so many (simulated) devices gathers share a hardware queue with a rank's computation:
+    what its host waits for must not stand behind a gather that it has still to start."""
+    settings = {"SIMGPU_DEVICES": "8"}
+    run_ranks(_cut_on_some, 4, "cuda", 2, backend="cpu:gloo,cuda:nccl", settings=settings)
 
 
 class _OneRecord(list[tuple[int, int]]):

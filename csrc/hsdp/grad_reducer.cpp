@@ -108,9 +108,17 @@ void GradReducer::DropPartial() {
   for (const auto& bucket : grads_->buckets) bucket->partial.reset();
 }
 
+bool GradReducer::uses_all_here() const {
+  return std::find(used_here_.begin(), used_here_.end(), false) == used_here_.end();
+}
+
+bool GradReducer::blocks_host() const {
+  return !uses_all_here() && !grads_->collectives->host_orders(grads_->device.type());
+}
+
 std::vector<size_t> GradReducer::Unused() const {
   std::vector<size_t> unused;
-  if (std::find(used_here_.begin(), used_here_.end(), false) == used_here_.end()) return unused;
+  if (uses_all_here()) return unused;
   const auto scope = grads_->streams->Within(Side::kReduce);
   for (const auto& bucket : grads_->buckets) {
     at::Tensor used = bucket->FlagsOf(bucket->output).ne(0);

@@ -52,6 +52,8 @@ class GradReducer {
   /// Indices of parameters that no rank had a gradient for. Empty without looking if this rank had
   /// them all.
   std::vector<size_t> Unused() const;
+  /// Whether Unused makes the host wait for a device, and with it for the peers.
+  bool blocks_host() const;
   /// Tensors for the sharded gradients: this rank's rows of every parameter, uninitialised, slices
   /// of one buffer for each bucket and dtype.
   std::vector<at::Tensor> EmptyShards() const;
@@ -82,6 +84,7 @@ class GradReducer {
   void End();
   static void AllocateFreed(const GradBucket& bucket,
                             const std::vector<std::optional<at::Tensor>>& targets);
+  bool uses_all_here() const;
   bool SwapIfPossible(GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
                       const std::vector<bool>& accumulate) const;
   void RunPasses(const GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,

@@ -57,7 +57,7 @@ void ReduceQueue::Start(const UnitPtr& unit) {
   last_started_ = unit;
   StartReduction(unit);
   reducing_.push_back(unit);
-  Take(kInFlight);
+  TakeDuringBackward();
 }
 
 // On a device results are taken on the host long before they are there: this is what bounds the
@@ -83,16 +83,30 @@ void ReduceQueue::StartReduction(const UnitPtr& unit) {
 
 void ReduceQueue::Take(size_t keep) {
   AdvanceAll();
-  while (!reducing_.empty()) {
-    const UnitPtr unit = reducing_.front();
-    if (reducing_.size() > keep) {
-      Await(*unit);
-    } else if (!Advance(rank_, *unit, /*wait=*/false)) {
-      break;
-    }
-    reducing_.pop_front();
-    TakeResult(*unit);
+  while (!reducing_.empty() && TakeOldest(keep)) {
   }
+}
+
+// Where this rank lacks gradients its host has to ask the device whether peers have them. To
+// answer, their streams may need gathers that this rank would start only afterwards: such a result,
+// and those behind it, are taken at the end of backward. What they keep in memory are shards.
+void ReduceQueue::TakeDuringBackward() {
+  AdvanceAll();
+  while (!reducing_.empty() && !reducing_.front()->group->reducer().blocks_host()) {
+    if (!TakeOldest(kInFlight)) return;
+  }
+}
+
+bool ReduceQueue::TakeOldest(size_t keep) {
+  const UnitPtr unit = reducing_.front();
+  if (reducing_.size() > keep) {
+    Await(*unit);
+  } else if (!Advance(rank_, *unit, /*wait=*/false)) {
+    return false;
+  }
+  reducing_.pop_front();
+  TakeResult(*unit);
+  return true;
 }
 
 // All-reduces start in the order of the reductions, each when its reduce-scatter is over.

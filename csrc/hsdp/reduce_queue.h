@@ -27,8 +27,8 @@ namespace hsdp_ckpt::hsdp {
 ///              get to a unit behind it
 ///   -          GradientsComplete of a unit that is     in flight  the same, once more
 ///              not queued: more gradients have come
-///   in flight  Take, as the oldest one                 -          on_reduced, or the sums wait
-///                                                                 for an all-reduce
+///   in flight  Take, or the start of another one, as   -          on_reduced, or the sums wait
+///              the oldest                                         for an all-reduce
 ///   any        Clear                                   -          the queue forgets it
 ///
 /// A reduction that the last backward has left in flight may still be there when the next one
@@ -77,7 +77,8 @@ class ReduceQueue {
   /// The current stream waits until a device has read the gradients that the last reduction was
   /// given, and gets their memory.
   void ReleaseInputs();
-  /// Takes the results that are there, and waits for the oldest until `keep` are in flight.
+  /// Takes the results that are there, and waits for the oldest until `keep` are in flight. What
+  /// peers need of this rank to get there has been started.
   void Take(size_t keep);
   /// Throws this rank's first error since Begin, and forgets it.
   void RethrowKept();
@@ -95,6 +96,8 @@ class ReduceQueue {
   void StartNext();
   void Start(const UnitPtr& unit);
   void StartReduction(const UnitPtr& unit);
+  void TakeDuringBackward();
+  bool TakeOldest(size_t keep);
   void AdvanceAll();
   void Await(const Unit& unit);
   void TakeResult(const Unit& unit);
