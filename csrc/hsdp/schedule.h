@@ -80,6 +80,10 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   /// Whether the next backward ends with all of its gradients taken. If not, the last ones may be
   /// taken by the next backward, and the computation goes on meanwhile.
   void SetLastBackward(bool last) { last_backward_ = last; }
+  /// Between backwards: reduces what those that were not to reduce have kept, as one that reduces
+  /// would at its end, and frees what those were to keep. With `wait` all gradients are taken when
+  /// this returns, else by FinishReductions at the latest. Collective.
+  void FinalizeBackward(bool wait);
   /// Takes the gradients that are on their way.
   void FinishReductions();
   /// Whether units keep gradients that no backward has reduced yet; the same on all ranks.

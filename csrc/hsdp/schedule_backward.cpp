@@ -256,6 +256,30 @@ void Schedule::StartReductionsBefore(const Unit& unit, size_t limit) {
   reductions_.StartWhile([&](const Unit& next) { return place(next) < place(unit); }, limit);
 }
 
+void Schedule::FinalizeBackward(bool wait) {
+  const ReadTurn turn = turn_->BeginRead();
+  const auto give_back = c10::make_scope_exit([&] {
+    if (turn == ReadTurn::kTaken) turn_->EndRead();
+  });
+  if (in_backward()) Reset();  // it has raised
+  MeetAfterError(Meeting::kBackward);
+  UnitSequence kept;
+  for (const UnitPtr& unit : owing_) {
+    if (Reduces(*unit)) kept.push_back(unit);
+  }
+  reductions_.Begin(kept);
+  reductions_.AllReady();
+  reductions_.StartReady();
+  reductions_.Take(wait ? 0 : ReduceQueue::kInFlight);
+  for (const UnitPtr& unit : units_) {
+    if (FreesAfterBackward(*unit)) Release(unit);
+  }
+  if (wait) JoinReductions();
+  NoteOwing();
+  on_backward_end_();
+  reductions_.RethrowKept();
+}
+
 // What was not reduced has to be, by a later backward and perhaps of units that it does not run.
 void Schedule::NoteOwing() {
   for (const UnitPtr& unit : participants_) {

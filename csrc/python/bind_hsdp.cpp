@@ -197,6 +197,7 @@ void BindSchedule(py::module_& module) {
       .def("unshard", &hsdp::Schedule::Unshard, py::arg("unit"), NoGil())
       .def("release", &hsdp::Schedule::Release, py::arg("unit"), NoGil())
       .def("set_last_backward", &hsdp::Schedule::SetLastBackward, py::arg("last"))
+      .def("finalize_backward", &hsdp::Schedule::FinalizeBackward, py::arg("wait"), NoGil())
       .def("finish_reductions", &hsdp::Schedule::FinishReductions, NoGil())
       .def("owes", &hsdp::Schedule::Owes)
       .def(

@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffload
+from torch.distributed.fsdp import CPUOffload, FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as TorchsFSDP
 
 from .module_tree import is_wrapped
 
@@ -22,7 +23,7 @@ def at(*modules: nn.Module) -> str:
 
 def check_module(module: nn.Module, face: str) -> None:
     """Raises TypeError for what is no module, ValueError where there is nothing to run or nobody to
-    talk to."""
+    talk to, and around a module that torch's own wrappers have sharded."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{face} wraps an nn.Module, not a {type(module).__name__}")
     if not dist.is_available() or not dist.is_initialized():
@@ -33,6 +34,12 @@ def check_module(module: nn.Module, face: str) -> None:
         raise ValueError(
             f"{at(module)}it has no forward to gather for: wrap its items, or the module around it"
         )
+    for name, inner in module.named_modules():
+        if not is_wrapped(inner) and isinstance(inner, (FSDPModule, TorchsFSDP)):
+            raise ValueError(
+                f"{at(module)}torch's own wrapper has been applied to {name or 'it'} already: "
+                "apply torch_hsdp_ckpt's to that module instead"
+            )
 
 
 def check_offload(offload: bool, mesh: DeviceMesh, *modules: nn.Module) -> None:

@@ -4,18 +4,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import torch
+import torch.distributed.fsdp as torchs
 from torch import nn
 
 from ..common.gate import wait_at_gate
 from .arguments import at
+from .backward_end import GradientReductionHandle, finalize_backward
 from .runner import Runner, named_runners, runner_of
 from .state.module_entries import checks_first
 from .state.module_in import load
 from .state.module_plan import LoadRequest
+from .torchs_view import FSDPState, state_of
 from .unit import ShardedUnit, reshard_policy
 
 
-class UnshardHandle:
+class UnshardHandle(torchs.UnshardHandle):
     """A gather that ``FSDPModule.unshard(async_op=True)`` has started."""
 
     def __init__(self, runner: Runner) -> None:
@@ -29,22 +32,43 @@ class UnshardHandle:
             self._runner = None
 
 
-class FSDPModule:
-    """What ``fully_shard`` adds to a module. Methods with ``recurse`` also set the wrapped modules
+def _original(module: "FSDPModule") -> Any:
+    """``module`` as the class that it had before: past torch's methods, which want a state of
+    torch's."""
+    return super(torchs.FSDPModule, module)
+
+
+class FSDPModule(torchs.FSDPModule):
+    """What ``fully_shard`` adds to a module: torch's methods on the C++ core, and so that torch and
+    the frameworks know it by ``isinstance``. Methods with ``recurse`` also set the wrapped modules
     inside."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A new object of the original class: what slicing a container makes, say."""
-        original: Any = cls.__mro__[2]
+        original: Any = cls.__mro__[cls.__mro__.index(torchs.FSDPModule) + 1]
         made = original.__new__(original)
-        made.__init__(*args, **kwargs)  # type: ignore[misc]
+        made.__init__(*args, **kwargs)
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         runner = fsdp_runner(self)
-        outputs = runner.run(super().__call__, args, kwargs)  # type: ignore[misc]
+        outputs = runner.run(_original(self).__call__, args, kwargs)
         runner.show_kept()
         return outputs
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        raise AttributeError  # a mark of torch's, for Dynamo
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, _: bool) -> NoReturn:
+        raise ValueError(
+            f"{at(cast(nn.Module, self))}torch's fully_shard has been applied to a module around "
+            "it, and has sharded its shards: apply torch_hsdp_ckpt's to that module too"
+        )
+
+    def _get_fsdp_state(self) -> FSDPState:  # type: ignore[override]
+        return state_of(fsdp_runner(self))
 
     def unshard(self, async_op: bool = False) -> UnshardHandle | None:
         """Gathers this module's parameters (not those of wrapped modules inside) for a forward to
@@ -102,18 +126,40 @@ class FSDPModule:
         It is a setting of the outermost module and all inside, and the same on all ranks.
         """
         runner = fsdp_runner(self)
-        runner.last_backward = is_last_backward
-        if (root := runner.root) is not None:
-            root.schedule.set_last_backward(is_last_backward)
+        runner.backward_end.set_last(runner.root, is_last_backward)
 
-    def set_modules_to_forward_prefetch(self, modules: "list[FSDPModule]") -> None:
+    def set_manual_backward_finalization(self, enabled: bool) -> None:
+        """Says whether the next backwards end by :meth:`finalize_backward`. It is a setting of the
+        outermost module, and comes before :meth:`set_is_last_backward`. RuntimeError on a module
+        inside, and within a forward or backward."""
+        runner = fsdp_runner(self)
+        if (root := runner.root) is not None and root.units[0] is not runner.unit:
+            raise RuntimeError(
+                f"{at(cast(nn.Module, self))}set_manual_backward_finalization is for the "
+                f"outermost module, {root.units[0].core.name}"
+            )
+        runner.backward_end.set_by_hand(root, enabled)
+
+    def finalize_backward(  # type: ignore[override]
+        self, *, async_op: bool = False
+    ) -> GradientReductionHandle | None:
+        """After all backwards of a step: reduces what those without gradient synchronisation have
+        kept, if it is enabled now, and frees the full parameters that they were to keep.
+        Collective. Nothing before the first forward.
+
+        With ``async_op`` returns a handle at once, whose ``wait()`` comes before the gradients are
+        used. RuntimeError within a forward or backward, and before the last handle was waited
+        for."""
+        return finalize_backward(fsdp_runner(self).root, async_op)
+
+    def set_modules_to_forward_prefetch(self, modules: list[torchs.FSDPModule]) -> None:
         """This module's forward starts the gathers of ``modules`` ahead, instead of the one that
         came next in the last forward."""
         fsdp_runner(self).unit.core.set_forward_prefetch(
             [fsdp_runner(m).unit.core for m in modules]
         )
 
-    def set_modules_to_backward_prefetch(self, modules: "list[FSDPModule]") -> None:
+    def set_modules_to_backward_prefetch(self, modules: list[torchs.FSDPModule]) -> None:
         """This module's backward starts the gathers of ``modules`` ahead, instead of the one that
         comes next in reverse forward order."""
         fsdp_runner(self).unit.core.set_backward_prefetch(
@@ -140,6 +186,9 @@ class FSDPModule:
         self, enable: bool = True, *, recurse: bool = True
     ) -> None:
         """Changes nothing: reductions have groups of their own wherever those can be made."""
+
+    def _set_unshard_async_op(self, async_op: bool) -> None:
+        """Changes nothing: gathers always take their memory from the compute stream."""
 
     def set_post_optim_event(self, event: Any) -> None:
         """``event``: recorded behind an optimizer step on another stream. What the current stream
@@ -182,10 +231,8 @@ class FSDPModule:
         for _, runner in named_runners(cast(nn.Module, self)):
             runner.reset()
 
-        as_module: Any = super()
-
         def as_nn_module_does(given: Mapping[str, Any]) -> Any:
-            return as_module.load_state_dict(given, strict=strict, assign=assign)
+            return _original(self).load_state_dict(given, strict=strict, assign=assign)
 
         mesh = fsdp_runner(self).unit.mesh
         module = cast(nn.Module, self)
@@ -203,17 +250,16 @@ class FSDPModule:
         the full ones in place; and of gradients that wait for a backward that reduces them, which
         an optimizer's ``zero_grad`` does not know of."""
         fsdp_runner(self).drop_gradients()
-        super().zero_grad(set_to_none)  # type: ignore[misc]
+        _original(self).zero_grad(set_to_none)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As ``nn.Module``'s, of the sharded parameters: no communication, no copy. From any
         thread: it waits for the others' forward or backward to end, and theirs for it."""
         with fsdp_runner(self).reading():
-            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+            return _original(self).state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        as_module: Any = super()
-        fsdp_runner(self).apply_to_shards(lambda: as_module._apply(fn, recurse))
+        fsdp_runner(self).apply_to_shards(lambda: _original(self)._apply(fn, recurse))
         return self
 
     def __getstate__(self) -> Any:
@@ -240,10 +286,6 @@ NOT_SUPPORTED = {
     "set_reduce_scatter_max_input_buffers": "two reductions are in flight; leave it out",
     "set_unshard_in_backward": (
         "every module that backward reaches is gathered; leave it out, the numbers are the same"
-    ),
-    "set_manual_backward_finalization": "use set_is_last_backward(False) and (True)",
-    "finalize_backward": (
-        "the last backward ends with all gradients taken; use set_is_last_backward"
     ),
 }
 

@@ -22,6 +22,7 @@ from .precision import Precision
 from .runner import Runner, runner_of
 from .slots import RegisteredParameter, parameters_of_unit
 from .state.module_entries import checks_first
+from .torchs_view import register
 from .unit import ShardedUnit
 
 # A process has each class once, and so the one that is made from it: ``type(a) is type(b)`` holds
@@ -112,6 +113,7 @@ def fully_shard(
         runner.add(each)
     for each in modules:
         _make_fsdp_module(each, runner)
+    register(modules, runner)
     return module
 
 

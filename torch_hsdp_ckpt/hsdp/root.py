@@ -35,6 +35,8 @@ class Root:
     def __init__(self, units: list[ShardedUnit], prefetch: _C.BackwardPrefetch) -> None:
         self.units = units
         self.is_dissolved = False
+        # The handle of a finalize_backward that nobody has waited for yet.
+        self.pending_reduction: object | None = None
         self._groups = ModelGroups()
         problem = _first_problem(units)
         peers, channel = _meet_peers(units, self._groups, problem)
@@ -146,16 +148,23 @@ class Root:
             self.is_dissolved = True
             del self.schedule  # what a graph finds gone
 
+    def check_not_running(self, what: str) -> None:
+        """RuntimeError inside of this thread's own forward or backward."""
+        if self.schedule.running_here():
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: module {self.units[0].core.name} is in a forward or "
+                f"backward of this thread: {what} has to come after it"
+            )
+
     def reset(self) -> None:
         """Puts the sharded parameters into their slots; then nothing derived from them is in
         flight. Waits for other threads; raises RuntimeError inside of this thread's own forward or
         backward."""
-        if self.schedule.running_here():
-            raise RuntimeError(
-                f"rank {dist.get_rank()}: module {self.units[0].core.name} is in a forward or "
-                "backward of this thread: what frees or changes its parameters (load_state_dict, "
-                "zero_grad, clip_grad_norm_, to, summon_full_params) has to come after it"
-            )
+        self.check_not_running(
+            "what frees or changes its parameters (load_state_dict, zero_grad, clip_grad_norm_, "
+            "to, summon_full_params)"
+        )
+        self.pending_reduction = None
         self.schedule.reset()
         with self.reading(put_back=False):
             pass

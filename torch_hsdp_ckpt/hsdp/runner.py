@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_backward_hooks
 from .. import _C
 from ..common.gate import wait_at_gate
 from .adoption import adopt_everywhere
+from .backward_end import BackwardEnd
 from .eager import keep_dynamo_out
 from .module_tree import RUNNER, modules_of_unit, without_wrappers
 from .precision import Precision
@@ -47,7 +48,7 @@ class Runner:
         self.label = label
         self.ignored = ignored
         self._root: Root | None = None
-        self.last_backward = True
+        self.backward_end = BackwardEnd()
         # There are several where modules that were given together are one unit.
         self._modules: list[weakref.ref[nn.Module]] = []
         self._input_dtype: torch.dtype | None = None  # what floating point inputs are cast to
@@ -233,7 +234,7 @@ class Runner:
         for name, runner in named:
             runner._prepare(name or "(outermost)", is_outermost=runner is self)
         root = Root([runner.unit for runner in inside], self.prefetch)
-        root.schedule.set_last_backward(self.last_backward)
+        self.backward_end.tell(root)
         for runner in inside:
             runner._root = root
         adopt_everywhere()

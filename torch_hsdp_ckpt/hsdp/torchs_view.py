@@ -1,0 +1,77 @@
+"""What torch's own code asks of a module under ``fully_shard`` beyond the methods of
+``FSDPModule``: its state object, as far as pipelining and ``share_comm_ctx`` look into it."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY, RegistryItem
+from torch.distributed.fsdp import fully_shard as _torchs_fully_shard
+
+from .backward_end import finalize_backward
+from .runner import Runner
+
+
+class CommContext:
+    """One for all modules that share their streams, in torch. Here the process has one set of
+    streams a device, and this is a name only."""
+
+
+class StateContext:
+    """What the states of one outermost module share."""
+
+    def __init__(self, state: "FSDPState") -> None:
+        self._state = state
+
+    @property
+    def all_states(self) -> "list[FSDPState]":
+        """Those of the module and of the wrapped modules inside."""
+        return [state_of(runner) for runner in self._state.runner.runners_inside()]
+
+
+class ParamGroup:
+    """A unit, for whoever drives it by hand."""
+
+    def __init__(self, comm_ctx: CommContext) -> None:
+        self.comm_ctx = comm_ctx
+
+    def post_backward(self) -> None:
+        """Nothing: all units are reduced together, by ``_root_post_backward_final_callback``."""
+
+
+class FSDPState:
+    """Stands where torch's ``FSDPState`` would: torch 2.11's pipelining ends a step by it, 2.15's
+    compares its ``_comm_ctx``."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._comm_ctx = CommContext()
+        self._state_ctx = StateContext(self)
+        self._fsdp_param_groups = [ParamGroup(self._comm_ctx)]
+
+    @property
+    def _fsdp_param_group(self) -> ParamGroup:
+        return self._fsdp_param_groups[0]
+
+    def _root_post_backward_final_callback(self) -> None:
+        finalize_backward(self.runner.root, async_op=False)
+
+
+def state_of(runner: Runner) -> FSDPState:
+    """The state of a unit; the same one each time."""
+    state = runner.modules()[0].__dict__[STATE_KEY][_function()]
+    return cast(FSDPState, state)
+
+
+def register(modules: list[nn.Module], runner: Runner) -> None:
+    """Makes ``torch.distributed.fsdp.fully_shard.state`` answer for ``modules``, and refuse them a
+    second time."""
+    state = FSDPState(runner)
+    for module in modules:
+        module.__dict__.setdefault(STATE_KEY, {})[_function()] = state
+        module.__dict__.setdefault(REGISTRY_KEY, {})["fully_shard"] = RegistryItem()
+
+
+def _function() -> Callable[..., Any]:
+    """What torch's registry has ``fully_shard`` by: the function inside of its decorator."""
+    return cast(Callable[..., Any], _torchs_fully_shard.__wrapped__)  # type: ignore[attr-defined]
