@@ -5,6 +5,7 @@ from torch.distributed.fsdp import (
     BackwardPrefetch,
     CPUOffload,
     CPUOffloadPolicy,
+    FlatParameter,
     FullOptimStateDictConfig,
     FullStateDictConfig,
     LocalOptimStateDictConfig,
@@ -32,7 +33,14 @@ from .checkpoint.storage.verify import VerifyProblem, VerifyReport, verify
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
 from .hsdp.fsdp import FullyShardedDataParallel
-from .hsdp.fully_shard import FSDPModule, UnshardHandle, fully_shard, register_fsdp_forward_method
+from .hsdp.fully_shard import (
+    FSDPModule,
+    GradientReductionHandle,
+    UnshardHandle,
+    fully_shard,
+    register_fsdp_forward_method,
+    share_comm_ctx,
+)
 from .training.manager import CheckpointManager
 
 __all__ = [
@@ -46,9 +54,11 @@ __all__ = [
     "FSDPModule",
     "FileSystemReader",
     "FileSystemWriter",
+    "FlatParameter",
     "FullOptimStateDictConfig",
     "FullStateDictConfig",
     "FullyShardedDataParallel",
+    "GradientReductionHandle",
     "LocalOptimStateDictConfig",
     "LocalStateDictConfig",
     "MixedPrecision",
@@ -72,5 +82,6 @@ __all__ = [
     "load",
     "register_fsdp_forward_method",
     "save",
+    "share_comm_ctx",
     "verify",
 ]

@@ -1,11 +1,13 @@
 """``FSDPModule``: the methods that ``fully_shard`` adds to a module, torch FSDP2's."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed.fsdp as torchs
 from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY
 
 from ..common.gate import wait_at_gate
 from .arguments import at
@@ -14,7 +16,7 @@ from .runner import Runner, named_runners, runner_of
 from .state.module_entries import checks_first
 from .state.module_in import load
 from .state.module_plan import LoadRequest
-from .torchs_view import FSDPState, state_of
+from .torchs_view import FSDPState, in_torchs_fully_shard, state_of
 from .unit import ShardedUnit, reshard_policy
 
 
@@ -55,17 +57,6 @@ class FSDPModule(torchs.FSDPModule):
         outputs = runner.run(_original(self).__call__, args, kwargs)
         runner.show_kept()
         return outputs
-
-    @property
-    def _is_fsdp_managed_module(self) -> bool:
-        raise AttributeError  # a mark of torch's, for Dynamo
-
-    @_is_fsdp_managed_module.setter
-    def _is_fsdp_managed_module(self, _: bool) -> NoReturn:
-        raise ValueError(
-            f"{at(cast(nn.Module, self))}torch's fully_shard has been applied to a module around "
-            "it, and has sharded its shards: apply torch_hsdp_ckpt's to that module too"
-        )
 
     def _get_fsdp_state(self) -> FSDPState:  # type: ignore[override]
         return state_of(fsdp_runner(self))
@@ -267,6 +258,19 @@ class FSDPModule(torchs.FSDPModule):
             "a module under fully_shard can't be copied or pickled: copy it before, or load its "
             "state_dict() into another one"
         )
+
+
+def _registry(self: FSDPModule) -> Any:
+    if in_torchs_fully_shard(sys._getframe(1)):
+        raise ValueError(
+            f"{at(cast(nn.Module, self))}torch's fully_shard is applied to a module around it, and "
+            "can't shard its shards: apply torch_hsdp_ckpt's to that module too"
+        )
+    return self.__dict__.get(REGISTRY_KEY)
+
+
+# An attribute that torch reads of every module inside before it shards anything.
+setattr(FSDPModule, REGISTRY_KEY, property(_registry))
 
 
 # Settings of how torch's FSDP2 communicates and keeps memory are refused, with what to do instead.

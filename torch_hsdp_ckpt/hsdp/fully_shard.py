@@ -15,21 +15,29 @@ from torch.distributed.tensor import Shard
 from .. import _C
 from ..common.gate import wait_at_gate
 from .arguments import at, check_module, check_offload
-from .fsdp_module import FSDPModule, UnshardHandle
+from .backward_end import GradientReductionHandle
+from .fsdp_module import FSDPModule, UnshardHandle, fsdp_runner
 from .materialize import move
 from .meshes import check_mesh, device_of, mesh_of_all_ranks
 from .precision import Precision
 from .runner import Runner, runner_of
 from .slots import RegisteredParameter, parameters_of_unit
 from .state.module_entries import checks_first
-from .torchs_view import register
+from .torchs_view import CommContext, register, state_of
 from .unit import ShardedUnit
 
 # A process has each class once, and so the one that is made from it: ``type(a) is type(b)`` holds
 # for two modules of a class after ``fully_shard`` as before it.
 _fsdp_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
-__all__ = ["FSDPModule", "UnshardHandle", "fully_shard", "register_fsdp_forward_method"]
+__all__ = [
+    "FSDPModule",
+    "GradientReductionHandle",
+    "UnshardHandle",
+    "fully_shard",
+    "register_fsdp_forward_method",
+    "share_comm_ctx",
+]
 
 
 @overload
@@ -198,3 +206,11 @@ def register_fsdp_forward_method(module: nn.Module, method_name: str) -> None:
         return runner.run(method, args, kwargs)
 
     setattr(module, method_name, forward_method)
+
+
+def share_comm_ctx(modules: list[FSDPModule]) -> None:
+    """torch's function for models of one process, pipeline stages say, that share their streams.
+    Here all models do, on each device: this is only remembered, for torch's pipelining."""
+    context = CommContext()
+    for module in modules:
+        state_of(fsdp_runner(module)).share(context)

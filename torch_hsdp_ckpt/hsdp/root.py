@@ -47,7 +47,7 @@ class Root:
             prefetch,
             dist.get_rank(),
             schedule_peers,
-            weak_callback(self._show_sharded),
+            weak_callback(self._after_backward),
         )
         for unit in units:
             groups = self._groups.reduce(unit.mesh)
@@ -72,6 +72,14 @@ class Root:
         """Before a forward: gives back the memory of gradients that nobody has any more."""
         for unit in self.units:
             unit.free_unheld_gradients()
+
+    def _after_backward(self) -> None:
+        """Shows the parameters that have the gradients: the sharded ones, or full ones that the
+        backward was to leave as they are."""
+        for unit in self.units:
+            core = unit.core
+            if core.sync or core.reshard_after_backward or not core.is_unsharded:
+                unit.show_sharded()
 
     def _show_sharded(self) -> None:
         for unit in self.units:

@@ -2,6 +2,7 @@
 ``FSDPModule``: its state object, as far as pipelining and ``share_comm_ctx`` look into it."""
 
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, cast
 
 from torch import nn
@@ -13,7 +14,7 @@ from .runner import Runner
 
 
 class CommContext:
-    """One for all modules that share their streams, in torch. Here the process has one set of
+    """Torch has one for all modules that share their streams. Here the process has one set of
     streams a device, and this is a name only."""
 
 
@@ -32,8 +33,7 @@ class StateContext:
 class ParamGroup:
     """A unit, for whoever drives it by hand."""
 
-    def __init__(self, comm_ctx: CommContext) -> None:
-        self.comm_ctx = comm_ctx
+    comm_ctx: CommContext
 
     def post_backward(self) -> None:
         """Nothing: all units are reduced together, by ``_root_post_backward_final_callback``."""
@@ -45,9 +45,13 @@ class FSDPState:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self._comm_ctx = CommContext()
         self._state_ctx = StateContext(self)
-        self._fsdp_param_groups = [ParamGroup(self._comm_ctx)]
+        self._fsdp_param_groups = [ParamGroup()]
+        self.share(CommContext())
+
+    def share(self, context: CommContext) -> None:
+        """``context`` is this module's from now on."""
+        self._comm_ctx = self._fsdp_param_group.comm_ctx = context
 
     @property
     def _fsdp_param_group(self) -> ParamGroup:
@@ -75,3 +79,10 @@ def register(modules: list[nn.Module], runner: Runner) -> None:
 def _function() -> Callable[..., Any]:
     """What torch's registry has ``fully_shard`` by: the function inside of its decorator."""
     return cast(Callable[..., Any], _torchs_fully_shard.__wrapped__)  # type: ignore[attr-defined]
+
+
+def in_torchs_fully_shard(frame: FrameType) -> bool:
+    """Whether ``frame`` reads the registry for torch's ``fully_shard``, which is at a module around
+    and asks nothing else before it takes the parameters. Others ask too, for state dicts say."""
+    asks = frame.f_back
+    return asks is not None and asks.f_code.co_name == "_is_composable_with_fsdp"
