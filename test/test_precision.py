@@ -2,6 +2,7 @@
 and the same bits again."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -109,42 +110,67 @@ def _again(rank: int) -> None:
         same_bits(*runs, f"mesh {shape}")
 
 
-def _mixed_precision(rank: int) -> None:
-    # Two terms of one exponent round alike in any order, and a sum in float32 of bfloat16 terms is
-    # exact enough for it.
+def _ours_in_fsdp2s_way(net: Net, shape: tuple[int, ...], param, reduce) -> nn.Module:
+    policy = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce)
+    for block in net.blocks:
+        torch_hsdp_ckpt.fully_shard(block, mesh=mesh_of(shape), mp_policy=policy)
+    return torch_hsdp_ckpt.fully_shard(net, mesh=mesh_of(shape), mp_policy=policy)
+
+
+def _local_grads(model: nn.Module, rank: int, make, param: torch.dtype | None) -> list:
+    loss_of(model, batch(make(), 0, rank).to(param or FP32)).backward()
+    assert all(p.grad.dtype == p.dtype == FP32 for p in model.parameters())
+    return [p.grad.to_local() for p in model.parameters()]
+
+
+def _every_pair_of_dtypes(rank: int) -> None:
+    """Two terms have one sum, whatever their order: the bits are torch's. More terms are rounded in
+    another order, by the dtype that they are summed in."""
+    dtypes = (None, BF16, FP16, FP32)
+    pairs = [((2, 2), *pair) for pair in itertools.product(dtypes, dtypes)]
+    for shape, param, reduce in [
+        *pairs,
+        ((4,), BF16, None),
+        ((4,), FP16, FP32),
+        ((4,), None, BF16),
+    ]:
+        reference = _local_grads(
+            wrap_fsdp2_in(narrow_net(), shape, param, reduce), rank, narrow_net, param
+        )
+        # FSDP1 reduces in what it computes in, if nothing is said.
+        in_low = wrap_fsdp2_in(narrow_net(), shape, param, reduce or param)
+        compared = [
+            (_ours_in_fsdp2s_way(narrow_net(), shape, param, reduce), reference),
+            (
+                wrap_in(narrow_net(), shape, param_dtype=param, reduce_dtype=reduce),
+                _local_grads(in_low, rank, narrow_net, param),
+            ),
+        ]
+        for model, expected in compared:
+            for ours, theirs in zip(
+                _local_grads(model, rank, narrow_net, param), expected, strict=True
+            ):
+                if shape == (2, 2):
+                    assert torch.equal(ours, theirs), (param, reduce)
+                elif theirs.numel() > 0:
+                    rounding = 4 * torch.finfo(reduce or param or FP32).eps
+                    atol = rounding * theirs.abs().max().item()
+                    torch.testing.assert_close(ours, theirs, rtol=rounding, atol=atol)
+
+
+def _low_precision_grads(rank: int) -> None:
     for make in NETS:
-        for param, reduce, rtol in (
-            (BF16, FP32, 0.0),
-            (FP16, FP32, 0.0),
-            (BF16, None, 2**-7),
-            (BF16, BF16, 2**-7),
-            (FP16, FP16, 2**-10),
-            (None, BF16, 2**-7),
-        ):
-            reference = wrap_fsdp2_in(make(), (2, 2), param, reduce)
-            ours = wrap_in(make(), (2, 2), param_dtype=param, reduce_dtype=reduce)
-            x = batch(make(), 0, rank).to(param or FP32)
-            for model in (reference, ours):
-                loss_of(model, x).backward()
-            for (name, p), q in zip(ours.named_parameters(), reference.parameters(), strict=True):
-                assert p.grad.dtype == p.dtype == FP32, name
-                scale = q.grad.to_local().abs().max().item() if q.grad.to_local().numel() else 0.0
-                torch.testing.assert_close(
-                    p.grad.to_local(), q.grad.to_local(), rtol=rtol, atol=rtol * scale
-                )
-            low = wrap_in(
-                make(),
-                (2, 2),
-                param_dtype=param,
-                reduce_dtype=reduce,
-                keep_low_precision_grads=True,
-            )
+        for param, reduce in ((BF16, FP32), (FP16, FP32), (BF16, None), (FP16, FP16), (None, BF16)):
+            reference = wrap_in(make(), param_dtype=param, reduce_dtype=reduce)
+            expected = _local_grads(reference, rank, make, param)
+            options = {"reduce_dtype": reduce, "keep_low_precision_grads": True}
+            low = wrap_in(make(), param_dtype=param, **options)
             for _ in range(2):  # the second one adds
-                loss_of(low, x).backward()
-            for (name, p), q in zip(low.named_parameters(), ours.parameters(), strict=True):
+                loss_of(low, batch(make(), 0, rank).to(param or FP32)).backward()
+            for (name, p), grad in zip(low.named_parameters(), expected, strict=True):
                 assert p.grad.dtype == (param or FP32), name
-                expected = (2 * q.grad.to_local()).to(param or FP32)
-                torch.testing.assert_close(p.grad.to_local(), expected, rtol=2**-6, atol=1e-6)
+                twice = (2 * grad).to(param or FP32)
+                torch.testing.assert_close(p.grad.to_local(), twice, rtol=2**-6, atol=1e-6)
 
 
 class Scaled(nn.Module):
@@ -167,9 +193,8 @@ def _reduce_dtype_shows(rank: int) -> None:
             ours = wrap_in(Scaled(rows, columns), param_dtype=BF16, reduce_dtype=reduce)
             ours(factor).backward()
             assert (ours.module.weight.grad.to_local() == expected).all(), (rows, reduce)
-    # Sums of float16 terms that overflow before the division. Those over the replicas are float32
-    # ones on the CPU, where 2 x 40000 fits; NCCL's are float16.
-    term = 40000.0 if DEVICE == "cpu" else 30000.0
+    # Sums of float16 terms that overflow before the division.
+    term = 30000.0
     ours = wrap_in(Scaled(300, 512), param_dtype=FP16, reduce_dtype=FP16)
     ours(torch.tensor(term, dtype=FP16)).backward()
     assert (ours.module.weight.grad.to_local() == term).all()
@@ -281,7 +306,8 @@ def test_numbers_on_four_ranks() -> None:
     checks = (
         _optimizers,
         _again,
-        _mixed_precision,
+        _every_pair_of_dtypes,
+        _low_precision_grads,
         _reduce_dtype_shows,
         _odd_dtypes,
         _factor_and_hook,

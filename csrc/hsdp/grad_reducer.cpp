@@ -178,11 +178,18 @@ double GradReducer::PostScale(const GradBucket& bucket) const {
   return 1.0 / (collectives.pre_scale(bucket.reduced) * factor);
 }
 
+// The pass that writes adds the replicas up and rounds once. In 16 bits the sum is rounded by
+// itself, as an all-reduce in them has it.
+void GradReducer::AddReplicas(GradBucket& bucket) const {
+  const bool rounds = c10::elementSize(bucket.reduced) < sizeof(float);
+  if (!bucket.other.defined() || !(rounds || reduction_->options().all_reduce_hook)) return;
+  bucket.output.add_(std::exchange(bucket.other, {}));
+}
+
 void GradReducer::CallHook(GradBucket& bucket) {
   const auto& hook = reduction_->options().all_reduce_hook;
   if (!hook) return;
   const auto scope = grads_->streams->Within(Side::kReduce);
-  if (bucket.other.defined()) bucket.output.add_(std::exchange(bucket.other, {}));
   const at::Tensor averages = bucket.output.narrow(0, 0, bucket.layout.flat_numel());
   if (const double scale = PostScale(bucket); scale != 1.0) averages.mul_(scale);
   bucket.is_average = true;
@@ -195,6 +202,7 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
   TORCH_CHECK(targets.size() == specs_.size() && accumulate.size() == specs_.size(),
               "GradReducer: ", targets.size(), " targets for ", specs_.size(), " parameters");
   for (const auto& bucket : grads_->buckets) {
+    AddReplicas(*bucket);
     CallHook(*bucket);
     if (SwapIfPossible(*bucket, targets, accumulate)) continue;
     AllocateFreed(*bucket, targets);

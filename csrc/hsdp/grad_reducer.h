@@ -85,6 +85,7 @@ class GradReducer {
   static void AllocateFreed(const GradBucket& bucket,
                             const std::vector<std::optional<at::Tensor>>& targets);
   bool uses_all_here() const;
+  void AddReplicas(GradBucket& bucket) const;
   bool SwapIfPossible(GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
                       const std::vector<bool>& accumulate) const;
   void RunPasses(const GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
