@@ -295,8 +295,8 @@ def _tensor_parallel(rank: int) -> None:
     assert_close(grads(ours), expected)
 
 
-# torch 2.15's of its own communication, beside what a module is asked for.
-_ONLY_TORCHS = {"DataParallelMeshDims", "GradientReductionHandle", "share_comm_ctx"}
+# Goes with dp_mesh_dims, which is refused.
+_ONLY_TORCHS = {"DataParallelMeshDims"}
 
 
 def _changing_the_import(rank: int) -> None:
