@@ -1,141 +1,174 @@
-"""Everything that reads a checkpoint in stock torch, on files of ours; and what stock torch has
-written, on our reader."""
+"""``compat.patch()``: this package in torch's place, by name."""
 
-import runpy
-import tarfile
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
-import torch.distributed as dist
+import torch.distributed._composable.fsdp
 import torch.distributed.checkpoint as dcp
-from device import DEVICE
-from ranks import run_ranks
-from torch.distributed.checkpoint import format_utils
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import (
-    _load_state_dict,
-    _load_state_dict_from_keys,
-)
+import torch.distributed.fsdp as fsdp
+from ranks import run_checks, run_ranks
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter as StockWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from training import mesh_of
 
-import torch_hsdp_ckpt as h
+import torch_hsdp_ckpt as ours
+from torch_hsdp_ckpt.compat import Replaced, patch
 
-
-def _state() -> dict[str, Any]:
-    return {
-        "model": {"w": torch.arange(300_000.0).reshape(300, 1000), "b": torch.arange(7)},
-        "step": 3,
-    }
-
-
-def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a["step"] == b["step"] and all(
-        torch.equal(a["model"][k], b["model"][k]) for k in ("w", "b")
-    )
+NAMES = {
+    fsdp: ("FullyShardedDataParallel", "fully_shard"),
+    dcp: ("save", "load", "async_save", "FileSystemWriter", "FileSystemReader"),
+}
 
 
-def test_format_utils_on_our_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = _state()
-    dcp.save(state, storage_writer=h.FileSystemWriter(tmp_path / "c"), no_dist=True)
-    format_utils.dcp_to_torch_save(tmp_path / "c", tmp_path / "one.pt")
-    assert _equal(torch.load(tmp_path / "one.pt", weights_only=True), state)
-    format_utils.torch_save_to_dcp(tmp_path / "one.pt", tmp_path / "d")  # stock's, read by us
-    loaded: dict[str, Any] = {
-        "model": {"w": torch.zeros(300, 1000), "b": torch.zeros(7, dtype=torch.int64)},
-        "step": None,
-    }
-    h.load(loaded, checkpoint_id=tmp_path / "d", no_dist=True)
-    assert _equal(loaded, state)
-    # With our reader in the same code.
-    monkeypatch.setattr(format_utils, "FileSystemReader", h.FileSystemReader)
-    format_utils.dcp_to_torch_save(tmp_path / "c", tmp_path / "two.pt")
-    assert _equal(torch.load(tmp_path / "two.pt", weights_only=True), state)
-    for reader in (h.FileSystemReader, dcp.FileSystemReader):
-        some = _load_state_dict_from_keys({"model.w"}, storage_reader=reader(tmp_path / "c"))
-        assert torch.equal(some["model"]["w"], state["model"]["w"])
-        assert _equal(_load_state_dict_from_keys(storage_reader=reader(tmp_path / "c")), state)
-    rebuilt: dict[str, Any] = {}
-    _load_state_dict(
-        rebuilt,
-        h.FileSystemReader(tmp_path / "c"),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    assert _equal(rebuilt, state)
+class _Derived(fsdp.FullyShardedDataParallel):
+    """A subclass from before."""
 
 
-STOCK = sorted((Path(__file__).parent / "data" / "stock").glob("stock_*.tar.xz"))
+def _user() -> ModuleType:
+    """A module that has imported the names before."""
+    module = ModuleType("imports_torchs_names")
+    for source, names in NAMES.items():
+        for name in names:
+            setattr(module, f"my_{name}", getattr(source, name))
+    sys.modules[module.__name__] = module
+    return module
 
 
-def test_checkpoints_of_every_stock_torch_are_there() -> None:
-    """Each is what that torch itself wrote: see data/stock/make.py."""
-    versions = [tuple(map(int, path.name.split("_")[1].split(".")[:2])) for path in STOCK]
-    assert sorted(versions) == [(2, minor) for minor in range(3, 16)]
+def test_names_are_replaced_everywhere_and_given_back() -> None:
+    user = _user()
+    before = {(source, name): getattr(source, name) for source in NAMES for name in NAMES[source]}
+    with patch() as patched:
+        for (source, name), original in before.items():
+            assert getattr(source, name) is not original
+            assert getattr(user, f"my_{name}") is getattr(source, name)
+            assert Replaced(user.__name__, f"my_{name}") in patched.report()
+        assert Replaced("torch.distributed._composable.fsdp", "fully_shard") in patched.report()
+        assert (
+            Replaced("torch.distributed.checkpoint.filesystem", "FileSystemWriter")
+            in patched.report()
+        )
+        report = patched.report()
+        assert patch().report() == report, "a second time changes nothing"
+        late = ModuleType("imports_them_later")
+        sys.modules[late.__name__] = late
+        late.fully_shard = fsdp.fully_shard
+    for (source, name), original in before.items():
+        assert getattr(source, name) is original is getattr(user, f"my_{name}")
+    assert late.fully_shard is fsdp.fully_shard
+    assert not patched.report()
 
 
-@pytest.mark.parametrize(
-    "archive", STOCK, ids=lambda path: path.name.split("_")[1].removesuffix(".tar.xz")
-)
-def test_what_every_stock_torch_wrote_is_read(tmp_path: Path, archive: Path) -> None:
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path)  # our own file
-    expected: dict[str, Any] = runpy.run_path(str(archive.parent / "make.py"))["values"]()
-    for kind in ("alone", "zip", "legacy"):
-        want = dict(expected)
-        if kind != "alone":
-            rows = {"even": 6, "odd": 5, "one": 1}
-            want["sharded"] = {
-                name: torch.arange(count * 4.0).reshape(count, 4) for name, count in rows.items()
-            }
-        for load in (
-            lambda s, path=tmp_path / kind: h.load(s, checkpoint_id=path, no_dist=True),
-            lambda s, path=tmp_path / kind: dcp.load(
-                s, storage_reader=h.FileSystemReader(path), no_dist=True
-            ),
+def _wrappers(rank: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    unpatched = fsdp.FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    derived = _Derived(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    with patch():
+        fsdp.fully_shard(net[0], mesh=mesh_of((2, 2)))
+        assert isinstance(net[0], ours.FSDPModule) and isinstance(net[0], fsdp.FSDPModule)
+        assert fsdp.fully_shard.state(net[0]) is net[0]._get_fsdp_state()
+        wrapped = fsdp.FullyShardedDataParallel(
+            nn.Sequential(nn.Linear(4, 4)),
+            device_mesh=mesh_of((2, 2)),
+            auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+        )
+        assert type(wrapped) is ours.FullyShardedDataParallel
+        for module in (wrapped, unpatched, derived):
+            assert isinstance(module, fsdp.FullyShardedDataParallel)
+        assert not isinstance(net[1], fsdp.FullyShardedDataParallel)
+        assert issubclass(_Derived, fsdp.FullyShardedDataParallel)
+
+        class Later(fsdp.FullyShardedDataParallel):
+            pass
+
+        assert issubclass(Later, fsdp.FullyShardedDataParallel)
+        assert Later.__mro__[1] is _Derived.__mro__[1]
+        # Static methods go by the module.
+        optimizer = torch.optim.Adam(wrapped.parameters())
+        wrapped(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        with fsdp.FullyShardedDataParallel.state_dict_type(
+            wrapped, fsdp.StateDictType.SHARDED_STATE_DICT
         ):
-            state = tree_map(
-                lambda v: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None, want
-            )
-            load(state)
-            for (path, value), (_, loaded) in zip(
-                *(tree_flatten_with_path(tree)[0] for tree in (want, state)), strict=True
-            ):
-                same = (
-                    torch.equal(loaded, value)
-                    if isinstance(value, torch.Tensor)
-                    else loaded == value
-                )
-                assert same, (kind, path, loaded)
-        report = h.verify(tmp_path / kind)
-        assert report.ok, report.problems
-        assert bool(report.unchecked) == (kind == "legacy"), (
-            report.unchecked
-        )  # that format has no checksum
+            state = fsdp.FullyShardedDataParallel.optim_state_dict(wrapped, optimizer)
+        assert set(state["state"]) == {"0.weight", "0.bias"}
+        assert len(fsdp.FullyShardedDataParallel.fsdp_modules(wrapped)) == 2
+        assert fsdp.FullyShardedDataParallel.fsdp_modules(unpatched) == [unpatched]
+    assert isinstance(unpatched, fsdp.FullyShardedDataParallel)
+    assert not isinstance(wrapped, fsdp.FullyShardedDataParallel)
 
 
-def _torch_save_file(rank: int, path: str) -> None:
-    """A file by torch.save, made of a checkpoint of ours, which one rank reads and broadcasts,
-    under both loads. Into plain tensors: torch's reader has no others on the ranks that do not
-    read."""
-    mesh = init_device_mesh(DEVICE, (2,))
-    full = {"w": torch.arange(5000.0).reshape(50, 100), "v": torch.arange(7.0)}
-    h.save(
-        {k: distribute_tensor(v, mesh, [Shard(0)]) for k, v in full.items()},
-        checkpoint_id=f"{path}/c",
-    )
-    if rank == 0:
-        format_utils.dcp_to_torch_save(f"{path}/c", f"{path}/one.pt")
-    dist.barrier()
-    for load in (dcp.load, h.load):
-        state = {k: torch.zeros_like(v) for k, v in full.items()}
-        reader = format_utils.BroadcastingTorchSaveReader(f"{path}/one.pt")
-        load(state, storage_reader=reader, planner=format_utils.DynamicMetaLoadPlanner())  # type: ignore[operator]
-        assert all(torch.equal(state[k], v) for k, v in full.items())
+def _refused_arguments(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("torch_hsdp_ckpt").addHandler(handler)
+    with patch():
+        net = fsdp.fully_shard(nn.Linear(8, 8), mesh=mesh, reshard_after_forward=2)
+        assert isinstance(net, fsdp.FSDPModule) and not isinstance(net, ours.FSDPModule)
+        assert len(lines) == 1 and "torch's own fully_shard is used here" in lines[0]
+        net(torch.ones(2, 8)).sum().backward()
+        with (
+            patch(strict=True),
+            pytest.raises(ValueError, match="to fewer ranks, is not supported"),
+        ):
+            fsdp.fully_shard(nn.Linear(8, 8), mesh=mesh, reshard_after_forward=2)
+    with patch(), pytest.raises(TypeError):
+        fsdp.fully_shard(nn.Linear(8, 8), mesh=mesh, no_such_argument=1)
 
 
-def test_broadcasting_reader_of_torch_save_files(tmp_path: Path) -> None:
-    run_ranks(_torch_save_file, 2, str(tmp_path))
+def _checkpoints(rank: int, path: str) -> None:
+    net = nn.Linear(8, 8)
+    with patch():
+        fsdp.fully_shard(net, mesh=mesh_of((2, 2)))
+        state = {"model": net.state_dict()}
+        dcp.save(state, checkpoint_id=f"{path}/saved")
+        dcp.async_save(state, checkpoint_id=f"{path}/async").result()
+        writer = dcp.FileSystemWriter(f"{path}/writer")
+        assert isinstance(writer, ours.FileSystemWriter) and isinstance(writer, StockWriter)
+        dcp.save(state, storage_writer=writer)
+    for name in ("saved", "async", "writer"):
+        loaded = {
+            "model": {key: torch.zeros_like(value) for key, value in net.state_dict().items()}
+        }
+        with patch():
+            dcp.load(loaded, checkpoint_id=f"{path}/{name}")
+        for key, value in net.state_dict().items():
+            assert torch.equal(loaded["model"][key].to_local(), value.to_local()), name
+
+
+def test_wrappers() -> None:
+    run_checks(4, _wrappers, _refused_arguments)
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    run_ranks(_checkpoints, 4, str(tmp_path))
+    assert ours.verify(tmp_path / "saved").ok
+
+
+SCRIPT = """
+import sys
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+import torch_hsdp_ckpt
+print(__name__, sys.argv[1:], type(FullyShardedDataParallel).__name__)
+"""
+
+
+@pytest.mark.parametrize("wanted", ["1", "0"])
+def test_a_script_is_run_in_torchs_place(tmp_path: Path, wanted: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch_hsdp_ckpt.compat", str(script), "--steps", "3"]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "TORCH_HSDP_CKPT": wanted, "PYTHONPATH": root}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    made = "StandIn" if wanted == "1" else "type"
+    assert run.stdout.split() == ["__main__", "['--steps',", "'3']", made], run.stderr

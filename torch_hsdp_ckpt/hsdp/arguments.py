@@ -14,6 +14,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel as TorchsFSDP
 from .module_tree import is_wrapped
 
 
+class NotSupportedError(ValueError):
+    """What torch's own wrappers take and these do not."""
+
+
 def at(*modules: nn.Module) -> str:
     """How an error about wrapping ``modules``, which become one unit, begins."""
     return (
@@ -46,7 +50,7 @@ def check_offload(offload: bool, mesh: DeviceMesh, *modules: nn.Module) -> None:
     """On a CPU mesh parameters and gradients are where offloading would put them; elsewhere it is
     refused."""
     if offload and mesh.device_type != "cpu":
-        raise ValueError(
+        raise NotSupportedError(
             f"{at(*modules)}offloading parameters to the CPU is not supported on a "
             f"{mesh.device_type} mesh: leave it out, or build the mesh on 'cpu'"
         )

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 
 from .. import _C
 from ..common.gate import wait_at_gate
-from .arguments import at, check_module, check_offload
+from .arguments import NotSupportedError, at, check_module, check_offload
 from .backward_end import GradientReductionHandle
 from .fsdp_module import FSDPModule, UnshardHandle, fsdp_runner
 from .materialize import move
@@ -98,7 +98,7 @@ def fully_shard(
     _check_modules(modules)
     reshard = _check_reshard_after_forward(reshard_after_forward, modules)
     if dp_mesh_dims is not None:
-        raise ValueError(
+        raise NotSupportedError(
             f"{at(*modules)}dp_mesh_dims, for parameters that are DTensors on a larger mesh, is "
             "not supported: pass the part of the mesh that holds the replicas and shards, "
             "mesh['replicate', 'shard'], as mesh"
@@ -139,7 +139,7 @@ def _check_reshard_after_forward(
 ) -> bool | None:
     if given is None or isinstance(given, bool):
         return given
-    raise ValueError(
+    raise NotSupportedError(
         f"{at(*modules)}reshard_after_forward={given}, to fewer ranks, is not supported: pass True "
         "or False, or use a mesh with smaller shard groups"
     )
@@ -155,7 +155,7 @@ def _check_placements(
     for each in registered:
         placement = shard_placement_fn(each.parameter)
         if placement is not None and placement != Shard(0):
-            raise ValueError(
+            raise NotSupportedError(
                 f"{at(*modules)}shard_placement_fn places {each.name} as {placement}: only "
                 "dimension 0 of the unit's mesh is supported"
             )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import ShardingStrategy
 
-from .arguments import at
+from .arguments import NotSupportedError, at
 from .own_groups import group_of_this_rank
 
 _TWO_D = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
@@ -64,7 +64,7 @@ def _strategy_on(
 def check_mesh(mesh: DeviceMesh, *modules: nn.Module) -> None:
     """One or two dimensions, and this rank in it."""
     if mesh.ndim not in (1, 2):
-        raise ValueError(
+        raise NotSupportedError(
             f"{at(*modules)}device_mesh has {mesh.ndim} dimensions: 1 (shards) or 2 (replicas, "
             f"shards) are supported; {mesh}"
         )

@@ -12,7 +12,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.utils import _apply_to_tensors, _cast_forward_inputs
 
 from .. import _C
-from .arguments import at
+from .arguments import NotSupportedError, at
 from .module_tree import child_prefix, is_wrapped, modules_of_unit
 
 # Gradients can be reduced in these, and mixed precision can compute in them.
@@ -119,14 +119,14 @@ class Precision:
 def _check_supported(given: MixedPrecision | MixedPrecisionPolicy, *modules: nn.Module) -> None:
     # torch 2.15 has dtypes by parameter, and older versions do not.
     if getattr(given, "param_dtype_override_fn", None) is not None:
-        raise ValueError(
+        raise NotSupportedError(
             f"{at(*modules)}MixedPrecisionPolicy's param_dtype_override_fn is not supported, a "
             "unit's parameters have one param_dtype: apply fully_shard with an mp_policy of their "
             "own to the modules whose parameters are to have another one"
         )
     for dtype in (given.param_dtype, given.reduce_dtype):
         if dtype is not None and dtype not in REDUCIBLE_DTYPES:
-            raise ValueError(
+            raise NotSupportedError(
                 f"{at(*modules)}mixed precision in {dtype} is not supported: pass "
                 f"{', '.join(map(str, REDUCIBLE_DTYPES))}"
             )

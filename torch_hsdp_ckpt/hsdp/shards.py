@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from .arguments import NotSupportedError
 from .precision import REDUCIBLE_DTYPES
 from .slots import RegisteredParameter, Slot
 
@@ -97,7 +98,7 @@ def check_can_be_sharded(registered: RegisteredParameter, device: torch.device) 
     if problem:
         module = type(registered.slots[0].module).__name__
         shape = tuple(parameter.shape)
-        raise ValueError(
+        raise NotSupportedError(
             f"rank {dist.get_rank()}: module {module}: parameter {registered.name} of shape "
             f"{shape} {problem}"
         )
