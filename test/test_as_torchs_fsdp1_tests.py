@@ -92,6 +92,16 @@ def _attributes(rank: int) -> None:
             sharding_strategy=side.ShardingStrategy.HYBRID_SHARD,
         )
         assert (hybrid.rank, hybrid.world_size) == (rank % 2, 2)
+        assert hybrid._fsdp_wrapped_module is hybrid.module
+        states = [model.training_state.name]
+        model.module[0].register_forward_hook(
+            lambda *_, of=model, to=states: to.append(of.training_state.name)
+        )
+        model(torch.ones(2, 4)).sum().backward()
+        with side.FullyShardedDataParallel.summon_full_params(model):
+            states.append(model.training_state.name)
+        states.append(model.training_state.name)
+        assert states == ["IDLE", "FORWARD_BACKWARD", "SUMMON_FULL_PARAMS", "IDLE"], side
 
 
 def _arguments_that_contradict(rank: int) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import BackwardPrefetch, CPUOffload, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp._common_utils import TrainingState
 
 from .. import _C
 from .adoption import adopt_everywhere, postponed
@@ -226,6 +227,20 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     def module(self) -> nn.Module:
         """The wrapped module."""
         return self._checkpoint_wrapped_module
+
+    # torch's name of it, which others walk along.
+    @property
+    def _fsdp_wrapped_module(self) -> nn.Module:
+        return self._checkpoint_wrapped_module
+
+    @property
+    def training_state(self) -> TrainingState:
+        """Whether a forward or backward of this thread is under way, or ``summon_full_params``."""
+        if self._unit.summoned:
+            return TrainingState.SUMMON_FULL_PARAMS
+        root = self._runner.root
+        runs = root is not None and root.schedule.running_here()
+        return TrainingState.FORWARD_BACKWARD if runs else TrainingState.IDLE
 
     @property
     def process_group(self) -> dist.ProcessGroup:
