@@ -21,13 +21,13 @@ class CommContext:
 class StateContext:
     """What the states of one outermost module share."""
 
-    def __init__(self, state: "FSDPState") -> None:
-        self._state = state
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner  # not the state, which holds this: models are no reference cycles
 
     @property
     def all_states(self) -> "list[FSDPState]":
         """Those of the module and of the wrapped modules inside."""
-        return [state_of(runner) for runner in self._state.runner.runners_inside()]
+        return [state_of(runner) for runner in self._runner.runners_inside()]
 
 
 class ParamGroup:
@@ -45,7 +45,7 @@ class FSDPState:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self._state_ctx = StateContext(self)
+        self._state_ctx = StateContext(runner)
         self._fsdp_param_groups = [ParamGroup()]
         self.share(CommContext())
 
