@@ -142,8 +142,8 @@ class Collectives {
   std::optional<std::string> replica_group_;
   std::shared_ptr<Departures> departures_;
   int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1;
-  mutable bool refuses_average_ = false;          // the backend, and so on every rank
-  mutable std::mutex mutex_;                      // of what follows
+  mutable bool refuses_average_ = false;                     // the backend, and so on every rank
+  mutable std::mutex mutex_;                                 // of what follows
   mutable std::map<c10::DeviceType, BackendTraits> traits_;  // of the backends that have been asked
 };
 
