@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "simgpu/core/operation.h"
+#include "simgpu/core/settings.h"
 
 namespace simgpu::accelerator {
 
@@ -54,7 +55,7 @@ class DeviceAllocator final : public c10::DeviceAllocator {
   std::mutex mutex_;
   std::map<std::pair<int, size_t>, std::vector<Block*>> free_;  // by stream and size
   std::vector<Freed> freed_;                                    // still in use
-  bool poisons_frees_ = true;
+  bool poisons_frees_ = Settings::Get().poison_frees;
 };
 
 }  // namespace simgpu::accelerator

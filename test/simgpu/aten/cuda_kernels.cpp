@@ -25,6 +25,7 @@
 #include "simgpu/aten/fallback.h"
 #include "simgpu/core/engine.h"
 #include "simgpu/core/findings.h"
+#include "simgpu/core/settings.h"
 
 extern "C" int simgpu_stream(void* stream, int device);
 
@@ -213,14 +214,17 @@ void Register() {
 /// Memory that is given out, or taken back, holds what nobody wants to read, written by the stream
 /// that it belongs to: whoever uses it on another stream without having said so (record_stream)
 /// races with that. Taking back is stricter than the allocator: nobody is hurt before the block is
-/// given out again, which may be never in a short run. `poison_frees` leaves that out, for programs
-/// that rely on it.
-std::atomic<bool> g_poisons_frees = true;
+/// given out again, which may be never in a short run. `poison_frees` and SIMGPU_POISON_FREES=0
+/// leave that out, for programs that rely on it.
+std::atomic<bool>& PoisonsFrees() {
+  static std::atomic<bool> poisons = Settings::Get().poison_frees;
+  return poisons;
+}
 
 void Poison(const c10::CachingDeviceAllocator::TraceEntry& entry) {
   using Action = c10::CachingDeviceAllocator::TraceEntry;
   const bool gives = entry.action_ == Action::ALLOC;
-  const bool takes = entry.action_ == Action::FREE_COMPLETED && g_poisons_frees;
+  const bool takes = entry.action_ == Action::FREE_COMPLETED && PoisonsFrees();
   if ((!gives && !takes) || entry.size_ == 0) return;
   auto* block = reinterpret_cast<void*>(static_cast<uintptr_t>(entry.addr_));
   Engine& engine = Engine::Get();
@@ -249,7 +253,7 @@ PYBIND11_MODULE(simgpu_aten, m) {
     }();
     return once;
   });
-  m.def("poison_frees", [](bool poisons) { aten::g_poisons_frees = poisons; });
+  m.def("poison_frees", [](bool poisons) { aten::PoisonsFrees() = poisons; });
   m.def("findings", [] { return Findings::Get().count(); });
   m.def("findings_text", [] { return Findings::Get().text(); });
   m.def("clear_findings", [] { Findings::Get().Clear(); });

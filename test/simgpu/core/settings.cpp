@@ -56,6 +56,7 @@ Settings Settings::FromEnvironment() {
   Read("SIMGPU_IDLE_MS", s.idle_ms);
   Read("SIMGPU_DEADLOCK_S", s.deadlock_s);
   s.trace = Text("SIMGPU_TRACE") == "1";
+  s.poison_frees = Text("SIMGPU_POISON_FREES") != "0";
   if (!Text("SIMGPU_DIR").empty()) s.directory = Text("SIMGPU_DIR");
   return s;
 }

@@ -22,6 +22,7 @@ struct Settings {
   int idle_ms = 4;                     ///< SIMGPU_IDLE_MS: the device goes on by itself after that
   double deadlock_s = 1.0;             ///< SIMGPU_DEADLOCK_S: blocked that long is a deadlock
   bool trace = false;                  ///< SIMGPU_TRACE=1: every operation, to stderr
+  bool poison_frees = true;            ///< SIMGPU_POISON_FREES=0: memory is whole until given out
   std::string directory = "/dev/shm";  ///< SIMGPU_DIR: what the ranks of a job share
 
   /// Raises std::invalid_argument that names the variable, for a value that is none of its own.

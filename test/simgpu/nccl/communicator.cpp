@@ -70,7 +70,11 @@ class Communicator::Group final : public Meeting {
       pairs_[i] = name.str();
     }
     if (!collective_.empty()) ++of_->groups_;
+    ++of_->under_way_;
   }
+  ~Group() override { --of_->under_way_; }
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
 
   bool Poll() override {
     if (of_->aborted_) return true;
@@ -294,6 +298,7 @@ void Communicator::Abort() {
 }
 
 int Communicator::lost_rank() const {
+  if (under_way_ == 0) return -1;
   for (int r = 0; r < size_; ++r) {
     if (r == rank_) continue;
     if (HasEnded(processes_[static_cast<size_t>(r)]) || mailbox_.Has(ByRank("aborted", r)))

@@ -29,7 +29,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   /// What is queued ends without effect; the others learn of it.
   void Abort();
-  /// Who has aborted, or has ended without closing; -1: nobody.
+  /// Who has aborted, or has ended without closing, while a group is under way here; -1: nobody.
+  /// Idle connections do not show it.
   int lost_rank() const;
 
   int rank() const { return rank_; }
@@ -52,6 +53,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   uint64_t groups_ = 0, splits_ = 0;
   std::map<int, uint64_t> sends_, receives_;  // by peer
   std::deque<std::string> own_messages_;      // that peers may still read
+  std::atomic<int> under_way_ = 0;            // groups
   std::atomic<bool> aborted_ = false;
 };
 
