@@ -82,7 +82,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         mixed_precision: MixedPrecision | None = None,
         ignored_modules: Iterable[nn.Module] | None = None,
         param_init_fn: Callable[[nn.Module], None] | None = None,
-        device_id: int | torch.device | None = None,
+        device_id: int | str | torch.device | None = None,
         sync_module_states: bool = False,
         forward_prefetch: bool = False,
         limit_all_gathers: bool = True,
@@ -91,6 +91,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         device_mesh: DeviceMesh | None = None,
     ) -> None:
         check_module(module, "FullyShardedDataParallel")
+        device_id = torch.device(device_id) if isinstance(device_id, str) else device_id
         items: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]
         ignored = IgnoredStates.of(module, items)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)

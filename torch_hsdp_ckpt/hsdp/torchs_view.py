@@ -3,12 +3,13 @@
 
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY, RegistryItem
 from torch.distributed.fsdp import fully_shard as _torchs_fully_shard
 
+from .arguments import at
 from .backward_end import finalize_backward
 from .runner import Runner
 
@@ -56,6 +57,14 @@ class FSDPState:
     @property
     def _fsdp_param_group(self) -> ParamGroup:
         return self._fsdp_param_groups[0]
+
+    def _pre_forward(self, *arguments: Any) -> NoReturn:
+        """What torch's ``register_fsdp_forward_method`` calls, which has no way to say that the
+        method has raised."""
+        raise NotImplementedError(
+            f"{at(*self.runner.modules())}use torch_hsdp_ckpt.register_fsdp_forward_method for it: "
+            "torch's is for modules that torch has wrapped"
+        )
 
     def _root_post_backward_final_callback(self) -> None:
         finalize_backward(self.runner.root, async_op=False)
