@@ -27,6 +27,7 @@ from .runner import Runner, named_runners
 from .slots import parameters_of_unit
 from .state.module_state_dict import StateDictMixin
 from .summon import SummonOptions, summon
+from .torchs_view import refuse_torchs
 from .unit import ShardedUnit
 from .wrap import auto_wrap
 
@@ -320,6 +321,9 @@ def _reshard_after_forward(strategy: ShardingStrategy) -> bool | None:
     """None frees after forward, except for what backward needs first."""
     frees = strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
     return None if frees else False
+
+
+refuse_torchs(FullyShardedDataParallel)
 
 
 def _wrap_inside(
