@@ -7,10 +7,15 @@ import torch
 import torch.distributed as dist
 from models import Net, batch
 from torch import nn
+from torch.distributed.algorithms._comm_hooks.default_hooks import (
+    DefaultState,
+    reduce_scatter_hook,
+)
 from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from training import loss_of, mesh_of, wrap
 
-from torch_hsdp_ckpt import _C, fully_shard
+from torch_hsdp_ckpt import _C, FullyShardedDataParallel, fully_shard
 
 
 def _net() -> Net:
@@ -147,6 +152,26 @@ def on_gloo(rank: int) -> None:
     _train(_wrapped(), _inputs(rank, 3))
 
 
+def comm_hook(rank: int) -> None:
+    """A user's hook reduces, on the reduce stream."""
+    model = FullyShardedDataParallel(
+        _net(), auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), device_id=torch.device("cuda")
+    )
+    world = DefaultState(dist.distributed_c10d._get_default_group())
+    simulator = sys.modules["simgpu_aten"]
+    streams: set[int] = set()
+
+    def hook(state: DefaultState, gradient: torch.Tensor, shard: torch.Tensor) -> None:
+        streams.add(torch.cuda.current_stream().cuda_stream)
+        reduce_scatter_hook(state, gradient, shard)
+
+    model.register_comm_hook(world, hook)
+    before = simulator.counts()["collectives on default streams"]
+    _train(model, _inputs(rank, 3))
+    assert 0 not in streams and len(streams) == 1, "on the reduce stream"
+    assert simulator.counts()["collectives on default streams"] == before
+
+
 PROGRAMS = (
     steps,
     overlap,
@@ -158,6 +183,7 @@ PROGRAMS = (
     many_pieces,
     another_device,
     on_gloo,
+    comm_hook,
 )
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch_hsdp_ckpt import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
+    LocalStateDictConfig,
     ShardedOptimStateDictConfig,
     ShardedStateDictConfig,
     StateDictType,
@@ -148,8 +149,14 @@ def _settings(rank: int) -> None:
         FSDP.set_state_dict_type(model, FULL, ShardedStateDictConfig())
     with pytest.raises(RuntimeError, match="takes a FullOptimStateDictConfig"):
         FSDP.set_state_dict_type(model, FULL, None, ShardedOptimStateDictConfig())
-    with pytest.raises(RuntimeError, match="LOCAL_STATE_DICT is the flat parameter"):
-        FSDP.set_state_dict_type(model, StateDictType.LOCAL_STATE_DICT)
+    local = StateDictType.LOCAL_STATE_DICT
+    with (
+        pytest.warns(UserWarning, match="LOCAL_STATE_DICT is the SHARDED_STATE_DICT here"),
+        FSDP.state_dict_type(model, local, LocalStateDictConfig(offload_to_cpu=True)),
+    ):
+        assert FSDP.get_state_dict_type(model).state_dict_type is local
+        state = model.state_dict()
+        assert all(isinstance(state[name], DTensor) for name, _ in model.named_parameters())
     with pytest.raises(ValueError, match="holds no"):
         FSDP.get_state_dict_type(nn.Linear(1, 1))
     # As in torch, rank0_only is for saving: to load, every rank needs the values, and is told so.

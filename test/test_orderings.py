@@ -27,15 +27,18 @@ NEEDED = {
     "within GradReducer::RunPasses": (orderings.casts, RACE),
     "within ForEachTable": (orderings.another_device, RACE),
     "join ParamGroup::JoinGather": (orderings.steps, RACE),
-    "join StreamReduction::ReleaseInputs": (orderings.steps, RACE),
+    "join Reduction::ReleaseInputs": (orderings.steps, RACE),
     "join GradReducer::Join": (orderings.steps, RACE),
     "uses ParamGroup::JoinGather": (orderings.gathered_elsewhere, RACE),
-    "uses StreamReduction::ReleaseInputs": (orderings.backwards_elsewhere, RACE),
+    "uses Reduction::ReleaseInputs": (orderings.backwards_elsewhere, RACE),
     "uses GradReducer::FreeShards": (orderings.gradients_elsewhere, RACE),
     "uses GradReducer::RunPasses": (orderings.casts, RACE),
     "uses GradReducer::PassesOf": (orderings.dropped_gradients, RACE),
     "uses ForEachTable": (orderings.many_pieces, "simgpu: host too early"),
     "hold StreamReduction::StartAllReduces": (orderings.steps, RACE),
+    "enter HookReduction::Reduce": (orderings.comm_hook, RACE),
+    "within HookReduction::Reduce": (orderings.comm_hook, "assert"),
+    "hold HookReduction::Reduce": (orderings.comm_hook, RACE),
 }
 
 

@@ -127,35 +127,34 @@ def _every_pair_of_dtypes(rank: int) -> None:
     """Two terms have one sum, whatever their order: the bits are torch's. More terms are rounded in
     another order, by the dtype that they are summed in."""
     dtypes = (None, BF16, FP16, FP32)
-    pairs = [((2, 2), *pair) for pair in itertools.product(dtypes, dtypes)]
-    for shape, param, reduce in [
-        *pairs,
-        ((4,), BF16, None),
-        ((4,), FP16, FP32),
-        ((4,), None, BF16),
-    ]:
-        reference = _local_grads(
-            wrap_fsdp2_in(narrow_net(), shape, param, reduce), rank, narrow_net, param
-        )
+    pairs = itertools.product(dtypes, dtypes)
+    two_by_two = [(narrow_net, (2, 2), *pair) for pair in pairs]
+    # In place, and of uneven rows.
+    two_by_two += [(wide_net, (2, 2), *pair) for pair in ((BF16, None), (FP16, FP16), (None, BF16))]
+    four = [(narrow_net, (4,), *pair) for pair in ((BF16, None), (FP16, FP32), (None, BF16))]
+    for make, shape, param, reduce in [*two_by_two, *four]:
+        in_fsdp2s_way = _ours_in_fsdp2s_way(make(), shape, param, reduce)
+        reference = _local_grads(wrap_fsdp2_in(make(), shape, param, reduce), rank, make, param)
+        _check_against(reference, in_fsdp2s_way, rank, make, (param, reduce), shape == (2, 2))
         # FSDP1 reduces in what it computes in, if nothing is said.
-        in_low = wrap_fsdp2_in(narrow_net(), shape, param, reduce or param)
-        compared = [
-            (_ours_in_fsdp2s_way(narrow_net(), shape, param, reduce), reference),
-            (
-                wrap_in(narrow_net(), shape, param_dtype=param, reduce_dtype=reduce),
-                _local_grads(in_low, rank, narrow_net, param),
-            ),
-        ]
-        for model, expected in compared:
-            for ours, theirs in zip(
-                _local_grads(model, rank, narrow_net, param), expected, strict=True
-            ):
-                if shape == (2, 2):
-                    assert torch.equal(ours, theirs), (param, reduce)
-                elif theirs.numel() > 0:
-                    rounding = 4 * torch.finfo(reduce or param or FP32).eps
-                    atol = rounding * theirs.abs().max().item()
-                    torch.testing.assert_close(ours, theirs, rtol=rounding, atol=atol)
+        if reduce is None and param is not None:
+            in_low = wrap_fsdp2_in(make(), shape, param, param)
+            reference = _local_grads(in_low, rank, make, param)
+        in_fsdp1s_way = wrap_in(make(), shape, param_dtype=param, reduce_dtype=reduce)
+        _check_against(reference, in_fsdp1s_way, rank, make, (param, reduce), shape == (2, 2))
+
+
+def _check_against(
+    reference: list, model: nn.Module, rank: int, make, dtypes: tuple, bits: bool
+) -> None:
+    param, reduce = dtypes
+    for ours, theirs in zip(_local_grads(model, rank, make, param), reference, strict=True):
+        if bits:
+            assert torch.equal(ours, theirs), (make, dtypes)
+        elif theirs.numel() > 0:
+            rounding = 4 * torch.finfo(reduce or param or FP32).eps
+            atol = rounding * theirs.abs().max().item()
+            torch.testing.assert_close(ours, theirs, rtol=rounding, atol=atol)
 
 
 def _low_precision_grads(rank: int) -> None:

@@ -37,12 +37,13 @@ std::vector<DtypePair> PairsOf(const std::vector<GradSpec>& specs) {
 
 // Whether a gradient may be reduced from where it is. One that is cast or scaled on the way is
 // packed in any case; a sum of exchanged pieces casts and scales by itself.
-bool GoesInPlace(const GradSpec& spec, const Collectives& collectives, at::Device device) {
+bool GoesInPlace(const GradSpec& spec, const Collectives& collectives, at::Device device,
+                 SentBy sent_by) {
   const int64_t shards = collectives.shards();
   const auto item = static_cast<int64_t>(c10::elementSize(spec.computed));
   const ParamShape shape = ParamShape::Of(spec.sizes, shards, item);
-  if (shards == 1) return false;
-  if (collectives.exchanges(device.type())) {
+  if (shards == 1 || sent_by == SentBy::kHook) return false;
+  if (sent_by == SentBy::kPieces) {
     return base::ChunkRows(shape.rows, shards) * shape.row_size >= kInPlaceBytes &&
            ExchangedDtype({spec.computed, spec.reduced}) == spec.computed;
   }
@@ -62,11 +63,11 @@ struct Members {
 };
 
 Members MembersOf(DtypePair dtypes, const std::vector<GradSpec>& specs,
-                  const Collectives& collectives, at::Device device) {
+                  const Collectives& collectives, at::Device device, SentBy sent_by) {
   Members members;
   for (size_t i = 0; i < specs.size(); ++i) {
     if (DtypePair{specs[i].computed, specs[i].reduced} != dtypes) continue;
-    const bool in_place = GoesInPlace(specs[i], collectives, device);
+    const bool in_place = GoesInPlace(specs[i], collectives, device, sent_by);
     (in_place ? members.in_place : members.packed).push_back(i);
   }
   std::stable_partition(members.packed.begin(), members.packed.end(),
@@ -82,9 +83,10 @@ ShardLayout LayoutOf(const std::vector<size_t>& params, const std::vector<GradSp
 }
 
 GradBucket MakeBucket(DtypePair dtypes, const Members& members, const std::vector<GradSpec>& specs,
-                      const Collectives& collectives, at::Device device) {
+                      const Collectives& collectives, at::Device device, SentBy sent_by) {
   const int64_t shards = collectives.shards();
-  const bool exchanges = shards > 1 && collectives.exchanges(device.type());
+  const bool exchanges = sent_by == SentBy::kPieces;
+  const bool scales = sent_by == SentBy::kCollectives;
   std::vector<size_t> params = members.in_place;
   params.insert(params.end(), members.packed.begin(), members.packed.end());
   const int64_t alignment = AlignmentOf(dtypes);
@@ -105,7 +107,7 @@ GradBucket MakeBucket(DtypePair dtypes, const Members& members, const std::vecto
       .exchanges = exchanges,
       .given = dtypes.computed,
       .wire = exchanges ? ExchangedDtype(dtypes) : dtypes.reduced,
-      .pack_scale = exchanges ? 1.0 : collectives.pre_scale(dtypes.reduced),
+      .pack_scale = scales ? collectives.pre_scale(dtypes.reduced) : 1.0,
       .params = std::move(params),
       .in_place = members.in_place.size(),
       .layout = std::move(layout),
@@ -176,14 +178,19 @@ class Packer {
 }  // namespace
 
 GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& collectives,
-                        at::Device device) {
+                        at::Device device, SentBy sent_by) {
   GradBuckets buckets;
   for (const DtypePair dtypes : PairsOf(specs)) {
-    const Members members = MembersOf(dtypes, specs, collectives, device);
-    buckets.push_back(
-        std::make_shared<GradBucket>(MakeBucket(dtypes, members, specs, collectives, device)));
+    const Members members = MembersOf(dtypes, specs, collectives, device, sent_by);
+    buckets.push_back(std::make_shared<GradBucket>(
+        MakeBucket(dtypes, members, specs, collectives, device, sent_by)));
   }
   return buckets;
+}
+
+SentBy SenderOf(const Collectives& collectives, at::Device device) {
+  const bool exchanges = collectives.shards() > 1 && collectives.exchanges(device.type());
+  return exchanges ? SentBy::kPieces : SentBy::kCollectives;
 }
 
 // A gradient that goes in place has the wire's dtype in either form.

@@ -63,10 +63,17 @@ struct GradBucket {
 
 using GradBuckets = std::vector<std::shared_ptr<GradBucket>>;
 
+/// Who sends the gradients of a bucket: collectives, ranks that exchange pieces point to point, or
+/// a user's hook.
+enum class SentBy : uint8_t { kCollectives, kPieces, kHook };
+
 /// The buckets of one unit, in the same order on all ranks. Large gradients are reduced from where
-/// autograd has left them, small ones through one packed buffer for each pair of dtypes.
+/// autograd has left them, small ones through one packed buffer for each pair of dtypes; what a
+/// hook sends is packed.
 GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& collectives,
-                        at::Device device);
+                        at::Device device, SentBy sent_by);
+/// Who does where there is no hook.
+SentBy SenderOf(const Collectives& collectives, at::Device device);
 
 /// What the next reduction's gradients are in: `computed`, or `reduced` where they have waited for
 /// it and were added up meanwhile. The same on all ranks, as it decides on what is sent.

@@ -4,6 +4,7 @@
 #include <map>
 #include <utility>
 
+#include "hsdp/hook_reduction.h"
 #include "hsdp/host_reduction.h"
 #include "hsdp/stream_reduction.h"
 #include "kernels/batched_copy.h"
@@ -14,7 +15,8 @@ namespace {
 using Stage = Reduction::Stage;
 using Side = DeviceStreams::Side;
 
-std::unique_ptr<Reduction> MakeReduction(std::shared_ptr<const UnitGrads> grads) {
+std::unique_ptr<Reduction> MakeReduction(std::shared_ptr<const UnitGrads> grads, CommHook hook) {
+  if (hook) return std::make_unique<HookReduction>(std::move(grads), std::move(hook));
   const bool reduces = !grads->buckets.empty();  // if not, its groups may be gone
   if (reduces && grads->collectives->exchanges(grads->device.type())) {
     return std::make_unique<HostReduction>(std::move(grads));
@@ -38,12 +40,13 @@ struct GradReducer::WritePass {
 
 GradReducer::GradReducer(std::string unit, std::vector<GradSpec> specs, at::Device device,
                          std::shared_ptr<Collectives> collectives,
-                         std::shared_ptr<DeviceStreams> streams)
+                         std::shared_ptr<DeviceStreams> streams, CommHook comm_hook)
     : specs_(std::move(specs)),
-      grads_(std::make_shared<UnitGrads>(UnitGrads{std::move(unit), device, collectives,
-                                                   std::move(streams),
-                                                   MakeBuckets(specs_, *collectives, device)})),
-      reduction_(MakeReduction(grads_)),
+      grads_(std::make_shared<UnitGrads>(
+          UnitGrads{std::move(unit), device, collectives, std::move(streams),
+                    MakeBuckets(specs_, *collectives, device,
+                                comm_hook ? SentBy::kHook : SenderOf(*collectives, device))})),
+      reduction_(MakeReduction(grads_, std::move(comm_hook))),
       used_here_(specs_.size(), false) {}
 
 GradReducer::~GradReducer() {
@@ -113,7 +116,9 @@ bool GradReducer::uses_all_here() const {
 }
 
 bool GradReducer::blocks_host() const {
-  return !uses_all_here() && !grads_->collectives->host_orders(grads_->device.type());
+  const bool asks_device =
+      !uses_all_here() && !grads_->collectives->host_orders(grads_->device.type());
+  return asks_device || reduction_->ends_with_backward();
 }
 
 std::vector<size_t> GradReducer::Unused() const {
@@ -186,14 +191,18 @@ void GradReducer::AddReplicas(GradBucket& bucket) const {
   bucket.output.add_(std::exchange(bucket.other, {}));
 }
 
-void GradReducer::CallHook(GradBucket& bucket) {
+// The pass that writes divides on the way. Averages that a hook is to see are made before, and
+// those in float16, which may be too small for it: as torch rounds them.
+void GradReducer::MakeAverages(GradBucket& bucket) {
   const auto& hook = reduction_->options().all_reduce_hook;
-  if (!hook) return;
+  const double scale = PostScale(bucket);
+  const bool rounds = bucket.reduced == at::kHalf && scale != 1.0;
+  if (!hook && !rounds) return;
   const auto scope = grads_->streams->Within(Side::kReduce);
   const at::Tensor averages = bucket.output.narrow(0, 0, bucket.layout.flat_numel());
-  if (const double scale = PostScale(bucket); scale != 1.0) averages.mul_(scale);
+  if (scale != 1.0) averages.mul_(scale);
   bucket.is_average = true;
-  hook(averages);
+  if (hook) hook(averages);
 }
 
 void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
@@ -201,9 +210,10 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
   TORCH_CHECK(reduction_->stage() == Stage::kDone, "GradReducer: nothing has been reduced");
   TORCH_CHECK(targets.size() == specs_.size() && accumulate.size() == specs_.size(),
               "GradReducer: ", targets.size(), " targets for ", specs_.size(), " parameters");
+  reduction_->RethrowOfUser();
   for (const auto& bucket : grads_->buckets) {
     AddReplicas(*bucket);
-    CallHook(*bucket);
+    MakeAverages(*bucket);
     if (SwapIfPossible(*bucket, targets, accumulate)) continue;
     AllocateFreed(*bucket, targets);
     RunPasses(*bucket, targets, accumulate);

@@ -25,9 +25,11 @@ namespace hsdp_ckpt::hsdp {
 /// Thread safety: one thread at a time.
 class GradReducer {
  public:
-  /// `unit`: its name, for messages. `specs`: of its trainable parameters, in order.
+  /// `unit`: its name, for messages. `specs`: of its trainable parameters, in order. `comm_hook`:
+  /// reduces instead of this package.
   GradReducer(std::string unit, std::vector<GradSpec> specs, at::Device device,
-              std::shared_ptr<Collectives> collectives, std::shared_ptr<DeviceStreams> streams);
+              std::shared_ptr<Collectives> collectives, std::shared_ptr<DeviceStreams> streams,
+              CommHook comm_hook = nullptr);
   ~GradReducer();
   GradReducer(const GradReducer&) = delete;
   GradReducer& operator=(const GradReducer&) = delete;
@@ -52,7 +54,8 @@ class GradReducer {
   /// Indices of parameters that no rank had a gradient for. Empty without looking if this rank had
   /// them all.
   std::vector<size_t> Unused() const;
-  /// Whether Unused makes the host wait for a device, and with it for the peers.
+  /// Whether taking the result makes the host wait for the peers: for the hook's collectives, or
+  /// in Unused for a device.
   bool blocks_host() const;
   /// Tensors for the sharded gradients: this rank's rows of every parameter, uninitialised, slices
   /// of one buffer for each bucket and dtype.
@@ -80,7 +83,7 @@ class GradReducer {
   void CheckGrad(size_t i, GradForm form, const at::Tensor& grad) const;
   void CheckTarget(size_t i, const at::Tensor& target, int64_t numel) const;
   double PostScale(const GradBucket& bucket) const;
-  void CallHook(GradBucket& bucket);
+  void MakeAverages(GradBucket& bucket);
   void End();
   static void AllocateFreed(const GradBucket& bucket,
                             const std::vector<std::optional<at::Tensor>>& targets);

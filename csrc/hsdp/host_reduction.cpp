@@ -10,9 +10,20 @@
 namespace hsdp_ckpt::hsdp {
 namespace {
 
-// output = scale * the sum over the ranks, whose pieces are in the inbox; this rank's are taken
-// from where they are. Frees the gradients.
-void SumPieces(GradBucket& bucket, int64_t rank, double scale) {
+// Every term is multiplied before it is added to others, as torch does: it shows where the product
+// is too small for a float16.
+void Scale(GradBucket& bucket, double scale) {
+  if (scale == 1.0) return;
+  for (at::Tensor& grad : bucket.grads) grad = grad.mul(scale);  // others may have it too
+  for (const at::Tensor& piece : bucket.inbox) {
+    if (piece.defined()) piece.mul_(scale);
+  }
+  bucket.input.mul_(scale);
+}
+
+// output = the sum over the ranks, whose pieces are in the inbox; this rank's are taken from where
+// they are. Frees the gradients.
+void SumPieces(GradBucket& bucket, int64_t rank) {
   const ShardLayout& layout = bucket.layout;
   const auto first_peer = static_cast<size_t>(rank == 0 ? 1 : 0);
   // In place of a peer's pieces where the dtype allows it: what is summed is in the cache then.
@@ -39,7 +50,7 @@ void SumPieces(GradBucket& bucket, int64_t rank, double scale) {
     if (gap < end) segments.push_back({{}, At(bucket.output, gap), end - gap});
   }
   add(bucket.packed_begin, bucket.packed_stride(), At(bucket.input, rank * bucket.packed_stride()));
-  kernels::BatchedSum(segments, bucket.wire, bucket.reduced, scale);
+  kernels::BatchedSum(segments, bucket.wire, bucket.reduced);
   bucket.grads.clear();
   bucket.input.reset();
   bucket.inbox.clear();
@@ -88,7 +99,8 @@ class BackgroundReduction : public std::enable_shared_from_this<BackgroundReduct
       return;
     }
     AwaitWorks(*grads_, bucket, "reduce-scatter");
-    SumPieces(bucket, collectives.shard_rank(), collectives.pre_scale(bucket.reduced));
+    Scale(bucket, collectives.pre_scale(bucket.reduced));
+    SumPieces(bucket, collectives.shard_rank());
   }
 
   void StartAllReduce(GradBucket& bucket) const {

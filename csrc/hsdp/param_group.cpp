@@ -179,7 +179,18 @@ void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trai
   trainable_ = std::move(trainable);
   half_of_grads_ = HalfOfGrads();
   WatchGrads(std::move(on_grad));
-  reducer_ = std::make_unique<GradReducer>(name_, GradSpecs(), device_, collectives_, streams_);
+  MakeReducer();
+}
+
+void ParamGroup::SetCommHook(CommHook hook) {
+  CheckNoPartial();
+  comm_hook_ = std::move(hook);
+  MakeReducer();
+}
+
+void ParamGroup::MakeReducer() {
+  reducer_ = std::make_unique<GradReducer>(name_, GradSpecs(), device_, collectives_, streams_,
+                                           comm_hook_);
 }
 
 // What backwards without a reduction have left here is for a later one, with the parameters that

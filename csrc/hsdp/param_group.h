@@ -120,6 +120,8 @@ class ParamGroup {
   /// one.
   void DropKept();
   GradReducer& reducer() { return *reducer_; }
+  /// From the next reduction on `hook` makes them.
+  void SetCommHook(CommHook hook);
   ReduceOptions& reduce_options() { return reduce_options_; }
   const std::vector<size_t>& trainable() const { return trainable_; }
   /// Elements of the gradient of parameter `trainable()[slot]`.
@@ -142,6 +144,7 @@ class ParamGroup {
   void MoveGrads(std::vector<at::Tensor>& full, const std::vector<size_t>& trainable) const;
   int64_t HalfOfGrads() const;
   void WatchGrads(std::function<void(size_t)> on_grad);
+  void MakeReducer();
   void Run(const std::vector<Move>& moves, const at::Tensor& from) const;
   void AllGather();
   void AwaitGather();
@@ -182,6 +185,7 @@ class ParamGroup {
   std::shared_ptr<std::function<void(size_t)>> on_grad_;
   GradForm grad_form_ = GradForm::kComputed;  // of the gradients that the next reduction takes
   ReduceOptions reduce_options_;
+  CommHook comm_hook_;
   std::unique_ptr<GradReducer> reducer_;
 };
 

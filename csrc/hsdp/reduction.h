@@ -23,6 +23,12 @@ struct ReduceOptions {
   std::function<void(const at::Tensor&)> all_reduce_hook;
 };
 
+/// A user's own reduction of one bucket: `grad` are a unit's gradients, one chunk a shard one after
+/// another, of which `shard` is to become this rank's, averaged over all ranks. Without `shard`
+/// nothing is sharded, and `grad` becomes the averages.
+using CommHook =
+    std::function<void(const at::Tensor& grad, const std::optional<at::Tensor>& shard)>;
+
 /// What the reductions of one unit work on.
 struct UnitGrads {
   std::string unit;  ///< its name, for messages
@@ -36,8 +42,8 @@ struct UnitGrads {
 void AwaitWorks(const UnitGrads& grads, GradBucket& bucket, const char* what);
 
 /// The way of a unit's packed gradients over the wire: reduce-scatter over the shards, all-reduce
-/// over the replicas. Who orders the two differs: a device's streams (StreamReduction) or the host
-/// (HostReduction).
+/// over the replicas. Who orders the two differs: a device's streams (StreamReduction), the host
+/// (HostReduction), or both are a user's (HookReduction).
 ///
 ///   from        call      to                when
 ///   kIdle       Start     kScatter          the buckets are packed and Allocate has been called
@@ -72,8 +78,13 @@ class Reduction {
 
   /// Whether the collectives divide on the way, so that the sums of `bucket` are averages.
   virtual bool averages(const GradBucket& bucket) const = 0;
+  /// Whether it is over only when it is waited for, which peers can bear at the end of a backward
+  /// only.
+  virtual bool ends_with_backward() const { return false; }
+  /// Throws what code of a user's has raised on the way: there are no sums then.
+  virtual void RethrowOfUser() {}
   /// The current stream waits until a device has read the inputs; their memory goes back to it.
-  virtual void ReleaseInputs() {}
+  void ReleaseInputs() { grads().streams->Release(inputs_); }
 
  protected:
   virtual void Begin() = 0;
@@ -83,7 +94,8 @@ class Reduction {
   const UnitGrads& grads() const { return *grads_; }
 
   const std::shared_ptr<const UnitGrads> grads_;
-  ReduceOptions options_;  // of the reduction under way
+  ReduceOptions options_;       // of the reduction under way
+  DeviceStreams::Held inputs_;  // what a side stream reads
   Stage stage_ = Stage::kIdle;
 };
 

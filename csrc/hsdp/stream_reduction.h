@@ -20,7 +20,6 @@ class StreamReduction final : public Reduction {
 
   void Allocate() override;
   bool averages(const GradBucket& bucket) const override;
-  void ReleaseInputs() override { grads().streams->Release(inputs_); }
 
  protected:
   void Begin() override;
@@ -34,8 +33,6 @@ class StreamReduction final : public Reduction {
   void TakeWorks();
   void StartAllReduces();
   void AllReduce(GradBucket& bucket);
-
-  DeviceStreams::Held inputs_;
 };
 
 }  // namespace hsdp_ckpt::hsdp

@@ -111,6 +111,10 @@ void BindUnitSettings(UnitClass& unit_class) {
             unit.group->reduce_options().all_reduce_hook = std::move(hook);
           },
           py::arg("hook"))
+      .def(
+          "set_comm_hook",
+          [](hsdp::Unit& unit, hsdp::CommHook hook) { unit.group->SetCommHook(std::move(hook)); },
+          py::arg("hook"))
       .def_property(
           "name", [](const hsdp::Unit& unit) { return unit.group->name(); },
           [](hsdp::Unit& unit, std::string name) { unit.group->set_name(std::move(name)); })

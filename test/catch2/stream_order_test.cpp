@@ -48,7 +48,7 @@ struct DeviceReduction {
     const hsdp::GradSpec spec{{4}, at::kFloat, at::kFloat, at::kFloat};
     grads = std::make_shared<hsdp::UnitGrads>(hsdp::UnitGrads{
         unit, at::Device(at::kCUDA, 0), groups.collectives, std::make_shared<hsdp::DeviceStreams>(),
-        hsdp::MakeBuckets({spec}, *groups.collectives, at::kCPU)});
+        hsdp::MakeBuckets({spec}, *groups.collectives, at::kCPU, hsdp::SentBy::kCollectives)});
     reduction = std::make_unique<hsdp::StreamReduction>(grads);
   }
 

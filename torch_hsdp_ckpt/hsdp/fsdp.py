@@ -4,9 +4,10 @@ A wrapped module's parameters are DTensors, sharded on dim 0 over the shard grou
 over the replicas. They are gathered for forward and backward and freed after; gradients are
 averaged over all ranks and sharded like the parameters."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch.distributed.fsdp._common_utils import TrainingState
 
 from .. import _C
 from .adoption import adopt_everywhere, postponed
-from .arguments import IgnoredStates, check_module, check_offload, offloads
+from .arguments import IgnoredStates, NotSupportedError, at, check_module, check_offload, offloads
 from .clip import clip_grad_norm
 from .materialize import materialize, move, synchronize
 from .meshes import device_of, mesh_for
@@ -192,14 +193,37 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         with FullyShardedDataParallel.summon_full_params(self, recurse=False, writeback=True):
             return super().apply(fn)
 
-    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> NoReturn:
-        """Not supported: gradients are packed, reduced and taken in C++. Raises NotImplementedError
-        that says what to use."""
-        raise NotImplementedError(
-            "register_comm_hook is not supported: for reductions in low precision pass "
-            "MixedPrecision(reduce_dtype=...); for other schemes use fully_shard and its "
-            "set_all_reduce_hook"
-        )
+    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
+        """From the next backward on ``hook`` reduces the gradients of each unit, as with torch's
+        FSDP1 and its ``torch.distributed.algorithms._comm_hooks.default_hooks``.
+
+        ``hook(state, gradient, shard)``: ``gradient`` is one dimension, in the reduce dtype, a
+        chunk for each rank of ``process_group`` in its order; the average of this rank's chunks is
+        to be in ``shard`` when the hook returns (on a device, when the current stream comes there).
+        Under NO_SHARD ``hook(state, gradient)``, which averages in place. On the CPU the hooks of a
+        backward are called at its end. The same on all ranks, for the outermost wrapper and all
+        inside. Raises ValueError for a wrapper inside, for hybrid strategies (as torch does), and a
+        second time; TypeError for what can't be called."""
+        if not callable(hook):
+            raise TypeError(f"a communication hook is called, and a {type(hook).__name__} can't be")
+        if not self.check_is_root():
+            raise ValueError(
+                f"{at(self)}register_comm_hook is for the outermost wrapper, "
+                f"{self._runner.root_of_all().units[0].core.name}"
+            )
+        units = [runner.unit for runner in self._runner.runners_inside()]
+        for unit in units:
+            if unit.mesh.ndim == 2 and unit.mesh.size(1) > 1:
+                raise NotSupportedError(
+                    f"{at(self)}communication hooks know one process group, and module "
+                    f"{unit.core.name} has one of shards and one of replicas: pass "
+                    "MixedPrecision(reduce_dtype=...), or use fully_shard's set_all_reduce_hook"
+                )
+            if unit.has_comm_hook:
+                raise ValueError(f"{at(self)}module {unit.core.name} has a communication hook")
+        self._runner.reset()
+        for unit in units:
+            unit.set_comm_hook(functools.partial(hook, state))
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True

@@ -4,12 +4,12 @@ The C++ core owns memory and timing. ``slots.py`` knows where parameters are reg
 ``shards.py`` the DTensors around shards, ``gradients.py`` how gradients get to them."""
 
 import operator
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -97,6 +97,7 @@ class ShardedUnit:
         self._requires_grad: list[bool] = []
         self._gradients = self._gradients_of([])
 
+        self.has_comm_hook = False
         self.summoned = False
         self.showing_full = True  # the slots do not hold the shards yet
         self.show_sharded()
@@ -119,6 +120,16 @@ class ShardedUnit:
             on_backward=weak_callback(self.show_full),
             on_reduced=weak_callback(self._take_gradients),
         )
+
+    def set_comm_hook(self, hook: Callable[..., Any]) -> None:
+        """``hook(gradient)``, or ``hook(gradient, shard)`` where there are shards, reduces from the
+        next reduction on."""
+
+        def call(gradient: Tensor, shard: Tensor | None) -> None:
+            hook(gradient) if shard is None else hook(gradient, shard)
+
+        self.core.set_comm_hook(call)
+        self.has_comm_hook = True
 
     def _shard(self, originals: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Sharded parameters with the values and attributes of ``originals``, which get a note that

@@ -3,6 +3,7 @@
 
 ``module_out`` collects, ``whole`` gathers, ``module_plan`` checks a load, ``module_in`` does it."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
+    LocalOptimStateDictConfig,
+    LocalStateDictConfig,
     OptimStateDictConfig,
     ShardedOptimStateDictConfig,
     ShardedStateDictConfig,
@@ -36,6 +39,7 @@ from .whole import keep, offload
 _CONFIGS: dict[StateDictType, tuple[type[StateDictConfig], type[OptimStateDictConfig]]] = {
     StateDictType.SHARDED_STATE_DICT: (ShardedStateDictConfig, ShardedOptimStateDictConfig),
     StateDictType.FULL_STATE_DICT: (FullStateDictConfig, FullOptimStateDictConfig),
+    StateDictType.LOCAL_STATE_DICT: (LocalStateDictConfig, LocalOptimStateDictConfig),
 }
 
 
@@ -189,13 +193,13 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         set for them, and say ``full_state_dict`` in their options instead. (torch's FSDP1 has its
         type set by them.)
 
-        RuntimeError for LOCAL_STATE_DICT, which is FSDP1's flat parameter and exists nowhere else,
-        and for configs of another type than ``state_dict_type``'s."""
-        if state_dict_type not in _CONFIGS:
-            raise RuntimeError(
-                f"{state_dict_type.name} is the flat parameter of torch's FSDP1, which this "
-                "wrapper does not have: use "
-                "SHARDED_STATE_DICT, whose values are this rank's shards, without a copy"
+        LOCAL_STATE_DICT, in FSDP1 this rank's piece of a flat parameter, is the sharded one here,
+        with a warning. RuntimeError for configs of another type than ``state_dict_type``'s."""
+        if state_dict_type is StateDictType.LOCAL_STATE_DICT:
+            warnings.warn(
+                "LOCAL_STATE_DICT is the SHARDED_STATE_DICT here: DTensors around this rank's "
+                "shards, by the names of the parameters. There is no flat parameter",
+                stacklevel=2,
             )
         model_type, optim_type = _CONFIGS[state_dict_type]
         model_config = model_type() if state_dict_config is None else state_dict_config
