@@ -136,7 +136,7 @@ def halted(launch: dict[str, Any]) -> bool:
     """Every rank has come to its last loss, and the checkpoint of before is complete."""
     if launch["stop_at"] is None:
         return False
-    stopped = len(list(Path(launch["logs"]).glob("*.stopped"))) == RANKS
+    stopped = len(list(Path(launch["logs"]).glob("*.stopped"))) == launch["printing"]
     return stopped and any(Path(launch["arguments"][1]).glob(launch["complete"]))
 
 
