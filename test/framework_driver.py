@@ -9,6 +9,7 @@ every rank halts there, and once the checkpoint is complete all are killed."""
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import gc
 import io
@@ -20,7 +21,10 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.library import Library
 
 RANKS = 4
 LOSS = re.compile(r"^step (\d+) loss ", re.MULTILINE)
@@ -61,6 +65,22 @@ class Output(io.TextIOBase):
         return len(text)
 
 
+def complete_simulator() -> Library:
+    """Makes good what the simulated GPU (simgpu/) lacks. It draws from the CPU's generator, which
+    DTensor would put back after each draw: ``trunc_normal_``, which draws until it likes the
+    numbers, would never end. And it has no kernel for a norm that torchtitan uses."""
+    import torch
+    from torch._decomp import decomposition_table
+    from torch.distributed.tensor._random import OffsetBasedRNGTracker
+
+    never = property(lambda tracker: False, lambda tracker, value: None)
+    OffsetBasedRNGTracker.distribute_region_enabled = never
+    norm = torch.ops.aten._fused_rms_norm_backward.default
+    library = torch.library.Library("aten", "IMPL")
+    library.impl(norm, decomposition_table[norm], "CUDA")
+    return library
+
+
 def host_store() -> tuple[int, int]:
     """The store that torchrun's agent hosts, in a process of its own. Returns its id and port."""
     receiver, sender = os.pipe()
@@ -92,6 +112,7 @@ def run_rank(launch: dict[str, Any], rank: int, port: int) -> None:
     """The script, in a process that has just been forked; it ends as the script does."""
     logs = Path(launch["logs"])
     os.dup2(os.open(logs / f"{rank}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    faulthandler.register(signal.SIGUSR1)  # says where it stands
     os.environ.update(as_torchrun(rank, port), **launch["settings"])
     sys.stdout = Output(logs, rank, launch["stop_at"])
     os.dup2(sys.stdout.fileno(), 1)
@@ -120,16 +141,21 @@ def wait_for(launch: dict[str, Any], ranks: list[int]) -> list[int]:
                 ended[process] = os.waitstatus_to_exitcode(status)
         if any(ended.values()):  # the others get a moment to say what they miss
             limit = min(limit, time.monotonic() + 3)
-        if not killed and (halted(launch) or time.monotonic() > limit):
-            kill([process for process in ranks if process not in ended])
+        is_late = time.monotonic() > limit
+        if not killed and (halted(launch) or is_late):
+            left = [process for process in ranks if process not in ended]
+            if is_late:
+                end(left, signal.SIGUSR1)
+                time.sleep(1)
+            end(left, signal.SIGKILL)
             killed = True
         time.sleep(0.02)
     return [ended[process] for process in ranks]
 
 
-def kill(processes: list[int]) -> None:
+def end(processes: list[int], by: signal.Signals) -> None:
     for process in processes:
-        os.kill(process, signal.SIGKILL)
+        os.kill(process, by)
 
 
 def halted(launch: dict[str, Any]) -> bool:
@@ -151,6 +177,8 @@ def main() -> None:
     from ranks import one_gloo_thread
 
     one_gloo_thread()
+    kernels = complete_simulator() if "SIMGPU_DIR" in os.environ else None
+    gc.freeze()  # a rank's end would look at each object of the modules, and copy its page
     for launch in spec["launches"]:
         with open(spec["lock"], "w") as lock:  # one launch at a time, of this driver or another
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -163,12 +191,13 @@ def main() -> None:
                     lock.close()
                     return run_rank({**launch, "ours": spec["ours"]}, rank, port)
             statuses = wait_for(launch, ranks)
-            kill([agent])
+            end([agent], signal.SIGKILL)
             os.waitpid(agent, 0)
         ended = {"statuses": statuses, "seconds": time.monotonic() - begun}
         (Path(launch["logs"]) / "ended.json").write_text(json.dumps(ended))
         if launch["stop_at"] is None and any(statuses):
-            return None
+            break
+    del kernels  # they last as long as this
 
 
 if __name__ == "__main__":

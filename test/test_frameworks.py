@@ -64,6 +64,14 @@ class Case:
 
 
 HUGGING_FACE = ("accelerate", "transformers.models.llama.modeling_llama", "transformers.trainer")
+TITAN = (  # what its trainer imports: the trainer itself asks for the device
+    "datasets",
+    "torch._inductor.compile_fx",
+    "torch.distributed.pipelining",
+    "torch.utils.tensorboard",
+    "torchtitan.components.dataloader",
+    "tyro",
+)
 CASES = {
     "accelerate_fsdp1": Case(
         "accelerate_fsdp.py",
@@ -108,6 +116,14 @@ CASES = {
         wrapper="FullyShardedDataParallel",
         every=3,
         simulated=True,
+    ),
+    "torchtitan": Case("titan.py", TITAN, simulated=True, first=1),
+    "torchtitan_async": Case(
+        "titan.py",
+        TITAN,
+        extra=("--async-mode", "async"),
+        simulated=True,
+        first=1,
     ),
     "lightning_fsdp2": Case(
         "lightning_fsdp2.py", ("lightning", "lightning.pytorch.strategies"), every=3
