@@ -60,7 +60,7 @@ def main() -> None:
         data = torch.Generator().manual_seed(4 * step + dist.get_rank())
         source, target = torch.randn(2, 4, 8, 32, generator=data)
         loss = nn.functional.mse_loss(model(source, target), target)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -38,7 +38,6 @@ class PrintLoss(TrainerCallback):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--version", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--save-every", type=int, default=3)
     options = parser.parse_args()
@@ -52,11 +51,11 @@ def main() -> None:
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
+        gradient_checkpointing=True,  # the adapters are not saved under FSDP's own
         fsdp=True,
         fsdp_config={
-            "version": options.version,
+            "version": 2,
             "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-            "activation_checkpointing": True,
             "state_dict_type": "SHARDED_STATE_DICT",
         },
     )

@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
-    pp_rank, dp_rank = mesh.get_coordinate()
+    pp_rank, dp_rank = mesh["pp"].get_local_rank(), mesh["dp"].get_local_rank()
     schedule_class = get_schedule_class(arguments.schedule)
     is_single = issubclass(schedule_class, PipelineScheduleSingle)
     count = 2 if is_single else 4
@@ -46,15 +46,20 @@ def main() -> None:
     loss_fn = nn.functional.mse_loss
     schedule = schedule_class(stages[0] if is_single else stages, MICROBATCHES, loss_fn=loss_fn)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    step = 0
+    first = 0
     saved = sorted(arguments.directory.glob("step-*"))
     if saved:
         model_state, optim_state = get_state_dict(model, optimizer, options=FLAT)
         dcp.load({"model": model_state, "optimizer": optim_state}, checkpoint_id=saved[-1])
-        states = {"model_state_dict": model_state, "optim_state_dict": optim_state}
-        set_state_dict(model, optimizer, **states, options=FLAT)
-        step = int(saved[-1].name.removeprefix("step-"))
-    for step in range(step, arguments.steps):
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=model_state,
+            optim_state_dict=optim_state,
+            options=FLAT,
+        )
+        first = int(saved[-1].name.removeprefix("step-"))
+    for step in range(first, arguments.steps):
         data = torch.Generator().manual_seed(2 * step + dp_rank)
         x, target = torch.randn(2, 4 * MICROBATCHES, WIDTH, generator=data)
         losses: list[Tensor] = []

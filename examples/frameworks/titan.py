@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import BaseLogger
 from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
@@ -38,24 +36,14 @@ class Tokens(BaseDataLoader):
         self.index = state["index"]
 
 
-class NoTokenizer(BaseTokenizer):
-    @dataclass(kw_only=True, slots=True)
-    class Config(BaseTokenizer.Config):
-        pass
-
-    def __init__(self, config: Config, tokenizer_path: str) -> None:
-        super().__init__()
-
-    encode = decode = get_vocab_size = None
+class NoTokenizer(BaseTokenizer.Config):
+    def build(self, **runtime: Any) -> None:
+        """The data are tokens."""
 
 
-class PrintLoss(MetricsProcessor):
-    @dataclass(kw_only=True, slots=True)
-    class Config(MetricsProcessor.Config):
-        pass
-
-    def log(self, step: int, global_avg_loss: float, *args: Any, **kwargs: Any) -> None:
-        print(f"step {step} loss {global_avg_loss:.9g}", flush=True)
+class PrintLoss(BaseLogger):
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        print(f"step {step} loss {metrics['loss_metrics/global_avg_loss']:.9g}", flush=True)
 
 
 def main() -> None:
@@ -70,30 +58,18 @@ def main() -> None:
     for layer in config.model_spec.model.layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
     config.dump_folder = arguments.directory
-    config.tokenizer, config.dataloader = NoTokenizer.Config(), Tokens.Config()
-    config.metrics = PrintLoss.Config(log_freq=1)
-    config.optimizer.implementation = "foreach"
+    config.tokenizer, config.dataloader = NoTokenizer(), Tokens.Config()
+    config.optimizer.implementation, config.debug.seed = "foreach", 0
     config.validator.enable = config.debug.enable_structured_logging = False
-    config.debug.seed = 0
-    config.training = TrainingConfig(
-        local_batch_size=2,
-        seq_len=16,
-        steps=arguments.steps,
-        mixed_precision_param="float32",
-        disable_cuda_graphs=True,
-    )
-    config.parallelism = ParallelismConfig(
-        data_parallel_replicate_degree=2,
-        data_parallel_shard_degree=2,
-        spmd_backend="partial_dtensor",
-    )
-    config.checkpoint = CheckpointManager.Config(
-        enable=True,
-        interval=arguments.save_every,
-        async_mode=arguments.async_mode,
-        last_save_model_only=False,
-    )
+    training, parallelism, checkpoint = config.training, config.parallelism, config.checkpoint
+    training.local_batch_size, training.seq_len, training.steps = 2, 16, arguments.steps
+    training.mixed_precision_param, training.disable_cuda_graphs = "float32", True
+    parallelism.data_parallel_replicate_degree = parallelism.data_parallel_shard_degree = 2
+    parallelism.spmd_backend = "partial_dtensor"
+    checkpoint.enable, checkpoint.interval = True, arguments.save_every
+    checkpoint.async_mode = arguments.async_mode
     trainer = config.build()
+    trainer.metrics_processor.logger = PrintLoss()
     trainer.train()
     trainer.close()
     torch.distributed.destroy_process_group()
