@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp
 from framework_driver import LOSS, RANKS
 from simgpu import simgpu
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import torch_hsdp_ckpt
@@ -27,7 +29,6 @@ EXAMPLES = ROOT / "examples" / "frameworks"
 PYTHON = Path(
     os.environ.get("HSDP_TEST_FRAMEWORKS_PYTHON", ROOT / ".venv-frameworks" / "bin" / "python")
 )
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 OURS_FILE = re.compile(r"__\d+_[0-9a-f]{16}_.*_\d+\.distcp")
 STOCK_FILE = re.compile(r"__\d+_\d+\.distcp")
 
@@ -45,7 +46,7 @@ class Case:
     every: int = 2
     simulated: bool = False
     tolerance: float = 0.0  # relative, of losses; 0: bit for bit
-    since: tuple[int, int] = (2, 11)  # of torch
+    needs: str = ""  # of torch.distributed.fsdp
     first: int = 0  # how the first step is called
     printing: tuple[int, ...] = tuple(range(RANKS))  # ranks that know the loss
 
@@ -112,13 +113,14 @@ CASES = {
         every=3,
         simulated=True,
     ),
-    "torchtitan": Case("titan.py", TITAN, simulated=True, first=1),
+    "torchtitan": Case("titan.py", TITAN, simulated=True, first=1, needs="DataParallelMeshDims"),
     "torchtitan_async": Case(
         "titan.py",
         TITAN,
         extra=("--async-mode", "async"),
         simulated=True,
         first=1,
+        needs="DataParallelMeshDims",
     ),
     "lightning_fsdp2": Case(
         "lightning_fsdp2.py", ("lightning", "lightning.pytorch.strategies"), every=3
@@ -282,29 +284,36 @@ def assert_files(runs: dict[str, Run]) -> None:
         assert torch_hsdp_ckpt.verify(path).ok, path
 
 
+def read_by_stock_torch(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of ours, without a process group."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(record.size, dtype=record.properties.dtype)
+        for key, record in metadata.items()
+        if isinstance(record, TensorStorageMetadata)
+    }
+    for value in tensors.values():
+        value.fill_(torch.nan if value.is_floating_point() else 0)
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors
+
+
 def assert_stock_torch_reads(directory: Path) -> None:
     for path in checkpoints(directory):
-        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        tensors = {
-            key: torch.full(record.size, torch.nan, dtype=record.properties.dtype)
-            if record.properties.dtype.is_floating_point
-            else torch.zeros(record.size, dtype=record.properties.dtype)
-            for key, record in metadata.items()
-            if isinstance(record, TensorStorageMetadata)
-        }
-        assert tensors
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+        tensors = read_by_stock_torch(path)
+        assert tensors, path
         assert all(value.isfinite().all() for value in tensors.values()), path
 
 
 def missing(case: Case) -> str:
     """Why a case can't run here; "" if it can."""
     if not PYTHON.exists():
+        assert os.environ.get("HSDP_CKPT_REQUIRE_FRAMEWORKS") != "1", f"{PYTHON} is not there"
         return f"the frameworks are not installed in {PYTHON}: `make frameworks` installs them"
     if case.simulated and not (simgpu.LIBRARIES / "libsimgpu_cuda.so").exists():
         return "the simulated GPU is not built: it needs torch's CUDA build and a CUDA toolkit"
-    if case.since > TORCH:
-        return f"needs torch {case.since}"
+    if case.needs and not hasattr(torch.distributed.fsdp, case.needs):
+        return f"this release of the framework imports {case.needs} from torch.distributed.fsdp"
     return ""
 
 
@@ -324,3 +333,40 @@ def test_a_framework_trains_is_killed_and_resumes_as_with_stock_torch(
     assert_ours_was_used(case, runs)
     assert_files(runs)
     assert_stock_torch_reads(runs["resumed"].directory)
+
+
+def test_torchrun_restarts_the_ranks(tmp_path: Path) -> None:
+    """A rank dies, torchrun starts all four again, and they go on from the last checkpoint; stock
+    torch makes one file of what they have saved."""
+    case = CASES["elastic"]
+    reason = missing(case)
+    if reason:
+        pytest.skip(reason)
+    script, directory = EXAMPLES / case.script, tmp_path / "by_ours"
+    directory.mkdir()
+    stock = Run(tmp_path / "stock", tmp_path / "by_stock")
+    torchrun = ["--standalone", "--nproc-per-node", str(RANKS), "--max-restarts", "1"]
+    torchrun += ["--redirects", "3", "--log-dir", str(tmp_path / "logs")]
+    program = ["-m", "torch_hsdp_ckpt.compat", str(script), str(directory), *case.arguments]
+    with _environment(simulated=False) as environment:
+        driver = _start("torch", [_launch(stock, script, case, "")], case, tmp_path, environment)
+        command = [PYTHON, "-m", "torch.distributed.run", *torchrun, *program, "--die-at", "3"]
+        # In the store that torchrun shares with its ranks Gloo finds those that are dead.
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert driver.wait(timeout=120) == 0 and ended.returncode == 0, ended.stderr
+    for rank, expected in enumerate(stock.losses()):
+        before, after = (
+            _losses(next((tmp_path / "logs").glob(f"*/attempt_{n}/{rank}/stdout.log")).read_text())
+            for n in range(2)
+        )
+        assert before == {step: expected[step] for step in range(4)}
+        assert after == {step: expected[step] for step in range(2, 6)}
+    dcp_to_torch_save(directory / "step-6", tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt")["app"]["model"]
+    tensors = read_by_stock_torch(directory / "step-6")
+    assert whole
+    for name, value in whole.items():
+        assert torch.equal(value, tensors[f"app.model.{name}"]), name
