@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import torch_hsdp_ckpt
 
+# Torch says so to whoever loads without a process group.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "frameworks"
 PYTHON = Path(

@@ -52,7 +52,8 @@ def main() -> None:
     data = TensorDataset(torch.randn(256, WIDTH), torch.randn(256, WIDTH))
     batches = fabric.setup_dataloaders(DataLoader(data, batch_size=4))
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0}
-    saved = sorted(arguments.directory.glob("step-*"))
+    # A directory without .metadata is a save that was cut off.
+    saved = sorted(path.parent for path in arguments.directory.glob("step-*/.metadata"))
     if saved:
         fabric.load(saved[-1], state)
     for index, (x, target) in enumerate(batches):

@@ -47,7 +47,8 @@ def main() -> None:
     schedule = schedule_class(stages[0] if is_single else stages, MICROBATCHES, loss_fn=loss_fn)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     first = 0
-    saved = sorted(arguments.directory.glob("step-*"))
+    # A directory without .metadata is a save that was cut off.
+    saved = sorted(path.parent for path in arguments.directory.glob("step-*/.metadata"))
     if saved:
         model_state, optim_state = get_state_dict(model, optimizer, options=FLAT)
         dcp.load({"model": model_state, "optimizer": optim_state}, checkpoint_id=saved[-1])
