@@ -79,7 +79,7 @@ CASES = {
         wrapper="FullyShardedDataParallel",
         extra=("--version", "1"),
         simulated=True,
-        tolerance=1e-5,
+        tolerance=1e-6,
     ),
     "accelerate_fsdp2": Case(
         "accelerate_fsdp.py",
@@ -95,7 +95,7 @@ CASES = {
         extra=("--version", "1"),
         every=3,
         simulated=True,
-        tolerance=1e-5,
+        tolerance=1e-6,
         first=1,
     ),
     "peft_lora": Case("peft_lora.py", PEFT, every=3, simulated=True, first=1),
@@ -107,7 +107,7 @@ CASES = {
         printing=(2, 3),
     ),
     "elastic": Case("elastic.py", ()),
-    "fabric": Case("fabric.py", ("lightning",), tolerance=1e-5),
+    "fabric": Case("fabric.py", ("lightning",), tolerance=1e-6),
     "lightning_fsdp1": Case(
         "lightning_fsdp1.py",
         ("lightning", "lightning.pytorch.strategies"),
