@@ -92,10 +92,11 @@ def _settings(rank: int) -> None:
     handle.wait()
     assert not isinstance(ours.blocks[0].up.weight, DTensor)
     assert torch.equal(ours.blocks[0].up.weight, net.blocks[0].up.weight)
-    assert isinstance(ours.state_dict()["blocks.0.up.weight"], DTensor)
-    assert torch.equal(ours.blocks[0].up.weight, net.blocks[0].up.weight)  # a state dict only reads
     ours.blocks[0].reshard()
     assert isinstance(ours.blocks[0].up.weight, DTensor)
+    ours.blocks[0].unshard()
+    assert isinstance(ours.state_dict()["blocks.0.up.weight"], DTensor)
+    assert isinstance(ours.blocks[0].up.weight, DTensor)  # as with torch's
     for _ in range(2):
         ours.zero_grad()
         loss_of(ours, batch(net, 0, rank)).backward()

@@ -4,6 +4,7 @@ pipelining, and ends of backwards by hand."""
 import copy
 import inspect
 import pickle
+import weakref
 from types import ModuleType
 
 import pytest
@@ -14,7 +15,11 @@ from ranks import run_checks
 from sides import HERE, SIDES, layers, sharded, whole
 from torch import Tensor, nn
 from torch.distributed._composable.contract import _get_registry
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -26,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from training import mesh_of
 
 import torch_hsdp_ckpt as ours
+from torch_hsdp_ckpt.hsdp.fsdp_module import fsdp_runner
 
 # 2.11's has fewer methods than 2.15's.
 METHODS = [name for name, value in vars(torchs.FSDPModule).items() if inspect.isfunction(value)]
@@ -93,6 +99,9 @@ def _registry(rank: int) -> None:
     assert len(contexts) == 4
     ours.share_comm_ctx(list(model))
     assert len({id(each._comm_ctx) for each in inside}) == 1
+    both = nn.Sequential(ours.FullyShardedDataParallel(nn.Linear(4, 4), device_id=HERE))
+    ours.fully_shard(both)
+    assert len(torchs.fully_shard.state(both)._state_ctx.all_states) == 1
     if hasattr(torchs, "share_comm_ctx"):
         torchs.share_comm_ctx([model, model[0]])
         assert model._get_fsdp_state()._comm_ctx is model[0]._get_fsdp_state()._comm_ctx
@@ -116,9 +125,14 @@ def _wrapped_by_both(rank: int) -> None:
     ours.fully_shard(net[1], mesh=mesh_of((4,)))
     with pytest.raises(AssertionError, match="has already been applied"):
         torchs.fully_shard(net[1])
-    for given in ({}, {"mesh": mesh_of((4,))}, {"mesh": mesh_of((2, 2))}):
-        with pytest.raises(ValueError, match=f"^rank {rank}: module FSDPLinear: torch's"):
-            torchs.fully_shard(nn.Sequential(*net), **given)
+    net[2] = ours.FullyShardedDataParallel(net[2], device_mesh=mesh_of((4,)))
+    for part, name in ((net[1], "FSDPLinear"), (net[2], "FullyShardedDataParallel")):
+        torchs_is = f"^rank {rank}: module {name}: torch's .* is applied to a module around it"
+        for given in ({}, {"mesh": mesh_of((4,))}, {"mesh": mesh_of((2, 2))}):
+            with pytest.raises(ValueError, match=torchs_is):
+                torchs.fully_shard(nn.Sequential(part), **given)
+        with pytest.raises(ValueError, match=torchs_is):
+            torchs.FullyShardedDataParallel(nn.Sequential(part), device_id=HERE)
     assert net(torch.ones(2, 4)).shape == (2, 4)
 
 
@@ -159,6 +173,72 @@ def _ended_by_hand(rank: int) -> None:
             found.append(gradients)
         assert all(map(torch.equal, found[0], found[1]))
         assert all(map(torch.equal, found[0], found[2]))
+
+
+def _alternating(rank: int) -> None:
+    """Backwards with and without synchronisation before the end by hand."""
+    if not hasattr(torchs.FSDPModule, "finalize_backward"):
+        return
+    found = []
+    for side in SIDES:
+        model = sharded(side, layers(3), mesh=mesh_of((2, 2)))
+        model.set_manual_backward_finalization(True)
+        for microbatch in range(4):
+            model.set_requires_gradient_sync(microbatch % 2 == 1)
+            model(torch.full((2, 4), rank + microbatch + 1.0)).square().sum().backward()
+        model.set_requires_gradient_sync(True)
+        model.finalize_backward()
+        found.append(_gradients(model))
+    assert all(map(torch.equal, *found))
+
+
+def _handle_and_other_calls(rank: int) -> None:
+    """Whatever needs the gradients takes them, and the handle has nothing left to wait for."""
+    for call in ("state_dict", "zero_grad", "double"):
+        model = sharded(ours, layers(3))
+        model.set_manual_backward_finalization(True)
+        model(torch.ones(2, 4)).sum().backward()
+        handle = model.finalize_backward(async_op=True)
+        getattr(model, call)()
+        handle.wait()
+        assert (model[0].weight.grad is None) == (call == "zero_grad")
+    model(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
+    handle = model.finalize_backward(async_op=True)
+    gone = weakref.ref(fsdp_runner(model).root)
+    del model, handle
+    assert gone() is None, "held by what it holds"
+
+
+def _modes_and_when_they_change(rank: int) -> None:
+    model = sharded(ours, layers(3))
+    model.set_manual_backward_finalization(True)
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(2, 4)).sum().backward()
+    model.set_manual_backward_finalization(True)
+    with pytest.raises(RuntimeError, match=f"^rank {rank}: .* wait for finalize_backward, or"):
+        model.set_manual_backward_finalization(False)
+    # What is said to a module inside leaves the mode as it is.
+    model[0].set_is_last_backward(True)
+    model.set_requires_gradient_sync(True)
+    model(torch.ones(2, 4)).sum().backward()
+    handle = model.finalize_backward(async_op=True)
+    handle.wait()
+    model.set_manual_backward_finalization(False)
+
+
+def _state_between_microbatches(rank: int) -> None:
+    """Whoever asks for a state gets the sharded one, and an optimizer finds its parameters."""
+    for side in SIDES:
+        model = sharded(side, layers(3), mesh=mesh_of((2, 2)))
+        optimizer = torch.optim.Adam(model.parameters())
+        for is_last in (False, False, True):
+            model.set_requires_gradient_sync(is_last)
+            model.set_reshard_after_backward(is_last)
+            model(torch.ones(2, 4)).sum().backward()
+            states, of_optimizer = get_state_dict(model, optimizer)
+            assert all(isinstance(value, DTensor) for value in states.values())
+            assert set(of_optimizer["state"]) == set(states)
+            assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
 def _ended_by_hand_after_an_error(rank: int) -> None:
@@ -254,7 +334,15 @@ def test_classes_and_registry() -> None:
 
 
 def test_backwards_that_are_ended_by_hand() -> None:
-    run_checks(4, _ended_by_hand, _ended_by_hand_after_an_error)
+    run_checks(
+        4,
+        _ended_by_hand,
+        _ended_by_hand_after_an_error,
+        _alternating,
+        _handle_and_other_calls,
+        _modes_and_when_they_change,
+        _state_between_microbatches,
+    )
 
 
 def test_torchs_pipelining() -> None:

@@ -1,5 +1,8 @@
 """Programs as they are: ``patch()`` puts this package in the place of torch's own wrappers and
-checkpoints, wherever they are known by name."""
+checkpoints, by their names in the modules that have been imported.
+
+``replacement`` decides a call between the two sides, ``stand_in`` makes what has the name of one of
+torch's classes meanwhile, ``patch`` exchanges the names, and ``script`` runs a program so."""
 
 from .patch import Patch, Replaced, patch
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as _state_dict
 import torch.distributed.fsdp as fsdp
 
 from ..checkpoint.load.load import load
@@ -13,13 +14,18 @@ from ..checkpoint.save.async_save import async_save
 from ..checkpoint.save.save import save
 from ..filesystem import FileSystemReader, FileSystemWriter
 from ..hsdp.fsdp import FullyShardedDataParallel
-from ..hsdp.fully_shard import fully_shard
-from .stand_in import Choice, stand_in
+from ..hsdp.fully_shard import fully_shard, register_fsdp_forward_method, share_comm_ctx
+from . import turns
+from .replacement import Replacement, always_ours, by_modules, wraps_modules
+from .stand_in import stand_in
 
-# Where torch's own code calls itself by these names, and what it makes has to stay torch's.
+# Where torch's own code calls itself by these names, and what it makes has to stay torch's. They
+# are imported by now: whoever came later would take over what has the name then.
 _INSIDE_TORCH = (
     "torch.distributed.fsdp._",
-    "torch.distributed.checkpoint.state_dict",  # its saver and loader too
+    _state_dict.__name__,
+    "torch.distributed.checkpoint.state_dict_saver",
+    "torch.distributed.checkpoint.state_dict_loader",
     "torch_hsdp_ckpt.",
 )
 
@@ -31,35 +37,48 @@ class Replaced(NamedTuple):
     name: str
 
 
-def _function(choice: Choice) -> Any:
-    """A function in torch's place."""
-
-    @functools.wraps(choice.torchs)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return choice(*args, **kwargs)
-
-    return call
-
-
-_CHOICES = [
-    Choice("FullyShardedDataParallel", FullyShardedDataParallel, fsdp.FullyShardedDataParallel),
-    Choice("FileSystemWriter", FileSystemWriter, dcp.FileSystemWriter),
-    Choice("FileSystemReader", FileSystemReader, dcp.FileSystemReader),
-    Choice("fully_shard", fully_shard, fsdp.fully_shard),
-    Choice("save", save, dcp.save),
-    Choice("load", load, dcp.load),
-    Choice("async_save", async_save, dcp.async_save),
-]
-# By the id of torch's: what is in its place.
-_REPLACEMENTS: dict[int, Any] = {
-    id(choice.torchs): (stand_in if isinstance(choice.torchs, type) else _function)(choice)
-    for choice in _CHOICES
+# What torch makes public, and who decides a call by that name while it is patched.
+_PUBLIC: dict[Replaced, Replacement] = {
+    Replaced(module.__name__, name): Replacement(ours, getattr(module, name), decide)
+    for module, name, ours, decide in (
+        (fsdp, "FullyShardedDataParallel", FullyShardedDataParallel, wraps_modules),
+        (fsdp, "fully_shard", fully_shard, wraps_modules),
+        (fsdp, "register_fsdp_forward_method", register_fsdp_forward_method, by_modules),
+        (fsdp, "share_comm_ctx", share_comm_ctx, by_modules),
+        (dcp, "FileSystemWriter", FileSystemWriter, always_ours),
+        (dcp, "FileSystemReader", FileSystemReader, always_ours),
+        (dcp, "save", save, always_ours),
+        (dcp, "load", load, always_ours),
+        (dcp, "async_save", async_save, always_ours),
+    )
+    if hasattr(module, name)  # torch 2.11 has no share_comm_ctx
 }
-_ORIGINALS = {id(_REPLACEMENTS[id(choice.torchs)]): choice.torchs for choice in _CHOICES}
+
+
+def _made_for(at: Replaced, replacement: Replacement) -> Any:
+    if isinstance(replacement.torchs, type):
+        return stand_in(replacement, at.module)
+    made = replacement.as_function()
+    made.__module__ = at.module  # where `pickle` finds it again
+    return made
+
+
+# By the id of torch's: what is in its place; and the way back.
+_REPLACEMENTS: dict[int, Any] = {
+    id(replacement.torchs): _made_for(at, replacement) for at, replacement in _PUBLIC.items()
+}
+_ORIGINALS: dict[int, Any] = {
+    id(_REPLACEMENTS[id(replacement.torchs)]): replacement.torchs
+    for replacement in _PUBLIC.values()
+}
+_torchs_init = fsdp.FullyShardedDataParallel.__init__
 
 
 class Patch:
     """That torch's names stand for this package's, until :meth:`undo` or the end of a ``with``."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
 
     def __enter__(self) -> "Patch":
         return self
@@ -68,8 +87,15 @@ class Patch:
         self.undo()
 
     def undo(self) -> None:
-        """Gives torch's names back, also where they were taken over since."""
-        _exchange(_ORIGINALS)
+        """Ends this patch. With the last one that is in force torch's names are given back, also
+        where they were taken over since. A second time changes nothing."""
+        with turns.lock:
+            if self not in turns.in_force:
+                return
+            turns.in_force.remove(self)
+            if not turns.in_force:
+                _exchange(_ORIGINALS)
+                setattr(fsdp.FullyShardedDataParallel, "__init__", _torchs_init)  # noqa: B010
 
     def report(self) -> list[Replaced]:
         """The names that stand for this package's now, by module."""
@@ -77,17 +103,45 @@ class Patch:
 
 
 def patch(*, strict: bool = False) -> Patch:
-    """Puts ``FullyShardedDataParallel``, ``fully_shard``, ``save``, ``load``, ``async_save``,
-    ``FileSystemWriter`` and ``FileSystemReader`` of this package in the place of torch's, in torch
-    and in all modules that have imported them; who imports them later gets them too. A second call
-    takes in what has come since.
+    """Puts this package's ``FullyShardedDataParallel``, ``fully_shard``, ``save``, ``load``,
+    ``async_save``, ``FileSystemWriter`` and ``FileSystemReader`` in the place of torch's, in
+    ``torch.distributed.fsdp`` and ``torch.distributed.checkpoint`` and in all modules that have
+    imported them; who imports them later gets them too. A second call takes in what has come since.
 
-    Arguments that ours refuse go to torch's, with one line in the log; ``strict``: they raise
-    ValueError. isinstance and subclasses of torch's classes work as before."""
-    for choice in _CHOICES:
-        choice.strict = strict
-    _exchange(_REPLACEMENTS)
-    return Patch()
+    Construction arguments that ours refuse go to torch's, with one line in the log, and so do
+    wrappers around a module of which that is so; ``strict``: they raise ValueError. isinstance goes
+    by both sides' classes, and subclasses of torch's classes are torch's. What is held elsewhere
+    than as a module's attribute (a default argument, a registry) is not found.
+
+    ValueError if somebody else has replaced one of the names."""
+    with turns.lock:
+        _check_names()
+        made = Patch(strict)
+        turns.in_force.append(made)
+        _exchange(_REPLACEMENTS)
+        setattr(_class_of_torch(), "__init__", _init_of_torchs)  # noqa: B010
+    return made
+
+
+def _class_of_torch() -> Any:
+    return _PUBLIC[Replaced(fsdp.__name__, "FullyShardedDataParallel")].torchs
+
+
+@functools.wraps(_torchs_init)
+def _init_of_torchs(*args: Any, **kwargs: Any) -> None:
+    """Of torch's own class and what is derived from it, which wraps what is inside by its name."""
+    with turns.torchs_turn():
+        _torchs_init(*args, **kwargs)
+
+
+def _check_names() -> None:
+    for at, replacement in _PUBLIC.items():
+        value = getattr(sys.modules[at.module], at.name, None)
+        if value is not replacement.torchs and id(value) not in _ORIGINALS:
+            raise ValueError(
+                f"{at.module}.{at.name} is not torch's own any more but {value!r}: call patch() "
+                "before whatever has put that there, or leave one of the two out"
+            )
 
 
 def _exchange(by_id: dict[int, Any]) -> None:
@@ -96,8 +150,9 @@ def _exchange(by_id: dict[int, Any]) -> None:
 
 
 def _names(by_id: dict[int, Any]) -> Iterator[tuple[str, str, Any]]:
+    stay = _INSIDE_TORCH if by_id is _REPLACEMENTS else ()
     for module_name, module in list(sys.modules.items()):
-        if module is None or module_name.startswith(_INSIDE_TORCH):
+        if module is None or module_name.startswith(stay):
             continue
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if id(value) in by_id:

@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.fsdp as torchs
 
-from .root import Root
+from .root import BackwardEnd, PendingReduction, Root
 
 # torch 2.15's; before, nobody asks for it by isinstance.
 _TorchsHandle: Any = getattr(torchs, "GradientReductionHandle", object)
@@ -15,64 +15,55 @@ _TorchsHandle: Any = getattr(torchs, "GradientReductionHandle", object)
 class GradientReductionHandle(_TorchsHandle):  # type: ignore[misc]
     """Reductions that ``FSDPModule.finalize_backward(async_op=True)`` has started."""
 
-    def __init__(self, root: Root | None) -> None:
-        self._root = root
+    def __init__(self, root: Root | None, pending: PendingReduction) -> None:
+        self._root, self._pending = root, pending
 
     def wait(self) -> None:
-        """The gradients are there when this returns. RuntimeError if ``reset_iter_state`` has ended
-        the reductions meanwhile."""
+        """The gradients are there when this returns. RuntimeError if ``reset_iter_state`` has
+        ended the reductions meanwhile."""
         root, self._root = self._root, None
         if root is None:
             return
-        if root.pending_reduction is not self:
+        if self._pending.was_reset:
             raise RuntimeError(
                 f"rank {dist.get_rank()}: module {root.units[0].core.name}: reset_iter_state has "
                 "ended this reduction of gradients"
             )
-        root.pending_reduction = None
-        with root.turn():
-            root.schedule.finish_reductions()
+        if root.pending_reduction is self._pending:  # else zero_grad, say, has waited for it
+            root.pending_reduction = None
+            with root.turn():
+                root.schedule.finish_reductions()
 
 
-class BackwardEnd:
-    """What a user has said of the backwards to come; kept for the root that is made later."""
-
-    def __init__(self) -> None:
-        self._is_last = True
-        self._is_by_hand = False
-
-    def set_last(self, root: Root | None, is_last: bool) -> None:
-        """Whether the next backward ends with all of its gradients taken."""
-        self._is_last = is_last
-        self.tell(root)
-
-    def set_by_hand(self, root: Root | None, is_by_hand: bool) -> None:
-        """Whether the backwards end by :func:`finalize_backward`. This comes before
-        :meth:`set_last`."""
-        if root is not None:
-            root.check_not_running("set_manual_backward_finalization")
-        self._is_by_hand = is_by_hand
-        self.tell(root)
-
-    def tell(self, root: Root | None) -> None:
-        """``root`` is that of the outermost module, if it is known."""
-        if root is not None:
-            root.schedule.set_last_backward(self._is_last and not self._is_by_hand)
+def set_manual_finalization(root: Root | None, end: BackwardEnd, enabled: bool) -> None:
+    """Whether the backwards to come end by :func:`finalize_backward`. RuntimeError within a forward
+    or backward, and where backwards wait for their end."""
+    if root is not None:
+        root.check_not_running("set_manual_backward_finalization")
+        if end.is_open and enabled != end.is_manual:
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: module {root.units[0].core.name}: its backwards so far "
+                "wait for finalize_backward, or reset_iter_state: "
+                "set_manual_backward_finalization comes after it"
+            )
+    end.is_manual = enabled
+    if root is not None:
+        root.tell_backward_end()
 
 
 def finalize_backward(root: Root | None, async_op: bool) -> GradientReductionHandle | None:
     """Reduces what the backwards so far have kept. Nothing without ``root``: no forward has run.
 
     RuntimeError within a forward or backward, and before the last handle was waited for."""
-    handle = GradientReductionHandle(root) if async_op else None
-    if root is None:
-        return handle
-    root.check_not_running("finalize_backward")
-    if root.pending_reduction is not None:
-        raise RuntimeError(
-            f"rank {dist.get_rank()}: module {root.units[0].core.name}: wait for the handle of the "
-            "last finalize_backward before the next one"
-        )
-    root.schedule.finalize_backward(wait=not async_op)
-    root.pending_reduction = handle
-    return handle
+    pending = PendingReduction()
+    if root is not None:
+        root.check_not_running("finalize_backward")
+        if root.pending_reduction is not None:
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: module {root.units[0].core.name}: wait for the handle of "
+                "the last finalize_backward before the next one"
+            )
+        root.schedule.finalize_backward(wait=not async_op)
+        root.backward_end.is_open = False
+        root.pending_reduction = pending if async_op else None
+    return GradientReductionHandle(root, pending) if async_op else None

@@ -27,6 +27,7 @@ from .runner import Runner, named_runners
 from .slots import parameters_of_unit
 from .state.module_state_dict import StateDictMixin
 from .summon import SummonOptions, summon
+from .torchs_view import refuse_torchs
 from .unit import ShardedUnit
 from .wrap import auto_wrap
 
@@ -82,7 +83,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         mixed_precision: MixedPrecision | None = None,
         ignored_modules: Iterable[nn.Module] | None = None,
         param_init_fn: Callable[[nn.Module], None] | None = None,
-        device_id: int | torch.device | None = None,
+        device_id: int | str | torch.device | None = None,
         sync_module_states: bool = False,
         forward_prefetch: bool = False,
         limit_all_gathers: bool = True,
@@ -91,6 +92,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         device_mesh: DeviceMesh | None = None,
     ) -> None:
         check_module(module, "FullyShardedDataParallel")
+        device_id = torch.device(device_id) if isinstance(device_id, str) else device_id
         items: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]
         ignored = IgnoredStates.of(module, items)
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
@@ -319,6 +321,9 @@ def _reshard_after_forward(strategy: ShardingStrategy) -> bool | None:
     """None frees after forward, except for what backward needs first."""
     frees = strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD)
     return None if frees else False
+
+
+refuse_torchs(FullyShardedDataParallel)
 
 
 def _wrap_inside(

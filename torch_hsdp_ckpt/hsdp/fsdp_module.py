@@ -1,22 +1,24 @@
 """``FSDPModule``: the methods that ``fully_shard`` adds to a module, torch FSDP2's."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed.fsdp as torchs
 from torch import nn
-from torch.distributed._composable.contract import REGISTRY_KEY
 
 from ..common.gate import wait_at_gate
 from .arguments import at
-from .backward_end import GradientReductionHandle, finalize_backward
+from .backward_end import (
+    GradientReductionHandle,
+    finalize_backward,
+    set_manual_finalization,
+)
 from .runner import Runner, named_runners, runner_of
 from .state.module_entries import checks_first
 from .state.module_in import load
 from .state.module_plan import LoadRequest
-from .torchs_view import FSDPState, in_torchs_fully_shard, state_of
+from .torchs_view import FSDPState, refuse_torchs, state_of
 from .unit import ShardedUnit, reshard_policy
 
 
@@ -117,19 +119,22 @@ class FSDPModule(torchs.FSDPModule):
         It is a setting of the outermost module and all inside, and the same on all ranks.
         """
         runner = fsdp_runner(self)
-        runner.backward_end.set_last(runner.root, is_last_backward)
+        runner.backward_end.is_last = is_last_backward
+        if (root := runner.root) is not None:
+            root.tell_backward_end()
 
     def set_manual_backward_finalization(self, enabled: bool) -> None:
         """Says whether the next backwards end by :meth:`finalize_backward`. It is a setting of the
         outermost module, and comes before :meth:`set_is_last_backward`. RuntimeError on a module
-        inside, and within a forward or backward."""
+        inside, within a forward or backward, and where it would change while backwards wait for
+        their end."""
         runner = fsdp_runner(self)
         if (root := runner.root) is not None and root.units[0] is not runner.unit:
             raise RuntimeError(
                 f"{at(cast(nn.Module, self))}set_manual_backward_finalization is for the "
                 f"outermost module, {root.units[0].core.name}"
             )
-        runner.backward_end.set_by_hand(root, enabled)
+        set_manual_finalization(root, runner.backward_end, enabled)
 
     def finalize_backward(  # type: ignore[override]
         self, *, async_op: bool = False
@@ -192,7 +197,12 @@ class FSDPModule(torchs.FSDPModule):
         """Ends what a forward or backward that raised has left under way: the sharded parameters
         are in the module, gradients on their way are gone. The next forward does so by itself.
         RuntimeError inside of a forward or backward."""
-        fsdp_runner(self).reset()
+        runner = fsdp_runner(self)
+        root = runner.root
+        pending = root.pending_reduction if root is not None else None
+        runner.reset()
+        if pending is not None:
+            pending.was_reset = True
 
     def set_all_reduce_hook(
         self, hook: Callable[[torch.Tensor], None], *, stream: Any = None
@@ -260,17 +270,7 @@ class FSDPModule(torchs.FSDPModule):
         )
 
 
-def _registry(self: FSDPModule) -> Any:
-    if in_torchs_fully_shard(sys._getframe(1)):
-        raise ValueError(
-            f"{at(cast(nn.Module, self))}torch's fully_shard is applied to a module around it, and "
-            "can't shard its shards: apply torch_hsdp_ckpt's to that module too"
-        )
-    return self.__dict__.get(REGISTRY_KEY)
-
-
-# An attribute that torch reads of every module inside before it shards anything.
-setattr(FSDPModule, REGISTRY_KEY, property(_registry))
+refuse_torchs(FSDPModule)
 
 
 # Settings of how torch's FSDP2 communicates and keeps memory are refused, with what to do instead.

@@ -184,7 +184,7 @@ def _mesh_of_hosts(module: nn.Module, device_type: str, strategy: ShardingStrate
     devices = torch.accelerator.device_count() if device_type != "cpu" else 0
     shards = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or devices
     if shards < 1 or world % shards:
-        raise ValueError(
+        raise NotSupportedError(
             f"{at(module)}{strategy.name} without device_mesh and process_group shards over the "
             "ranks of a host, whose number is not known here or does not divide "
             f"{world} ranks (LOCAL_WORLD_SIZE={os.environ.get('LOCAL_WORLD_SIZE')}): pass "

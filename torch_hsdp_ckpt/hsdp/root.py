@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -27,16 +28,38 @@ class _DifferentModules(RuntimeError):
     pass
 
 
+@dataclass
+class BackwardEnd:
+    """What a user has said of the backwards to come, to the outermost module."""
+
+    is_last: bool = True  # the next one ends with all of its gradients taken
+    is_manual: bool = False  # it ends by finalize_backward, whatever ``is_last`` says
+    is_open: bool = False  # there was one that waits for finalize_backward
+
+
+@dataclass
+class PendingReduction:
+    """Of a finalize_backward whose handle nobody has waited for yet."""
+
+    was_reset: bool = False
+
+
 class Root:
     """``units``: of all wrappers, outermost first, each with its name. ``prefetch``: when backward
-    starts the next unit's gather. Collective over the mesh; raises RuntimeError on every rank if
-    the ranks have wrapped different modules, or parameters are on the meta device."""
+    starts the next unit's gather. ``backward_end``: the outermost module's. Collective over the
+    mesh; raises RuntimeError on every rank if the ranks have wrapped different modules, or
+    parameters are on the meta device."""
 
-    def __init__(self, units: list[ShardedUnit], prefetch: _C.BackwardPrefetch) -> None:
+    def __init__(
+        self,
+        units: list[ShardedUnit],
+        prefetch: _C.BackwardPrefetch,
+        backward_end: BackwardEnd,
+    ) -> None:
         self.units = units
         self.is_dissolved = False
-        # The handle of a finalize_backward that nobody has waited for yet.
-        self.pending_reduction: object | None = None
+        self.backward_end = backward_end
+        self.pending_reduction: PendingReduction | None = None
         self._groups = ModelGroups()
         problem = _first_problem(units)
         peers, channel = _meet_peers(units, self._groups, problem)
@@ -56,6 +79,12 @@ class Root:
             if schedule_peers is not None:
                 unit.collectives.set_peers(schedule_peers)
             unit.bind(self.schedule)
+        self.tell_backward_end()
+
+    def tell_backward_end(self) -> None:
+        """What a user has said of the next backwards holds from now on."""
+        end = self.backward_end
+        self.schedule.set_last_backward(end.is_last and not end.is_manual)
 
     @staticmethod
     def in_backward() -> bool:
@@ -76,6 +105,7 @@ class Root:
     def _after_backward(self) -> None:
         """Shows the parameters that have the gradients: the sharded ones, or full ones that the
         backward was to leave as they are."""
+        self.backward_end.is_open = self.backward_end.is_manual
         for unit in self.units:
             core = unit.core
             if core.sync or core.reshard_after_backward or not core.is_unsharded:
@@ -98,13 +128,13 @@ class Root:
                 schedule.end_read()
 
     @contextmanager
-    def reading(self, whole: str = "", put_back: bool = True) -> Iterator[None]:
+    def reading(self, whole: str = "") -> Iterator[None]:
         """Within the block the sharded parameters are in their slots, and forwards and backwards of
         other threads wait.
 
         Frees nothing: this rank's peers still have it, or another thread computes with it. Waits
-        for such a forward or backward to end. Full parameters that it finds, of this thread's own
-        forward or of ``unshard()``, it puts back, if ``put_back``.
+        for such a forward or backward to end. Full parameters of this thread's own forward it puts
+        back; others, of ``unshard()`` say, are not shown any more, as with torch's.
 
         ``whole``: what is going to be gathered within the block, on the groups that forwards and
         backwards use. RuntimeError then, at once, while one is under way in any thread of this
@@ -119,6 +149,7 @@ class Root:
                 "on every rank between the same steps, in the thread that trains, or take the "
                 "sharded one, which sends nothing"
             )
+        runs = schedule.running_here()
         shown: list[ShardedUnit] = []
         try:
             if self.is_dissolved:
@@ -127,12 +158,12 @@ class Root:
                     "of another outermost module while its state was waited for: ask again"
                 )
             # If neither, this is in a wrapper's state_dict(), for one within.
-            if first or schedule.running_here():
-                shown = [unit for unit in self.units if unit.showing_full]
+            if first or runs:
+                shown = [unit for unit in self.units if unit.showing_full and runs]
                 self._show_sharded()
             yield
         finally:
-            for unit in shown if put_back else ():
+            for unit in shown:
                 unit.show_full()
             if first:
                 schedule.end_read()
@@ -173,8 +204,9 @@ class Root:
             "to, summon_full_params)"
         )
         self.pending_reduction = None
+        self.backward_end.is_open = False
         self.schedule.reset()
-        with self.reading(put_back=False):
+        with self.reading():
             pass
 
 

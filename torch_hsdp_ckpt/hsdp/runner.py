@@ -15,12 +15,11 @@ from torch.nn.modules.module import _global_backward_hooks
 from .. import _C
 from ..common.gate import wait_at_gate
 from .adoption import adopt_everywhere
-from .backward_end import BackwardEnd
 from .eager import keep_dynamo_out
 from .module_tree import RUNNER, modules_of_unit, without_wrappers
 from .precision import Precision
 from .results import Results, sequence_number, with_gathered_steps
-from .root import Root
+from .root import BackwardEnd, Root
 from .transforms import check_not_traced, in_transform, makes_hidden_graph, outside_of_transforms
 from .unit import ShardedUnit
 
@@ -48,7 +47,7 @@ class Runner:
         self.label = label
         self.ignored = ignored
         self._root: Root | None = None
-        self.backward_end = BackwardEnd()
+        self._backward_end = BackwardEnd()
         # There are several where modules that were given together are one unit.
         self._modules: list[weakref.ref[nn.Module]] = []
         self._input_dtype: torch.dtype | None = None  # what floating point inputs are cast to
@@ -66,6 +65,11 @@ class Runner:
         it or another one has become the root of what is wrapped inside."""
         root = self._root
         return None if root is None or root.is_dissolved else root
+
+    @property
+    def backward_end(self) -> BackwardEnd:
+        """The outermost module's, once that is known."""
+        return self._backward_end if self.root is None else self.root.backward_end
 
     def add(self, module: nn.Module) -> None:
         """Makes ``module`` one of those whose parameters are in this runner's unit."""
@@ -233,8 +237,7 @@ class Runner:
             former.dissolve()
         for name, runner in named:
             runner._prepare(name or "(outermost)", is_outermost=runner is self)
-        root = Root([runner.unit for runner in inside], self.prefetch)
-        self.backward_end.tell(root)
+        root = Root([runner.unit for runner in inside], self.prefetch, self._backward_end)
         for runner in inside:
             runner._root = root
         adopt_everywhere()

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_saver import async_save as torchs_async_save
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from ...common import gate
@@ -212,7 +212,7 @@ def async_save(
     if reason:
         say_once(f"torch makes this asynchronous save: {reason}")
         options: dict[str, Any] = {} if async_stager is None else {"async_stager": async_stager}
-        return dcp.async_save(
+        return torchs_async_save(
             state_dict,
             checkpoint_id=checkpoint_id,
             storage_writer=writer,

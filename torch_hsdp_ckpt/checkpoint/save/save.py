@@ -9,10 +9,10 @@ import os
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save as torchs_save
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from ...common.default_device import without_default_device
@@ -91,7 +91,7 @@ def save(
         say_once(f"DCP plans this save: {reason}")
         try:
             with without_default_device():
-                metadata: Metadata = dcp.save(
+                metadata: Metadata = torchs_save(
                     state_dict,
                     checkpoint_id=checkpoint_id,
                     storage_writer=writer,

@@ -1,0 +1,80 @@
+"""Runs a program with this package in torch's place; so do the processes that ``multiprocessing``
+spawns for it, whose main module this is."""
+
+import importlib.util
+import os
+import sys
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+from typing import Any, NamedTuple
+
+from torch_hsdp_ckpt.compat import patch
+
+_PROGRAM = "TORCH_HSDP_CKPT_PROGRAM"  # tells spawned processes what their parent's is
+
+
+class Program(NamedTuple):
+    """A main module."""
+
+    code: CodeType
+    path: str
+    package: str
+
+    @staticmethod
+    def of_file(path: str) -> "Program":
+        with open(path, "rb") as file:
+            return Program(compile(file.read(), path, "exec"), path, "")
+
+    @staticmethod
+    def of_module(name: str) -> "Program":
+        """ImportError if there is none that could be run."""
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+        code = getattr(spec and spec.loader, "get_code", lambda _: None)(spec and spec.name)
+        if spec is None or code is None or spec.origin is None:
+            raise ImportError(f"there is no module {name} that could be run", name=name)
+        return Program(code, spec.origin, spec.parent or "")
+
+    def execute(self, main: dict[str, Any]) -> None:
+        """``main``: the names of the main module."""
+        sys.argv[0] = self.path
+        main.update(__file__=self.path, __package__=self.package, __spec__=_MainSpec(self.package))
+        exec(self.code, main)
+
+
+class _MainSpec(ModuleSpec):
+    """That of the main module: what ``multiprocessing`` runs in processes that it spawns."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__("torch_hsdp_ckpt.compat.script", None, origin=__file__)
+        self._package = package
+
+    @property
+    def parent(self) -> str:
+        """What relative imports of the program's begin at."""
+        return self._package
+
+
+def run(arguments: list[str]) -> None:
+    """``arguments``: a script's path, or ``-m`` and a module's name, and what it gets as its
+    own."""
+    is_module = arguments[0] == "-m"
+    name = arguments[1] if is_module else arguments[0]
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(name))
+    sys.argv = arguments[1:] if is_module else list(arguments)
+    os.environ[_PROGRAM] = f"{'module' if is_module else 'file'}:{name}"
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    _execute_in(main.__dict__)
+
+
+def _execute_in(main: dict[str, Any]) -> None:
+    if os.environ.get("TORCH_HSDP_CKPT", "1") != "0":
+        patch()
+    kind, _, name = os.environ[_PROGRAM].partition(":")
+    program = Program.of_module(name) if kind == "module" else Program.of_file(name)
+    program.execute(main)
+
+
+if __name__ == "__mp_main__":
+    _execute_in(globals())
