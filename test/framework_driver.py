@@ -9,6 +9,7 @@ every rank halts there, and once the checkpoint is complete all are killed."""
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import fcntl
 import gc
@@ -81,10 +82,18 @@ def complete_simulator() -> Library:
     return library
 
 
+def fork() -> int:
+    """os.fork; the child ends with its parent."""
+    child = os.fork()
+    if child == 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    return child
+
+
 def host_store() -> tuple[int, int]:
     """The store that torchrun's agent hosts, in a process of its own. Returns its id and port."""
     receiver, sender = os.pipe()
-    agent = os.fork()
+    agent = fork()
     if agent == 0:
         from torch.distributed import TCPStore
 
@@ -186,7 +195,7 @@ def main() -> None:
             agent, port = host_store()
             ranks = []
             for rank in range(RANKS):
-                ranks.append(os.fork())
+                ranks.append(fork())
                 if ranks[-1] == 0:
                     lock.close()
                     return run_rank({**launch, "ours": spec["ours"]}, rank, port)

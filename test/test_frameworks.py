@@ -37,8 +37,8 @@ STOCK_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 @dataclass(frozen=True)
 class Case:
-    """How one of the examples is run. It saves every ``every`` steps; ``complete`` is a file of a
-    checkpoint that is there once it is complete."""
+    """How one of the examples is run, which saves every ``every`` steps. ``imports`` are made once
+    for all ranks."""
 
     script: str
     imports: tuple[str, ...]
@@ -115,6 +115,9 @@ CASES = {
         every=3,
         simulated=True,
     ),
+    "lightning_fsdp2": Case(
+        "lightning_fsdp2.py", ("lightning", "lightning.pytorch.strategies"), every=3
+    ),
     "torchtitan": Case("titan.py", TITAN, simulated=True, first=1, needs="DataParallelMeshDims"),
     "torchtitan_async": Case(
         "titan.py",
@@ -123,9 +126,6 @@ CASES = {
         simulated=True,
         first=1,
         needs="DataParallelMeshDims",
-    ),
-    "lightning_fsdp2": Case(
-        "lightning_fsdp2.py", ("lightning", "lightning.pytorch.strategies"), every=3
     ),
 }
 
@@ -193,7 +193,7 @@ def _launch(run: Run, script: Path, case: Case, meet: str, **other: Any) -> dict
         "logs": str(run.logs),
         "arguments": [str(script), str(run.directory), *case.arguments],
         "settings": settings,
-        "seconds": 120,
+        "seconds": 240,
         "stop_at": None,
         "printing": len(case.printing),
         **other,
@@ -222,8 +222,12 @@ def run_all(case: Case, directory: Path) -> dict[str, Run]:
         drivers = [
             _start(side, launches, case, directory, environment) for side, launches in sides.items()
         ]
-        for side, driver in zip(sides, drivers, strict=True):
-            assert driver.wait(timeout=420) == 0, (directory / f"{side}.log").read_text()
+        try:
+            for side, driver in zip(sides, drivers, strict=True):
+                assert driver.wait(timeout=600) == 0, (directory / f"{side}.log").read_text()
+        finally:
+            for driver in drivers:
+                driver.kill()
     return {"stock": stock, "killed": killed, "resumed": resumed}
 
 
