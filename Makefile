@@ -5,6 +5,7 @@
 #                        pytest
 #   make test TORCH=2.11.0   the same with another torch (2.11 to 2.15; default: the one in $(VENV),
 #                        else the newest)
+#   make frameworks      the frameworks of examples/frameworks, for `make pytest`
 #   make soak            the slow cases of pytest's matrices, of which `make test` runs a sample
 #   make simgpu          tests on simulated GPUs, SEEDS of each kind (docs/gpu.md)
 #   make gpu             on a machine with a GPU, without network: builds against $(PYTHON)'s torch,
@@ -18,6 +19,7 @@
 #   make format          clang-format and ruff, in place
 PYTHON ?= python3
 VENV ?= .venv
+FRAMEWORKS_VENV ?= .venv-frameworks
 TORCH ?=
 BUILD ?= build/cmake
 
@@ -30,7 +32,7 @@ PIP = $(IN) python -m pip install --quiet --disable-pip-version-check
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 .PHONY: demo test soak simgpu gpu bench fuzz sanitize race odr format lint build build-tests ctest
-.PHONY: pytest clean
+.PHONY: pytest frameworks clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -81,6 +83,20 @@ $(STAMP): requirements-dev.txt | system
 	$(PIP) "torch$(if $(TORCH),==$(TORCH),>=2.11)" -r requirements-dev.txt
 	touch $@
 
+# They bring hundreds of packages along: an environment of their own, with torch from the other one.
+FRAMEWORKS = examples/frameworks/requirements.txt
+FRAMEWORKS_STAMP = $(FRAMEWORKS_VENV)/.ready
+PACKAGES = python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(FRAMEWORKS_STAMP): $(FRAMEWORKS) | $(STAMP)
+	$(IN) python -m venv $(FRAMEWORKS_VENV)
+	printf '%s\n' "$$($(VENV)/bin/$(PACKAGES))" "$(CURDIR)" \
+	  >"$$($(FRAMEWORKS_VENV)/bin/$(PACKAGES))/torch.pth"
+	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r $(FRAMEWORKS)
+	touch $@
+
+frameworks: $(FRAMEWORKS_STAMP)
+
 build: $(STAMP)
 	$(PIP) --no-build-isolation --no-deps -e .
 
@@ -98,7 +114,9 @@ format: $(STAMP)
 ctest: build-tests
 	$(IN) ctest --test-dir $(BUILD) --no-tests=error --output-on-failure -j 2
 
-pytest: build-tests
+pytest: export HSDP_CKPT_REQUIRE_FRAMEWORKS = 1
+pytest: export HSDP_TEST_FRAMEWORKS_PYTHON = $(abspath $(FRAMEWORKS_VENV))/bin/python
+pytest: build-tests frameworks
 	$(IN) python -m pytest $(ARGS)
 
 # The slow cases of matrices whose sample is in `make pytest`.

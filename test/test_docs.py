@@ -23,6 +23,11 @@ from examples.demo import train
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+# Those of frameworks run in tests of their own; a reader's own is train.py.
+SCRIPTS = [("train.py", [])] + [
+    (str(path.relative_to(ROOT)), ["checkpoints"])
+    for path in (ROOT / "examples" / "frameworks").glob("*.py")
+]
 LAST_LINE = "dist.destroy_process_group()\n"
 
 # Runs behind the README's example, on each of its four ranks.
@@ -108,7 +113,10 @@ def _check_torchrun(words: list[str]) -> None:
     """Both command lines are parsed: torchrun's, and the script's behind it. The demo's own tests
     run the latter; the README's example runs in a test of this file."""
     options = torch.distributed.run.get_args_parser().parse_args(words[1:])
-    if options.module:
+    if options.training_script == "torch_hsdp_ckpt.compat":
+        script, *arguments = options.training_script_args
+        assert options.module and (script, arguments) in SCRIPTS
+    elif options.module:
         assert options.training_script == train.__name__
         train.parse(options.training_script_args)
     else:

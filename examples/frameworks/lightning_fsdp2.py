@@ -1,0 +1,73 @@
+"""Lightning's Trainer on FSDP2: ModelParallelStrategy, HSDP, sharded checkpoints."""
+
+import argparse
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+WIDTH = 32
+
+
+class Regression(L.LightningModule):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+            for _ in range(2)
+        )
+
+    def configure_model(self) -> None:
+        device = self.trainer.strategy.root_device.type
+        mesh = init_device_mesh(device, (2, 2), mesh_dim_names=("replicate", "shard"))
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self, mesh=mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        x, target = batch
+        loss = nn.functional.mse_loss(self(x), target)
+        print(f"step {self.global_step} loss {loss.item():.9g}", flush=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--save-every", type=int, default=3)
+    arguments = parser.parse_args()
+    L.seed_everything(0)
+    model = Regression(arguments.steps)
+    data = TensorDataset(torch.randn(48, WIDTH), torch.randn(48, WIDTH))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=4,
+        strategy=ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1),
+        max_steps=arguments.steps,
+        gradient_clip_val=1.0,
+        callbacks=ModelCheckpoint(arguments.directory, every_n_train_steps=arguments.save_every),
+        enable_progress_bar=False,
+        logger=False,
+    )
+    saved = sorted(arguments.directory.glob("*.ckpt"))
+    trainer.fit(model, DataLoader(data, batch_size=4), ckpt_path=saved[-1] if saved else None)
+
+
+if __name__ == "__main__":
+    main()
