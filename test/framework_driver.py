@@ -22,10 +22,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch.library import Library
+from typing import Any
 
 RANKS = 4
 LOSS = re.compile(r"^step (\d+) loss ", re.MULTILINE)
@@ -64,22 +61,6 @@ class Output(io.TextIOBase):
             while True:
                 time.sleep(1)  # until it is killed
         return len(text)
-
-
-def complete_simulator() -> Library:
-    """Makes good what the simulated GPU (simgpu/) lacks. It draws from the CPU's generator, which
-    DTensor would put back after each draw: ``trunc_normal_``, which draws until it likes the
-    numbers, would never end. And it has no kernel for a norm that torchtitan uses."""
-    import torch
-    from torch._decomp import decomposition_table
-    from torch.distributed.tensor._random import OffsetBasedRNGTracker
-
-    never = property(lambda tracker: False, lambda tracker, value: None)
-    OffsetBasedRNGTracker.distribute_region_enabled = never
-    norm = torch.ops.aten._fused_rms_norm_backward.default
-    library = torch.library.Library("aten", "IMPL")
-    library.impl(norm, decomposition_table[norm], "CUDA")
-    return library
 
 
 def fork() -> int:
@@ -186,7 +167,6 @@ def main() -> None:
     from ranks import one_gloo_thread
 
     one_gloo_thread()
-    kernels = complete_simulator() if "SIMGPU_DIR" in os.environ else None
     gc.freeze()  # a rank's end would look at each object of the modules, and copy its page
     for launch in spec["launches"]:
         with open(spec["lock"], "w") as lock:  # one launch at a time, of this driver or another
@@ -206,7 +186,6 @@ def main() -> None:
         (Path(launch["logs"]) / "ended.json").write_text(json.dumps(ended))
         if launch["stop_at"] is None and any(statuses):
             break
-    del kernels  # they last as long as this
 
 
 if __name__ == "__main__":

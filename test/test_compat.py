@@ -345,6 +345,7 @@ def test_an_old_framework() -> None:
 SCRIPT = """
 import sys
 import multiprocessing
+import subprocess
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import torch.distributed as dist
 from torch import nn
@@ -357,6 +358,10 @@ if __name__ == "__main__":
     child = multiprocessing.get_context("spawn").Process(target=side, args=("spawned",))
     child.start()
     child.join()
+    # As Lightning's launcher does.
+    if "--launched" in sys.argv:
+        sys.exit()
+    subprocess.run([sys.executable, "-m", __spec__.name, "--launched"], check=True)
     # A part of torch's that is imported late has torch's names, and goes by both classes.
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -394,6 +399,8 @@ def test_a_script_is_run_in_torchs_place(tmp_path: Path, wanted: str, by: str) -
     assert run.stdout.splitlines() == [
         f"script __main__ ['--steps', '3'] {made}",
         f"spawned __mp_main__ ['--steps', '3'] {made}",
+        f"script __main__ ['--launched'] {made}",
+        f"spawned __mp_main__ ['--launched'] {made}",
         "['bias', 'weight']",
     ], run.stderr
 

@@ -72,6 +72,32 @@ def _run(programs: Sequence[tuple[str, dict[str, Any]]], directory: Path) -> lis
     ]
 
 
+RANDOM = """
+before = torch.get_rng_state()
+torch.cuda.manual_seed(3)
+first, second = torch.randn(8, device="cuda"), torch.randn(8, device="cuda")
+torch.cuda.manual_seed(3)
+assert torch.equal(torch.empty(8, device="cuda").normal_(), first)
+kept = torch.cuda.get_rng_state()
+dropped = torch.nn.functional.dropout(torch.ones(64, device="cuda"))
+torch.cuda.set_rng_state(kept)
+assert torch.equal(torch.nn.functional.dropout(torch.ones(64, device="cuda")), dropped)
+assert not torch.equal(torch.nn.functional.dropout(torch.ones(64, device="cuda")), dropped)
+torch.cuda.set_rng_state(kept)
+assert torch.equal(torch.randn(8, device="cuda"), second)
+assert torch.equal(torch.get_rng_state(), before), "the CPU's draws are its own"
+"""
+NORM = """
+for dtype, affine in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        norm = torch.nn.RMSNorm((3, 8), elementwise_affine=affine, dtype=dtype)
+        x = torch.randn(4, 3, 8, dtype=dtype).to(device).requires_grad_()
+        norm.to(device)(x).square().sum().backward()
+        results.append([x.grad.cpu(), *(p.grad.cpu() for p in norm.parameters())])
+    torch.testing.assert_close(*results)
+"""
 TORCH = """
 assert torch.cuda.is_available() and torch.cuda.device_count() == 4
 x = torch.arange(10.0, device="cuda:1")
@@ -108,6 +134,12 @@ def test_torch_runs_as_it_is(tmp_path: Path) -> None:
     ):
         assert ended.status == 0, ended.stderr
         assert ended.stderr == f"simgpu: seed {each['seed']}\n"
+
+
+def test_what_is_of_the_device_alone(tmp_path: Path) -> None:
+    """Its random numbers, and kernels that the CPU has none of."""
+    for ended in _run([(RANDOM, {}), (NORM, {})], tmp_path):
+        assert ended.status == 0, ended.stderr
 
 
 COUNTED = """

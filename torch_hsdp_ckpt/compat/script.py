@@ -1,5 +1,5 @@
-"""Runs a program with this package in torch's place; so do the processes that ``multiprocessing``
-spawns for it, whose main module this is."""
+"""Runs a program with this package in torch's place. Its main module says that it is this one, so
+that whoever starts further processes of it, ``multiprocessing`` or a launcher, runs them so too."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch_hsdp_ckpt.compat import patch
 
-_PROGRAM = "TORCH_HSDP_CKPT_PROGRAM"  # tells spawned processes what their parent's is
+_PROGRAM = "TORCH_HSDP_CKPT_PROGRAM"  # tells further processes which it is
 
 
 class Program(NamedTuple):
@@ -59,12 +59,19 @@ class _MainSpec(ModuleSpec):
 def run(arguments: list[str]) -> None:
     """``arguments``: a script's path, or ``-m`` and a module's name, and what it gets as its
     own."""
-    is_module = arguments[0] == "-m"
-    name = arguments[1] if is_module else arguments[0]
-    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(name))
-    sys.argv = arguments[1:] if is_module else list(arguments)
-    os.environ[_PROGRAM] = f"{'module' if is_module else 'file'}:{name}"
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        os.environ[_PROGRAM] = f"module:{arguments[1]}"
+    else:
+        sys.argv = list(arguments)
+        os.environ[_PROGRAM] = f"file:{os.path.abspath(arguments[0])}"
+    _run_as_main()
+
+
+def _run_as_main() -> None:
     main = sys.modules["__main__"] = ModuleType("__main__")
+    kind, _, name = os.environ[_PROGRAM].partition(":")
+    sys.path[0] = os.getcwd() if kind == "module" else os.path.dirname(name)
     _execute_in(main.__dict__)
 
 
@@ -76,5 +83,7 @@ def _execute_in(main: dict[str, Any]) -> None:
     program.execute(main)
 
 
-if __name__ == "__mp_main__":
+if __name__ == "__main__":
+    _run_as_main()  # a launcher has started it
+elif __name__ == "__mp_main__":
     _execute_in(globals())

@@ -51,7 +51,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 PYBIND11_MODULE(simgpu_accelerator, m) {
   using namespace simgpu;
   using namespace simgpu::accelerator;
-  aten::SetBackend({kType, c10::DispatchKey::PrivateUse1, &CurrentId, [] {}});
+  aten::SetBackend({kType, c10::DispatchKey::PrivateUse1, &CurrentId, [] {}, nullptr});
   at::RegisterPrivateUse1HooksInterface(new Hooks);
   c10::SetAllocator(kType, &DeviceAllocator::Get());
   at::setHostAllocator(kType, &HostAllocator::Get());

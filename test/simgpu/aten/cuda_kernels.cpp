@@ -170,6 +170,7 @@ const std::set<std::string>& KeptOperators() {
                                              "alias",
                                              "detach",
                                              "_fused_sdp_choice",
+                                             "_fused_rms_norm_backward",
                                              "_thnn_fused_lstm_cell",
                                              "_thnn_fused_lstm_cell_backward_impl"};
   return kept;
@@ -190,7 +191,8 @@ bool MakesView(const c10::FunctionSchema& schema) {
 
 void Register() {
   SetBackend({c10::DeviceType::CUDA, c10::DispatchKey::CUDA, &CurrentStream,
-              [] { c10::cuda::warn_or_error_on_sync(); }});
+              [] { c10::cuda::warn_or_error_on_sync(); },
+              [](c10::Device device) { return at::globalContext().defaultGenerator(device); }});
   auto& dispatcher = c10::Dispatcher::singleton();
   static auto& handles = *new std::vector<c10::RegistrationHandleRAII>;
   for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {

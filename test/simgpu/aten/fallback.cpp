@@ -94,14 +94,38 @@ at::Tensor Changed(const at::Tensor& tensor, const Change& change) {
   return IsOnDevice(tensor) ? change(tensor) : tensor;
 }
 
-/// A generator of the CPU's that goes on where one of the device's is, which moves on.
-at::Generator OnCpu(at::Generator generator) {
-  if (!generator.defined() || generator.device().is_cpu()) return generator;
+/// A seed for the next draw of a generator of the device's, which moves on.
+uint64_t NextSeed(at::Generator& generator) {
   const std::lock_guard lock(generator.mutex());
   const uint64_t offset = generator.get_offset();
   generator.set_offset(offset + 4);
-  return at::make_generator<at::CPUGeneratorImpl>(generator.current_seed() * 0x9E3779B9 + offset);
+  return generator.current_seed() * 0x9E3779B9 + offset;
 }
+
+at::Generator OnCpu(at::Generator generator) {
+  if (!generator.defined() || generator.device().is_cpu()) return generator;
+  return at::make_generator<at::CPUGeneratorImpl>(NextSeed(generator));
+}
+
+/// While it lives the CPU's own generator draws what a device's would; then it is as it was.
+class DrawsOfDevice {
+ public:
+  explicit DrawsOfDevice(c10::Device device) {
+    if (TheBackend().default_generator == nullptr) return;
+    at::Generator on_device = TheBackend().default_generator(device);
+    before_ = cpu_.get_state();
+    cpu_.set_current_seed(NextSeed(on_device));
+  }
+  ~DrawsOfDevice() {
+    if (before_.defined()) cpu_.set_state(before_);
+  }
+  DrawsOfDevice(const DrawsOfDevice&) = delete;
+  DrawsOfDevice& operator=(const DrawsOfDevice&) = delete;
+
+ private:
+  at::Generator cpu_ = at::detail::getDefaultCPUGenerator();
+  at::Tensor before_;
+};
 
 /// An argument with each tensor of the device's changed; the device itself is the CPU.
 template <typename Change>
@@ -204,6 +228,8 @@ void RunNow(const c10::OperatorHandle& op, const Signature& signature, const Sta
       return outs.back().second;
     }));
   }
+  std::optional<DrawsOfDevice> draws;
+  if (signature.is_random) draws.emplace(device);
   const Stack made = CallOnCpu(op, std::move(inputs));
   for (const auto& [out, cpu] : outs) {
     ResizeAs(out, cpu);

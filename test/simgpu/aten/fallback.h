@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <c10/core/Device.h>
@@ -18,6 +19,8 @@ struct Backend {
   int (*current_stream)();
   /// Called before an operation that makes the host wait: its results tell the host something.
   void (*about_to_wait)();
+  /// What a device draws from if nothing is said; null: what the CPU does.
+  at::Generator (*default_generator)(c10::Device device);
 };
 void SetBackend(const Backend& backend);
 const Backend& TheBackend();

@@ -1,10 +1,14 @@
 // Kernels that torch has for CUDA alone, and so none of the CPU's can stand in for: composed of
 // others, which do.
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <torch/library.h>
 
+#include <array>
+#include <numeric>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace simgpu::aten {
 namespace {
@@ -45,9 +49,37 @@ Three LstmCellBackward(const std::optional<Tensor>& grad_hy, const std::optional
   return {of_gates, of_cell * forget, has_bias ? of_gates.sum(0) : Tensor()};
 }
 
+/// Gradients of what has been normalized, and of the weight, summed as CUDA's kernel does: 16-bit
+/// ones in float32. `rstd`: by row, with the normalized dimensions of size 1.
+std::tuple<Tensor, Tensor> RmsNormBackward(const Tensor& grad, const Tensor& input,
+                                           at::IntArrayRef normalized_shape, const Tensor& rstd,
+                                           const std::optional<Tensor>& weight,
+                                           std::array<bool, 2> wanted) {
+  const auto first = input.dim() - static_cast<int64_t>(normalized_shape.size());
+  std::vector<int64_t> outer(static_cast<size_t>(first)), inner(normalized_shape.size());
+  std::iota(outer.begin(), outer.end(), 0);
+  std::iota(inner.begin(), inner.end(), first);
+  const at::ScalarType sums = at::toOpMathType(input.scalar_type());
+  const Tensor normalized = input.to(sums) * rstd;
+  const Tensor grads = grad.to(sums);
+  const bool has_weight = weight && weight->defined();
+  Tensor of_input, of_weight;
+  if (wanted[0]) {
+    const Tensor scaled = has_weight ? grads * weight->to(sums) : grads;
+    const Tensor along = (scaled * normalized).mean(inner, /*keepdim=*/true);
+    of_input = ((scaled - normalized * along) * rstd).to(input.scalar_type());
+  }
+  if (wanted[1] && has_weight) {
+    const Tensor terms = grads * normalized;
+    of_weight = (outer.empty() ? terms : terms.sum(outer)).to(weight->scalar_type());
+  }
+  return {of_input, of_weight};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  m.impl("_fused_rms_norm_backward", &RmsNormBackward);
   m.impl("_thnn_fused_lstm_cell", &LstmCell);
   m.impl("_thnn_fused_lstm_cell_backward_impl", &LstmCellBackward);
 }
