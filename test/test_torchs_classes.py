@@ -9,12 +9,15 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.fsdp as torchs
 from device import DEVICE
 from ranks import run_checks
 from sides import HERE, SIDES, layers, sharded, whole
 from torch import Tensor, nn
+from torch.distributed._composable import replicate_with_fsdp
 from torch.distributed._composable.contract import _get_registry
+from torch.distributed._composable.replicate import replicate as replicate_by_ddp
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -33,6 +36,7 @@ from training import mesh_of
 import torch_hsdp_ckpt as ours
 from torch_hsdp_ckpt.hsdp.fsdp_module import fsdp_runner
 
+REPLICATES = [replicate_by_ddp, replicate_with_fsdp.replicate]
 # 2.11's has fewer methods than 2.15's.
 METHODS = [name for name, value in vars(torchs.FSDPModule).items() if inspect.isfunction(value)]
 
@@ -134,6 +138,30 @@ def _wrapped_by_both(rank: int) -> None:
         with pytest.raises(ValueError, match=torchs_is):
             torchs.FullyShardedDataParallel(nn.Sequential(part), device_id=HERE)
     assert net(torch.ones(2, 4)).shape == (2, 4)
+
+
+def _beside_replicate(rank: int) -> None:
+    """Modules under torch's ``replicate`` inside are its own; around ours it leaves ours alone."""
+    for replicate in REPLICATES:
+        outcomes = []
+        for side in SIDES:
+            model = layers(3)
+            replicate(model[1])
+            side.fully_shard(model[0], mesh=mesh_of((2, 2)))
+            side.fully_shard(model, mesh=mesh_of((2, 2)))
+            model(torch.full((2, 4), rank + 1.0)).square().sum().backward()
+            assert isinstance(model[0].weight, DTensor) and isinstance(model[2].weight, DTensor)
+            assert not isinstance(model[1].weight, DTensor) or replicate is not replicate_by_ddp
+            outcomes.append(_gradients(model))
+        assert all(map(torch.equal, *outcomes)), replicate
+    model = layers(3)
+    ours.fully_shard(model[0], mesh=mesh_of((4,)))
+    replicate_by_ddp(model)
+    model(torch.full((2, 4), rank + 1.0)).square().sum().backward()
+    assert isinstance(model[0].weight.grad, DTensor) and not isinstance(model[1].weight, DTensor)
+    everyones = [torch.empty_like(model[1].weight.grad) for _ in range(4)]
+    dist.all_gather(everyones, model[1].weight.grad)
+    assert all(torch.equal(everyones[0], grad) for grad in everyones)
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
@@ -330,7 +358,7 @@ def _pipelining(rank: int) -> None:
 
 
 def test_classes_and_registry() -> None:
-    run_checks(4, _classes, _registry, _wrapped_by_both)
+    run_checks(4, _classes, _registry, _wrapped_by_both, _beside_replicate)
 
 
 def test_backwards_that_are_ended_by_hand() -> None:

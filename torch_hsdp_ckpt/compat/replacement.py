@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchsFSDP
 
 from ..hsdp.arguments import NotSupportedError, at
-from ..hsdp.module_tree import is_wrapped
+from ..hsdp.module_tree import is_managed, is_wrapped
 from . import turns
 from .frameworks import check_frameworks
 
@@ -96,7 +96,7 @@ def _torchs_inside(this: Replacement, modules: list[nn.Module]) -> str | None:
     """Why the wrapper around ``modules`` has to be torch's, if modules inside are."""
     for module in modules:
         for name, inner in module.named_modules():
-            if is_wrapped(inner) or not isinstance(inner, (FSDPModule, TorchsFSDP)):
+            if is_managed(inner) or not isinstance(inner, (FSDPModule, TorchsFSDP)):
                 continue
             if inner not in _refused:
                 raise ValueError(

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffload, FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchsFSDP
 
-from .module_tree import is_wrapped
+from .module_tree import is_managed, is_wrapped
 
 
 class NotSupportedError(ValueError):
@@ -39,7 +39,7 @@ def check_module(module: nn.Module, face: str) -> None:
             f"{at(module)}it has no forward to gather for: wrap its items, or the module around it"
         )
     for name, inner in module.named_modules():
-        if not is_wrapped(inner) and isinstance(inner, (FSDPModule, TorchsFSDP)):
+        if not is_managed(inner) and isinstance(inner, (FSDPModule, TorchsFSDP)):
             raise ValueError(
                 f"{at(module)}torch's own wrapper has been applied to {name or 'it'} already: "
                 "apply torch_hsdp_ckpt's to that module instead"

@@ -2,6 +2,7 @@
 without those of wrappers."""
 
 from torch import nn
+from torch.distributed._composable.contract import _get_registry
 
 RUNNER = "_hsdp_runner"  # the attribute of a wrapped module that holds its ``Runner``
 
@@ -16,8 +17,19 @@ def is_wrapped(module: nn.Module) -> bool:
     return RUNNER in module.__dict__
 
 
+def is_replicated(module: nn.Module) -> bool:
+    """Whether torch's ``replicate`` is applied to ``module``, and keeps its replicas alike."""
+    return "replicate" in (_get_registry(module) or {})
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether somebody takes care of the parameters of ``module`` and inside already: a wrapper of
+    its own, or torch's ``replicate``."""
+    return is_wrapped(module) or is_replicated(module)
+
+
 def modules_of_unit(module: nn.Module) -> list[nn.Module]:
-    """``module`` and the modules inside, down to those that are wrapped themselves, each once,
+    """``module`` and the modules inside, down to those that are managed themselves, each once,
     outermost first."""
     found: dict[nn.Module, None] = {}
     _add_modules_of_unit(found, module)
@@ -31,7 +43,7 @@ def _add_modules_of_unit(found: dict[nn.Module, None], module: nn.Module) -> Non
         return
     found[module] = None
     for child in module.children():
-        if not is_wrapped(child):
+        if not is_managed(child):
             _add_modules_of_unit(found, child)
 
 

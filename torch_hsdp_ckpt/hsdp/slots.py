@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 from torch import nn
 
 from .. import _C
-from .module_tree import is_wrapped
+from .module_tree import is_managed
 
 
 class Slot:
@@ -55,7 +55,7 @@ class RegisteredParameter(NamedTuple):
 def parameters_of_unit(
     modules: Iterable[nn.Module], ignored: Set[nn.Parameter]
 ) -> list[RegisteredParameter]:
-    """The parameters that no wrapped module inside holds, in the order of ``modules``, each once
+    """The parameters that no managed module inside holds, in the order of ``modules``, each once
     with all its slots."""
     found: dict[int, RegisteredParameter] = {}
     seen: set[nn.Module] = set()
@@ -70,8 +70,8 @@ def parameters_of_unit(
 def _named_slots(
     module: nn.Module, prefix: str, seen: set[nn.Module]
 ) -> Iterator[tuple[str, Slot]]:
-    """The slots of ``module`` and of all inside, down to wrapped modules and those ``seen``."""
-    if module in seen or is_wrapped(module):
+    """The slots of ``module`` and of all inside, down to managed modules and those ``seen``."""
+    if module in seen or is_managed(module):
         return
     seen.add(module)
     for name, parameter in module._parameters.items():
