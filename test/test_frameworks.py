@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -318,6 +319,8 @@ def missing(case: Case) -> str:
         return f"the frameworks are not installed in {PYTHON}: `make frameworks` installs them"
     if case.simulated and not (simgpu.LIBRARIES / "libsimgpu_cuda.so").exists():
         return "the simulated GPU is not built: it needs torch's CUDA build and a CUDA toolkit"
+    if case.script == "titan.py" and sys.version_info < (3, 11):
+        return "torchtitan needs Python 3.11"
     if case.needs and not hasattr(torch.distributed.fsdp, case.needs):
         return f"this release of the framework imports {case.needs} from torch.distributed.fsdp"
     return ""

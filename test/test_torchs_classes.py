@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp as torchs
 from device import DEVICE
 from ranks import run_checks
-from sides import HERE, SIDES, layers, sharded, whole
+from sides import HERE, SIDES, assert_same, layers, sharded, whole
 from torch import Tensor, nn
 from torch.distributed._composable import replicate_with_fsdp
 from torch.distributed._composable.contract import _get_registry
@@ -217,7 +217,10 @@ def _alternating(rank: int) -> None:
         model.set_requires_gradient_sync(True)
         model.finalize_backward()
         found.append(_gradients(model))
-    assert all(map(torch.equal, *found))
+    if DEVICE == "cpu":
+        assert all(map(torch.equal, *found))
+    else:  # products of matrices depend on where these lie
+        assert_same(found)
 
 
 def _handle_and_other_calls(rank: int) -> None:
