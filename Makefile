@@ -19,7 +19,7 @@
 #   make format          clang-format and ruff, in place
 PYTHON ?= python3
 VENV ?= .venv
-FRAMEWORKS_VENV ?= .venv-frameworks
+FRAMEWORKS_VENV ?= $(VENV)-frameworks
 TORCH ?=
 BUILD ?= build/cmake
 
@@ -85,7 +85,7 @@ $(STAMP): requirements-dev.txt | system
 
 # They bring hundreds of packages along: an environment of their own, with torch from the other one.
 FRAMEWORKS = examples/frameworks/requirements.txt
-FRAMEWORKS_STAMP = $(FRAMEWORKS_VENV)/.ready
+FRAMEWORKS_STAMP = $(FRAMEWORKS_VENV)/.ready-$(or $(TORCH),any)
 PACKAGES = python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(FRAMEWORKS_STAMP): $(FRAMEWORKS) | $(STAMP)
 	$(IN) python -m venv $(FRAMEWORKS_VENV)

@@ -1,5 +1,7 @@
 """FSDP1's ``register_comm_hook``: hooks of torch's and of a user's, beside torch's own FSDP1."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -155,8 +157,60 @@ def _while_patched(rank: int) -> None:
     with patch():
         model = _wrapped(torch.distributed.fsdp, ShardingStrategy.FULL_SHARD)
         assert isinstance(model, ours.FullyShardedDataParallel)
-        model.register_comm_hook(_state(SHARDED), SHARDED)
+        calls = []
+
+        def hook(state: Any, gradient: Tensor, shard: Tensor) -> None:
+            calls.append(state)
+            SHARDED(_state(SHARDED), gradient, shard)
+
+        model.register_comm_hook("state", hook)
         model(torch.ones(4, 5)).sum().backward()
+        assert calls == ["state"] * 3
+
+
+def _hooks_that_reach_their_model(rank: int) -> None:
+    """They do not keep it, nor do those of ``set_all_reduce_hook``."""
+
+    class Reaches:
+        def __init__(self, model: nn.Module) -> None:
+            self.model = model
+
+        def __call__(self, *tensors: Any) -> None:
+            pass
+
+    model = _wrapped(ours, ShardingStrategy.FULL_SHARD)
+    model.register_comm_hook(None, Reaches(model))
+    other = ours.fully_shard(_Net().to(DEVICE))
+    other.set_all_reduce_hook(Reaches(other))
+    gone = weakref.ref(model), weakref.ref(other)
+    del model, other
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def _one_rank_raises(rank: int) -> None:
+    """It says what, its peers that it has; all can go on."""
+    model = _wrapped(ours, ShardingStrategy.FULL_SHARD)
+    raises = [rank == 1]
+
+    def hook(state: Any, gradient: Tensor, shard: Tensor) -> None:
+        SHARDED(state, gradient, shard)
+        if raises[0]:
+            shard.resize_(3)  # of no use to anybody
+
+    model.register_comm_hook(_state(SHARDED), hook)
+    loss = model(torch.ones(4, 5)).sum()
+    if rank == 1:
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            loss.backward()
+    else:
+        loss.backward()
+    raises[0] = False
+    model.zero_grad()
+    model(torch.ones(4, 5)).sum().backward()
+    reference = _wrapped(ours, ShardingStrategy.FULL_SHARD)
+    reference(torch.ones(4, 5)).sum().backward()
+    assert_same([gradients(ours, model), gradients(ours, reference)])
 
 
 def test_torchs_hooks() -> None:
@@ -167,3 +221,7 @@ def test_what_a_hook_gets_and_gives() -> None:
     run_checks(
         4, _what_a_hook_gets, _skipped_by_some_or_all, _refused, _hook_that_raises, _while_patched
     )
+
+
+def test_hooks_and_what_becomes_of_their_model() -> None:
+    run_checks(4, _hooks_that_reach_their_model, _one_rank_raises)

@@ -2,6 +2,7 @@
 
 import abc
 import importlib.metadata
+import inspect
 import logging
 import os
 import pickle
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from training import mesh_of
 
 import torch_hsdp_ckpt as ours
-from torch_hsdp_ckpt.compat import Replaced, patch
+from torch_hsdp_ckpt.compat import Replaced, patch, unpatch
 from torch_hsdp_ckpt.compat.__main__ import main
 
 NAMES = {
@@ -141,6 +143,14 @@ def _subclasses_of_torchs(rank: int) -> None:
             assert len(inside) == 3 and isinstance(model, each)
             assert not any(isinstance(m, ours.FullyShardedDataParallel) for m in model.modules())
             model(torch.ones(2, 4)).sum().backward()
+        # Around one of them torch's own is used, also around parts of it.
+        plain = fsdp.FullyShardedDataParallel(
+            nn.Sequential(Later(nn.Linear(4, 4), device_id="cpu"), nn.Linear(4, 4)), device_id="cpu"
+        )
+        assert type(plain) is STOCK.FSDP
+        plain(torch.ones(2, 4)).sum().backward()
+        part = fsdp.FullyShardedDataParallel(nn.Sequential(model.module[0]), device_id="cpu")
+        assert type(part) is STOCK.FSDP
     assert issubclass(Later, STOCK.FSDP) and isinstance(model, STOCK.FSDP)
 
 
@@ -292,6 +302,21 @@ def test_names_that_are_held_elsewhere_are_torchs_after_it() -> None:
     assert type(held[1]("directory")) is StockWriter
 
 
+def test_unpatch_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def of_another(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(type(self))
+
+    monkeypatch.setattr(STOCK.FSDP, "__init__", of_another)
+    for _ in range(2):
+        patch()
+    unpatch()
+    assert fsdp.fully_shard is STOCK.fully_shard
+    assert STOCK.FSDP.__init__ is of_another, "as it was before"
+    unpatch()
+
+
 class _WithABC(dcp.FileSystemWriter, abc.ABC):
     """What may be derived from torch's class may be while it is patched."""
 
@@ -302,15 +327,27 @@ def test_what_torchs_classes_can_do() -> None:
             value = getattr(dcp, name)
             assert pickle.loads(pickle.dumps(value)) is value
         assert issubclass(fsdp.FullyShardedDataParallel, nn.Module)
+        for mine, its in (
+            (fsdp.FullyShardedDataParallel, STOCK.FSDP),
+            (dcp.FileSystemWriter, StockWriter),
+        ):
+            assert inspect.signature(mine) == inspect.signature(its)
+        with pytest.raises(TypeError):
+            issubclass(3, dcp.FileSystemWriter)
+        assert isinstance(Mock(spec=ours.FileSystemWriter), dcp.FileSystemWriter)
         assert issubclass(dcp.FileSystemWriter, dcp.StorageWriter)
 
         class Later(dcp.FileSystemWriter, dcp.StorageWriter, abc.ABC):
             def __init_subclass__(cls, keyword: int = 0) -> None:
                 cls.keyword = keyword
 
+            def __init__(self, path: str, mine: int = 0) -> None:
+                super().__init__(path)
+
         class Latest(Later, keyword=3):
             pass
 
+        assert list(inspect.signature(Latest).parameters) == ["path", "mine"]
         assert Latest.keyword == 3 and type(Latest("directory")) is Latest
         for each in (Latest("directory"), _WithABC("directory")):
             assert isinstance(each, dcp.FileSystemWriter)
@@ -382,9 +419,12 @@ def test_a_script_is_run_in_torchs_place(tmp_path: Path, wanted: str, by: str) -
     package = tmp_path / "package"
     package.mkdir()
     script = package / "train.py"
-    script.write_text("from . import name\n" + SCRIPT if by == "module" else SCRIPT)
+    (tmp_path / "link.py").symlink_to(script)
+    (package / "beside.py").touch()
+    first = "from . import name\n" if by == "module" else "import beside\n"
+    script.write_text(first + SCRIPT)
     (package / "__init__.py").write_text("name = 1\n")
-    names = ["-m", "package.train"] if by == "module" else [str(script)]
+    names = ["-m", "package.train"] if by == "module" else ["link.py"]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "TORCH_HSDP_CKPT": wanted, "PYTHONPATH": root}
     run = subprocess.run(

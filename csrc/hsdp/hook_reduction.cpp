@@ -63,13 +63,12 @@ void HookReduction::CallHook(const GradBucket& bucket, const at::Tensor& grad) {
   if (is_sharded) shard = at::empty({numel}, grad.options());
   try {
     hook_(grad, shard);
+    // Either may have got other memory of another dtype.
+    bucket.output.narrow(0, 0, numel).copy_(is_sharded ? *shard : grad);
   } catch (...) {
     // Peers may have reductions of other units before them: this one goes on to those.
     if (!error_) error_ = std::current_exception();
-    return;
   }
-  // Either may have got other memory of another dtype.
-  bucket.output.narrow(0, 0, numel).copy_(is_sharded ? *shard : grad);
 }
 
 }  // namespace hsdp_ckpt::hsdp

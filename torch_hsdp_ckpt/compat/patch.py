@@ -16,7 +16,7 @@ from ..filesystem import FileSystemReader, FileSystemWriter
 from ..hsdp.fsdp import FullyShardedDataParallel
 from ..hsdp.fully_shard import fully_shard, register_fsdp_forward_method, share_comm_ctx
 from . import turns
-from .replacement import Replacement, always_ours, by_modules, wraps_modules
+from .replacement import Replacement, always_ours, by_modules, is_torchs_for, wraps_modules
 from .stand_in import stand_in
 
 # Where torch's own code calls itself by these names, and what it makes has to stay torch's. They
@@ -71,7 +71,7 @@ _ORIGINALS: dict[int, Any] = {
     id(_REPLACEMENTS[id(replacement.torchs)]): replacement.torchs
     for replacement in _PUBLIC.values()
 }
-_torchs_init = fsdp.FullyShardedDataParallel.__init__
+_TORCHS_CLASS: Any = fsdp.FullyShardedDataParallel
 
 
 class Patch:
@@ -95,7 +95,7 @@ class Patch:
             turns.in_force.remove(self)
             if not turns.in_force:
                 _exchange(_ORIGINALS)
-                setattr(fsdp.FullyShardedDataParallel, "__init__", _torchs_init)  # noqa: B010
+                _give_constructor_back()
 
     def report(self) -> list[Replaced]:
         """The names that stand for this package's now, by module."""
@@ -111,27 +111,46 @@ def patch(*, strict: bool = False) -> Patch:
     Construction arguments that ours refuse go to torch's, with one line in the log, and so do
     wrappers around a module of which that is so; ``strict``: they raise ValueError. isinstance goes
     by both sides' classes, and subclasses of torch's classes are torch's. What is held elsewhere
-    than as a module's attribute (a default argument, a registry) is not found.
+    than as a module's attribute (a default argument, a registry) is not found. Patches count: torch
+    has its names back when all are undone, or by ``unpatch()``.
 
     ValueError if somebody else has replaced one of the names."""
     with turns.lock:
         _check_names()
         made = Patch(strict)
+        if not turns.in_force:
+            _take_constructor()
         turns.in_force.append(made)
         _exchange(_REPLACEMENTS)
-        setattr(_class_of_torch(), "__init__", _init_of_torchs)  # noqa: B010
     return made
 
 
-def _class_of_torch() -> Any:
-    return _PUBLIC[Replaced(fsdp.__name__, "FullyShardedDataParallel")].torchs
+def unpatch() -> None:
+    """Ends all patches that are in force."""
+    with turns.lock:
+        for each in list(turns.in_force):
+            each.undo()
 
 
-@functools.wraps(_torchs_init)
-def _init_of_torchs(*args: Any, **kwargs: Any) -> None:
-    """Of torch's own class and what is derived from it, which wraps what is inside by its name."""
-    with turns.torchs_turn():
-        _torchs_init(*args, **kwargs)
+def _take_constructor() -> None:
+    """That of torch's own class and what is derived from it wraps what is inside by the class's
+    name: torch's own while it runs."""
+    init = _TORCHS_CLASS.__init__
+
+    @functools.wraps(init)
+    def on_torchs_turn(self: Any, *args: Any, **kwargs: Any) -> None:
+        with turns.torchs_turn():
+            init(self, *args, **kwargs)
+        is_torchs_for(self, "it is of torch's class, or of one derived from it")
+
+    on_torchs_turn.is_compats = True  # type: ignore[attr-defined]
+    _TORCHS_CLASS.__init__ = on_torchs_turn
+
+
+def _give_constructor_back() -> None:
+    """Unless somebody else has taken it since."""
+    if hasattr(_TORCHS_CLASS.__init__, "is_compats"):
+        _TORCHS_CLASS.__init__ = _TORCHS_CLASS.__init__.__wrapped__
 
 
 def _check_names() -> None:

@@ -68,15 +68,20 @@ def wraps_modules(this: Replacement, args: tuple[Any, ...], kwargs: dict[str, An
         try:
             return this.ours(*args, **kwargs)
         except NotSupportedError as error:
-            if turns.in_force[-1].strict or any(map(_holds_ours, modules)):
+            if turns.is_strict() or any(map(_holds_ours, modules)):
                 raise
             refusal = str(error)
     _logger.warning("torch's own %s is used here: %s", this.name, refusal)
     with turns.torchs_turn():
         made = this.torchs(*args, **kwargs)
     for module in [*modules, *modules_in((made,), {})]:
-        _refused[module] = refusal
+        is_torchs_for(module, refusal)
     return made
+
+
+def is_torchs_for(module: nn.Module, reason: str) -> None:
+    """Remembers why torch's own wrapper has wrapped ``module`` while patched."""
+    _refused.setdefault(module, reason)
 
 
 def modules_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[nn.Module]:

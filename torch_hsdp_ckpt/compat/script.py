@@ -23,7 +23,8 @@ class Program(NamedTuple):
     @staticmethod
     def of_file(path: str) -> "Program":
         with open(path, "rb") as file:
-            return Program(compile(file.read(), path, "exec"), path, "")
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+            return Program(code, path, "")
 
     @staticmethod
     def of_module(name: str) -> "Program":
@@ -71,7 +72,8 @@ def run(arguments: list[str]) -> None:
 def _run_as_main() -> None:
     main = sys.modules["__main__"] = ModuleType("__main__")
     kind, _, name = os.environ[_PROGRAM].partition(":")
-    sys.path[0] = os.getcwd() if kind == "module" else os.path.dirname(name)
+    if not getattr(sys.flags, "safe_path", False):  # Python 3.11's -P
+        sys.path[0] = os.getcwd() if kind == "module" else os.path.dirname(os.path.realpath(name))
     _execute_in(main.__dict__)
 
 
@@ -86,4 +88,6 @@ def _execute_in(main: dict[str, Any]) -> None:
 if __name__ == "__main__":
     _run_as_main()  # a launcher has started it
 elif __name__ == "__mp_main__":
-    _execute_in(globals())
+    names: dict[str, Any] = {"__name__": __name__}
+    _execute_in(names)
+    globals().update(names)

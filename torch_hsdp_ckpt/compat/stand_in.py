@@ -16,6 +16,14 @@ class StandIn(type):
     def _replacement(cls) -> Replacement | None:
         return cls.__dict__.get("_stands_for")
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What a call takes, for those who ask: the one below says nothing of it."""
+        if cls._replacement is not None:
+            return inspect.signature(cls._replacement.torchs)
+        of_init = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return of_init.replace(parameters=list(of_init.parameters.values())[1:])
+
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         replacement = cls._replacement
         make = super().__call__ if replacement is None else replacement
@@ -24,11 +32,11 @@ class StandIn(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         if cls._replacement is None:
             return super().__instancecheck__(instance)
-        return issubclass(type(instance), cls)
+        return issubclass(type(instance), cls) or issubclass(instance.__class__, cls)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
         replacement = cls._replacement
-        if replacement is None:
+        if replacement is None or not isinstance(subclass, type):
             return super().__subclasscheck__(subclass)
         # An ABC asks its subclasses, of which this is one: so it is not asked here.
         return replacement.ours in subclass.__mro__ or replacement.torchs in subclass.__mro__

@@ -12,6 +12,8 @@ class InForce(Protocol):
 
     strict: bool
 
+    def undo(self) -> None: ...
+
 
 # The last one decides how strict it is; names go back to torch with the last one to be undone.
 in_force: list[InForce] = []
@@ -22,6 +24,11 @@ _torchs_turn: ContextVar[bool] = ContextVar("torchs_turn", default=False)
 def is_torchs_turn() -> bool:
     """Whether a call means torch's own: no patch is in force, or torch's own code makes it."""
     return not in_force or _torchs_turn.get()
+
+
+def is_strict() -> bool:
+    """Of the patch that came last."""
+    return any(patch.strict for patch in in_force[-1:])
 
 
 @contextmanager

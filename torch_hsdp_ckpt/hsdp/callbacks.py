@@ -2,16 +2,19 @@
 
 import weakref
 from collections.abc import Callable
+from typing import ParamSpec
+
+_Arguments = ParamSpec("_Arguments")
 
 
-def weak_callback(method: Callable[[], None]) -> Callable[[], None]:
+def weak_callback(method: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     """A bound method that does not keep its object: C++ holds the callback, and the object holds
     the C++ side. It does nothing once the object is gone."""
     reference = weakref.WeakMethod(method)
 
-    def call() -> None:
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         bound = reference()
         if bound is not None:
-            bound()
+            bound(*args, **kwargs)
 
     return call

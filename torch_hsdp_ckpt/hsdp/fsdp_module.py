@@ -215,7 +215,7 @@ class FSDPModule(torchs.FSDPModule):
                 "set_all_reduce_hook: a stream of one's own is not supported; the hook runs on "
                 "the reductions'"
             )
-        fsdp_runner(self).unit.core.set_all_reduce_hook(hook)
+        fsdp_runner(self).unit.set_all_reduce_hook(hook)
 
     @checks_first
     def load_state_dict(

@@ -97,7 +97,8 @@ class ShardedUnit:
         self._requires_grad: list[bool] = []
         self._gradients = self._gradients_of([])
 
-        self.has_comm_hook = False
+        self._comm_hook: Callable[..., Any] | None = None
+        self._all_reduce_hook: Callable[[Tensor], None] | None = None
         self.summoned = False
         self.showing_full = True  # the slots do not hold the shards yet
         self.show_sharded()
@@ -121,15 +122,30 @@ class ShardedUnit:
             on_reduced=weak_callback(self._take_gradients),
         )
 
+    @property
+    def has_comm_hook(self) -> bool:
+        """Whether a user's hook reduces."""
+        return self._comm_hook is not None
+
     def set_comm_hook(self, hook: Callable[..., Any]) -> None:
         """``hook(gradient)``, or ``hook(gradient, shard)`` where there are shards, reduces from the
         next reduction on."""
 
-        def call(gradient: Tensor, shard: Tensor | None) -> None:
-            hook(gradient) if shard is None else hook(gradient, shard)
+        self._comm_hook = hook  # held here, where the garbage collector sees what it reaches
+        self.core.set_comm_hook(weak_callback(self._call_comm_hook))
 
-        self.core.set_comm_hook(call)
-        self.has_comm_hook = True
+    def _call_comm_hook(self, gradient: Tensor, shard: Tensor | None) -> None:
+        assert self._comm_hook is not None
+        self._comm_hook(gradient) if shard is None else self._comm_hook(gradient, shard)
+
+    def set_all_reduce_hook(self, hook: Callable[[Tensor], None] | None) -> None:
+        """``hook`` gets the all-reduced averages from the next reduction on."""
+        self._all_reduce_hook = hook
+        self.core.set_all_reduce_hook(weak_callback(self._call_all_reduce_hook) if hook else None)
+
+    def _call_all_reduce_hook(self, averages: Tensor) -> None:
+        assert self._all_reduce_hook is not None
+        self._all_reduce_hook(averages)
 
     def _shard(self, originals: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Sharded parameters with the values and attributes of ``originals``, which get a note that
