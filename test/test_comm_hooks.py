@@ -133,6 +133,15 @@ def _refused(rank: int) -> None:
     model(torch.ones(4, 5)).sum().backward()
 
 
+def _goes_on(model: nn.Module) -> None:
+    """The next backward has the gradients of a model without a hook."""
+    model.zero_grad()
+    model(torch.ones(4, 5)).sum().backward()
+    reference = _wrapped(ours, ShardingStrategy.FULL_SHARD)
+    reference(torch.ones(4, 5)).sum().backward()
+    assert_same([gradients(ours, model), gradients(ours, reference)])
+
+
 def _hook_that_raises(rank: int) -> None:
     model = _wrapped(ours, ShardingStrategy.FULL_SHARD)
     raises = [True]
@@ -146,11 +155,7 @@ def _hook_that_raises(rank: int) -> None:
     with pytest.raises(ZeroDivisionError, match="a user's error"):
         model(torch.ones(4, 5)).sum().backward()
     raises[0] = False
-    model.zero_grad()
-    model(torch.ones(4, 5)).sum().backward()
-    reference = _wrapped(ours, ShardingStrategy.FULL_SHARD)
-    reference(torch.ones(4, 5)).sum().backward()
-    assert_same([gradients(ours, model), gradients(ours, reference)])
+    _goes_on(model)
 
 
 def _while_patched(rank: int) -> None:
@@ -206,11 +211,7 @@ def _one_rank_raises(rank: int) -> None:
     else:
         loss.backward()
     raises[0] = False
-    model.zero_grad()
-    model(torch.ones(4, 5)).sum().backward()
-    reference = _wrapped(ours, ShardingStrategy.FULL_SHARD)
-    reference(torch.ones(4, 5)).sum().backward()
-    assert_same([gradients(ours, model), gradients(ours, reference)])
+    _goes_on(model)
 
 
 def test_torchs_hooks() -> None:
