@@ -15,9 +15,8 @@ WIDTH = 32
 
 
 class Regression(L.LightningModule):
-    def __init__(self, steps: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.steps = steps
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
             for _ in range(2)
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=3)
     arguments = parser.parse_args()
     L.seed_everything(0)
-    model = Regression(arguments.steps)
+    model = Regression()
     data = TensorDataset(torch.randn(48, WIDTH), torch.randn(48, WIDTH))
     trainer = L.Trainer(
         accelerator="gpu",

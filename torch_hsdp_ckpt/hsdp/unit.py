@@ -130,7 +130,6 @@ class ShardedUnit:
     def set_comm_hook(self, hook: Callable[..., Any]) -> None:
         """``hook(gradient)``, or ``hook(gradient, shard)`` where there are shards, reduces from the
         next reduction on."""
-
         self._comm_hook = hook  # held here, where the garbage collector sees what it reaches
         self.core.set_comm_hook(weak_callback(self._call_comm_hook))
 
