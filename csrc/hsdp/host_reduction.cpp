@@ -12,13 +12,13 @@ namespace {
 
 // Every term is multiplied before it is added to others, as torch does: it shows where the product
 // is too small for a float16.
-void Scale(GradBucket& bucket, double scale) {
+void Scale(GradBucket& bucket, int64_t rank, double scale) {
   if (scale == 1.0) return;
   for (at::Tensor& grad : bucket.grads) grad = grad.mul(scale);  // others may have it too
   for (const at::Tensor& piece : bucket.inbox) {
     if (piece.defined()) piece.mul_(scale);
   }
-  bucket.input.mul_(scale);
+  bucket.input.narrow(0, rank * bucket.packed_stride(), bucket.packed_stride()).mul_(scale);
 }
 
 // output = the sum over the ranks, whose pieces are in the inbox; this rank's are taken from where
@@ -99,7 +99,7 @@ class BackgroundReduction : public std::enable_shared_from_this<BackgroundReduct
       return;
     }
     AwaitWorks(*grads_, bucket, "reduce-scatter");
-    Scale(bucket, collectives.pre_scale(bucket.reduced));
+    Scale(bucket, collectives.shard_rank(), collectives.pre_scale(bucket.reduced));
     SumPieces(bucket, collectives.shard_rank());
   }
 
