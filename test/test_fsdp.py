@@ -413,7 +413,7 @@ def _construction(rank: int) -> None:
     half = DeviceMesh(DEVICE, [0, 1])
     wrong = [
         (lambda: wrap(tied), "Linear", "shared with another wrapped module"),
-        (lambda: wrap(ours.module), r"\w+", "already is a DTensor"),
+        (lambda: wrap(ours.module), r"\w+", "is a DTensor on .*wrap it once"),
         (lambda: wrap(net(), sharding_strategy=FULL), "Net", "FULL_SHARD does not fit a 2-D"),
         (
             lambda: wrap(net(), (4,), sharding_strategy=HYBRID),

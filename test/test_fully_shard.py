@@ -127,9 +127,9 @@ def _settings(rank: int) -> None:
         ),
         (
             fresh,
-            "Net",
-            dict(shard_placement_fn=lambda p: Shard(p.ndim - 1)),
-            "shard_placement_fn places",
+            "Linear",
+            dict(shard_placement_fn=lambda p: Shard(p.ndim)),
+            r"parameter [\w.]+ of shape \(8, 8\) has no dimension 2 to be sharded on",
         ),
         (ours, "FSDPNet", {}, "fully_shard has been applied to it already"),
         (fresh.blocks, "ModuleList", {}, "it has no forward"),

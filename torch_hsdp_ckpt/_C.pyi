@@ -395,6 +395,20 @@ class UnitPrecision:
         accumulation: GradAccumulation = ...,
     ) -> None: ...
 
+class StoredParam:
+    """One parameter as its unit stores it: ``sizes`` of this rank's part of it, of which the shards
+    cut dimension ``dim``. ``is_summed_elsewhere``: its gradient may come as a summand over mesh
+    dimensions that the unit does not know of."""
+
+    def __init__(
+        self,
+        *,
+        sizes: Sequence[int],
+        dim: int,
+        dtype: torch.dtype,
+        is_summed_elsewhere: bool = False,
+    ) -> None: ...
+
 class Collectives:
     def __init__(self, shard_group: str, replica_group: str | None, rank: int) -> None: ...
     def set_reduce_groups(self, shard_group: str, replica_group: str | None) -> None: ...
@@ -429,14 +443,14 @@ class Unit:
     def __init__(
         self,
         *,
-        sizes: Sequence[Sequence[int]],
-        dtypes: Sequence[torch.dtype],
+        parameters: Sequence[StoredParam],
         device: torch.device,
         collectives: Collectives,
         precision: UnitPrecision,
         reshard_after_forward: ReshardAfterForward,
         on_backward: Callable[[], None],
         on_reduced: Callable[[], None],
+        local_grad: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> None: ...
     def set_all_reduce(self, all_reduce: bool) -> None: ...
     def set_comm_hook(self, hook: Callable[[torch.Tensor, torch.Tensor | None], None]) -> None: ...
@@ -473,7 +487,13 @@ class Schedule:
     def begin_read_if_quiet(self) -> ReadTurn: ...
     def end_read(self) -> None: ...
     def running_here(self) -> bool: ...
-    def add(self, unit: Unit, full: Sequence[torch.Tensor], trainable: Sequence[int]) -> None: ...
+    def add(
+        self,
+        unit: Unit,
+        full: Sequence[torch.Tensor],
+        memory: Sequence[torch.Tensor],
+        trainable: Sequence[int],
+    ) -> None: ...
     def enter_forward(self, unit: Unit, grad_enabled: bool) -> None: ...
     def expect_hidden_graph(self) -> None: ...
     def leave_forward(self, unit: Unit, outputs: Sequence[torch.Tensor]) -> None: ...

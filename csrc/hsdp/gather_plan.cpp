@@ -35,14 +35,15 @@ class InPlaceRule {
 
   // Whether the parameter has a full buffer of its own.
   bool IsLarge(const GatheredParam& param) const {
-    const auto [rows, row_bytes] = ParamShape::Of(param.sizes, shards_, ItemBytes(param));
-    return base::ChunkRows(rows, shards_) * row_bytes >= kInPlaceBytes;
+    const ParamShape shape = ShapeOf(param);
+    return base::ChunkRows(shape.rows, shards_) * shape.row_size >= kInPlaceBytes;
   }
 
   bool GoesInPlace(const GatheredParam& param) const {
+    const ParamShape shape = ShapeOf(param);
+    if (shape.runs > 1) return false;
     if (shards_ == 1) return true;
     if (exchanges_) return IsLarge(param);
-    const ParamShape shape = ParamShape::Of(param.sizes, shards_, ItemBytes(param));
     return coalesces_ && base::CutsEvenly(shape.rows, shards_) &&
            shape.numel() >= kInPlaceOnStreams;
   }
@@ -51,6 +52,11 @@ class InPlaceRule {
   // there is only one, nobody but this rank moves it to its place.
   bool TakesFromFlat(const GatheredParam& param) const {
     return shards_ > 1 && !exchanges_ && param.stored == param.full;
+  }
+
+  /// In bytes of the full parameter.
+  ParamShape ShapeOf(const GatheredParam& param) const {
+    return ParamShape::Of(param.cut, shards_, ItemBytes(param));
   }
 
  private:
@@ -85,14 +91,12 @@ class Planner {
   }
 
  private:
-  int64_t RowBytes(size_t i) const {
-    return ParamShape::Of(params_[i].sizes, shards_, ItemBytes(params_[i])).row_size;
-  }
+  int64_t RowBytes(size_t i) const { return rule_.ShapeOf(params_[i]).row_size; }
 
   void PlaceFull() {
     plan_.full_bytes.assign(1, 0);
     for (const GatheredParam& param : params_) {
-      const int64_t bytes = ParamShape::Of(param.sizes, shards_, ItemBytes(param)).numel();
+      const int64_t bytes = rule_.ShapeOf(param).numel();
       if (rule_.IsLarge(param)) {
         plan_.places.push_back({plan_.full_bytes.size(), 0});
         plan_.full_bytes.push_back(bytes);
@@ -110,9 +114,9 @@ class Planner {
     return {layout_.offset(i), target, to, numel, params_[i].stored, params_[i].full};
   }
 
-  // Where the rows of `rank` begin in their full buffer.
-  int64_t FullOffset(size_t i, int64_t rank) const {
-    return plan_.places[i].offset + layout_.first_row(i, rank) * RowBytes(i);
+  // Where the rows of `rank` are in the full parameter, in bytes.
+  ShardPlace PlaceInFull(size_t i, int64_t rank) const {
+    return ShardPlace::Of(rule_.ShapeOf(params_[i]), shards_, rank);
   }
 
   void AddInPlace(size_t i) {
@@ -124,7 +128,8 @@ class Planner {
     if (rule_.TakesFromFlat(params_[i])) {
       run.flat_offset = layout_.offset(i);
     } else {
-      plan_.own_rows.push_back(OwnRows(i, run.place.buffer, FullOffset(i, rank_)));
+      const int64_t to = run.place.offset + PlaceInFull(i, rank_).first;
+      plan_.own_rows.push_back(OwnRows(i, run.place.buffer, to));
     }
     plan_.in_place.push_back(std::move(run));
   }
@@ -161,11 +166,11 @@ class Planner {
 
   void AddUnpack(size_t i, int64_t offset) {
     for (int64_t r = 0; r < shards_; ++r) {
-      const int64_t bytes = layout_.shard_rows(i, r) * RowBytes(i);
-      const int64_t from = r * plan_.packed_stride + offset;
-      if (bytes == 0) continue;
-      plan_.unpack.push_back(
-          {from, plan_.places[i].buffer, FullOffset(i, r), bytes, at::kByte, at::kByte});
+      const ShardPlace place = PlaceInFull(i, r);
+      if (place.run == 0) continue;
+      const auto [buffer, begin] = plan_.places[i];
+      plan_.unpack.push_back({r * plan_.packed_stride + offset, buffer, begin + place.first,
+                              place.run, at::kByte, at::kByte, place.runs, place.stride});
     }
   }
 

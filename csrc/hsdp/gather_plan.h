@@ -14,7 +14,7 @@ namespace hsdp_ckpt::hsdp {
 
 /// One parameter of a unit, as it is stored and as it computes.
 struct GatheredParam {
-  std::vector<int64_t> sizes;
+  CutSizes cut;
   at::ScalarType stored;  ///< dtype of the shards
   at::ScalarType full;    ///< dtype of the full parameter
 };
@@ -26,6 +26,8 @@ struct Move {
   int64_t to;     ///< in bytes
   int64_t numel;
   at::ScalarType src, dst;
+  int64_t runs = 1;    ///< so often `numel` elements, which follow each other in the source
+  int64_t stride = 0;  ///< elements from one run to the next in the target
 
   static constexpr int64_t kZeros = -1;
   static constexpr size_t kPacked = SIZE_MAX;

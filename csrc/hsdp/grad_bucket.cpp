@@ -41,8 +41,8 @@ bool GoesInPlace(const GradSpec& spec, const Collectives& collectives, at::Devic
                  SentBy sent_by) {
   const int64_t shards = collectives.shards();
   const auto item = static_cast<int64_t>(c10::elementSize(spec.computed));
-  const ParamShape shape = ParamShape::Of(spec.sizes, shards, item);
-  if (shards == 1 || sent_by == SentBy::kHook) return false;
+  const ParamShape shape = ParamShape::Of(spec.cut, shards, item);
+  if (shards == 1 || shape.runs > 1 || sent_by == SentBy::kHook) return false;
   if (sent_by == SentBy::kPieces) {
     return base::ChunkRows(shape.rows, shards) * shape.row_size >= kInPlaceBytes &&
            ExchangedDtype({spec.computed, spec.reduced}) == spec.computed;
@@ -71,14 +71,14 @@ Members MembersOf(DtypePair dtypes, const std::vector<GradSpec>& specs,
     (in_place ? members.in_place : members.packed).push_back(i);
   }
   std::stable_partition(members.packed.begin(), members.packed.end(),
-                        [&](size_t i) { return !specs[i].sizes.empty(); });
+                        [&](size_t i) { return specs[i].cut.is_cut(); });
   return members;
 }
 
 ShardLayout LayoutOf(const std::vector<size_t>& params, const std::vector<GradSpec>& specs,
                      int64_t shards, int64_t alignment) {
   std::vector<ParamShape> shapes;
-  for (const size_t i : params) shapes.push_back(ParamShape::Of(specs[i].sizes, shards));
+  for (const size_t i : params) shapes.push_back(ParamShape::Of(specs[i].cut, shards));
   return {std::move(shapes), shards, alignment};
 }
 
@@ -95,7 +95,7 @@ GradBucket MakeBucket(DtypePair dtypes, const Members& members, const std::vecto
     return p < params.size() ? layout.offset(p) : layout.flat_numel();
   };
   const auto whole =
-      std::find_if(params.begin(), params.end(), [&](size_t i) { return specs[i].sizes.empty(); });
+      std::find_if(params.begin(), params.end(), [&](size_t i) { return !specs[i].cut.is_cut(); });
   const auto flags = static_cast<int64_t>(params.size());
   const int64_t padded_flags = (flags + alignment - 1) / alignment * alignment;
   const int64_t packed_begin = offset_of(members.in_place.size());
@@ -148,10 +148,11 @@ class Packer {
     const int64_t end =
         p + 1 < bucket_.params.size() ? layout_.offset(p + 1) : layout_.flat_numel();
     if (numel > 0) {
+      const ShardPlace place = layout_.place(p, rank);
       // Every rank gets the whole gradient of a parameter without dimensions.
-      const int64_t first =
-          grad.dim() == 0 ? 0 : layout_.first_row(p, rank) * layout_.param(p).row_size;
-      segments_.push_back({At(grad, first), At(bucket_.input, base + begin), numel});
+      const int64_t first = grad.dim() == 0 ? 0 : place.first;
+      segments_.push_back({At(grad, first), At(bucket_.input, base + begin), place.run, place.runs,
+                           place.stride, place.run});
     }
     AddZeros(base + begin + numel, end - begin - numel);
   }

@@ -13,10 +13,10 @@ namespace hsdp_ckpt::hsdp {
 
 /// One trainable parameter's gradient, and the dtypes it goes through.
 struct GradSpec {
-  std::vector<int64_t> sizes;  ///< of the full gradient
-  at::ScalarType computed;     ///< as autograd leaves it
-  at::ScalarType reduced;      ///< as it is summed, over the ranks and, if so asked, over backwards
-  at::ScalarType sharded;      ///< as the sharded gradient has it
+  CutSizes cut;             ///< of the full gradient
+  at::ScalarType computed;  ///< as autograd leaves it
+  at::ScalarType reduced;   ///< as it is summed, over the ranks and, if so asked, over backwards
+  at::ScalarType sharded;   ///< as the sharded gradient has it
 };
 
 /// The gradients of one unit that are computed in one dtype and reduced in one: their layout, and

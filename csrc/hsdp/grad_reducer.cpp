@@ -150,7 +150,7 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
       }
       const ShardLayout& layout = bucket->layout;
       const at::Tensor slice = buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank));
-      tensors[bucket->params[p]] = slice.view(ShardSizes(spec.sizes, layout.shard_rows(p, rank)));
+      tensors[bucket->params[p]] = slice.view(spec.cut.WithRows(layout.shard_rows(p, rank)));
     }
   }
   return tensors;

@@ -17,21 +17,18 @@ uint8_t* Bytes(const at::Tensor& tensor) {
   return static_cast<uint8_t*>(tensor.mutable_data_ptr());
 }
 
-bool HasViews(const at::Tensor& full) { return full.storage().use_count() > 1; }
+bool HasViews(const FullParam& full) { return full.memory.storage().use_count() > 1; }
 
 }  // namespace
 
-ParamGroup::ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes,
-                       Precision precision, at::Device device,
-                       std::shared_ptr<Collectives> collectives)
-    : sizes_(std::move(sizes)),
-      dtypes_(std::move(dtypes)),
+ParamGroup::ParamGroup(std::vector<StoredParam> params, Precision precision, at::Device device,
+                       std::shared_ptr<Collectives> collectives, LocalGrad local_grad)
+    : params_(std::move(params)),
       precision_(precision),
       device_(device),
       collectives_(std::move(collectives)),
-      streams_(DeviceStreams::Of(device)) {
-  TORCH_CHECK(sizes_.size() == dtypes_.size(), "ParamGroup: ", sizes_.size(), " sizes and ",
-              dtypes_.size(), " dtypes");
+      streams_(DeviceStreams::Of(device)),
+      local_grad_(std::move(local_grad)) {
   for (const auto& dtype : {precision_.param_dtype, precision_.reduce_dtype}) {
     TORCH_CHECK_VALUE(!dtype || kernels::Computes(*dtype), "mixed precision in ", *dtype,
                       " is not supported: pass float32, float64, bfloat16 or float16");
@@ -58,8 +55,8 @@ void ParamGroup::set_name(std::string name) {
 }
 
 at::ScalarType ParamGroup::FullDtype(size_t i) const {
-  return precision_.param_dtype && kernels::Computes(dtypes_[i]) ? *precision_.param_dtype
-                                                                 : dtypes_[i];
+  return precision_.param_dtype && kernels::Computes(params_[i].dtype) ? *precision_.param_dtype
+                                                                       : params_[i].dtype;
 }
 
 void ParamGroup::MakeLayout() {
@@ -67,11 +64,11 @@ void ParamGroup::MakeLayout() {
   std::vector<ParamShape> shapes;
   std::vector<GatheredParam> params;
   is_whole_ = shards == 1;
-  for (size_t i = 0; i < sizes_.size(); ++i) {
-    const auto item = static_cast<int64_t>(c10::elementSize(dtypes_[i]));
-    shapes.push_back(ParamShape::Of(sizes_[i], shards, item));
-    params.push_back({sizes_[i], dtypes_[i], FullDtype(i)});
-    is_whole_ = is_whole_ && FullDtype(i) == dtypes_[i];
+  for (size_t i = 0; i < params_.size(); ++i) {
+    const auto item = static_cast<int64_t>(c10::elementSize(params_[i].dtype));
+    shapes.push_back(ParamShape::Of(params_[i].cut, shards, item));
+    params.push_back({params_[i].cut, params_[i].dtype, FullDtype(i)});
+    is_whole_ = is_whole_ && FullDtype(i) == params_[i].dtype;
   }
   layout_.emplace(std::move(shapes), shards, kShardAlignment,
                   FlatOrder(params, *collectives_, device_.type()));
@@ -84,7 +81,8 @@ void ParamGroup::Run(const std::vector<Move>& moves, const at::Tensor& from) con
   for (auto move = moves.begin(); move != moves.end(); ++move) {
     const uint8_t* const source = move->from == Move::kZeros ? nullptr : Bytes(from) + move->from;
     const at::Tensor& to = move->target == Move::kPacked ? packed_ : lent_[move->target];
-    segments.push_back({source, Bytes(to) + move->to, move->numel});
+    segments.push_back(
+        {source, Bytes(to) + move->to, move->numel, move->runs, move->numel, move->stride});
     const auto next = std::next(move);
     if (next != moves.end() && next->src == move->src && next->dst == move->dst) continue;
     kernels::BatchedCopy(device_, segments, move->src, move->dst);
@@ -94,40 +92,40 @@ void ParamGroup::Run(const std::vector<Move>& moves, const at::Tensor& from) con
 
 std::vector<at::Tensor> ParamGroup::ShardTensors() const {
   std::vector<at::Tensor> shards;
-  for (size_t i = 0; i < sizes_.size(); ++i) {
+  for (size_t i = 0; i < params_.size(); ++i) {
     const std::vector<int64_t> sizes =
-        ShardSizes(sizes_[i], layout_->shard_rows(i, collectives_->shard_rank()));
-    shards.push_back(PieceOf(flat_, Bytes(flat_) + layout_->offset(i), sizes, dtypes_[i]));
+        params_[i].cut.WithRows(layout_->shard_rows(i, collectives_->shard_rank()));
+    shards.push_back(PieceOf(flat_, Bytes(flat_) + layout_->offset(i), sizes, params_[i].dtype));
   }
   return shards;
 }
 
 std::vector<at::Tensor> ParamGroup::ShardFull(const std::vector<at::Tensor>& full) {
-  TORCH_CHECK(full.size() == sizes_.size(), "ParamGroup: ", full.size(), " tensors for ",
-              sizes_.size(), " parameters");
+  TORCH_CHECK(full.size() == params_.size(), "ParamGroup: ", full.size(), " tensors for ",
+              params_.size(), " parameters");
   std::vector<at::Tensor> own;
   for (size_t i = 0; i < full.size(); ++i) {
-    TORCH_CHECK(
-        full[i].sizes() == at::IntArrayRef(sizes_[i]) && full[i].scalar_type() == dtypes_[i],
-        "ParamGroup: parameter ", i, " is ", full[i].sizes(), ", expected ",
-        at::IntArrayRef(sizes_[i]));
+    const auto& [cut, dtype, elsewhere] = params_[i];
+    TORCH_CHECK(full[i].sizes() == at::IntArrayRef(cut.sizes) && full[i].scalar_type() == dtype,
+                "ParamGroup: parameter ", i, " is ", full[i].sizes(), ", expected ",
+                at::IntArrayRef(cut.sizes));
     const int64_t rank = collectives_->shard_rank();
     own.push_back(full[i].detach());
-    if (!sizes_[i].empty())
-      own[i] = own[i].narrow(0, layout_->first_row(i, rank), layout_->shard_rows(i, rank));
+    if (cut.is_cut())
+      own[i] = own[i].narrow(cut.dim, layout_->first_row(i, rank), layout_->shard_rows(i, rank));
   }
   return Rebind(own, device_);
 }
 
 std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards,
                                            at::Device device) {
-  TORCH_CHECK(shards.size() == sizes_.size(), "ParamGroup: ", shards.size(), " shards for ",
-              sizes_.size(), " parameters");
+  TORCH_CHECK(shards.size() == params_.size(), "ParamGroup: ", shards.size(), " shards for ",
+              params_.size(), " parameters");
   CheckNoPartial();
   Reshard();
   const int64_t rank = collectives_->shard_rank();
   for (size_t i = 0; i < shards.size(); ++i) {
-    const std::vector<int64_t> expected = ShardSizes(sizes_[i], layout_->shard_rows(i, rank));
+    const std::vector<int64_t> expected = params_[i].cut.WithRows(layout_->shard_rows(i, rank));
     TORCH_CHECK(shards[i].sizes() == at::IntArrayRef(expected),
                 "ParamGroup: the shard of parameter ", i, " is ", shards[i].sizes(), ", expected ",
                 at::IntArrayRef(expected));
@@ -135,7 +133,7 @@ std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards
   device_ = device;
   streams_ = DeviceStreams::Of(device);
   gathered_ = {};  // an event is one device's
-  for (size_t i = 0; i < shards.size(); ++i) dtypes_[i] = shards[i].scalar_type();
+  for (size_t i = 0; i < shards.size(); ++i) params_[i].dtype = shards[i].scalar_type();
   MakeLayout();
   // Padding is sent along by every gather: zeros, so that nothing uninitialised ever leaves the
   // process.
@@ -147,8 +145,9 @@ std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards
 
 std::vector<at::Tensor> ParamGroup::EmptyFull() const {
   std::vector<at::Tensor> full;
-  for (size_t i = 0; i < sizes_.size(); ++i) {
-    full.push_back(at::empty(sizes_[i], at::TensorOptions(FullDtype(i)).device(device_)));
+  for (size_t i = 0; i < params_.size(); ++i) {
+    full.push_back(
+        at::empty(params_[i].cut.sizes, at::TensorOptions(FullDtype(i)).device(device_)));
   }
   return full;
 }
@@ -161,14 +160,14 @@ void ParamGroup::CheckNoPartial() const {
       "requires_grad change");
 }
 
-void ParamGroup::BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
+void ParamGroup::BindFull(std::vector<FullParam> full, std::vector<size_t> trainable,
                           std::function<void(size_t)> on_grad) {
-  TORCH_CHECK(full.size() == sizes_.size(), "ParamGroup: ", full.size(), " tensors for ",
-              sizes_.size(), " parameters");
+  TORCH_CHECK(full.size() == params_.size(), "ParamGroup: ", full.size(), " tensors for ",
+              params_.size(), " parameters");
   CheckNoPartial();
   for (const size_t i : trainable) {
     // Autograd casts to it, and takes no others for this parameter.
-    if (GradDtype(i) != FullDtype(i)) full[i].set_grad_dtype(GradDtype(i));
+    if (GradDtype(i) != FullDtype(i)) full[i].leaf.set_grad_dtype(GradDtype(i));
   }
   MoveGrads(full, trainable);
   Reshard();
@@ -195,10 +194,10 @@ void ParamGroup::MakeReducer() {
 
 // What backwards without a reduction have left here is for a later one, with the parameters that
 // are there then.
-void ParamGroup::MoveGrads(std::vector<at::Tensor>& full,
+void ParamGroup::MoveGrads(std::vector<FullParam>& full,
                            const std::vector<size_t>& trainable) const {
   std::vector<at::Tensor> kept(full.size());
-  for (const size_t i : trainable_) kept[i] = full_[i].grad();
+  for (const size_t i : trainable_) kept[i] = full_[i].leaf.grad();
   for (size_t i = 0; i < kept.size(); ++i) {
     const bool trained = std::find(trainable.begin(), trainable.end(), i) != trainable.end();
     TORCH_CHECK(trained || !kept[i].defined(), "parameter ", i, " of unit ", name_,
@@ -210,7 +209,8 @@ void ParamGroup::MoveGrads(std::vector<at::Tensor>& full,
     if (!kept[i].defined()) continue;
     const bool reduced = grad_form_ == GradForm::kReduced;
     const at::ScalarType dtype = reduced ? ReduceDtype(i) : GradDtype(i);
-    full[i].mutable_grad() = kept[i].to(full[i].options().dtype(dtype));
+    at::Tensor& leaf = full[i].leaf;
+    leaf.mutable_grad() = kept[i].to(leaf.options().dtype(dtype));
   }
 }
 
@@ -229,7 +229,7 @@ void ParamGroup::WatchGrads(std::function<void(size_t)> on_grad) {
   on_grad_ = std::make_shared<std::function<void(size_t)>>(std::move(on_grad));
   accumulators_.clear();
   for (size_t slot = 0; slot < trainable_.size(); ++slot) {
-    auto accumulator = torch::autograd::impl::grad_accumulator(full_[trainable_[slot]]);
+    auto accumulator = torch::autograd::impl::grad_accumulator(full_[trainable_[slot]].leaf);
     // The reference is weak, as a graph may outlive the group. The hook is C++, so that a
     // parameter's arrival costs no GIL.
     accumulator->add_post_hook(std::make_unique<torch::autograd::utils::LambdaPostHook>(
@@ -244,7 +244,7 @@ void ParamGroup::WatchGrads(std::function<void(size_t)> on_grad) {
 
 at::ScalarType ParamGroup::ReduceDtype(size_t i) const {
   const bool as_stored = precision_.accumulation == GradAccumulation::kReducedByAutograd;
-  return precision_.reduce_dtype.value_or(as_stored ? dtypes_[i] : FullDtype(i));
+  return precision_.reduce_dtype.value_or(as_stored ? params_[i].dtype : FullDtype(i));
 }
 
 // What autograd leaves. It casts down by itself where it casts at all; up only for a sum that goes
@@ -252,17 +252,19 @@ at::ScalarType ParamGroup::ReduceDtype(size_t i) const {
 at::ScalarType ParamGroup::GradDtype(size_t i) const {
   const bool casts = precision_.accumulation == GradAccumulation::kReducedByAutograd;
   const at::ScalarType full = FullDtype(i), reduced = ReduceDtype(i);
-  return casts && c10::elementSize(reduced) <= c10::elementSize(full) ? reduced : full;
+  const bool at_once =
+      params_[i].is_summed_elsewhere || c10::elementSize(reduced) <= c10::elementSize(full);
+  return casts && at_once ? reduced : full;
 }
 
 std::vector<GradSpec> ParamGroup::GradSpecs() const {
   std::vector<GradSpec> specs;
   for (const size_t i : trainable_) {
     const bool low = precision_.keep_low_precision_grads;
-    specs.push_back({.sizes = sizes_.at(i),
+    specs.push_back({.cut = params_.at(i).cut,
                      .computed = GradDtype(i),
                      .reduced = ReduceDtype(i),
-                     .sharded = low ? FullDtype(i) : dtypes_.at(i)});
+                     .sharded = low ? FullDtype(i) : params_.at(i).dtype});
   }
   return specs;
 }
@@ -358,17 +360,17 @@ void ParamGroup::FreeTrained(size_t slot) {
   const size_t i = trainable_.at(slot);
   const size_t buffer = plan_.places[i].buffer;
   if (state_ != State::kUnsharded || is_whole_ || buffer == 0 || HasViews(full_[i])) return;
-  TakeBack(full_[i], why_freed_);
+  TakeBack(full_[i].memory, why_freed_);
   lent_[buffer].reset();
   has_freed_some_ = true;
 }
 
 void ParamGroup::LendFrom(const at::Tensor& lender, int64_t offset, size_t i) {
-  Lend(full_[i], lender, Bytes(lender) + offset);
+  Lend(full_[i].memory, lender, Bytes(lender) + offset);
 }
 
 void ParamGroup::TakeBackAll() {
-  for (const at::Tensor& full : full_) TakeBack(full, why_freed_);
+  for (const FullParam& full : full_) TakeBack(full.memory, why_freed_);
 }
 
 void ParamGroup::Reshard() {
@@ -398,8 +400,9 @@ void ParamGroup::ExpectGrads(bool kept) {
     if (ReduceDtype(i) == GradDtype(i)) continue;
     std::optional<at::ScalarType> dtype = kept ? ReduceDtype(i) : GradDtype(i);
     // Autograd adds in place to what is there, whatever the term's dtype: it needs no cast.
-    if (full_[i].grad().defined()) dtype.reset();
-    if (full_[i].grad_dtype() != dtype) full_[i].set_grad_dtype(dtype);
+    at::Tensor& leaf = full_[i].leaf;
+    if (leaf.grad().defined()) dtype.reset();
+    if (leaf.grad_dtype() != dtype) leaf.set_grad_dtype(dtype);
   }
 }
 
@@ -407,7 +410,7 @@ void ParamGroup::KeepGrads() {
   if (precision_.accumulation == GradAccumulation::kComputed) return;
   grad_form_ = GradForm::kReduced;
   for (const size_t i : trainable_) {
-    at::Tensor& grad = full_[i].mutable_grad();
+    at::Tensor& grad = full_[i].leaf.mutable_grad();
     if (grad.defined()) grad = grad.detach().to(ReduceDtype(i));
   }
 }
@@ -417,9 +420,10 @@ void ParamGroup::StartReduce() {
   std::vector<at::Tensor> grads;
   grads.reserve(trainable_.size());
   for (const size_t i : trainable_) {
-    at::Tensor grad = std::exchange(full_[i].mutable_grad(), {});
+    at::Tensor grad = std::exchange(full_[i].leaf.mutable_grad(), {});
     const bool fresh = grad.defined() && grad.scalar_type() == GradDtype(i);
     if (grad_form_ == GradForm::kReduced && fresh) grad = grad.to(ReduceDtype(i));
+    if (grad.defined() && full_[i].is_dtensor()) grad = local_grad_(i, grad);
     grads.push_back(std::move(grad));
   }
   reducer_->Start(std::move(grads), grad_form_, reduce_options_);
@@ -427,7 +431,7 @@ void ParamGroup::StartReduce() {
 }
 
 void ParamGroup::DropGrads() {
-  for (const size_t i : trainable_) full_[i].mutable_grad().reset();
+  for (const size_t i : trainable_) full_[i].leaf.mutable_grad().reset();
 }
 
 void ParamGroup::DropKept() {

@@ -38,6 +38,27 @@ struct Precision {
   GradAccumulation accumulation = GradAccumulation::kComputed;
 };
 
+/// One parameter as its unit stores it. Where other mesh dimensions than the unit's cut it too
+/// (tensor and expert parallelism), all sizes are those of this rank's part of it.
+struct StoredParam {
+  CutSizes cut;
+  at::ScalarType dtype;  ///< of the shards
+  /// Its gradient may come as a summand over those other dimensions, in the reduction's dtype.
+  bool is_summed_elsewhere = false;
+};
+
+/// One full parameter. `leaf` is what autograd knows; `memory` is what the unit fills: the leaf
+/// itself, or the local tensor of a leaf that is a DTensor.
+struct FullParam {
+  at::Tensor leaf, memory;
+
+  bool is_dtensor() const { return !leaf.is_same(memory); }
+};
+
+/// Gives the local tensor of the gradient of parameter `i`, a DTensor, placed as that is: whatever
+/// sum over other mesh dimensions this takes. Collective over these.
+using LocalGrad = std::function<at::Tensor(size_t i, const at::Tensor& grad)>;
+
 /// The parameters of one unit: their shards, and their full form while the unit computes.
 ///
 /// Memory: one flat buffer of bytes holds this rank's shards, laid out by ShardLayout (16-byte
@@ -57,8 +78,8 @@ class ParamGroup {
  public:
   enum class State { kSharded, kGathering, kUnsharded };
 
-  ParamGroup(std::vector<std::vector<int64_t>> sizes, std::vector<at::ScalarType> dtypes,
-             Precision precision, at::Device device, std::shared_ptr<Collectives> collectives);
+  ParamGroup(std::vector<StoredParam> params, Precision precision, at::Device device,
+             std::shared_ptr<Collectives> collectives, LocalGrad local_grad = nullptr);
   ~ParamGroup();
   ParamGroup(const ParamGroup&) = delete;
   ParamGroup& operator=(const ParamGroup&) = delete;
@@ -83,7 +104,7 @@ class ParamGroup {
   /// gradient is accumulated, without the GIL. Gradients that wait for a reduction are taken over.
   /// Throws c10::Error while partial sums wait for an all-reduce, or where such a gradient's
   /// parameter is no longer trained.
-  void BindFull(std::vector<at::Tensor> full, std::vector<size_t> trainable,
+  void BindFull(std::vector<FullParam> full, std::vector<size_t> trainable,
                 std::function<void(size_t)> on_grad);
 
   at::Device device() const { return device_; }
@@ -125,7 +146,7 @@ class ParamGroup {
   ReduceOptions& reduce_options() { return reduce_options_; }
   const std::vector<size_t>& trainable() const { return trainable_; }
   /// Elements of the gradient of parameter `trainable()[slot]`.
-  int64_t grad_numel(size_t slot) const { return full_[trainable_[slot]].numel(); }
+  int64_t grad_numel(size_t slot) const { return full_[trainable_[slot]].memory.numel(); }
   /// So many elements are about half of the gradients. 0 where nothing comes halfway: on the CPU,
   /// and with a parameter that is larger than all others together, whose gradient may come first or
   /// last.
@@ -141,7 +162,7 @@ class ParamGroup {
   at::ScalarType ReduceDtype(size_t i) const;
   at::ScalarType GradDtype(size_t i) const;
   std::vector<GradSpec> GradSpecs() const;
-  void MoveGrads(std::vector<at::Tensor>& full, const std::vector<size_t>& trainable) const;
+  void MoveGrads(std::vector<FullParam>& full, const std::vector<size_t>& trainable) const;
   int64_t HalfOfGrads() const;
   void WatchGrads(std::function<void(size_t)> on_grad);
   void MakeReducer();
@@ -155,12 +176,12 @@ class ParamGroup {
 
   std::string name_;
   std::string why_freed_;  // what a use of a full parameter without memory is told
-  std::vector<std::vector<int64_t>> sizes_;
-  std::vector<at::ScalarType> dtypes_;
+  std::vector<StoredParam> params_;
   const Precision precision_;
   at::Device device_;
   std::shared_ptr<Collectives> collectives_;
   std::shared_ptr<DeviceStreams> streams_;
+  const LocalGrad local_grad_;
 
   std::optional<ShardLayout> layout_;  // of the flat buffer, in bytes of the shards' dtypes
   bool is_whole_ = false;  // one shard, stored as it is used: the shards are the full parameters
@@ -175,7 +196,7 @@ class ParamGroup {
   DeviceStreams::Mark gathered_;
   State state_ = State::kSharded;
 
-  std::vector<at::Tensor> full_;
+  std::vector<FullParam> full_;
   std::vector<size_t> trainable_;
   int64_t half_of_grads_ = 0;
   // Gradient accumulators live as long as somebody holds them: they are kept, so that their hooks

@@ -31,7 +31,7 @@ Schedule::Schedule(BackwardPrefetch backward_prefetch, int64_t rank, std::shared
       gathers_(backward_prefetch, rank),
       reductions_(gathers_, rank) {}
 
-void Schedule::Add(const UnitPtr& unit, std::vector<at::Tensor> full,
+void Schedule::Add(const UnitPtr& unit, std::vector<FullParam> full,
                    std::vector<size_t> trainable) {
   if (!Contains(units_, unit)) units_.push_back(unit);
   const bool backward_has_raised = in_backward() && !AutogradRuns();

@@ -53,7 +53,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   /// Adds a unit, or binds its parameters anew: `full` are its full parameters, `trainable` the
   /// indices of those that require gradients (see ParamGroup::BindFull). In the same order on all
   /// ranks.
-  void Add(const UnitPtr& unit, std::vector<at::Tensor> full, std::vector<size_t> trainable);
+  void Add(const UnitPtr& unit, std::vector<FullParam> full, std::vector<size_t> trainable);
   /// Pre-forward: the full parameters are usable when this returns. Also during a recomputation
   /// inside backward.
   void EnterForward(const UnitPtr& unit, bool grad_enabled);

@@ -5,15 +5,38 @@
 
 namespace hsdp_ckpt::hsdp {
 
-ParamShape ParamShape::Of(const std::vector<int64_t>& sizes, int64_t shards, int64_t item) {
-  if (sizes.empty()) return {shards, item};
-  for (size_t d = 1; d < sizes.size(); ++d) item *= sizes[d];
-  return {sizes[0], item};
+std::vector<int64_t> CutSizes::WithRows(int64_t rows) const {
+  std::vector<int64_t> shard = sizes;
+  if (is_cut()) shard.at(static_cast<size_t>(dim)) = rows;
+  return shard;
 }
 
-std::vector<int64_t> ShardSizes(std::vector<int64_t> sizes, int64_t rows) {
-  if (!sizes.empty()) sizes[0] = rows;
-  return sizes;
+ParamShape ParamShape::Of(const CutSizes& param, int64_t shards, int64_t item) {
+  if (!param.is_cut()) return {shards, item};
+  const auto dims = static_cast<int64_t>(param.sizes.size());
+  if (param.dim < 0 || param.dim >= dims)
+    throw std::invalid_argument("ParamShape: there is no such dimension to cut");
+  ParamShape shape{0, item, 1};
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t size = param.sizes[static_cast<size_t>(d)];
+    if (d == param.dim) {
+      shape.rows = size;
+      continue;
+    }
+    shape.row_size *= size;
+    if (d < param.dim) shape.runs *= size;
+  }
+  if (param.dim > 0 && shards > 0 && !base::CutsEvenly(shape.rows, shards))
+    throw std::invalid_argument("ParamShape: a dimension behind the first is cut evenly");
+  // One shard is the whole parameter, and lies in one piece.
+  if (shards == 1 || shape.runs == 0) shape.runs = 1;
+  return shape;
+}
+
+ShardPlace ShardPlace::Of(const ParamShape& param, int64_t shards, int64_t rank) {
+  const int64_t piece = param.row_size / param.runs;  // of one row
+  const base::ShardRows own = base::RowsOfShard(param.rows, shards, rank);
+  return {own.first * piece, own.count * piece, param.runs, param.rows * piece};
 }
 
 ShardLayout::ShardLayout(std::vector<ParamShape> params, int64_t shards, int64_t alignment,

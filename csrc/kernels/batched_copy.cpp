@@ -2,6 +2,9 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "kernels/copied_bytes.h"
 
 namespace hsdp_ckpt::kernels {
@@ -9,7 +12,7 @@ namespace {
 
 void CheckSegments(std::span<const CopySegment> segments, size_t src_align, size_t dst_align) {
   for (size_t i = 0; i < segments.size(); ++i) {
-    const auto& [src, dst, numel] = segments[i];
+    const auto& [src, dst, numel, runs, src_stride, dst_stride] = segments[i];
     TORCH_CHECK_VALUE(numel >= 0, "BatchedCopy: segment ", i, " has ", numel, " elements");
     TORCH_CHECK_VALUE(numel == 0 || dst != nullptr, "BatchedCopy: segment ", i,
                       " has no destination");
@@ -22,11 +25,33 @@ void CheckSegments(std::span<const CopySegment> segments, size_t src_align, size
   }
 }
 
+// Every run a segment of its own.
+std::vector<CopySegment> RunByRun(std::span<const CopySegment> segments, size_t src_item,
+                                  size_t dst_item) {
+  std::vector<CopySegment> single;
+  for (const CopySegment& segment : segments) {
+    const auto src_step = segment.src_stride * static_cast<int64_t>(src_item);
+    const auto dst_step = segment.dst_stride * static_cast<int64_t>(dst_item);
+    for (int64_t run = 0; run < segment.runs; ++run) {
+      const char* const src =
+          segment.src == nullptr ? nullptr : static_cast<const char*>(segment.src) + run * src_step;
+      single.push_back({src, static_cast<char*>(segment.dst) + run * dst_step, segment.numel});
+    }
+  }
+  return single;
+}
+
 }  // namespace
 
 void BatchedCopy(c10::Device device, std::span<const CopySegment> segments, c10::ScalarType src,
                  c10::ScalarType dst, double scale, bool accumulate) {
   TORCH_CHECK_VALUE(!device.is_meta(), "BatchedCopy: there is no memory on ", device);
+  std::vector<CopySegment> single;
+  if (std::any_of(segments.begin(), segments.end(),
+                  [](const CopySegment& segment) { return segment.runs != 1; })) {
+    single = RunByRun(segments, c10::elementSize(src), c10::elementSize(dst));
+    segments = single;
+  }
   CountCopy(segments, {c10::elementSize(src), c10::elementSize(dst), accumulate});
   const bool copies_bits = src == dst && scale == 1.0 && !accumulate;
   TORCH_CHECK_TYPE(copies_bits || (Computes(src) && Computes(dst)), "BatchedCopy: ", src, " to ",

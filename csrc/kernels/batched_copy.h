@@ -9,12 +9,15 @@
 
 namespace hsdp_ckpt::kernels {
 
-/// One contiguous piece of a batched copy: `numel` elements from `src` to `dst`; src == nullptr
-/// writes zeros.
+/// One piece of a batched copy: `numel` elements from `src` to `dst`, as often as there are `runs`,
+/// each run so many elements (of its side's dtype) behind the one before; src == nullptr writes
+/// zeros.
 struct CopySegment {
   const void* src;
   void* dst;
   int64_t numel;
+  int64_t runs = 1;
+  int64_t src_stride = 0, dst_stride = 0;
 };
 
 /// dst[i] = (accumulate ? dst[i] : 0) + cast(src[i]) * scale for every segment, in one fused pass.
@@ -65,8 +68,8 @@ constexpr bool Computes(c10::ScalarType type) {
          type == c10::kHalf;
 }
 
-/// The two halves of BatchedCopy on each device, called with checked arguments only. Copy* move
-/// bits; `item` is the bytes of an element. Cast* compute.
+/// The two halves of BatchedCopy on each device, called with checked arguments and segments of one
+/// run only. Copy* move bits; `item` is the bytes of an element. Cast* compute.
 void CopyCpu(std::span<const CopySegment> segments, int64_t item);
 void CastCpu(std::span<const CopySegment> segments, c10::ScalarType src, c10::ScalarType dst,
              double scale, bool accumulate);

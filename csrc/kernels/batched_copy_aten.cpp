@@ -16,7 +16,7 @@ at::Tensor Around(const void* data, int64_t numel, c10::ScalarType type, c10::De
 
 void CopyAten(c10::Device device, std::span<const CopySegment> segments, int64_t item) {
   std::vector<at::Tensor> to, from, zeros;
-  for (const auto& [src, dst, numel] : segments) {
+  for (const auto& [src, dst, numel, runs, src_stride, dst_stride] : segments) {
     if (numel == 0) continue;
     const at::Tensor target = Around(dst, numel * item, at::kByte, device);
     if (src == nullptr) {
@@ -34,7 +34,7 @@ void CastAten(c10::Device device, std::span<const CopySegment> segments, c10::Sc
               c10::ScalarType dst_type, double scale, bool accumulate) {
   const bool wide = src_type == at::kDouble || dst_type == at::kDouble;
   const at::ScalarType computed = wide ? at::kDouble : at::kFloat;
-  for (const auto& [src, dst, numel] : segments) {
+  for (const auto& [src, dst, numel, runs, src_stride, dst_stride] : segments) {
     if (numel == 0) continue;
     const at::Tensor to = Around(dst, numel, dst_type, device);
     if (src == nullptr) {

@@ -56,9 +56,10 @@ struct MemoryTable {
 inline std::vector<Entry> EntriesOf(std::span<const CopySegment> segments, int64_t item) {
   std::vector<Entry> entries;
   entries.reserve(segments.size());
-  for (const auto& [src, dst, numel] : segments) {
-    if (numel > 0)
-      entries.push_back({static_cast<const char*>(src), static_cast<char*>(dst), numel * item, 0});
+  for (const CopySegment& segment : segments) {
+    if (segment.numel == 0) continue;
+    entries.push_back({static_cast<const char*>(segment.src), static_cast<char*>(segment.dst),
+                       segment.numel * item, 0});
   }
   return entries;
 }

@@ -47,6 +47,13 @@ void BindValues(py::module_& module) {
            py::kw_only(), py::arg("param_dtype") = py::none(), py::arg("reduce_dtype") = py::none(),
            py::arg("keep_low_precision_grads") = false,
            py::arg("accumulation") = hsdp::GradAccumulation::kComputed);
+  py::class_<hsdp::StoredParam>(module, "StoredParam")
+      .def(py::init([](std::vector<int64_t> sizes, int64_t dim, at::ScalarType dtype,
+                       bool is_summed_elsewhere) {
+             return hsdp::StoredParam{{std::move(sizes), dim}, dtype, is_summed_elsewhere};
+           }),
+           py::kw_only(), py::arg("sizes"), py::arg("dim"), py::arg("dtype"),
+           py::arg("is_summed_elsewhere") = false);
   py::class_<base::ShardRows>(module, "ShardRows")
       .def_readonly("first", &base::ShardRows::first)
       .def_readonly("count", &base::ShardRows::count);
@@ -75,16 +82,15 @@ void BindCommunication(py::module_& module) {
 
 using UnitClass = py::class_<hsdp::Unit, std::shared_ptr<hsdp::Unit>>;
 
-std::shared_ptr<hsdp::Unit> MakeUnit(std::vector<std::vector<int64_t>> sizes,
-                                     std::vector<at::ScalarType> dtypes, at::Device device,
+std::shared_ptr<hsdp::Unit> MakeUnit(std::vector<hsdp::StoredParam> parameters, at::Device device,
                                      std::shared_ptr<hsdp::Collectives> collectives,
                                      hsdp::Precision precision,
                                      hsdp::ReshardAfterForward reshard_after_forward,
                                      std::function<void()> on_backward,
-                                     std::function<void()> on_reduced) {
+                                     std::function<void()> on_reduced, hsdp::LocalGrad local_grad) {
   auto unit = std::make_shared<hsdp::Unit>();
-  unit->group = std::make_shared<hsdp::ParamGroup>(std::move(sizes), std::move(dtypes), precision,
-                                                   device, std::move(collectives));
+  unit->group = std::make_shared<hsdp::ParamGroup>(std::move(parameters), precision, device,
+                                                   std::move(collectives), std::move(local_grad));
   unit->reshard_after_forward = reshard_after_forward;
   unit->on_backward = std::move(on_backward);
   unit->on_reduced = std::move(on_reduced);
@@ -142,9 +148,9 @@ void BindUnitSettings(UnitClass& unit_class) {
 
 void BindUnit(py::module_& module) {
   UnitClass unit_class(module, "Unit");
-  unit_class.def(py::init(&MakeUnit), py::kw_only(), py::arg("sizes"), py::arg("dtypes"),
-                 py::arg("device"), py::arg("collectives"), py::arg("precision"),
-                 py::arg("reshard_after_forward"), py::arg("on_backward"), py::arg("on_reduced"));
+  unit_class.def(py::init(&MakeUnit), py::kw_only(), py::arg("parameters"), py::arg("device"),
+                 py::arg("collectives"), py::arg("precision"), py::arg("reshard_after_forward"),
+                 py::arg("on_backward"), py::arg("on_reduced"), py::arg("local_grad"));
   BindUnitSettings(unit_class);
   unit_class
       .def(
@@ -183,14 +189,24 @@ void BindUnit(py::module_& module) {
           py::arg("targets"), py::arg("accumulate"), NoGil());
 }
 
+void AddUnit(hsdp::Schedule& schedule, const hsdp::UnitPtr& unit,
+             const std::vector<at::Tensor>& full, const std::vector<at::Tensor>& memory,
+             std::vector<size_t> trainable) {
+  TORCH_CHECK(full.size() == memory.size(), "Schedule.add: ", full.size(), " parameters and ",
+              memory.size(), " tensors for them");
+  std::vector<hsdp::FullParam> params;
+  for (size_t i = 0; i < full.size(); ++i) params.push_back({full[i], memory[i]});
+  schedule.Add(unit, std::move(params), std::move(trainable));
+}
+
 void BindSchedule(py::module_& module) {
   py::class_<hsdp::Schedule, std::shared_ptr<hsdp::Schedule>>(module, "Schedule")
       .def(py::init<hsdp::BackwardPrefetch, int64_t, std::shared_ptr<hsdp::Peers>,
                     std::function<void()>>(),
            py::arg("backward_prefetch"), py::arg("rank"), py::arg("peers"),
            py::arg("on_backward_end"))
-      .def("add", &hsdp::Schedule::Add, py::arg("unit"), py::arg("full"), py::arg("trainable"),
-           NoGil())
+      .def("add", &AddUnit, py::arg("unit"), py::arg("full"), py::arg("memory"),
+           py::arg("trainable"), NoGil())
       .def("enter_forward", &hsdp::Schedule::EnterForward, py::arg("unit"), py::arg("grad_enabled"),
            NoGil())
       .def("expect_hidden_graph", &hsdp::Schedule::ExpectHiddenGraph)

@@ -146,12 +146,12 @@ class FakeUnit {
     std::optional<std::string> replica_group;
     if (replicates) replica_group = replicas_.name();
     unit_->group = std::make_shared<hsdp::ParamGroup>(
-        std::vector<std::vector<int64_t>>{{4}}, std::vector{at::kFloat}, hsdp::Precision{},
-        at::kCPU, std::make_shared<hsdp::Collectives>(shards_.name(), replica_group, kThisRank));
+        std::vector{hsdp::StoredParam{{{4}}, at::kFloat}}, hsdp::Precision{}, at::kCPU,
+        std::make_shared<hsdp::Collectives>(shards_.name(), replica_group, kThisRank));
     group().set_name(name);
     group().ShardFull({at::ones({4})});
     full_ = group().EmptyFull().at(0).requires_grad_();
-    group().BindFull({full_}, {0}, [](size_t) {});
+    group().BindFull({{full_, full_}}, {0}, [](size_t) {});
     unit_->on_reduced = [this, name, &log] {
       log.push_back("reduced " + name);
       group().reducer().Drop();

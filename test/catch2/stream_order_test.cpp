@@ -45,7 +45,7 @@ struct Groups {
 struct DeviceReduction {
   DeviceReduction(const std::string& unit, Log& log, const Abilities& abilities = {})
       : groups(unit, log, abilities) {
-    const hsdp::GradSpec spec{{4}, at::kFloat, at::kFloat, at::kFloat};
+    const hsdp::GradSpec spec{{{4}}, at::kFloat, at::kFloat, at::kFloat};
     grads = std::make_shared<hsdp::UnitGrads>(hsdp::UnitGrads{
         unit, at::Device(at::kCUDA, 0), groups.collectives, std::make_shared<hsdp::DeviceStreams>(),
         hsdp::MakeBuckets({spec}, *groups.collectives, at::kCPU, hsdp::SentBy::kCollectives)});

@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as TorchsFSDP
 from .module_tree import is_managed, is_wrapped
 
 
-class NotSupportedError(ValueError):
-    """What torch's own wrappers take and these do not."""
+class NotSupportedError(ValueError, NotImplementedError):
+    """What can't be wrapped as it is asked for. Also of the classes that torch's own wrappers raise
+    then, RuntimeError and NotImplementedError."""
 
 
 def at(*modules: nn.Module) -> str:

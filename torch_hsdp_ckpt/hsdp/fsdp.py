@@ -20,16 +20,17 @@ from .. import _C
 from .adoption import adopt_everywhere, postponed
 from .arguments import IgnoredStates, NotSupportedError, at, check_module, check_offload, offloads
 from .clip import clip_grad_norm
+from .data_parallel import DataParallel
 from .materialize import materialize, move, synchronize
 from .meshes import device_of, mesh_for
 from .module_tree import WRAPPED, without_wrappers
 from .precision import Precision
 from .runner import Runner, named_runners
+from .sharding import UnitSettings, only_unit
 from .slots import parameters_of_unit
 from .state.module_state_dict import StateDictMixin
 from .summon import SummonOptions, summon
 from .torchs_view import refuse_torchs
-from .unit import ShardedUnit
 from .wrap import auto_wrap
 
 _PREFETCH = {
@@ -112,8 +113,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 "sync_module_states": sync_module_states,
                 "device_mesh": mesh,
             }
-            with postponed():
-                _wrap_inside(module, auto_wrap_policy, ignored, arguments_inside)
+            _wrap_inside(module, auto_wrap_policy, ignored, arguments_inside)
         skipped = ignored.modules_inside()
         materialize(module, param_init_fn, device, skipped, ignored.parameters)
         if sync_module_states:
@@ -124,11 +124,12 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         self.mixed_precision = MixedPrecision() if mixed_precision is None else mixed_precision
         self.backward_prefetch = backward_prefetch
         registered = parameters_of_unit([module], ignored.parameters)
-        reshard = _reshard_after_forward(strategy)
-        self._unit = ShardedUnit(registered, mesh, device, reshard, precision)
+        settings = UnitSettings(device, _reshard_after_forward(strategy), precision)
+        self._unit = only_unit(registered, DataParallel(mesh), settings)
         self._checkpoint_wrapped_module = module
         prefetch = _PREFETCH[backward_prefetch]
-        self._runner = Runner(self, self._unit, prefetch, precision, type(module).__name__, skipped)
+        label = type(module).__name__
+        self._runner = Runner(self, [self._unit], prefetch, precision, label, skipped)
         self._init_state_dict()
         adopt_everywhere()
 
@@ -211,7 +212,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 f"{at(self)}register_comm_hook is for the outermost wrapper, "
                 f"{self._runner.root_of_all().units[0].core.name}"
             )
-        units = [runner.unit for runner in self._runner.runners_inside()]
+        units = [unit for runner in self._runner.runners_inside() for unit in runner.units]
         for unit in units:
             if unit.mesh.ndim == 2 and unit.mesh.size(1) > 1:
                 raise NotSupportedError(
@@ -369,4 +370,5 @@ def _wrap_inside(
             del given["device_mesh"]
         return FullyShardedDataParallel(inner, **given)
 
-    auto_wrap(module, policy, ignored, tuple(excepted), wrap)
+    with postponed():
+        auto_wrap(module, policy, ignored, tuple(excepted), wrap)

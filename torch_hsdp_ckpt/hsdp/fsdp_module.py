@@ -1,12 +1,13 @@
 """``FSDPModule``: the methods that ``fully_shard`` adds to a module, torch FSDP2's."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed.fsdp as torchs
 from torch import nn
 
+from .. import _C
 from ..common.gate import wait_at_gate
 from .arguments import at
 from .backward_end import (
@@ -19,7 +20,7 @@ from .state.module_entries import checks_first
 from .state.module_in import load
 from .state.module_plan import LoadRequest
 from .torchs_view import FSDPState, refuse_torchs, state_of
-from .unit import ShardedUnit, reshard_policy
+from .unit import ShardedUnit, mesh_of_state, reshard_policy
 
 
 class UnshardHandle(torchs.UnshardHandle):
@@ -129,7 +130,7 @@ class FSDPModule(torchs.FSDPModule):
         inside, within a forward or backward, and where it would change while backwards wait for
         their end."""
         runner = fsdp_runner(self)
-        if (root := runner.root) is not None and root.units[0] is not runner.unit:
+        if (root := runner.root) is not None and root.units[0] is not runner.units[0]:
             raise RuntimeError(
                 f"{at(cast(nn.Module, self))}set_manual_backward_finalization is for the "
                 f"outermost module, {root.units[0].core.name}"
@@ -151,23 +152,24 @@ class FSDPModule(torchs.FSDPModule):
     def set_modules_to_forward_prefetch(self, modules: list[torchs.FSDPModule]) -> None:
         """This module's forward starts the gathers of ``modules`` ahead, instead of the one that
         came next in the last forward."""
-        fsdp_runner(self).unit.core.set_forward_prefetch(
-            [fsdp_runner(m).unit.core for m in modules]
-        )
+        ahead = _cores(modules)
+        for core in _cores([self]):
+            core.set_forward_prefetch(ahead)
 
     def set_modules_to_backward_prefetch(self, modules: list[torchs.FSDPModule]) -> None:
         """This module's backward starts the gathers of ``modules`` ahead, instead of the one that
         comes next in reverse forward order."""
-        fsdp_runner(self).unit.core.set_backward_prefetch(
-            [fsdp_runner(m).unit.core for m in modules]
-        )
+        ahead = _cores(modules)
+        for core in _cores([self]):
+            core.set_backward_prefetch(ahead)
 
     def set_gradient_divide_factor(self, factor: float) -> None:
         """Divides the sum of this module's gradients over all ranks by ``factor`` instead of the
         number of ranks."""
         if factor <= 0:
             raise ValueError(f"a gradient divide factor is positive, not {factor}")
-        fsdp_runner(self).unit.core.set_divide_factor(factor)
+        for core in _cores([self]):
+            core.set_divide_factor(factor)
 
     def set_reduce_scatter_divide_factor(self, factor: float) -> None:
         """torch's older name of ``set_gradient_divide_factor``."""
@@ -189,7 +191,7 @@ class FSDPModule(torchs.FSDPModule):
     def set_post_optim_event(self, event: Any) -> None:
         """``event``: recorded behind an optimizer step on another stream. What the current stream
         is given from here on waits for it; None, and any on the CPU, is nothing to wait for."""
-        unit = fsdp_runner(self).unit
+        unit = fsdp_runner(self).units[0]
         if event is not None and unit.device.type != "cpu":
             torch.get_device_module(unit.device.type).current_stream(unit.device).wait_event(event)
 
@@ -215,7 +217,8 @@ class FSDPModule(torchs.FSDPModule):
                 "set_all_reduce_hook: a stream of one's own is not supported; the hook runs on "
                 "the reductions'"
             )
-        fsdp_runner(self).unit.set_all_reduce_hook(hook)
+        for unit in fsdp_runner(self).units:
+            unit.set_all_reduce_hook(hook)
 
     @checks_first
     def load_state_dict(
@@ -235,16 +238,16 @@ class FSDPModule(torchs.FSDPModule):
         def as_nn_module_does(given: Mapping[str, Any]) -> Any:
             return _original(self).load_state_dict(given, strict=strict, assign=assign)
 
-        mesh = fsdp_runner(self).unit.mesh
         module = cast(nn.Module, self)
+        mesh = mesh_of_state(list(self._units(recurse=True)))
         return load(LoadRequest(module, mesh, state_dict, strict, assign, as_nn_module_does))
 
     def _units(self, recurse: bool) -> Iterator[ShardedUnit]:
         if not recurse:
-            yield fsdp_runner(self).unit
+            yield from fsdp_runner(self).units
             return
         for _, runner in named_runners(cast(nn.Module, self)):
-            yield runner.unit
+            yield from runner.units
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``nn.Module``'s, of the sharded parameters, also where a backward that raised has left
@@ -305,6 +308,10 @@ def _refusal(name: str, instead: str) -> Callable[..., NoReturn]:
 
 for _name, _instead in NOT_SUPPORTED.items():
     setattr(FSDPModule, _name, _refusal(_name, _instead))
+
+
+def _cores(modules: Iterable[torchs.FSDPModule]) -> list[_C.Unit]:
+    return [unit.core for module in modules for unit in fsdp_runner(module).units]
 
 
 def fsdp_runner(module: Any) -> Runner:

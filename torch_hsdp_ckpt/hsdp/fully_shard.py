@@ -16,15 +16,16 @@ from .. import _C
 from ..common.gate import wait_at_gate
 from .arguments import NotSupportedError, at, check_module, check_offload
 from .backward_end import GradientReductionHandle
+from .data_parallel import DataParallel, data_parallel_of
 from .fsdp_module import FSDPModule, UnshardHandle, fsdp_runner
 from .materialize import move
-from .meshes import check_mesh, device_of, mesh_of_all_ranks
+from .meshes import device_of, mesh_of_all_ranks
 from .precision import Precision
 from .runner import Runner, runner_of
+from .sharding import Place, UnitSettings, empty_unit, refusal, shard
 from .slots import RegisteredParameter, parameters_of_unit
 from .state.module_entries import checks_first
 from .torchs_view import CommContext, register, state_of
-from .unit import ShardedUnit
 
 # A process has each class once, and so the one that is made from it: ``type(a) is type(b)`` holds
 # for two modules of a class after ``fully_shard`` as before it.
@@ -97,26 +98,21 @@ def fully_shard(
     modules = list(module) if isinstance(module, (list, tuple)) else [module]
     _check_modules(modules)
     reshard = _check_reshard_after_forward(reshard_after_forward, modules)
-    if dp_mesh_dims is not None:
-        raise NotSupportedError(
-            f"{at(*modules)}dp_mesh_dims, for parameters that are DTensors on a larger mesh, is "
-            "not supported: pass the part of the mesh that holds the replicas and shards, "
-            "mesh['replicate', 'shard'], as mesh"
-        )
     precision = Precision.of(mp_policy, *modules)
     if mesh is None:
         mesh = mesh_of_all_ranks()
-    check_mesh(mesh, *modules)
+    data_parallel = data_parallel_of(mesh, dp_mesh_dims, *modules)
     check_offload(isinstance(offload_policy, CPUOffloadPolicy), mesh, *modules)
     device = device_of(mesh, None)
     registered = parameters_of_unit(modules, set(ignored_params or ()))
-    _check_placements(registered, shard_placement_fn, modules)
+    places = [_place(each, shard_placement_fn, data_parallel) for each in registered]
     if device.type != "cpu":
         for each in modules:
             move(each, device)
-    unit = ShardedUnit(registered, mesh, device, reshard, precision)
+    settings = UnitSettings(device, reshard, precision)
+    units = shard(registered, places, settings) or [empty_unit(data_parallel, settings)]
     label = ", ".join(type(each).__name__ for each in modules)
-    runner = Runner(modules[0], unit, _C.BackwardPrefetch.PRE, precision, label)
+    runner = Runner(modules[0], units, _C.BackwardPrefetch.PRE, precision, label)
     for each in modules[1:]:
         runner.add(each)
     for each in modules:
@@ -145,20 +141,25 @@ def _check_reshard_after_forward(
     )
 
 
-def _check_placements(
-    registered: Sequence[RegisteredParameter],
+def _place(
+    registered: RegisteredParameter,
     shard_placement_fn: Callable[[nn.Parameter], Any] | None,
-    modules: Sequence[nn.Module],
-) -> None:
-    if shard_placement_fn is None:
-        return
-    for each in registered:
-        placement = shard_placement_fn(each.parameter)
-        if placement is not None and placement != Shard(0):
-            raise NotSupportedError(
-                f"{at(*modules)}shard_placement_fn places {each.name} as {placement}: only "
-                "dimension 0 of the unit's mesh is supported"
-            )
+    default: DataParallel,
+) -> Place:
+    placement: Any = shard_placement_fn(registered.parameter) if shard_placement_fn else None
+    data_parallel = default
+    info = getattr(placement, "mesh_info", None)  # torch 2.15's ShardPlacementResult has one
+    if info is not None:
+        mesh, dims = info.mesh, info.dp_mesh_dims
+        module = registered.slots[0].module
+        data_parallel = data_parallel_of(mesh if dims is None else info.spmd_mesh, dims, module)
+        placement = placement.placement
+    if placement is None:
+        return Place(data_parallel)
+    if not isinstance(placement, Shard):
+        problem = f"is to be placed as {placement} by shard_placement_fn, which gives a Shard"
+        raise refusal(registered, problem)
+    return Place(data_parallel, placement.dim)
 
 
 def _fsdp_class_of(original: type[nn.Module]) -> type[nn.Module]:
@@ -171,7 +172,7 @@ def _fsdp_class_of(original: type[nn.Module]) -> type[nn.Module]:
 def _make_fsdp_module(module: nn.Module, runner: Runner) -> None:
     """Gives ``module`` the methods of ``FSDPModule``, and hooks around a load of its state dict."""
     module.__class__ = _fsdp_class_of(type(module))
-    module.__dict__["_unit"] = runner.unit  # where the optimizer's state looks for meshes
+    module.__dict__["_unit"] = runner.units[0]  # where the optimizer's state looks
 
     @checks_first
     def before_load(*_: Any) -> None:
@@ -182,7 +183,7 @@ def _make_fsdp_module(module: nn.Module, runner: Runner) -> None:
 
     @checks_first
     def after_load(*_: Any) -> None:
-        runner.unit.rebind()
+        runner.rebind()
 
     module.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_post_hook(after_load)  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 ask each other."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -53,14 +54,17 @@ class ModelGroups:
     def __init__(self) -> None:
         self._held: dict[tuple[str, str, tuple[int, ...]], OwnGroup] = {}
 
-    def peers(self, mesh: DeviceMesh) -> PeerGroup | None:
-        """None for one rank, and under torch's "fake" backend, where the other ranks do not exist.
-        Collective over the mesh."""
-        ranks = tuple(sorted(int(rank) for rank in mesh.mesh.flatten()))
-        parent = mesh.get_group(mesh.ndim - 1)
+    def peers(self, meshes: Sequence[DeviceMesh]) -> PeerGroup | None:
+        """All ranks of the meshes that units of this one shard over. None for one rank, and under
+        torch's "fake" backend, where the other ranks do not exist. Collective over these ranks, who
+        all have to find the same ones."""
+        distinct = dict.fromkeys(meshes)
+        ranks = tuple(sorted({int(rank) for mesh in distinct for rank in mesh.mesh.flatten()}))
+        widest = max(distinct, key=lambda mesh: mesh.size())
+        parent = widest.get_group(widest.ndim - 1)
         if len(ranks) == 1 or _is_fake(parent):
             return None
-        return PeerGroup(self._own("peers", parent, ranks, mesh.device_type), ranks)
+        return PeerGroup(self._own("peers", parent, ranks, widest.device_type), ranks)
 
     def reduce(self, mesh: DeviceMesh) -> ReduceGroups | None:
         """Other groups with the ranks of ``mesh``'s, or None where the mesh's own must do.

@@ -43,7 +43,7 @@ def mesh_for(
         mesh = _mesh_of_groups(module, process_group, strategy, device_type)
     check_mesh(mesh, module)
     if strategy is ShardingStrategy.NO_SHARD:
-        return _unsharded(module, mesh), strategy
+        return unsharded(mesh, module), strategy
     return mesh, _strategy_on(mesh, strategy, module)
 
 
@@ -65,9 +65,14 @@ def check_mesh(mesh: DeviceMesh, *modules: nn.Module) -> None:
     """One or two dimensions, and this rank in it."""
     if mesh.ndim not in (1, 2):
         raise NotSupportedError(
-            f"{at(*modules)}device_mesh has {mesh.ndim} dimensions: 1 (shards) or 2 (replicas, "
-            f"shards) are supported; {mesh}"
+            f"{at(*modules)}device_mesh has {mesh.ndim} dimensions, and units shard over 1 "
+            "(shards) or 2 (replicas, shards): pass that part of it, mesh['replicate', 'shard'], "
+            f"or fully_shard's dp_mesh_dims, which names them; {mesh}"
         )
+    check_holds_this_rank(mesh, *modules)
+
+
+def check_holds_this_rank(mesh: DeviceMesh, *modules: nn.Module) -> None:
     if mesh.get_coordinate() is None:
         raise ValueError(
             f"{at(*modules)}this rank is not in device_mesh, and only its ranks can wrap modules "
@@ -233,13 +238,13 @@ def _all_gather_ranks(
     return torch.stack(rows).cpu()
 
 
-def _unsharded(module: nn.Module, mesh: DeviceMesh) -> DeviceMesh:
+def unsharded(mesh: DeviceMesh, *modules: nn.Module) -> DeviceMesh:
     """NO_SHARD: every rank of ``mesh`` is a replica with a shard group of its own."""
     if mesh.ndim == 2:
         if mesh.size(1) == 1:
             return mesh
         raise ValueError(
-            f"{at(module)}NO_SHARD replicates over a 1-D device_mesh, or a 2-D one of shape "
+            f"{at(*modules)}NO_SHARD replicates over a 1-D device_mesh, or a 2-D one of shape "
             f"(ranks, 1); this is {mesh}"
         )
     if mesh.size() == dist.get_world_size():

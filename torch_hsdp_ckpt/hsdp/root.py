@@ -230,7 +230,7 @@ def _meet_peers(
     global _next_channel
     channel = _next_channel
     try:
-        peers = groups.peers(units[0].mesh)
+        peers = groups.peers([unit.mesh for unit in units])
         if peers is not None:
             channel = _check_same_units(peers, units, problem, channel)
     except _DifferentModules:

@@ -3,7 +3,7 @@ with."""
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -28,20 +28,22 @@ class Runner:
     """What a wrapped ``module`` has in common under ``FullyShardedDataParallel`` and
     ``fully_shard``.
 
-    ``prefetch``: when backward starts the next unit's gather; the outermost module's counts.
+    ``units``: of its parameters, one for each mesh that these are sharded over; a module without
+    parameters has one too. They run as if each was a module around the next one. ``prefetch``: when
+    backward starts the next unit's gather; the outermost module's counts.
     ``label``: what the module is called in errors, if it is not its own class. ``ignored``: modules
     whose buffers stay as they are."""
 
     def __init__(
         self,
         module: nn.Module,
-        unit: ShardedUnit,
+        units: Sequence[ShardedUnit],
         prefetch: _C.BackwardPrefetch,
         precision: Precision,
         label: str,
         ignored: Collection[nn.Module] = (),
     ) -> None:
-        self.unit = unit
+        self.units = tuple(units)
         self.prefetch = prefetch
         self.precision = precision
         self.label = label
@@ -56,8 +58,18 @@ class Runner:
         self._rootless = threading.RLock()
         self._inside: list[weakref.ref[nn.Module]] | None = None  # all modules of the unit
         self.add(module)
-        unit.core.name = label
+        self._name_units(label)
         keep_dynamo_out()
+
+    def _name_units(self, name: str) -> None:
+        for unit in self.units:
+            where = "" if unit is self.units[0] else f", on a mesh of {tuple(unit.mesh.shape)}"
+            unit.core.name = name + where
+
+    @property
+    def name(self) -> str:
+        """What the module is called in errors."""
+        return self.units[0].core.name
 
     @property
     def root(self) -> Root | None:
@@ -90,33 +102,41 @@ class Runner:
     def start_unshard(self) -> None:
         """Starts the gather of the unit outside of a forward."""
         root = self.root_of_all()
-        self.unit.check_materialized()
+        self._check_materialized()
         with root.turn():
-            root.schedule.start_unshard(self.unit.core)
+            for unit in self.units:
+                root.schedule.start_unshard(unit.core)
+
+    def _check_materialized(self) -> None:
+        for unit in self.units:
+            unit.check_materialized()
 
     def unshard(self) -> None:
         """Gathers outside of a forward; the module shows the full parameters when this returns."""
         root = self.root_of_all()
-        self.unit.check_materialized()
+        self._check_materialized()
         with root.turn():
-            root.schedule.unshard(self.unit.core)
-            self.unit.show_full()
+            for unit in self.units:
+                root.schedule.unshard(unit.core)
+                unit.show_full()
 
     def free(self) -> None:
         """Ends ``unshard``, or what a setting has kept after forward or backward."""
         if (root := self.root) is None:
             return
         with root.turn():
-            root.schedule.release(self.unit.core)
-            self.unit.show_sharded()
+            for unit in self.units:
+                root.schedule.release(unit.core)
+                unit.show_sharded()
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``call(*args, **kwargs)`` on the full parameters. If it raises they are freed, and the
         module can be used again."""
-        check_not_traced(self.unit.core.name)
+        check_not_traced(self.name)
         with outside_of_transforms():
             root = self.root_of_all()
-            self.unit.before_use()
+            for unit in self.units:
+                unit.before_use()
         try:
             return self._run_forward(root, call, args, kwargs)
         except BaseException:
@@ -136,26 +156,34 @@ class Runner:
         return outputs
 
     def _enter(self, root: Root) -> None:
-        core = self.unit.core
         is_outermost = not root.schedule.running_here()
-        root.schedule.enter_forward(core, torch.is_grad_enabled())
+        for unit in self.units:
+            root.schedule.enter_forward(unit.core, torch.is_grad_enabled())
         if torch.is_grad_enabled():
-            core.is_watched = self._has_backward_hooks()
+            is_watched = self._has_backward_hooks()
+            for unit in self.units:
+                unit.core.is_watched = is_watched
         if makes_hidden_graph() and not root.in_backward():
             root.schedule.expect_hidden_graph()
         if is_outermost:
             root.hide_freed()  # what the last pass has kept, and this one may not call
             root.free_unheld_gradients()
-        self.unit.show_full()
+        for unit in self.units:
+            unit.show_full()
 
     def _leave(self, root: Root, outputs: Any, arguments: Any, since: int) -> None:
         if not root.in_backward():
             # This comes before the forward is left: then another thread may read.
-            self.unit.show_sharded()
+            self._show_sharded()
         announcing: list[torch.Tensor] = []
         if not in_transform():
             announcing = self._results.find(outputs, arguments, self.modules, since)
-        root.schedule.leave_forward(self.unit.core, announcing)
+        for unit in reversed(self.units):
+            root.schedule.leave_forward(unit.core, announcing)
+
+    def _show_sharded(self) -> None:
+        for unit in self.units:
+            unit.show_sharded()
 
     def _has_backward_hooks(self) -> bool:
         """Whether hooks of a user's run in the backward of the unit's modules: they may read
@@ -175,24 +203,26 @@ class Runner:
 
         What is only kept because backward needs it next, the module that ran last, is not shown:
         whether there is one depends on the calls."""
-        root, core = self.root_of_all(), self.unit.core
-        kept = core.reshard_after_forward == _C.ReshardAfterForward.NEVER or (
-            core.reshard_after_forward == _C.ReshardAfterForward.UNLESS_BACKWARD_IS_NEXT
-            and self.unit is root.units[0]
-        )
+        root = self.root_of_all()
+        policies = [_C.ReshardAfterForward.NEVER]
+        if self.units[0] is root.units[0]:
+            policies.append(_C.ReshardAfterForward.UNLESS_BACKWARD_IS_NEXT)
+        kept = [unit for unit in self.units if unit.core.reshard_after_forward in policies]
         if not kept or root.in_backward() or in_transform():
             return
         with root.turn():
-            if core.is_unsharded:  # no forward of another thread has come in between
-                self.unit.show_full()
+            for unit in kept:
+                if unit.core.is_unsharded:  # no forward of another thread has come in between
+                    unit.show_full()
 
     def _abort_forward(self, root: Root) -> None:
         # A recomputation ends by an error when it has computed enough, and backward goes on with
         # the full parameters.
         if root.in_backward() or not root.schedule.running_here():  # else it has not begun
             return
-        self.unit.show_sharded()
-        root.schedule.abort_forward(self.unit.core)
+        self._show_sharded()
+        for unit in reversed(self.units):
+            root.schedule.abort_forward(unit.core)
         root.hide_freed()
 
     def reading(self, whole: str = "") -> AbstractContextManager[None]:
@@ -237,7 +267,8 @@ class Runner:
             former.dissolve()
         for name, runner in named:
             runner._prepare(name or "(outermost)", is_outermost=runner is self)
-        root = Root([runner.unit for runner in inside], self.prefetch, self._backward_end)
+        units = [unit for runner in inside for unit in runner.units]
+        root = Root(units, self.prefetch, self._backward_end)
         for runner in inside:
             runner._root = root
         adopt_everywhere()
@@ -245,7 +276,7 @@ class Runner:
 
     def _prepare(self, name: str, is_outermost: bool) -> None:
         """What a unit learns when its outermost module is known."""
-        self.unit.core.name = f"{name} ({self.label})"
+        self._name_units(f"{name} ({self.label})")
         self._input_dtype = self.precision.input_dtype(is_outermost)
         self.cast_buffers()
 
@@ -265,8 +296,9 @@ class Runner:
         self.reset()
         if (root := self.root) is None:
             return
-        is_outermost = self.unit is root.units[0]
-        units = root.units if is_outermost else [inner.unit for inner in self.runners_inside()]
+        units = root.units
+        if self.units[0] is not units[0]:
+            units = [unit for inner in self.runners_inside() for unit in inner.units]
         with root.turn():
             for unit in units:
                 unit.core.drop_kept()
@@ -276,9 +308,15 @@ class Runner:
         afterwards."""
         wait_at_gate()
         self.reset()
-        self.unit.forget_kept_gradients()
+        for unit in self.units:
+            unit.forget_kept_gradients()
         apply()
-        self.unit.rebind()
+        self.rebind()
+
+    def rebind(self) -> None:
+        """See :meth:`ShardedUnit.rebind`."""
+        for unit in self.units:
+            unit.rebind()
 
 
 def runner_of(module: nn.Module) -> Runner | None:

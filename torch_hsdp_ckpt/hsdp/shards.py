@@ -1,4 +1,4 @@
-"""The DTensors around a unit's shards, and which parameters can be sharded at all."""
+"""Which parameters can be sharded at all, and what is in the place of those that were."""
 
 import weakref
 from typing import NamedTuple
@@ -6,13 +6,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from .arguments import NotSupportedError
+from ..common.tensors import local_of
 from .precision import REDUCIBLE_DTYPES
-from .slots import RegisteredParameter, Slot
+from .slots import Slot
 
 # FSDP2's extension point for what is gathered, as methods of a tensor subclass or as attributes.
 _GATHER_EXTENSIONS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
@@ -34,24 +33,6 @@ class Replacement(NamedTuple):
     name: str
     is_sharded: bool
     had_gradient: bool
-
-
-def sharded_spec(mesh: DeviceMesh, shape: torch.Size, dtype: torch.dtype) -> DTensorSpec:
-    """How a parameter of ``shape`` lies on ``mesh``: sharded on dim 0 over the mesh's last
-    dimension, replicated on the others. Without dimensions it is replicated on all."""
-    stride = torch.empty(shape, device="meta").stride()
-    replicas = (Replicate(),) * (mesh.ndim - 1)
-    shards = Shard(0) if shape else Replicate()
-    meta = TensorMeta(shape, stride, dtype)
-    return DTensorSpec(mesh, (*replicas, shards), tensor_meta=meta)
-
-
-def dtensor_around(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
-    """A DTensor with ``local`` itself inside, this rank's part.
-
-    ``DTensor.from_local`` would put a view of it there, which can't be deep-copied or saved
-    alone."""
-    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def mark_as_replaced(
@@ -90,20 +71,6 @@ def _note_on(parameter: torch.Tensor) -> Replacement | None:
     return note
 
 
-def check_can_be_sharded(registered: RegisteredParameter, device: torch.device) -> None:
-    """Raises ValueError, with rank, module and parameter, for what no unit on ``device`` can
-    hold."""
-    parameter = registered.parameter
-    problem = _why_not_shardable(parameter, device)
-    if problem:
-        module = type(registered.slots[0].module).__name__
-        shape = tuple(parameter.shape)
-        raise NotSupportedError(
-            f"rank {dist.get_rank()}: module {module}: parameter {registered.name} of shape "
-            f"{shape} {problem}"
-        )
-
-
 def check_is_not_shared(slot: Slot) -> None:
     """Raises ValueError for a parameter on the meta device that a module which was wrapped before
     has too: what it has got there is sharded already."""
@@ -122,22 +89,18 @@ def _shared_with_wrapped(note: Replacement) -> str:
     )
 
 
-def _why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
-    """What is wrong with ``parameter`` and what to do; an empty text if nothing is."""
-    if isinstance(parameter, DTensor):
-        return (
-            "already is a DTensor: sharding it a second time (tensor parallelism) is not "
-            "supported. Use torch's own fully_shard for this module, or leave the parameter out "
-            "(ignored_states, ignored_params) and reduce its gradient yourself"
-        )
+def why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
+    """Why no unit on ``device`` can hold ``parameter``, and what to do; an empty text if it
+    can."""
     if any(hasattr(parameter, name) for name in _GATHER_EXTENSIONS):
         return (
             "has fsdp_pre_all_gather or fsdp_post_all_gather, which FSDP2 calls around its gathers "
             "(float8 training): that is not supported here. Use torch's own fully_shard"
         )
-    if type(parameter) is not nn.Parameter and type(parameter.data) is not torch.Tensor:
+    plain = local_of(parameter.data)
+    if type(parameter) is not nn.Parameter and type(plain) is not torch.Tensor:
         return (
-            f"is a tensor subclass, {type(parameter.data).__name__}, of which this package knows "
+            f"is a tensor subclass, {type(plain).__name__}, of which this package knows "
             "no memory to shard: use torch's own fully_shard, or name it in ignored_states"
         )
     note = _note_on(parameter)

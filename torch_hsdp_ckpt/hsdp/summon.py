@@ -36,17 +36,18 @@ def summon(runners: list[Runner], options: SummonOptions) -> Iterator[None]:
         )
     wait_at_gate()
     for runner in runners:
-        if runner.unit.summoned:
+        if any(unit.summoned for unit in runner.units):
             raise RuntimeError(
-                f"the full parameters of module {runner.unit.core.name} have been summoned already"
+                f"the full parameters of module {runner.name} have been summoned already"
             )
         if runner.root is not None and runner.root.in_backward():
             raise RuntimeError("full parameters can't be summoned inside a backward")
-        runner.unit.check_materialized()
+        for unit in runner.units:
+            unit.check_materialized()
         runner.reset()
     with ExitStack() as stack:
-        for runner in runners:
-            stack.enter_context(_summon_unit(runner.unit, options))
+        for unit in (unit for runner in runners for unit in runner.units):
+            stack.enter_context(_summon_unit(unit, options))
         yield
 
 
@@ -71,21 +72,22 @@ def _full_parameters(unit: ShardedUnit, options: SummonOptions) -> list[nn.Param
     with torch.inference_mode(False):
         whole = _whole(unit.sharded, options.offload_to_cpu)
         return [
-            nn.Parameter(values, requires_grad=sharded.requires_grad)
-            for values, sharded in zip(whole, unit.sharded, strict=True)
+            nn.Parameter(unit.full_from(i, values), requires_grad=sharded.requires_grad)
+            for i, (values, sharded) in enumerate(zip(whole, unit.sharded, strict=True))
         ]
 
 
 def _gather_grads(unit: ShardedUnit, full: list[nn.Parameter], options: SummonOptions) -> None:
     """Gives the full parameters the whole gradients of those sharded ones that have one."""
-    with_grad: list[nn.Parameter] = []
+    with_grad: list[int] = []
     sharded_grads: list[torch.Tensor] = []
-    for parameter, sharded in zip(full, unit.sharded, strict=True):
+    for index, sharded in enumerate(unit.sharded):
         if sharded.grad is not None:
-            with_grad.append(parameter)
+            with_grad.append(index)
             sharded_grads.append(sharded.grad)
     grads = _whole(sharded_grads, options.offload_to_cpu)
-    for parameter, grad in zip(with_grad, grads, strict=True):
+    for index, whole in zip(with_grad, grads, strict=True):
+        parameter, grad = full[index], unit.full_from(index, whole)
         if grad.dtype != parameter.dtype:
             # Mixed precision may keep gradients of lower precision, by autograd's leave.
             parameter.grad_dtype = grad.dtype
@@ -95,10 +97,10 @@ def _gather_grads(unit: ShardedUnit, full: list[nn.Parameter], options: SummonOp
 def _write_back(unit: ShardedUnit, held: list[nn.Parameter], with_grads: bool) -> None:
     wait_at_gate()
     with torch.no_grad():
-        for full, sharded in zip(held, unit.sharded, strict=True):
-            unit.write_rows(full, sharded)
+        for index, (full, sharded) in enumerate(zip(held, unit.sharded, strict=True)):
+            unit.write_shard(index, full, sharded)
             if with_grads and sharded.grad is not None and full.grad is not None:
-                unit.write_rows(full.grad, sharded.grad)
+                unit.write_shard(index, full.grad, sharded.grad)
 
 
 def _whole(tensors: Sequence[torch.Tensor], offload_to_cpu: bool) -> list[torch.Tensor]:

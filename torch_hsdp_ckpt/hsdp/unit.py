@@ -17,16 +17,11 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from .. import _C
 from ..common import gate
 from ..common.tensors import local_of
-from .callbacks import weak_callback
+from .callbacks import weak_callback, weak_function
 from .gradients import TrainableParameter, UnitGradients
+from .layout import ParameterLayout, dtensor_around, spec_with_dtype
 from .precision import Precision
-from .shards import (
-    check_can_be_sharded,
-    check_same_placement,
-    dtensor_around,
-    mark_as_replaced,
-    sharded_spec,
-)
+from .shards import check_same_placement, mark_as_replaced
 from .slots import RegisteredParameter, SlotTable
 
 _LOCAL = operator.attrgetter("_local_tensor")
@@ -48,30 +43,26 @@ def collectives_of(mesh: DeviceMesh) -> _C.Collectives:
 class ShardedUnit:
     """The parameters of one wrapped module, ``registered`` in it.
 
-    Shards them in place: afterwards every slot holds an ``nn.Parameter`` around a DTensor, placed
-    ``(Replicate(), Shard(0))`` on a 2-D mesh and ``(Shard(0),)`` on a 1-D one, whose local tensor
-    lies in the unit's flat buffer. A parameter without dimensions is replicated on every dimension
-    of the mesh instead.
+    Shards them in place over ``mesh`` (of one dimension, shards, or two, replicas and shards):
+    afterwards every slot holds an ``nn.Parameter`` around a DTensor, placed as ``layouts`` say,
+    whose local tensor lies in the unit's flat buffer.
 
     ``precision``: its ``param_dtype`` is that of the full parameters that compute, floating point
     ones only; its ``reduce_dtype`` that of the sums of their gradients over the ranks (None: as
     computed). Gradients have the shards' dtype, with ``keep_low_precision_grads`` ``param_dtype``.
 
     Parameters on the meta device stay there, as DTensors without values, until ``rebind`` finds
-    that all have memory: torch's deferred initialisation. ``on_meta`` names them.
-
-    Raises ValueError for a parameter that can't be sharded."""
+    that all have memory: torch's deferred initialisation. ``on_meta`` names them."""
 
     def __init__(
         self,
         registered: Sequence[RegisteredParameter],
+        layouts: Sequence[ParameterLayout],
         mesh: DeviceMesh,
         device: torch.device,
         reshard_after_forward: bool | None,
         precision: Precision,
     ) -> None:
-        for each in registered:
-            check_can_be_sharded(each, device)
         self.mesh = mesh
         self.device = device
         self.names = [each.name for each in registered]
@@ -79,7 +70,7 @@ class ShardedUnit:
         originals = [each.parameter for each in registered]
         # A model's author may have hung attributes on its parameters.
         self._attributes = [dict(p.__dict__) for p in originals]
-        self._specs = [sharded_spec(mesh, p.shape, p.dtype) for p in originals]
+        self._layouts = list(layouts)
         self._grad_dtype = precision.kept_grad_dtype
 
         self.collectives = collectives_of(mesh)
@@ -111,16 +102,20 @@ class ShardedUnit:
         precision: _C.UnitPrecision,
         reshard: _C.ReshardAfterForward,
     ) -> _C.Unit:
+        layouts = zip(self._layouts, originals, strict=True)
         return _C.Unit(
-            sizes=[list(p.shape) for p in originals],
-            dtypes=[p.dtype for p in originals],
+            parameters=[layout.stored(original) for layout, original in layouts],
             device=self.device,
             collectives=self.collectives,
             precision=precision,
             reshard_after_forward=reshard,
             on_backward=weak_callback(self.show_full),
             on_reduced=weak_callback(self._take_gradients),
+            local_grad=weak_function(self._local_gradient),
         )
+
+    def _local_gradient(self, index: int, gradient: Tensor) -> Tensor:
+        return self._layouts[index].local_gradient(gradient)
 
     @property
     def has_comm_hook(self) -> bool:
@@ -151,7 +146,8 @@ class ShardedUnit:
         they were sharded."""
         with torch.no_grad():
             locals_ = self._cut(originals)
-            dtensors = map(dtensor_around, locals_, self._specs)
+            specs = [layout.sharded for layout in self._layouts]
+            dtensors = map(dtensor_around, locals_, specs)
             sharded = [
                 nn.Parameter(dtensor, requires_grad=original.requires_grad)
                 for dtensor, original in zip(dtensors, originals, strict=True)
@@ -163,18 +159,20 @@ class ShardedUnit:
         return sharded
 
     def _cut(self, originals: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-        """This rank's rows; in the unit's flat buffer, if all have memory."""
-        if any(original.is_meta for original in originals):
-            return [self._own_rows(original.detach()).clone() for original in originals]
-        return self.core.shard(originals)
+        """This rank's shards; in the unit's flat buffer, if all have memory."""
+        full = [local_of(original).detach() for original in originals]
+        if any(original.is_meta for original in full):
+            return [self._own_shard(i, whole).clone() for i, whole in enumerate(full)]
+        return self.core.shard(full)
 
-    def _own_rows(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of a tensor of a parameter's shape, a view."""
-        if whole.ndim == 0:
-            return whole
-        dim = self.mesh.ndim - 1
-        rows = _C.shard_rows(whole.shape[0], self.mesh.size(dim), self.mesh.get_local_rank(dim))
-        return whole.narrow(0, rows.first, rows.count)
+    def _own_shard(self, index: int, full: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a tensor of a full parameter's shape on this rank, a view."""
+        if full.ndim == 0:
+            return full
+        shards, dim = self.mesh.ndim - 1, self._layouts[index].dim
+        size, rank = self.mesh.size(shards), self.mesh.get_local_rank(shards)
+        rows = _C.shard_rows(full.shape[dim], size, rank)
+        return full.narrow(dim, rows.first, rows.count)
 
     def _names_on_meta(self, locals_: Sequence[torch.Tensor]) -> list[str]:
         return [name for name, local in zip(self.names, locals_, strict=True) if local.is_meta]
@@ -220,7 +218,7 @@ class ShardedUnit:
                 self.sharded[i].grad_dtype = self._grad_dtype
         full = self._empty_full()
         # This comes first: where it refuses, all is as it was.
-        schedule.add(self.core, full, trainable)
+        schedule.add(self.core, full, [local_of(each) for each in full], trainable)
         self.schedule = schedule
         self.full = full
         self._requires_grad = requires_grad
@@ -234,9 +232,10 @@ class ShardedUnit:
         They are no inference tensors, if the first forward happens to be an evaluation: a later one
         may need gradients."""
         with torch.inference_mode(False), torch.no_grad():
+            parts = zip(self._layouts, self.core.empty_full(), self.sharded, strict=True)
             full = [
-                nn.Parameter(empty, requires_grad=sharded.requires_grad)
-                for empty, sharded in zip(self.core.empty_full(), self.sharded, strict=True)
+                nn.Parameter(layout.full_around(empty), requires_grad=sharded.requires_grad)
+                for layout, empty, sharded in parts
             ]
         for parameter, attributes in zip(full, self._attributes, strict=True):
             parameter.__dict__.update(attributes)
@@ -252,10 +251,8 @@ class ShardedUnit:
         )
 
     def _grad_spec(self, index: int) -> DTensorSpec:
-        spec = self._specs[index]
-        if self._grad_dtype is None:
-            return spec
-        return sharded_spec(self.mesh, spec.shape, self._grad_dtype)
+        spec = self._layouts[index].sharded
+        return spec if self._grad_dtype is None else spec_with_dtype(spec, self._grad_dtype)
 
     def _take_gradients(self) -> None:
         self._gradients.take()
@@ -388,8 +385,8 @@ class ShardedUnit:
 
     def _parameters_in_slots(self) -> list[nn.Parameter]:
         found = [places[0].parameter for places in self.slots]
-        for name, parameter, spec in zip(self.names, found, self._specs, strict=True):
-            check_same_placement(name, parameter, spec)
+        for name, parameter, layout in zip(self.names, found, self._layouts, strict=True):
+            check_same_placement(name, parameter, layout.sharded)
         return found
 
     def _is_bound_to(self, parameters: list[nn.Parameter], locals_: list[torch.Tensor]) -> bool:
@@ -401,7 +398,7 @@ class ShardedUnit:
 
     def _replace_shards(self, parameters: list[nn.Parameter], locals_: list[torch.Tensor]) -> None:
         for i, (parameter, local) in enumerate(zip(parameters, locals_, strict=True)):
-            self._specs[i] = sharded_spec(self.mesh, parameter.shape, local.dtype)
+            self._layouts[i] = self._layouts[i].with_dtype(local.dtype)
             cast(DTensor, parameter)._local_tensor = local
             mark_as_replaced(self.sharded[i], parameter, self.names[i])
         self._bound_locals = locals_
@@ -431,9 +428,21 @@ class ShardedUnit:
         self.show_sharded()
         return held
 
-    def write_rows(self, whole: torch.Tensor, sharded: torch.Tensor) -> None:
-        """Copies this rank's rows of ``whole`` (the parameter's shape) into ``sharded``."""
-        local_of(sharded).copy_(self._own_rows(whole))
+    def write_shard(self, index: int, full: torch.Tensor, sharded: torch.Tensor) -> None:
+        """Copies this rank's shard of ``full``, of the full parameter's shape, into ``sharded``."""
+        local_of(sharded).copy_(self._own_shard(index, local_of(full)))
+
+    def full_from(self, index: int, whole: torch.Tensor) -> torch.Tensor:
+        """What the module computes with, of the whole of the parameter on all mesh dimensions."""
+        return self._layouts[index].full_from(whole)
+
+
+def mesh_of_state(units: Sequence[ShardedUnit]) -> DeviceMesh:
+    """The mesh whose ranks together hold the state of ``units``: the largest one that a parameter
+    lies on, beside tensor or expert parallelism."""
+    meshes = [unit.mesh for unit in units]
+    meshes += [cast(DTensor, p).device_mesh for unit in units for p in unit.sharded]
+    return max(meshes, key=lambda mesh: (mesh.size(), mesh.ndim))
 
 
 def _numbers_of_true(flags: Sequence[bool]) -> list[int]:

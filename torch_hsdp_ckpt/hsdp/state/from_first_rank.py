@@ -43,7 +43,7 @@ class FirstRank:
         """The tensor on every rank, as a DTensor if it can be scattered with ``spec``, whole
         otherwise. Collective."""
         tensor = self.tensors[wanted.number] if self.tensors else None
-        if spec is not None and shards_rows_only(spec):
+        if spec is not None and shards_rows_only(spec) and spec.mesh == self.mesh:
             return scatter(tensor, spec)
         return broadcast(tensor, wanted.shape, wanted.dtype, self.mesh)
 

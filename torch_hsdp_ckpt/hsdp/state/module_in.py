@@ -20,7 +20,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ...common.agreement import problems_of_all_ranks
 from ...common.tensors import local_of
 from ..module_tree import without_wrappers
-from ..unit import ShardedUnit
+from ..runner import runner_of
 from .mismatch import as_lines
 from .module_entries import entries_of
 from .module_plan import LoadRequest, ModuleLoadPlan, cut_whole_tensors, plan_module_load
@@ -211,9 +211,8 @@ def _restore(before: _Before) -> list[str]:
         for tensor, value in before.values:
             tensor.copy_(value)
     for module in before.modules:
-        unit = module.__dict__.get("_unit")
-        if isinstance(unit, ShardedUnit):
-            unit.rebind()
+        if (runner := runner_of(module)) is not None:
+            runner.rebind()
     lost = list(before.not_copied)
     for extra in before.extra:
         try:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
@@ -27,7 +28,7 @@ from ...common.gate import wait_at_gate
 from ..module_tree import WRAPPED_PREFIX, without_wrappers
 from ..precision import restore_buffers
 from ..runner import Runner
-from ..unit import ShardedUnit
+from ..unit import ShardedUnit, mesh_of_state
 from .module_entries import ModuleEntries, checks_first
 from .module_in import load
 from .module_out import collect_inside, keys_below, make_whole, offload_below
@@ -126,7 +127,7 @@ class StateDictMixin(OptimStateMixin, nn.Module):
         first_only = bool(getattr(config, "rank0_only", False))
         finish = offload if config.offload_to_cpu else keep
         keys = make_whole(self, destination, prefix, first_only, finish)
-        if first_only and not is_first(self._unit.mesh):
+        if first_only and not is_first(self._mesh_of_state()):
             keys += [prefix + name for name, _ in self.named_buffers(remove_duplicate=False)]
             for key in keys:
                 destination.pop(key, None)
@@ -157,7 +158,7 @@ class StateDictMixin(OptimStateMixin, nn.Module):
 
         request = LoadRequest(
             root=self,
-            mesh=self._unit.mesh,
+            mesh=self._mesh_of_state(),
             state_dict=state_dict,
             strict=strict,
             assign=assign,
@@ -166,6 +167,10 @@ class StateDictMixin(OptimStateMixin, nn.Module):
             hint=self._hint_for_load(state_dict),
         )
         return load(request)
+
+    def _mesh_of_state(self) -> DeviceMesh:
+        inside = self._runner.runners_inside()
+        return mesh_of_state([unit for runner in inside for unit in runner.units])
 
     def _hint_for_load(self, state_dict: Mapping[str, Any]) -> str:
         rank0_only = getattr(self._settings.state_dict_config, "rank0_only", False)

@@ -8,7 +8,7 @@ passed on.
 ``optimizer_out`` names the state, ``whole`` gathers it, ``optimizer_in`` checks one to be loaded
 and cuts it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 
 from ..adoption import adopt
 from ..runner import Runner, named_runners
-from ..unit import ShardedUnit
+from ..unit import ShardedUnit, mesh_of_state
 from .initial_state import state_of
 from .nested import map_leaves
 from .optimizer_in import loadable_state
@@ -73,7 +73,11 @@ def _mesh_to_load(model: nn.Module) -> DeviceMesh:
     runners = _runners(model)
     for runner in runners:
         runner.reset()
-    return runners[0].unit.mesh
+    return _mesh_of(runners)
+
+
+def _mesh_of(runners: Sequence[Runner]) -> DeviceMesh:
+    return mesh_of_state([unit for runner in runners for unit in runner.units])
 
 
 @contextmanager
@@ -84,7 +88,7 @@ def _reading(model: nn.Module, purpose: str = "") -> Iterator[DeviceMesh]:
     with ExitStack() as stack:
         for runner in runners:
             stack.enter_context(runner.reading(purpose))
-        yield runners[0].unit.mesh
+        yield _mesh_of(runners)
 
 
 def _names_of(

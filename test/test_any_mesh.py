@@ -1,0 +1,170 @@
+"""Units beside tensor, expert, context and pipeline parallelism: torch's ``fully_shard`` on one
+mesh, bit for bit where groups have two ranks."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.distributed.fsdp as torchs
+from parallel_models import (
+    Language,
+    language,
+    loss_of,
+    mesh_of,
+    shard_all,
+    tensor_parallel,
+)
+from ranks import run_ranks
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+
+import torch_hsdp_ckpt as ours
+
+Face = Callable[..., nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way to train. ``make(face)`` builds and shards the model. ``replicas``: how many batches
+    there are. ``exact``: sums are of two ranks, and have one order."""
+
+    mesh: dict[str, int]
+    make: Callable[[Face, DeviceMesh], Language]
+    exact: bool = True
+    loss_parallel: bool = False
+
+
+def _beside_tp(face: Face, mesh: DeviceMesh, **options) -> Language:
+    model = tensor_parallel(language(), mesh["tp"])
+    return shard_all(face, model, mesh=mesh["replicate", "shard"], **options)
+
+
+def _tied(face: Face, mesh: DeviceMesh) -> Language:
+    model = tensor_parallel(language(tied=True), mesh["tp"], sequence=False)
+    return shard_all(face, model, mesh=mesh["replicate", "shard"])
+
+
+def _sharded_only(face: Face, mesh: DeviceMesh) -> Language:
+    model = tensor_parallel(language(), mesh["tp"])
+    return shard_all(face, model, mesh=mesh["shard"])
+
+
+def _in_parts(face: Face, mesh: DeviceMesh) -> Language:
+    model = tensor_parallel(language(), mesh["tp"], whole_logits=False)
+    return shard_all(face, model, mesh=mesh["replicate", "shard"])
+
+
+def _within_pipeline(face: Face, mesh: DeviceMesh) -> Language:
+    return shard_all(face, language(), mesh=mesh["replicate", "shard"])
+
+
+def _flattened(face: Face, mesh: DeviceMesh) -> Language:
+    sharded = mesh["shard", "cp"]._flatten("shard_cp")
+    return shard_all(face, language(), mesh=sharded)
+
+
+def _last_dimension(parameter: nn.Parameter) -> Shard | None:
+    return Shard(-1) if parameter.ndim > 1 else None
+
+
+def _on_columns(face: Face, mesh: DeviceMesh) -> Language:
+    options = {"mesh": mesh["replicate", "shard"], "shard_placement_fn": _last_dimension}
+    return shard_all(face, language(), **options)
+
+
+def _on_columns_beside_tp(face: Face, mesh: DeviceMesh) -> Language:
+    return _beside_tp(face, mesh, shard_placement_fn=_last_dimension)
+
+
+def _mixed(reduce_dtype: torch.dtype | None) -> Callable[[Face, DeviceMesh], Language]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    return lambda face, mesh: _beside_tp(face, mesh, mp_policy=policy)
+
+
+HSDP_TP = {"replicate": 2, "shard": 2, "tp": 2}
+CASES = {
+    "beside TP": Case(HSDP_TP, _beside_tp),
+    "tied beside TP": Case(HSDP_TP, _tied),
+    "1-D beside TP": Case({"shard": 4, "tp": 2}, _sharded_only, exact=False),
+    "loss in parts": Case(HSDP_TP, _in_parts, loss_parallel=True),
+    "within PP": Case({"pp": 2, "replicate": 2, "shard": 2}, _within_pipeline),
+    "flattened": Case({"pp": 2, "shard": 2, "cp": 2}, _flattened, exact=False),
+    "on columns": Case({"pp": 2, "replicate": 2, "shard": 2}, _on_columns),
+    "on columns beside TP": Case(HSDP_TP, _on_columns_beside_tp),
+    "bfloat16 beside TP": Case(HSDP_TP, _mixed(None)),
+    "bfloat16 summed in float32 beside TP": Case(HSDP_TP, _mixed(torch.float32)),
+}
+
+
+def _replica(mesh: DeviceMesh) -> int:
+    """Which batch this rank has: one for each coordinate in data-parallel dimensions."""
+    number = 0
+    for name in ("replicate", "shard", "cp"):
+        if name in mesh.mesh_dim_names:
+            number = number * mesh[name].size() + mesh[name].get_local_rank()
+    return number
+
+
+def _train(case: Case, face: Face, mesh: DeviceMesh, steps: int) -> tuple[Language, list[float]]:
+    """Adam, clipping by value, and every third step two backwards of which the first does not
+    reduce."""
+    model = case.make(face, mesh)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, foreach=False)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        for part in range(1 + (step % 3 == 2)):
+            model.set_requires_gradient_sync(part == step % 3 // 2)
+            loss = _loss(case, model, 2 * step + part, _replica(mesh))
+            losses.append(loss)
+        for parameter in model.parameters():
+            local = parameter.grad.to_local()
+            local.clamp_(-0.1, 0.1)
+        optimizer.step()
+    return model, losses
+
+
+def _loss(case: Case, model: Language, step: int, replica: int) -> float:
+    if not case.loss_parallel:
+        loss = loss_of(model, step, replica)
+        loss.backward()
+        return loss.item()
+    with loss_parallel():
+        loss = loss_of(model, step, replica)
+        loss.backward()
+    return loss.full_tensor().item()
+
+
+def _check(case: Case) -> None:
+    mesh = mesh_of(**case.mesh)
+    expected, expected_losses = _train(case, torchs.fully_shard, mesh, 10)
+    model, losses = _train(case, ours.fully_shard, mesh, 10)
+    tolerance = {"rtol": 0.0, "atol": 0.0} if case.exact else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(losses, expected_losses, **tolerance)
+    named = zip(model.named_parameters(), expected.named_parameters(), strict=True)
+    for (name, parameter), (expected_name, wanted) in named:
+        assert name == expected_name
+        _check_same(name, parameter, wanted, tolerance)
+        _check_same(f"the gradient of {name}", parameter.grad, wanted.grad, tolerance)
+
+
+def _check_same(name: str, found: DTensor, wanted: DTensor, tolerance: dict[str, float]) -> None:
+    assert found._spec.mesh == wanted._spec.mesh, name
+    assert found.placements == wanted.placements, name
+    assert found.shape == wanted.shape and found.stride() == wanted.stride(), name
+    torch.testing.assert_close(found.to_local(), wanted.to_local(), msg=name, **tolerance)
+
+
+def _check_all(rank: int, names: list[str]) -> None:
+    for name in names:
+        try:
+            _check(CASES[name])
+        except BaseException as error:
+            raise AssertionError(name) from error
+
+
+def test_training_is_torchs() -> None:
+    run_ranks(_check_all, 8, list(CASES))

@@ -1,0 +1,55 @@
+"""The data-parallel part of a mesh: the dimensions along which units shard and replicate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .arguments import at
+from .meshes import check_holds_this_rank, check_mesh, unsharded
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """``mesh``: of one dimension (shards) or two (replicas, shards), on whose groups units gather
+    and reduce. ``whole``: the mesh that parameters are DTensors on already, which has these
+    dimensions among others (``dp_mesh_dims``); None: what they are DTensors on are other dimensions
+    of the same root mesh, or they are plain. ``shard_dims``, ``replica_dims``: of ``whole``."""
+
+    mesh: DeviceMesh
+    whole: DeviceMesh | None = None
+    shard_dims: tuple[int, ...] = ()
+    replica_dims: tuple[int, ...] = ()
+
+
+def data_parallel_of(mesh: DeviceMesh, dims: Any, *modules: nn.Module) -> DataParallel:
+    """What ``fully_shard(mesh=mesh, dp_mesh_dims=dims)`` shards and replicates over. ``dims``:
+    torch's ``DataParallelMeshDims``, names of dimensions; None: all of the mesh. Collective where
+    several are flattened into one. Raises ValueError for names that the mesh lacks, or that come
+    twice, and where this rank is not in the mesh."""
+    if dims is None:
+        check_mesh(mesh, *modules)
+        return DataParallel(mesh)
+    check_holds_this_rank(mesh, *modules)
+    shards, replicas = tuple(dims.shard_names), tuple(dims.replicate_names)
+    names = mesh.mesh_dim_names or ()
+    asked = (*shards, *replicas)
+    missing = [name for name in asked if name not in names]
+    if missing or not asked or len(set(asked)) < len(asked):
+        raise ValueError(
+            f"{at(*modules)}dp_mesh_dims names {asked or 'nothing'}, and has to name dimensions of "
+            f"the mesh, each once; {mesh}"
+        )
+    parts = [_flat(mesh, part) for part in (replicas, shards) if part]
+    joined = parts[0] if len(parts) == 1 else DeviceMesh._concatenate(parts)
+    return DataParallel(
+        joined if shards else unsharded(joined, *modules),
+        mesh,
+        tuple(names.index(name) for name in shards),
+        tuple(names.index(name) for name in replicas),
+    )
+
+
+def _flat(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:
+    return mesh[names[0]] if len(names) == 1 else mesh[names]._flatten("_".join(names))
