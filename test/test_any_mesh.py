@@ -2,16 +2,21 @@
 mesh, bit for bit where groups have two ranks."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed.fsdp as torchs
 from parallel_models import (
     Language,
+    distributed,
     language,
     loss_of,
     mesh_of,
+    mixture,
     shard_all,
+    spread_experts,
     tensor_parallel,
 )
 from ranks import run_ranks
@@ -84,6 +89,39 @@ def _mixed(reduce_dtype: torch.dtype | None) -> Callable[[Face, DeviceMesh], Lan
     return lambda face, mesh: _beside_tp(face, mesh, mp_policy=policy)
 
 
+def _on_whole_mesh(**dims: Any) -> Callable[[Face, DeviceMesh], Language]:
+    """Parameters and activations are DTensors on the whole mesh."""
+
+    def make(face: Face, mesh: DeviceMesh) -> Language:
+        model = distributed(language(), mesh)
+        return shard_all(face, model, mesh=mesh, dp_mesh_dims=torchs.DataParallelMeshDims(**dims))
+
+    return make
+
+
+def _experts(face: Face, mesh: DeviceMesh) -> Language:
+    """Experts over ``ep``, sharded over the rest, which is another mesh than that of the others."""
+    model = mixture()
+    mesh["efsdp", "ep"]._flatten("fsdp")
+    for block in model.blocks:
+        spread_experts(block.experts, mesh["ep"])
+        face(block.experts, mesh=mesh["replicate", "efsdp"])
+        face(block, mesh=mesh["replicate", "fsdp"])
+    face(model, mesh=mesh["replicate", "fsdp"])
+    return model
+
+
+def _mesh_of_its_own(face: Face, mesh: DeviceMesh) -> Language:
+    """Vectors are sharded over two ranks, and not replicated."""
+    common: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_common")
+    info = common.FSDPMeshInfo(mesh["shard"], shard_mesh_dim=0)
+
+    def place(parameter: nn.Parameter) -> Any:
+        return common.ShardPlacementResult(Shard(0), info) if parameter.ndim == 1 else None
+
+    return shard_all(face, language(), mesh=mesh["replicate", "shard"], shard_placement_fn=place)
+
+
 HSDP_TP = {"replicate": 2, "shard": 2, "tp": 2}
 CASES = {
     "beside TP": Case(HSDP_TP, _beside_tp),
@@ -96,19 +134,40 @@ CASES = {
     "on columns beside TP": Case(HSDP_TP, _on_columns_beside_tp),
     "bfloat16 beside TP": Case(HSDP_TP, _mixed(None)),
     "bfloat16 summed in float32 beside TP": Case(HSDP_TP, _mixed(torch.float32)),
+    "experts on another mesh": Case({"replicate": 2, "efsdp": 2, "ep": 2}, _experts, exact=False),
 }
+if hasattr(torchs, "DataParallelMeshDims"):
+    CASES |= {
+        "whole mesh, HSDP and TP": Case(
+            HSDP_TP, _on_whole_mesh(shard="shard", replicate="replicate")
+        ),
+        "whole mesh, two dimensions of shards": Case(
+            {"shard": 2, "cp": 2, "tp": 2}, _on_whole_mesh(shard=("shard", "cp")), exact=False
+        ),
+        "whole mesh, flattened shards and TP": Case(
+            {"replicate": 2, "shard": 2, "cp": 2},
+            _on_whole_mesh(shard=("shard", "cp"), replicate="replicate"),
+            exact=False,
+        ),
+        "whole mesh, replicas only": Case(
+            HSDP_TP, _on_whole_mesh(replicate=("replicate", "shard")), exact=False
+        ),
+        "a mesh of its own": Case({"replicate": 2, "shard": 2, "pp": 2}, _mesh_of_its_own),
+    }
 
 
 def _replica(mesh: DeviceMesh) -> int:
     """Which batch this rank has: one for each coordinate in data-parallel dimensions."""
     number = 0
-    for name in ("replicate", "shard", "cp"):
+    for name in ("replicate", "shard", "cp", "efsdp", "ep"):
         if name in mesh.mesh_dim_names:
             number = number * mesh[name].size() + mesh[name].get_local_rank()
     return number
 
 
-def _train(case: Case, face: Face, mesh: DeviceMesh, steps: int) -> tuple[Language, list[float]]:
+def train(
+    case: Case, face: Face, mesh: DeviceMesh, steps: int
+) -> tuple[Language, torch.optim.Optimizer, list[float]]:
     """Adam, clipping by value, and every third step two backwards of which the first does not
     reduce."""
     model = case.make(face, mesh)
@@ -124,7 +183,7 @@ def _train(case: Case, face: Face, mesh: DeviceMesh, steps: int) -> tuple[Langua
             local = parameter.grad.to_local()
             local.clamp_(-0.1, 0.1)
         optimizer.step()
-    return model, losses
+    return model, optimizer, losses
 
 
 def _loss(case: Case, model: Language, step: int, replica: int) -> float:
@@ -140,8 +199,8 @@ def _loss(case: Case, model: Language, step: int, replica: int) -> float:
 
 def _check(case: Case) -> None:
     mesh = mesh_of(**case.mesh)
-    expected, expected_losses = _train(case, torchs.fully_shard, mesh, 10)
-    model, losses = _train(case, ours.fully_shard, mesh, 10)
+    expected, _, expected_losses = train(case, torchs.fully_shard, mesh, 10)
+    model, _, losses = train(case, ours.fully_shard, mesh, 10)
     tolerance = {"rtol": 0.0, "atol": 0.0} if case.exact else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(losses, expected_losses, **tolerance)
     named = zip(model.named_parameters(), expected.named_parameters(), strict=True)

@@ -126,10 +126,10 @@ def _settings(rank: int) -> None:
             "device_mesh has 3 dimensions",
         ),
         (
-            fresh,
+            fresh.head,
             "Linear",
             dict(shard_placement_fn=lambda p: Shard(p.ndim)),
-            r"parameter [\w.]+ of shape \(8, 8\) has no dimension 2 to be sharded on",
+            r"parameter weight of shape \(4, 8\) has no dimension 2 to be sharded on",
         ),
         (ours, "FSDPNet", {}, "fully_shard has been applied to it already"),
         (fresh.blocks, "ModuleList", {}, "it has no forward"),
