@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.fsdp as torchs
 from parallel_models import (
@@ -19,7 +20,7 @@ from parallel_models import (
     spread_experts,
     tensor_parallel,
 )
-from ranks import run_ranks
+from ranks import run_checks, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -84,6 +85,11 @@ def _on_columns_beside_tp(face: Face, mesh: DeviceMesh) -> Language:
     return _beside_tp(face, mesh, shard_placement_fn=_last_dimension)
 
 
+def _kept_among_two(face: Face, mesh: DeviceMesh) -> Language:
+    options = {"mesh": mesh["replicate", "shard"], "reshard_after_forward": 2}
+    return shard_all(face, language(), **options)
+
+
 def _mixed(reduce_dtype: torch.dtype | None) -> Callable[[Face, DeviceMesh], Language]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
     return lambda face, mesh: _beside_tp(face, mesh, mp_policy=policy)
@@ -132,6 +138,7 @@ CASES = {
     "flattened": Case({"pp": 2, "shard": 2, "cp": 2}, _flattened, exact=False),
     "on columns": Case({"pp": 2, "replicate": 2, "shard": 2}, _on_columns),
     "on columns beside TP": Case(HSDP_TP, _on_columns_beside_tp),
+    "kept among two ranks": Case({"replicate": 2, "shard": 4}, _kept_among_two, exact=False),
     "bfloat16 beside TP": Case(HSDP_TP, _mixed(None)),
     "bfloat16 summed in float32 beside TP": Case(HSDP_TP, _mixed(torch.float32)),
     "experts on another mesh": Case({"replicate": 2, "efsdp": 2, "ep": 2}, _experts, exact=False),
@@ -223,6 +230,40 @@ def _check_all(rank: int, names: list[str]) -> None:
             _check(CASES[name])
         except BaseException as error:
             raise AssertionError(name) from error
+
+
+def _kept_beside_tp(rank: int) -> None:
+    """torch refuses it: the numbers are those without."""
+    mesh = mesh_of(shard=4, tp=2)
+    found = []
+    for reshard in (2, True):
+
+        def make(face: Face, mesh: DeviceMesh, reshard: bool | int = reshard) -> Language:
+            model = tensor_parallel(language(), mesh["tp"])
+            return shard_all(face, model, mesh=mesh["shard"], reshard_after_forward=reshard)
+
+        model, _, losses = train(Case({}, make), ours.fully_shard, mesh, 3)
+        found.append((losses, [p.to_local() for p in model.parameters()]))
+    assert found[0][0] == found[1][0]
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
+def _numbers_of_ranks(rank: int) -> None:
+    mesh = mesh_of(shard=4, tp=2)["shard"]
+    for wrong in (3, 0, -1, 8, 2.0, "2"):
+        with pytest.raises(ValueError, match=f"reshard_after_forward={wrong!r}"):
+            ours.fully_shard(nn.Linear(4, 4), mesh=mesh, reshard_after_forward=wrong)
+    with pytest.warns(UserWarning, match="keeps the parameters whole"):
+        kept = ours.fully_shard(nn.Linear(4, 4), mesh=mesh, reshard_after_forward=1)
+    kept(torch.ones(1, 4))
+    assert not isinstance(kept.weight, DTensor)
+    freed = ours.fully_shard(nn.Linear(4, 4), mesh=mesh, reshard_after_forward=4)
+    freed(torch.ones(1, 4))
+    assert isinstance(freed.weight, DTensor)
+
+
+def test_resharding_to_fewer_ranks() -> None:
+    run_checks(8, _kept_beside_tp, _numbers_of_ranks)
 
 
 def test_training_is_torchs() -> None:

@@ -17,19 +17,19 @@ pytestmark = [
 RACE = "simgpu: race"
 # The ordering that is left out, the program which shows that, and what is found.
 NEEDED = {
-    "enter ParamGroup::StartGather": (orderings.steps, RACE),
+    "enter Gather::Send": (orderings.steps, RACE),
     "enter StreamReduction::Begin": (orderings.steps, RACE),
     "enter GradReducer::RunPasses": (orderings.on_gloo, RACE),
-    "within ParamGroup::StartGather": (orderings.overlap, "assert"),
+    "within Gather::Send": (orderings.overlap, "assert"),
     "within StreamReduction::Begin": (orderings.overlap, "assert"),
     "within StreamReduction::StartAllReduces": (orderings.on_gloo, RACE),
     "within StreamReduction::TakeWorks": (orderings.on_gloo, RACE),
     "within GradReducer::RunPasses": (orderings.casts, RACE),
     "within ForEachTable": (orderings.another_device, RACE),
-    "join ParamGroup::JoinGather": (orderings.steps, RACE),
+    "join Gather::Join": (orderings.steps, RACE),
     "join Reduction::ReleaseInputs": (orderings.steps, RACE),
     "join GradReducer::Join": (orderings.steps, RACE),
-    "uses ParamGroup::JoinGather": (orderings.gathered_elsewhere, RACE),
+    "uses Gather::Join": (orderings.gathered_elsewhere, RACE),
     "uses Reduction::ReleaseInputs": (orderings.backwards_elsewhere, RACE),
     "uses GradReducer::FreeShards": (orderings.gradients_elsewhere, RACE),
     "uses GradReducer::RunPasses": (orderings.casts, RACE),

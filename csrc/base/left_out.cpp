@@ -17,8 +17,8 @@ std::mutex mutex;
 std::string left_out;
 std::set<std::string> seen;
 
-// "void hsdp_ckpt::hsdp::ParamGroup::StartGather()" is StartGather of ParamGroup. Rooms' namespaces
-// have small letters; those without a name have none that is worth telling.
+// "void hsdp_ckpt::hsdp::Gather::Send()" is Send of Gather. Rooms' namespaces have small
+// letters; those without a name have none that is worth telling.
 std::string FunctionIn(std::string_view signature) {
   signature = signature.substr(0, signature.find('('));
   signature.remove_prefix(signature.rfind(' ') + 1);

@@ -12,7 +12,7 @@ enum class Ordering { kEnter, kWithin, kJoin, kUses, kHold };
 #ifdef HSDP_CKPT_TESTS
 
 /// For tests that show what each ordering is for. From now on the call of the kind and in the
-/// function that `name` says ("join ParamGroup::JoinGather") does nothing, and all calls are noted;
+/// function that `name` says ("join Gather::Join") does nothing, and all calls are noted;
 /// "" ends both.
 void LeaveOut(const std::string& name);
 

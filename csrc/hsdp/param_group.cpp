@@ -11,8 +11,6 @@
 namespace hsdp_ckpt::hsdp {
 namespace {
 
-constexpr int64_t kShardAlignment = 16;  // bytes, for vector loads and the record format
-
 uint8_t* Bytes(const at::Tensor& tensor) {
   return static_cast<uint8_t*>(tensor.mutable_data_ptr());
 }
@@ -59,43 +57,55 @@ at::ScalarType ParamGroup::FullDtype(size_t i) const {
                                                                        : params_[i].dtype;
 }
 
-void ParamGroup::MakeLayout() {
-  const int64_t shards = collectives_->shards();
-  std::vector<ParamShape> shapes;
+std::vector<GatheredParam> ParamGroup::GatheredParams() const {
   std::vector<GatheredParam> params;
-  is_whole_ = shards == 1;
   for (size_t i = 0; i < params_.size(); ++i) {
-    const auto item = static_cast<int64_t>(c10::elementSize(params_[i].dtype));
-    shapes.push_back(ParamShape::Of(params_[i].cut, shards, item));
     params.push_back({params_[i].cut, params_[i].dtype, FullDtype(i)});
-    is_whole_ = is_whole_ && FullDtype(i) == params_[i].dtype;
   }
-  layout_.emplace(std::move(shapes), shards, kShardAlignment,
-                  FlatOrder(params, *collectives_, device_.type()));
-  plan_ = PlanGather(params, *layout_, *collectives_, device_.type());
+  return params;
 }
 
-void ParamGroup::Run(const std::vector<Move>& moves, const at::Tensor& from) const {
+void ParamGroup::MakeLayout() {
+  shards_ = PlanShards(collectives_, GatheredParams(), device_.type());
+  gather_.emplace(device_, streams_);
+  PlanFewer();
+}
+
+void ParamGroup::SetReshardTo(std::shared_ptr<Collectives> fewer) {
+  fewer_collectives_ = std::move(fewer);
+  if (state_ == State::kGathering) Reshard();  // it may be a gather of what is forgotten here
+  PlanFewer();
+}
+
+void ParamGroup::PlanFewer() {
+  fewer_.reset();
+  if (!fewer_collectives_) return;
+  std::vector<GatheredParam> params = GatheredParams();
+  for (GatheredParam& param : params) param.stored = param.full;
+  fewer_ = PlanShards(fewer_collectives_, params, device_.type());
+}
+
+// This rank's shards among fewer ranks, of the full parameters.
+at::Tensor ParamGroup::CutForFewer() const {
+  const ShardLayout& layout = *fewer_->layout;
+  at::Tensor flat = at::zeros({layout.flat_numel()}, shards_.flat.options());
   std::vector<kernels::CopySegment> segments;
-  segments.reserve(moves.size());
-  for (auto move = moves.begin(); move != moves.end(); ++move) {
-    const uint8_t* const source = move->from == Move::kZeros ? nullptr : Bytes(from) + move->from;
-    const at::Tensor& to = move->target == Move::kPacked ? packed_ : lent_[move->target];
-    segments.push_back(
-        {source, Bytes(to) + move->to, move->numel, move->runs, move->numel, move->stride});
-    const auto next = std::next(move);
-    if (next != moves.end() && next->src == move->src && next->dst == move->dst) continue;
-    kernels::BatchedCopy(device_, segments, move->src, move->dst);
-    segments.clear();
+  for (size_t i = 0; i < params_.size(); ++i) {
+    ShardPlace place = layout.place(i, fewer_->rank());
+    if (!params_[i].cut.is_cut()) place.first = 0;
+    segments.push_back({Bytes(full_[i].memory) + place.first, Bytes(flat) + layout.offset(i),
+                        place.run, place.runs, place.stride, place.run});
   }
+  kernels::BatchedCopy(device_, segments, at::kByte, at::kByte);
+  return flat;
 }
 
 std::vector<at::Tensor> ParamGroup::ShardTensors() const {
   std::vector<at::Tensor> shards;
   for (size_t i = 0; i < params_.size(); ++i) {
     const std::vector<int64_t> sizes =
-        params_[i].cut.WithRows(layout_->shard_rows(i, collectives_->shard_rank()));
-    shards.push_back(PieceOf(flat_, Bytes(flat_) + layout_->offset(i), sizes, params_[i].dtype));
+        params_[i].cut.WithRows(shards_.layout->shard_rows(i, shards_.rank()));
+    shards.push_back(PieceOf(shards_.flat, ShardAddress(shards_, i), sizes, params_[i].dtype));
   }
   return shards;
 }
@@ -112,7 +122,8 @@ std::vector<at::Tensor> ParamGroup::ShardFull(const std::vector<at::Tensor>& ful
     const int64_t rank = collectives_->shard_rank();
     own.push_back(full[i].detach());
     if (cut.is_cut())
-      own[i] = own[i].narrow(cut.dim, layout_->first_row(i, rank), layout_->shard_rows(i, rank));
+      own[i] = own[i].narrow(cut.dim, shards_.layout->first_row(i, rank),
+                             shards_.layout->shard_rows(i, rank));
   }
   return Rebind(own, device_);
 }
@@ -125,19 +136,20 @@ std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards
   Reshard();
   const int64_t rank = collectives_->shard_rank();
   for (size_t i = 0; i < shards.size(); ++i) {
-    const std::vector<int64_t> expected = params_[i].cut.WithRows(layout_->shard_rows(i, rank));
+    const std::vector<int64_t> expected =
+        params_[i].cut.WithRows(shards_.layout->shard_rows(i, rank));
     TORCH_CHECK(shards[i].sizes() == at::IntArrayRef(expected),
                 "ParamGroup: the shard of parameter ", i, " is ", shards[i].sizes(), ", expected ",
                 at::IntArrayRef(expected));
   }
   device_ = device;
   streams_ = DeviceStreams::Of(device);
-  gathered_ = {};  // an event is one device's
   for (size_t i = 0; i < shards.size(); ++i) params_[i].dtype = shards[i].scalar_type();
   MakeLayout();
   // Padding is sent along by every gather: zeros, so that nothing uninitialised ever leaves the
   // process.
-  flat_ = at::zeros({layout_->flat_numel()}, at::TensorOptions(at::kByte).device(device_));
+  shards_.flat =
+      at::zeros({shards_.layout->flat_numel()}, at::TensorOptions(at::kByte).device(device_));
   std::vector<at::Tensor> bound = ShardTensors();
   for (size_t i = 0; i < shards.size(); ++i) bound[i].copy_(shards[i].detach());
   return bound;
@@ -272,101 +284,37 @@ std::vector<GradSpec> ParamGroup::GradSpecs() const {
 void ParamGroup::StartGather() {
   if (has_freed_some_) Reshard();  // somebody computes with the unit once more
   if (state_ != State::kSharded) return;
-  const bool is_empty = std::all_of(plan_.full_bytes.begin(), plan_.full_bytes.end(),
-                                    [](int64_t bytes) { return bytes == 0; });
-  const int64_t packed_bytes = collectives_->shards() * plan_.packed_stride;
-  if (!is_whole_ && !is_empty) {
-    // The buffers are allocated on the compute stream, where they are used and freed; the gather
-    // stream begins behind it.
-    lent_.assign(plan_.full_bytes.size(), {});
-    AllocateFull(/*gathered_into=*/true);
-    if (packed_bytes > 0) packed_ = at::empty({packed_bytes}, flat_.options());
-  }
+  gather_->Allocate(is_resharded_to_fewer() ? *fewer_ : shards_);
   state_ = State::kGathering;
-  if (lent_.empty()) return;
-  const auto scope = streams_->Enter(DeviceStreams::Side::kGather);
-  Run(plan_.own_rows, flat_);
-  if (collectives_->shards() > 1) AllGather();
-  std::vector<WorkPtr> works;
-  gather_works_.MoveQueuedTo(works);
-  streams_->Record(DeviceStreams::Side::kGather, gathered_, std::move(works));
-}
-
-// Gloo's works are waited for at their use, on CUDA too: a peer may have to take part in a
-// reduction of ours first.
-void ParamGroup::AllGather() {
-  const int64_t rank = collectives_->shard_rank();
-  std::vector<at::Tensor> own;
-  std::vector<Cut> runs;
-  const auto add = [&](Cut cut, std::optional<int64_t> flat_offset) {
-    const at::Tensor in_place = cut.piece(rank);
-    own.push_back(flat_offset ? flat_.narrow(0, *flat_offset, in_place.numel()) : in_place);
-    runs.push_back(std::move(cut));
-  };
-  for (const InPlaceRun& run : plan_.in_place) {
-    const at::Tensor& buffer = lent_[run.place.buffer];
-    add({buffer.narrow(0, run.place.offset, run.bounds.back()), run.bounds}, run.flat_offset);
-  }
-  if (packed_.defined()) {
-    Cut packed{packed_, {}};
-    for (int64_t r = 0; r <= collectives_->shards(); ++r) {
-      packed.bounds.push_back(r * plan_.packed_stride);
-    }
-    add(std::move(packed), plan_.packed_flat_offset);
-  }
-  gather_works_ = collectives_->AllGather(own, runs);
-}
-
-void ParamGroup::AwaitGather() {
-  Await(gather_works_, collectives_->rank(),
-        [this] { return "the all-gather of unit '" + name_ + "'"; });
-}
-
-// After this the current stream may read what has been gathered, and may free the buffers, which
-// were allocated on whatever stream was current when the gather was started.
-void ParamGroup::JoinGather() {
-  AwaitGather();
-  streams_->Join(gathered_);
-  for (const at::Tensor& buffer : lent_) streams_->Uses(buffer);
-  streams_->Uses(packed_);
+  gather_->Send();
 }
 
 void ParamGroup::Unshard() {
   StartGather();
   if (state_ == State::kUnsharded) return;
-  if (is_whole_) {
-    for (size_t i = 0; i < full_.size(); ++i) LendFrom(flat_, layout_->offset(i), i);
-  } else {
-    JoinGather();
-    if (!lent_.empty()) AllocateFull(/*gathered_into=*/false);
-    if (packed_.defined()) Run(plan_.unpack, packed_);
-    packed_.reset();
-    for (size_t i = 0; i < full_.size() && !lent_.empty(); ++i) {
-      const auto [buffer, offset] = plan_.places[i];
-      LendFrom(lent_[buffer], offset, i);
-    }
-  }
+  gather_->Join(name_);
+  gather_->Unpack();
+  if (fewer_) fewer_->flat.reset();
+  for (size_t i = 0; i < full_.size(); ++i) LendFull(i);
   state_ = State::kUnsharded;
-}
-
-void ParamGroup::AllocateFull(bool gathered_into) {
-  for (size_t b = 0; b < lent_.size(); ++b) {
-    if (plan_.is_gathered_into[b] != gathered_into) continue;
-    lent_[b] = at::empty({plan_.full_bytes[b]}, flat_.options());
-  }
 }
 
 void ParamGroup::FreeTrained(size_t slot) {
   const size_t i = trainable_.at(slot);
-  const size_t buffer = plan_.places[i].buffer;
-  if (state_ != State::kUnsharded || is_whole_ || buffer == 0 || HasViews(full_[i])) return;
+  if (state_ != State::kUnsharded || HasViews(full_[i]) || !gather_->IsFreedAlone(i)) return;
   TakeBack(full_[i].memory, why_freed_);
-  lent_[buffer].reset();
+  gather_->FreeOne(i);
   has_freed_some_ = true;
 }
 
-void ParamGroup::LendFrom(const at::Tensor& lender, int64_t offset, size_t i) {
-  Lend(full_[i].memory, lender, Bytes(lender) + offset);
+// Without a gather this rank's shards are the full parameters.
+void ParamGroup::LendFull(size_t i) {
+  if (gather_->has_memory()) {
+    const auto [buffer, offset] = gather_->PlaceOf(i);
+    Lend(full_[i].memory, buffer, Bytes(buffer) + offset);
+  } else if (shards_.is_full) {
+    Lend(full_[i].memory, shards_.flat, ShardAddress(shards_, i));
+  }
 }
 
 void ParamGroup::TakeBackAll() {
@@ -378,12 +326,19 @@ void ParamGroup::Reshard() {
     TakeBackAll();
   } else if (state_ == State::kGathering) {
     // Peers count on the rows that this rank sends, and write into this buffer.
-    JoinGather();
+    gather_->Join(name_);
   }
   state_ = State::kSharded;
-  packed_.reset();
-  lent_.clear();  // to the compute stream, which has used them last
+  gather_->Free();
   has_freed_some_ = false;
+  if (fewer_) fewer_->flat.reset();
+}
+
+void ParamGroup::ReshardAfterForward() {
+  const bool keeps = fewer_ && state_ == State::kUnsharded && gather_->has_memory();
+  at::Tensor kept = keeps ? CutForFewer() : at::Tensor();
+  Reshard();
+  if (keeps) fewer_->flat = std::move(kept);
 }
 
 bool ParamGroup::has_views() const { return std::any_of(full_.begin(), full_.end(), HasViews); }

@@ -14,6 +14,7 @@
 
 #include "hsdp/collectives.h"
 #include "hsdp/device_streams.h"
+#include "hsdp/gather.h"
 #include "hsdp/gather_plan.h"
 #include "hsdp/grad_reducer.h"
 #include "hsdp/shard_layout.h"
@@ -88,6 +89,9 @@ class ParamGroup {
   const std::string& name() const { return name_; }
   void set_name(std::string name);
   int64_t shards() const { return collectives_->shards(); }
+  /// From the next forward on ReshardAfterForward keeps shards among the ranks of `fewer`, a part
+  /// of the shard group. Null: none.
+  void SetReshardTo(std::shared_ptr<Collectives> fewer);
   /// Cuts this rank's rows out of `full` tensors (the parameters' sizes, any strides) into a new
   /// flat buffer.
   std::vector<at::Tensor> ShardFull(const std::vector<at::Tensor>& full);
@@ -116,6 +120,10 @@ class ParamGroup {
   void Unshard();
   /// Takes the full parameters' memory away, or drops a gather that was started.
   void Reshard();
+  /// The same, but what SetReshardTo says of the full parameters stays: the next gather is of that,
+  /// unless Reshard comes before.
+  void ReshardAfterForward();
+  bool is_resharded_to_fewer() const { return fewer_ && fewer_->flat.defined(); }
   /// Takes the memory of one parameter away, whose gradient is there, if it is large and nobody
   /// else uses it. Whoever needs it once more has to unshard again.
   void FreeTrained(size_t slot);
@@ -158,6 +166,9 @@ class ParamGroup {
   void CheckNoPartial() const;
   void MakeLayout();
   std::vector<at::Tensor> ShardTensors() const;
+  std::vector<GatheredParam> GatheredParams() const;
+  void PlanFewer();
+  at::Tensor CutForFewer() const;
   at::ScalarType FullDtype(size_t i) const;
   at::ScalarType ReduceDtype(size_t i) const;
   at::ScalarType GradDtype(size_t i) const;
@@ -166,12 +177,7 @@ class ParamGroup {
   int64_t HalfOfGrads() const;
   void WatchGrads(std::function<void(size_t)> on_grad);
   void MakeReducer();
-  void Run(const std::vector<Move>& moves, const at::Tensor& from) const;
-  void AllGather();
-  void AwaitGather();
-  void JoinGather();
-  void AllocateFull(bool gathered_into);
-  void LendFrom(const at::Tensor& lender, int64_t offset, size_t i);
+  void LendFull(size_t i);
   void TakeBackAll();
 
   std::string name_;
@@ -183,17 +189,11 @@ class ParamGroup {
   std::shared_ptr<DeviceStreams> streams_;
   const LocalGrad local_grad_;
 
-  std::optional<ShardLayout> layout_;  // of the flat buffer, in bytes of the shards' dtypes
-  bool is_whole_ = false;  // one shard, stored as it is used: the shards are the full parameters
-  GatherPlan plan_;
-
-  at::Tensor flat_;    // bytes: this rank's shards
-  at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank, while a gather
-                       // is on its way
-  std::vector<at::Tensor> lent_;  // bytes: the full buffers, while unsharded or gathering
-  bool has_freed_some_ = false;   // of them, though the state is kUnsharded
-  PendingWorks gather_works_;
-  DeviceStreams::Mark gathered_;
+  Shards shards_;
+  std::shared_ptr<Collectives> fewer_collectives_;
+  std::optional<Shards> fewer_;  // what a forward has left, in the dtypes of the computation
+  std::optional<Gather> gather_;
+  bool has_freed_some_ = false;  // of the full parameters, though the state is kUnsharded
   State state_ = State::kSharded;
 
   std::vector<FullParam> full_;

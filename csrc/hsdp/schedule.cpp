@@ -134,7 +134,8 @@ void Schedule::Outdate(Unit& unit) {
 
 // A forward uses the shards as they are now.
 void Schedule::GatherAnew(Unit& unit) {
-  if (std::exchange(unit.outdated, false)) unit.group->Reshard();
+  const bool is_outdated = std::exchange(unit.outdated, false);
+  if (is_outdated || unit.group->is_resharded_to_fewer()) unit.group->Reshard();
   Naming({rank_, unit.name()}, "all-gather", [&] { unit.group->StartGather(); });
 }
 
@@ -157,7 +158,14 @@ void Schedule::LeaveForward(const UnitPtr& unit, const std::vector<at::Tensor>& 
   if (AutogradRuns()) return;
   const Call call = std::move(active_.back());
   active_.pop_back();
-  if (FreesAfterForward(*unit, call, order_.EndsWith(unit))) Release(unit);
+  if (FreesAfterForward(*unit, call, order_.EndsWith(unit))) {
+    unit->unsharded_by_user = unit->outdated = false;
+    if (call.grad_enabled) {
+      unit->group->ReshardAfterForward();
+    } else {
+      unit->group->Reshard();
+    }
+  }
   if (!active_.empty()) return;
   TORCH_CHECK(!in_backward(), "rank ", rank_, ": module ", unit->name(),
               ": a backward within this forward has raised, and its error was caught there. What "

@@ -84,14 +84,11 @@ using UnitClass = py::class_<hsdp::Unit, std::shared_ptr<hsdp::Unit>>;
 
 std::shared_ptr<hsdp::Unit> MakeUnit(std::vector<hsdp::StoredParam> parameters, at::Device device,
                                      std::shared_ptr<hsdp::Collectives> collectives,
-                                     hsdp::Precision precision,
-                                     hsdp::ReshardAfterForward reshard_after_forward,
-                                     std::function<void()> on_backward,
+                                     hsdp::Precision precision, std::function<void()> on_backward,
                                      std::function<void()> on_reduced, hsdp::LocalGrad local_grad) {
   auto unit = std::make_shared<hsdp::Unit>();
   unit->group = std::make_shared<hsdp::ParamGroup>(std::move(parameters), precision, device,
                                                    std::move(collectives), std::move(local_grad));
-  unit->reshard_after_forward = reshard_after_forward;
   unit->on_backward = std::move(on_backward);
   unit->on_reduced = std::move(on_reduced);
   return unit;
@@ -117,6 +114,12 @@ void BindUnitSettings(UnitClass& unit_class) {
             unit.group->reduce_options().all_reduce_hook = std::move(hook);
           },
           py::arg("hook"))
+      .def(
+          "set_reshard_to",
+          [](hsdp::Unit& unit, std::shared_ptr<hsdp::Collectives> fewer) {
+            unit.group->SetReshardTo(std::move(fewer));
+          },
+          py::arg("fewer"))
       .def(
           "set_comm_hook",
           [](hsdp::Unit& unit, hsdp::CommHook hook) { unit.group->SetCommHook(std::move(hook)); },
@@ -149,8 +152,8 @@ void BindUnitSettings(UnitClass& unit_class) {
 void BindUnit(py::module_& module) {
   UnitClass unit_class(module, "Unit");
   unit_class.def(py::init(&MakeUnit), py::kw_only(), py::arg("parameters"), py::arg("device"),
-                 py::arg("collectives"), py::arg("precision"), py::arg("reshard_after_forward"),
-                 py::arg("on_backward"), py::arg("on_reduced"), py::arg("local_grad"));
+                 py::arg("collectives"), py::arg("precision"), py::arg("on_backward"),
+                 py::arg("on_reduced"), py::arg("local_grad"));
   BindUnitSettings(unit_class);
   unit_class
       .def(

@@ -20,7 +20,7 @@ from .state.module_entries import checks_first
 from .state.module_in import load
 from .state.module_plan import LoadRequest
 from .torchs_view import FSDPState, refuse_torchs, state_of
-from .unit import ShardedUnit, mesh_of_state, reshard_policy
+from .unit import ShardedUnit, mesh_of_state
 
 
 class UnshardHandle(torchs.UnshardHandle):
@@ -102,7 +102,7 @@ class FSDPModule(torchs.FSDPModule):
         the outermost module's too. Where they are kept the module shows them until backward or
         ``reshard()``."""
         for unit in self._units(recurse):
-            unit.core.reshard_after_forward = reshard_policy(reshard_after_forward)
+            unit.set_reshard_after_forward(reshard_after_forward)
 
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True

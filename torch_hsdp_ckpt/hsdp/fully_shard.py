@@ -4,6 +4,7 @@ The module stays itself: its class is exchanged for one that is an ``FSDPModule`
 stay as they are."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -97,7 +98,6 @@ def fully_shard(
     ``FullyShardedDataParallel``)."""
     modules = list(module) if isinstance(module, (list, tuple)) else [module]
     _check_modules(modules)
-    reshard = _check_reshard_after_forward(reshard_after_forward, modules)
     precision = Precision.of(mp_policy, *modules)
     if mesh is None:
         mesh = mesh_of_all_ranks()
@@ -109,6 +109,7 @@ def fully_shard(
     if device.type != "cpu":
         for each in modules:
             move(each, device)
+    reshard = _reshard_after_forward(reshard_after_forward, data_parallel.mesh, modules)
     settings = UnitSettings(device, reshard, precision)
     units = shard(registered, places, settings) or [empty_unit(data_parallel, settings)]
     label = ", ".join(type(each).__name__ for each in modules)
@@ -130,15 +131,27 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
             raise ValueError(f"{at(module)}fully_shard has been applied to it already")
 
 
-def _check_reshard_after_forward(
-    given: bool | int | None, modules: Sequence[nn.Module]
-) -> bool | None:
+def _reshard_after_forward(
+    given: bool | int | None, mesh: DeviceMesh, modules: Sequence[nn.Module]
+) -> bool | int | None:
+    """A number of ranks that is neither one nor all; else what torch takes it for."""
     if given is None or isinstance(given, bool):
         return given
-    raise NotSupportedError(
-        f"{at(*modules)}reshard_after_forward={given}, to fewer ranks, is not supported: pass True "
-        "or False, or use a mesh with smaller shard groups"
-    )
+    shards = mesh.size(mesh.ndim - 1)
+    if not isinstance(given, int) or given < 1 or shards % given:
+        raise NotSupportedError(
+            f"{at(*modules)}reshard_after_forward={given!r} is neither True, False nor None, and "
+            f"as a number of ranks it has to divide the {shards} shards; {mesh}"
+        )
+    if given == 1 and shards > 1:
+        warnings.warn(
+            f"{at(*modules)}reshard_after_forward=1 keeps the parameters whole on each rank, as "
+            "False does; True frees them",
+            stacklevel=3,
+        )
+    if given in (1, shards):
+        return given != 1
+    return given
 
 
 def _place(

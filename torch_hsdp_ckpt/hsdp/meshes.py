@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import ShardingStrategy
 
 from .arguments import NotSupportedError, at
-from .own_groups import group_of_this_rank
+from .own_groups import group_of_ranks
 
 _TWO_D = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 _ONE_D = (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP)
@@ -250,7 +250,7 @@ def unsharded(mesh: DeviceMesh, *modules: nn.Module) -> DeviceMesh:
     if mesh.size() == dist.get_world_size():
         return _mesh_of_shape(mesh.device_type, (mesh.size(), 1))
     return DeviceMesh.from_group(
-        [mesh.get_group(), group_of_this_rank(mesh.get_group())],
+        [mesh.get_group(), group_of_ranks([dist.get_rank()], mesh.get_group())],
         mesh.device_type,
         mesh=mesh.mesh.reshape(-1, 1),
         mesh_dim_names=_NAMES,

@@ -108,14 +108,15 @@ def group_of_all(like: dist.ProcessGroup, timeout: timedelta) -> str:
     return str(group.group_name)
 
 
-def group_of_this_rank(like: dist.ProcessGroup) -> Any:
-    """A group of this rank alone with the backend of ``like``, for meshes. It is made once and
-    stays until ``destroy_process_group``."""
-    rank, backend = dist.get_rank(), str(dist.get_backend_config(like))
-    name, timeout = f"hsdp_ckpt/rank {rank}/{backend}", group_timeout(like)
+def group_of_ranks(ranks: Sequence[int], like: dist.ProcessGroup) -> Any:
+    """A group of ``ranks`` (in the default group), of which this one is one, with the backend of
+    ``like``, for meshes and parts of a shard group. Collective over them; it is made once and stays
+    until ``destroy_process_group``."""
+    backend = str(dist.get_backend_config(like))
+    name, timeout = f"hsdp_ckpt/ranks {list(ranks)}/{backend}", group_timeout(like)
     with _unbound_default_group() as device:
         is_on_device = device is not None and f"{device.type}:" in backend
-        return _named_group(name, [rank], like, timeout, device if is_on_device else None)
+        return _named_group(name, ranks, like, timeout, device if is_on_device else None)
 
 
 def _named_group(

@@ -77,7 +77,7 @@ class Root:
             if groups is not None:
                 unit.collectives.set_reduce_groups(groups.shard, groups.replica)
             if schedule_peers is not None:
-                unit.collectives.set_peers(schedule_peers)
+                unit.join(schedule_peers)
             unit.bind(self.schedule)
         self.tell_backward_end()
 

@@ -28,7 +28,7 @@ class UnitSettings:
     """What the units of one module have in common."""
 
     device: torch.device
-    reshard_after_forward: bool | None
+    reshard_after_forward: bool | int | None
     precision: Precision
 
 

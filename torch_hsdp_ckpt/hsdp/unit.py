@@ -20,6 +20,7 @@ from ..common.tensors import local_of
 from .callbacks import weak_callback, weak_function
 from .gradients import TrainableParameter, UnitGradients
 from .layout import ParameterLayout, dtensor_around, spec_with_dtype
+from .own_groups import group_of_ranks
 from .precision import Precision
 from .shards import check_same_placement, mark_as_replaced
 from .slots import RegisteredParameter, SlotTable
@@ -27,8 +28,9 @@ from .slots import RegisteredParameter, SlotTable
 _LOCAL = operator.attrgetter("_local_tensor")
 
 
-def reshard_policy(after_forward: bool | None) -> _C.ReshardAfterForward:
-    """What torch's ``reshard_after_forward`` asks for."""
+def reshard_policy(after_forward: bool | int | None) -> _C.ReshardAfterForward:
+    """What torch's ``reshard_after_forward`` asks for. A number of ranks, which is above one, frees
+    as True does."""
     if after_forward is None:
         return _C.ReshardAfterForward.UNLESS_BACKWARD_IS_NEXT
     return _C.ReshardAfterForward.ALWAYS if after_forward else _C.ReshardAfterForward.NEVER
@@ -60,7 +62,7 @@ class ShardedUnit:
         layouts: Sequence[ParameterLayout],
         mesh: DeviceMesh,
         device: torch.device,
-        reshard_after_forward: bool | None,
+        reshard_after_forward: bool | int | None,
         precision: Precision,
     ) -> None:
         self.mesh = mesh
@@ -74,9 +76,10 @@ class ShardedUnit:
         self._grad_dtype = precision.kept_grad_dtype
 
         self.collectives = collectives_of(mesh)
-        reshard = reshard_policy(reshard_after_forward)
-        self.core = self._new_core(originals, precision.of_unit(), reshard)
+        self.core = self._new_core(originals, precision.of_unit())
         self.schedule: _C.Schedule | None = None
+        self.fewer: _C.Collectives | None = None
+        self.set_reshard_after_forward(reshard_after_forward)
 
         self.sharded = self._shard(originals)
         self._sharded_table = SlotTable(self.slots, self.sharded)
@@ -100,7 +103,6 @@ class ShardedUnit:
         self,
         originals: Sequence[nn.Parameter],
         precision: _C.UnitPrecision,
-        reshard: _C.ReshardAfterForward,
     ) -> _C.Unit:
         layouts = zip(self._layouts, originals, strict=True)
         return _C.Unit(
@@ -108,7 +110,6 @@ class ShardedUnit:
             device=self.device,
             collectives=self.collectives,
             precision=precision,
-            reshard_after_forward=reshard,
             on_backward=weak_callback(self.show_full),
             on_reduced=weak_callback(self._take_gradients),
             local_grad=weak_function(self._local_gradient),
@@ -116,6 +117,29 @@ class ShardedUnit:
 
     def _local_gradient(self, index: int, gradient: Tensor) -> Tensor:
         return self._layouts[index].local_gradient(gradient)
+
+    def set_reshard_after_forward(self, after_forward: bool | int | None) -> None:
+        """What forwards leave of the full parameters. A number of ranks, a divisor of the shards':
+        each so many neighbours keep them sharded among themselves until backward. Collective over
+        these."""
+        self.core.reshard_after_forward = reshard_policy(after_forward)
+        self.fewer = None
+        if type(after_forward) is int:
+            self.fewer = self._among_neighbours(after_forward)
+        self.core.set_reshard_to(self.fewer)
+
+    def _among_neighbours(self, count: int) -> _C.Collectives:
+        shard_group = self.mesh.get_group(self.mesh.ndim - 1)
+        ranks = dist.get_process_group_ranks(shard_group)
+        first = ranks.index(dist.get_rank()) // count * count
+        group = group_of_ranks(ranks[first : first + count], shard_group)
+        return _C.Collectives(group.group_name, None, dist.get_rank())
+
+    def join(self, peers: _C.Peers) -> None:
+        """``peers``: all ranks of the outermost module, who tell each other of errors."""
+        self.collectives.set_peers(peers)
+        if self.fewer is not None:
+            self.fewer.set_peers(peers)
 
     @property
     def has_comm_hook(self) -> bool:
