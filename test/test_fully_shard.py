@@ -117,7 +117,7 @@ def _settings(rank: int) -> None:
         copy.deepcopy(ours)
     fresh, cube = NETS["even"](), init_device_mesh(DEVICE, (2, 2, 1))
     for given, module, wrong, message in (
-        (fresh, "Net", dict(reshard_after_forward=2), "reshard_after_forward=2, to fewer ranks"),
+        (fresh, "Net", dict(reshard_after_forward=3), "reshard_after_forward=3 is neither"),
         (fresh, "Net", dict(mesh=cube), "device_mesh has 3 dimensions"),
         (
             [fresh.blocks[0], fresh.head],

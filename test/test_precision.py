@@ -2,6 +2,7 @@
 and the same bits again."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -316,26 +317,50 @@ def test_numbers_on_four_ranks() -> None:
 
 
 def _override(rank: int) -> None:
-    """Refused before anything is changed; units with policies of their own, as the error says, are
-    there instead."""
+    """Norms compute as they are stored, all else in bfloat16: torch's numbers."""
+    for reduce_dtype in (None, FP32, BF16):
+        outcomes = []
+        for face in (torch_hsdp_ckpt.fully_shard, fully_shard):
+            net, seen = narrow_net(), {}
+            norms = {id(p) for block in net.blocks for p in block.norm.parameters()}
+            policy = MixedPrecisionPolicy(
+                param_dtype=BF16,
+                reduce_dtype=reduce_dtype,
+                param_dtype_override_fn=functools.partial(_float32_of, norms),
+            )
+            net.blocks[0].register_forward_pre_hook(functools.partial(_note_dtypes, seen))
+            for module in (*net.blocks, net):
+                face(module, mesh=mesh_of((1, 2)), mp_policy=policy)
+            outcomes.append(_steps(net, rank))
+            assert {name for name, dtype in seen.items() if dtype == FP32} == {
+                "norm.weight",
+                "norm.bias",
+            }
+        for found, wanted in zip(*outcomes, strict=True):
+            assert torch.equal(found, wanted)
+    wrong = MixedPrecisionPolicy(param_dtype=BF16, param_dtype_override_fn=lambda p: torch.float16)
     net = narrow_net()
-    policy = MixedPrecisionPolicy(
-        param_dtype=BF16, param_dtype_override_fn=lambda p: FP32 if p.ndim == 1 else None
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"^rank \d: module \w+: .*param_dtype_override_fn is not supported.* "
-        "mp_policy of their own",
-    ):
-        torch_hsdp_ckpt.fully_shard(net, mp_policy=policy)
-    assert type(net) is Net and not any(isinstance(p, DTensor) for p in net.parameters())
-    torch_hsdp_ckpt.fully_shard(net.head, mp_policy=MixedPrecisionPolicy(param_dtype=FP32))
-    torch_hsdp_ckpt.fully_shard(net, mp_policy=MixedPrecisionPolicy(param_dtype=BF16))
-    computed = {}
-    for module in (net.head, net.blocks[0]):
-        module.register_forward_hook(lambda m, _, out: computed.update({m: out.dtype}))
-    loss_of(net, batch(narrow_net(), 0, rank)).backward()
-    assert computed == {net.head: FP32, net.blocks[0]: BF16}
+    message = r"^rank \d: module Linear: parameter .* is to compute in torch.float16 by param_dtype"
+    with pytest.raises(ValueError, match=message):
+        torch_hsdp_ckpt.fully_shard(net.head, mp_policy=wrong)
+    assert not any(isinstance(p, DTensor) for p in net.parameters())
+
+
+def _float32_of(chosen: set[int], parameter: nn.Parameter) -> torch.dtype | None:
+    return FP32 if id(parameter) in chosen else None
+
+
+def _note_dtypes(seen: dict[str, torch.dtype], module: nn.Module, _: object) -> None:
+    seen.update((name, parameter.dtype) for name, parameter in module.named_parameters())
+
+
+def _steps(net: nn.Module, rank: int) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(net, batch(narrow_net(), step, rank)).backward()
+        optimizer.step()
+    return [parameter.to_local() for parameter in net.parameters()]
 
 
 @pytest.mark.skipif(
@@ -343,7 +368,7 @@ def _override(rank: int) -> None:
     not in {field.name for field in dataclasses.fields(MixedPrecisionPolicy)},
     reason="this torch's MixedPrecisionPolicy has no override by parameter",
 )
-def test_a_dtype_by_parameter_is_refused() -> None:
+def test_a_dtype_by_parameter() -> None:
     run_ranks(_override, 2)
 
 

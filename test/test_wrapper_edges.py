@@ -253,8 +253,8 @@ def _dtypes_that_nothing_computes_in(rank: int) -> None:
 
 
 def _tensor_parallel(rank: int) -> None:
-    """Parameters that torch's parallelize_module has placed are refused by both faces; ignored,
-    they compute as they did."""
+    """Parameters that torch's parallelize_module has placed are sharded by both faces alike;
+    ignored, they compute as they did."""
     mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("data", "tensor"))
     net = NETS["even"]()
 
@@ -266,14 +266,14 @@ def _tensor_parallel(rank: int) -> None:
             {"blocks.0.up": ColwiseParallel(), "blocks.0.down": RowwiseParallel()},
         )
 
-    message = (
-        rf"^rank {rank}: module Linear: parameter .*up.weight of shape \(16, 8\) already is a "
-        "DTensor.*own fully_shard"
-    )
-    with pytest.raises(ValueError, match=message):
-        FullyShardedDataParallel(parallel(), device_mesh=mesh["data"])
-    with pytest.raises(ValueError, match=message):
-        fully_shard(parallel().blocks[0], mesh=mesh["data"])
+    outcomes = []
+    for wrapped in (
+        FullyShardedDataParallel(parallel(), device_mesh=mesh["data"]),
+        fully_shard(parallel(), mesh=mesh["data"]),
+    ):
+        loss_of(wrapped, batch(net, 0, mesh["data"].get_local_rank())).backward()
+        outcomes.append(grads(wrapped))
+    assert all(torch.equal(outcomes[0][name], grad) for name, grad in outcomes[1].items())
     model = parallel()
     placed = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
     assert len(placed) == 4
@@ -295,18 +295,11 @@ def _tensor_parallel(rank: int) -> None:
     assert_close(grads(ours), expected)
 
 
-# Goes with dp_mesh_dims, which is refused.
-_ONLY_TORCHS = {"DataParallelMeshDims"}
-
-
 def _changing_the_import(rank: int) -> None:
     """What a script takes from torch.distributed.fsdp is here under its name, with the same
     arguments; or says what to do."""
-    lacking = {name for name in torchs.__all__ if not hasattr(torch_hsdp_ckpt, name)}
-    assert (
-        lacking <= _ONLY_TORCHS
-        and set(torch_hsdp_ckpt.__all__) >= set(torchs.__all__) - _ONLY_TORCHS
-    )
+    assert all(hasattr(torch_hsdp_ckpt, name) for name in torchs.__all__)
+    assert set(torch_hsdp_ckpt.__all__) >= set(torchs.__all__)
     for face in ("FSDPModule", "FullyShardedDataParallel"):
         ours, theirs = getattr(torch_hsdp_ckpt, face), getattr(torchs, face)
         for name in vars(theirs):
@@ -336,7 +329,7 @@ def _changing_the_import(rank: int) -> None:
                 match=f"^rank {rank}: module {type(module).__name__}: {name} is not supported: ",
             ):
                 getattr(module, name)(True)
-    with pytest.raises(ValueError, match=f"^rank {rank}: module Linear: dp_mesh_dims"):
+    with pytest.raises(TypeError, match=f"^rank {rank}: module Linear: dp_mesh_dims is a Data"):
         fully_shard(nn.Linear(2, 2), mesh=mesh_of((2, 2)), dp_mesh_dims=("replicate", "shard"))
 
     def fail(grad: torch.Tensor) -> torch.Tensor:

@@ -383,13 +383,12 @@ class GradAccumulation:
     value: int
 
 class UnitPrecision:
-    """The dtypes that a unit computes and reduces in; None: as stored, as computed (as stored too
-    with ``REDUCED_BY_AUTOGRAD``)."""
+    """The dtypes that a unit reduces in; None: as computed (as stored with
+    ``REDUCED_BY_AUTOGRAD``)."""
 
     def __init__(
         self,
         *,
-        param_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         keep_low_precision_grads: bool = False,
         accumulation: GradAccumulation = ...,
@@ -397,8 +396,9 @@ class UnitPrecision:
 
 class StoredParam:
     """One parameter as its unit stores it: ``sizes`` of this rank's part of it, of which the shards
-    cut dimension ``dim``. ``is_summed_elsewhere``: its gradient may come as a summand over mesh
-    dimensions that the unit does not know of."""
+    cut dimension ``dim``. ``param_dtype``: it computes in; None: as stored.
+    ``is_summed_elsewhere``: its gradient may come as a summand over mesh dimensions that the unit
+    does not know of."""
 
     def __init__(
         self,
@@ -406,6 +406,7 @@ class StoredParam:
         sizes: Sequence[int],
         dim: int,
         dtype: torch.dtype,
+        param_dtype: torch.dtype | None = None,
         is_summed_elsewhere: bool = False,
     ) -> None: ...
 

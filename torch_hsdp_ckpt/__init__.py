@@ -32,6 +32,7 @@ from .checkpoint.save.save import save
 from .checkpoint.storage.verify import VerifyProblem, VerifyReport, verify
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
+from .hsdp.data_parallel import DataParallelMeshDims
 from .hsdp.fsdp import FullyShardedDataParallel
 from .hsdp.fully_shard import (
     FSDPModule,
@@ -51,6 +52,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "CorruptCheckpointError",
+    "DataParallelMeshDims",
     "FSDPModule",
     "FileSystemReader",
     "FileSystemWriter",

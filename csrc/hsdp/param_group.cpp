@@ -27,10 +27,12 @@ ParamGroup::ParamGroup(std::vector<StoredParam> params, Precision precision, at:
       collectives_(std::move(collectives)),
       streams_(DeviceStreams::Of(device)),
       local_grad_(std::move(local_grad)) {
-  for (const auto& dtype : {precision_.param_dtype, precision_.reduce_dtype}) {
+  const auto check = [](const std::optional<at::ScalarType>& dtype) {
     TORCH_CHECK_VALUE(!dtype || kernels::Computes(*dtype), "mixed precision in ", *dtype,
                       " is not supported: pass float32, float64, bfloat16 or float16");
-  }
+  };
+  check(precision_.reduce_dtype);
+  for (const StoredParam& param : params_) check(param.param_dtype);
   MakeLayout();
 }
 
@@ -53,8 +55,8 @@ void ParamGroup::set_name(std::string name) {
 }
 
 at::ScalarType ParamGroup::FullDtype(size_t i) const {
-  return precision_.param_dtype && kernels::Computes(params_[i].dtype) ? *precision_.param_dtype
-                                                                       : params_[i].dtype;
+  const auto& [cut, stored, param_dtype, elsewhere] = params_[i];
+  return param_dtype && kernels::Computes(stored) ? *param_dtype : stored;
 }
 
 std::vector<GatheredParam> ParamGroup::GatheredParams() const {
@@ -115,7 +117,7 @@ std::vector<at::Tensor> ParamGroup::ShardFull(const std::vector<at::Tensor>& ful
               params_.size(), " parameters");
   std::vector<at::Tensor> own;
   for (size_t i = 0; i < full.size(); ++i) {
-    const auto& [cut, dtype, elsewhere] = params_[i];
+    const auto& [cut, dtype, param_dtype, elsewhere] = params_[i];
     TORCH_CHECK(full[i].sizes() == at::IntArrayRef(cut.sizes) && full[i].scalar_type() == dtype,
                 "ParamGroup: parameter ", i, " is ", full[i].sizes(), ", expected ",
                 at::IntArrayRef(cut.sizes));

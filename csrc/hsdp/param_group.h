@@ -30,12 +30,11 @@ enum class GradAccumulation {
                        ///< reduce_dtype is in the dtype of the shards (FSDP2 from 2.15 on)
 };
 
-/// The dtypes that one unit computes and reduces in; absent: as stored, as computed.
+/// The dtypes that one unit reduces in; absent: as computed.
 struct Precision {
-  std::optional<at::ScalarType> param_dtype;   ///< of the full parameters, floating point ones only
   std::optional<at::ScalarType> reduce_dtype;  ///< of the sums over the ranks
   bool keep_low_precision_grads =
-      false;  ///< the sharded gradients have param_dtype, not the shards' dtype
+      false;  ///< the sharded gradients have the full parameters' dtype, not the shards'
   GradAccumulation accumulation = GradAccumulation::kComputed;
 };
 
@@ -43,7 +42,8 @@ struct Precision {
 /// (tensor and expert parallelism), all sizes are those of this rank's part of it.
 struct StoredParam {
   CutSizes cut;
-  at::ScalarType dtype;  ///< of the shards
+  at::ScalarType dtype;                         ///< of the shards
+  std::optional<at::ScalarType> param_dtype{};  ///< it computes in; absent: as stored
   /// Its gradient may come as a summand over those other dimensions, in the reduction's dtype.
   bool is_summed_elsewhere = false;
 };

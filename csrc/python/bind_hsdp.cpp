@@ -38,22 +38,21 @@ void BindValues(py::module_& module) {
       .value("REDUCED", hsdp::GradAccumulation::kReduced)
       .value("REDUCED_BY_AUTOGRAD", hsdp::GradAccumulation::kReducedByAutograd);
   py::class_<hsdp::Precision>(module, "UnitPrecision")
-      .def(py::init([](std::optional<at::ScalarType> param_dtype,
-                       std::optional<at::ScalarType> reduce_dtype, bool keep_low_precision_grads,
+      .def(py::init([](std::optional<at::ScalarType> reduce_dtype, bool keep_low_precision_grads,
                        hsdp::GradAccumulation accumulation) {
-             return hsdp::Precision{param_dtype, reduce_dtype, keep_low_precision_grads,
-                                    accumulation};
+             return hsdp::Precision{reduce_dtype, keep_low_precision_grads, accumulation};
            }),
-           py::kw_only(), py::arg("param_dtype") = py::none(), py::arg("reduce_dtype") = py::none(),
+           py::kw_only(), py::arg("reduce_dtype") = py::none(),
            py::arg("keep_low_precision_grads") = false,
            py::arg("accumulation") = hsdp::GradAccumulation::kComputed);
   py::class_<hsdp::StoredParam>(module, "StoredParam")
       .def(py::init([](std::vector<int64_t> sizes, int64_t dim, at::ScalarType dtype,
-                       bool is_summed_elsewhere) {
-             return hsdp::StoredParam{{std::move(sizes), dim}, dtype, is_summed_elsewhere};
+                       std::optional<at::ScalarType> param_dtype, bool is_summed_elsewhere) {
+             return hsdp::StoredParam{
+                 {std::move(sizes), dim}, dtype, param_dtype, is_summed_elsewhere};
            }),
            py::kw_only(), py::arg("sizes"), py::arg("dim"), py::arg("dtype"),
-           py::arg("is_summed_elsewhere") = false);
+           py::arg("param_dtype") = py::none(), py::arg("is_summed_elsewhere") = false);
   py::class_<base::ShardRows>(module, "ShardRows")
       .def_readonly("first", &base::ShardRows::first)
       .def_readonly("count", &base::ShardRows::count);

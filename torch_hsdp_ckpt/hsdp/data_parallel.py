@@ -3,11 +3,36 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed.fsdp as fsdp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .arguments import at
 from .meshes import check_holds_this_rank, check_mesh, unsharded
+
+
+@dataclass
+class _DataParallelMeshDims:
+    """Which dimensions of the mesh that parameters are DTensors on units shard and replicate over,
+    by name; several are flattened into one. As torch 2.15's, of which torch before has none."""
+
+    shard: str | tuple[str, ...] | None = None
+    replicate: str | tuple[str, ...] | None = None
+
+    @property
+    def shard_names(self) -> tuple[str, ...]:
+        return _names(self.shard)
+
+    @property
+    def replicate_names(self) -> tuple[str, ...]:
+        return _names(self.replicate)
+
+
+def _names(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
+DataParallelMeshDims: Any = getattr(fsdp, "DataParallelMeshDims", _DataParallelMeshDims)
 
 
 @dataclass(frozen=True)
@@ -27,10 +52,15 @@ def data_parallel_of(mesh: DeviceMesh, dims: Any, *modules: nn.Module) -> DataPa
     """What ``fully_shard(mesh=mesh, dp_mesh_dims=dims)`` shards and replicates over. ``dims``:
     torch's ``DataParallelMeshDims``, names of dimensions; None: all of the mesh. Collective where
     several are flattened into one. Raises ValueError for names that the mesh lacks, or that come
-    twice, and where this rank is not in the mesh."""
+    twice, and where this rank is not in the mesh; TypeError for anything else."""
     if dims is None:
         check_mesh(mesh, *modules)
         return DataParallel(mesh)
+    if not isinstance(dims, DataParallelMeshDims):
+        raise TypeError(
+            f"{at(*modules)}dp_mesh_dims is a DataParallelMeshDims(shard=..., replicate=...), not "
+            f"a {type(dims).__name__}"
+        )
     check_holds_this_rank(mesh, *modules)
     shards, replicas = tuple(dims.shard_names), tuple(dims.replicate_names)
     names = mesh.mesh_dim_names or ()

@@ -46,13 +46,15 @@ class ParameterLayout:
             if dim not in self.data_parallel_dims
         )
 
-    def stored(self, full: torch.Tensor) -> _C.StoredParam:
-        """``full``: a parameter that lies as this says, before it is sharded."""
+    def stored(self, full: torch.Tensor, param_dtype: torch.dtype | None) -> _C.StoredParam:
+        """``full``: a parameter that lies as this says, before it is sharded. ``param_dtype``: it
+        computes in; None: its own."""
         local = local_of(full)
         return _C.StoredParam(
             sizes=list(local.shape),
             dim=self.dim,
             dtype=local.dtype,
+            param_dtype=param_dtype,
             is_summed_elsewhere=self.may_sum_elsewhere,
         )
 

@@ -2,7 +2,7 @@
 returns in."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,9 @@ class Precision:
     of the reduction (None: the gradients' own, see ``accumulation``). ``buffer_dtype``: the buffers
     are converted to it once, at the first forward. None: as the parameters, gradients and buffers
     are. ``keep_low_precision_grads``: the sharded gradients stay in ``param_dtype``.
-    ``accumulation``: what gradients are added up in that wait for a reduction."""
+    ``accumulation``: what gradients are added up in that wait for a reduction.
+    ``param_dtype_override_fn``: the ``param_dtype`` of a parameter that has one of its own, see
+    :meth:`param_dtype_of`."""
 
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
@@ -46,11 +48,12 @@ class Precision:
     cast_root_forward_inputs: bool = True
     keep_low_precision_grads: bool = False
     accumulation: _C.GradAccumulation = _C.GradAccumulation.COMPUTED
+    param_dtype_override_fn: Callable[[nn.Parameter], torch.dtype | None] | None = None
 
     @staticmethod
     def of(given: MixedPrecision | MixedPrecisionPolicy | None, *modules: nn.Module) -> "Precision":
         """From torch's own classes, for the unit of ``modules``; None is full precision. ValueError
-        for dtypes by parameter, and for dtypes that no unit supports."""
+        for dtypes that no unit supports."""
         if given is None:
             return Precision()
         _check_supported(given, *modules)
@@ -62,6 +65,8 @@ class Precision:
                 cast_forward_inputs=given.cast_forward_inputs,
                 cast_root_forward_inputs=given.cast_forward_inputs,
                 accumulation=_FSDP2_ACCUMULATION,
+                # torch 2.15 has it, and older versions do not
+                param_dtype_override_fn=getattr(given, "param_dtype_override_fn", None),
             )
         return Precision(
             param_dtype=given.param_dtype,
@@ -77,10 +82,23 @@ class Precision:
         """The dtype of the sharded gradients, where it is not the parameters'; else None."""
         return self.param_dtype if self.keep_low_precision_grads else None
 
+    def param_dtype_of(self, parameter: nn.Parameter) -> torch.dtype | None:
+        """What ``parameter`` computes in; None: as it is stored. ValueError, without its name, for
+        another answer of ``param_dtype_override_fn`` than torch takes."""
+        override = self.param_dtype_override_fn(parameter) if self.param_dtype_override_fn else None
+        if override is None:
+            return self.param_dtype
+        if override not in (self.param_dtype, parameter.dtype):
+            raise ValueError(
+                f"is to compute in {override} by param_dtype_override_fn, which may return None, "
+                f"the policy's param_dtype ({self.param_dtype}) or the parameter's own "
+                f"({parameter.dtype})"
+            )
+        return override
+
     def of_unit(self) -> _C.UnitPrecision:
         """What ``_C.Unit`` takes."""
         return _C.UnitPrecision(
-            param_dtype=self.param_dtype,
             reduce_dtype=self.reduce_dtype,
             keep_low_precision_grads=self.keep_low_precision_grads,
             accumulation=self.accumulation,
@@ -117,13 +135,6 @@ class Precision:
 
 
 def _check_supported(given: MixedPrecision | MixedPrecisionPolicy, *modules: nn.Module) -> None:
-    # torch 2.15 has dtypes by parameter, and older versions do not.
-    if getattr(given, "param_dtype_override_fn", None) is not None:
-        raise NotSupportedError(
-            f"{at(*modules)}MixedPrecisionPolicy's param_dtype_override_fn is not supported, a "
-            "unit's parameters have one param_dtype: apply fully_shard with an mp_policy of their "
-            "own to the modules whose parameters are to have another one"
-        )
     for dtype in (given.param_dtype, given.reduce_dtype):
         if dtype is not None and dtype not in REDUCIBLE_DTYPES:
             raise NotSupportedError(

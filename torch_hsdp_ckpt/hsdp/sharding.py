@@ -41,10 +41,7 @@ def shard(
     Raises ValueError, with rank, module and parameter, for what can't be sharded so; nothing is
     then."""
     layouts = share_meshes(
-        [
-            _layout(each, place, settings.device)
-            for each, place in zip(registered, places, strict=True)
-        ]
+        [_layout(each, place, settings) for each, place in zip(registered, places, strict=True)]
     )
     members: dict[DataParallel, list[int]] = {}
     for number, place in enumerate(places):
@@ -84,11 +81,14 @@ def _unit(
     )
 
 
-def _layout(registered: RegisteredParameter, place: Place, device: torch.device) -> ParameterLayout:
-    problem = why_not_shardable(registered.parameter, device)
+def _layout(
+    registered: RegisteredParameter, place: Place, settings: UnitSettings
+) -> ParameterLayout:
+    problem = why_not_shardable(registered.parameter, settings.device)
     if problem:
         raise refusal(registered, problem)
     try:
+        settings.precision.param_dtype_of(registered.parameter)
         return layout_of(registered.parameter, place.data_parallel, place.dim)
     except ValueError as error:
         raise refusal(registered, str(error)) from error

@@ -49,7 +49,7 @@ class ShardedUnit:
     afterwards every slot holds an ``nn.Parameter`` around a DTensor, placed as ``layouts`` say,
     whose local tensor lies in the unit's flat buffer.
 
-    ``precision``: its ``param_dtype`` is that of the full parameters that compute, floating point
+    ``precision``: its ``param_dtype_of`` is that of a full parameter that computes, floating point
     ones only; its ``reduce_dtype`` that of the sums of their gradients over the ranks (None: as
     computed). Gradients have the shards' dtype, with ``keep_low_precision_grads`` ``param_dtype``.
 
@@ -76,7 +76,7 @@ class ShardedUnit:
         self._grad_dtype = precision.kept_grad_dtype
 
         self.collectives = collectives_of(mesh)
-        self.core = self._new_core(originals, precision.of_unit())
+        self.core = self._new_core(originals, precision)
         self.schedule: _C.Schedule | None = None
         self.fewer: _C.Collectives | None = None
         self.set_reshard_after_forward(reshard_after_forward)
@@ -102,14 +102,17 @@ class ShardedUnit:
     def _new_core(
         self,
         originals: Sequence[nn.Parameter],
-        precision: _C.UnitPrecision,
+        precision: Precision,
     ) -> _C.Unit:
         layouts = zip(self._layouts, originals, strict=True)
         return _C.Unit(
-            parameters=[layout.stored(original) for layout, original in layouts],
+            parameters=[
+                layout.stored(original, precision.param_dtype_of(original))
+                for layout, original in layouts
+            ],
             device=self.device,
             collectives=self.collectives,
-            precision=precision,
+            precision=precision.of_unit(),
             on_backward=weak_callback(self.show_full),
             on_reduced=weak_callback(self._take_gradients),
             local_grad=weak_function(self._local_gradient),
