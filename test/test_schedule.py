@@ -4,6 +4,7 @@ what backward waits for."""
 import copy
 from collections.abc import Iterable
 
+import pytest
 import torch
 import torch.distributed as dist
 from device import cpu_only
@@ -36,9 +37,10 @@ class Piece(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _mark(f"f{self.index}")
         value = self.weight * 1.0
-        value.register_hook(lambda _: _mark(f"v{self.index}"))
         out = x + value.sum(0)
-        out.register_hook(lambda _: _mark(f"o{self.index}"))
+        for name, tensor in (("v", value), ("o", out)):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _, name=name: _mark(f"{name}{self.index}"))
         return out
 
 
@@ -46,12 +48,18 @@ def _pieces() -> nn.Sequential:
     return nn.Sequential(*[Piece(i) for i in range(4)])
 
 
-def _order(model: nn.Module, passes: int = 2, reductions: bool = False, inputs: tuple = ()) -> str:
+def _order(
+    model: nn.Module,
+    passes: int = 2,
+    reductions: bool = False,
+    inputs: tuple = (),
+    needs_grad: bool = False,
+) -> str:
     """Marks, gathers (g) and ``reductions`` (r) of the last of so many passes, in the order in
     which they are issued."""
     for last in range(1, passes + 1):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-            model(torch.ones(2, 4), *inputs).sum().backward()
+            model(torch.ones(2, 4, requires_grad=needs_grad), *inputs).sum().backward()
         if last == passes:
             break
     found = []
@@ -181,6 +189,31 @@ class _Cut(nn.Module):
 
 
 @cpu_only("it reads the profile of Gloo's messages")
+def _what_backward_has_no_use_for(rank: int) -> None:
+    """Frozen units that no rank's gradients pass through, and what a user has said so of."""
+    forward = "g0 g1 f0 g2 f1 g3 f2 f3 "
+    ours = _pieces_sharded()
+    for piece in ours[:2]:
+        piece.requires_grad_(False)
+    _assert_order(ours, forward + "o3 g2 v3 o2 v2")
+    ours = _pieces_sharded()
+    for piece in ours[:2]:
+        piece.requires_grad_(False)
+    found = _order(ours, needs_grad=rank == 1)  # by one rank's they do
+    assert found == forward + ("o3 g2 v3 o2 g1 v2 o1 g0 o0" if rank else "o3 g2 v3 o2 g1 v2 g0"), (
+        found
+    )
+    ours = _pieces_sharded()
+    ours[0].set_unshard_in_backward(False)
+    _assert_order(ours, forward + "o3 g2 v3 o2 g1 v2 o1 v1 o0 v0")
+    assert all(p.grad is not None for p in ours.parameters())
+    ours[1].set_unshard_in_backward(False)
+    ours[1].register_forward_hook(lambda module, _, out: out @ module.weight[:4])
+    with pytest.raises(RuntimeError, match=r"1 \(Piece\) is used while it has no memory"):
+        ours(torch.ones(2, 4, requires_grad=True)).sum().backward()
+
+
+@cpu_only("it reads the profile of Gloo's messages")
 def _what_one_rank_skips(rank: int) -> None:
     """The units that its peer's backward reaches it gathers and reduces too, in the peer's order,
     and no two reductions late: the peer would wait for it at each of them, and it would hold all of
@@ -263,6 +296,7 @@ def test_when_units_gather_free_and_reduce() -> None:
         _gathers_are_started_as_told,
         _what_forward_frees,
         _memory_of_what_backward_skips,
+        _what_backward_has_no_use_for,
         _what_one_rank_skips,
         _not_the_last_backward,
     )

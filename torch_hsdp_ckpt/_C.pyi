@@ -436,6 +436,7 @@ class Unit:
     sync: bool
     reshard_after_forward: ReshardAfterForward
     reshard_after_backward: bool
+    unshard_in_backward: bool
     is_watched: bool
     @property
     def is_unsharded(self) -> bool: ...

@@ -34,6 +34,7 @@ void ForwardOrder::Begin(const UnitPtr& outermost) {
 
 void ForwardOrder::Forget() {
   last_passes_.clear();
+  passed_.clear();
   outermost_ = nullptr;
 }
 
@@ -85,13 +86,27 @@ void ForwardOrder::Keep() {
 // A rank that is alone in leaving the last pass's order waits here, while its peers wait in a
 // gather that it never joins: all of them fail within the groups' timeouts, and none has taken part
 // in another one's collective.
-void ForwardOrder::Agree(const Unit* unit) const {
-  if (!peers_) return;
+void ForwardOrder::Agree(const Unit* unit) const { Ask(unit, false); }
+
+bool ForwardOrder::IsPassedInBackward(const UnitPtr& unit, bool here) {
+  const auto known = passed_.find(unit.get());
+  const bool is_news = known == passed_.end() || (here && !known->second.here);
+  if (!is_news) return known->second.anywhere;
+  bool anywhere = here;
+  for (const std::vector<int64_t>& words : Ask(unit.get(), here))
+    anywhere = anywhere || words.back() != 0;
+  passed_[unit.get()] = {here, anywhere};
+  return anywhere;
+}
+
+// Everybody's words: a unit, how many have been called, and whether gradients pass through it.
+std::vector<std::vector<int64_t>> ForwardOrder::Ask(const Unit* unit, bool is_passed) const {
+  if (!peers_) return {};
   const auto call = static_cast<int64_t>(calls_.size());
   const int64_t here = unit == nullptr ? kEndOfForward : IndexOf(unit);
-  std::vector<std::vector<int64_t>> all;
+  std::vector<std::vector<int64_t>> all, calls;
   try {
-    all = peers_->Exchange({here, call});
+    all = peers_->Exchange({here, call, static_cast<int64_t>(is_passed)});
   } catch (const std::exception& error) {
     const UnitPtr expected = Next();
     TORCH_CHECK(false, "rank ", rank_, " has reached ", NameOf(here), " (wrapped call ", call,
@@ -99,11 +114,13 @@ void ForwardOrder::Agree(const Unit* unit) const {
                 expected ? ", its last forward ran module " + expected->name() + " here" : "",
                 ", and no other rank has come along. ", kRule, ". ", error.what());
   }
-  const std::string differing = peers_->Differing(all, [&](const std::vector<int64_t>& words) {
+  for (const std::vector<int64_t>& words : all) calls.push_back({words[0], words[1]});
+  const std::string differing = peers_->Differing(calls, [&](const std::vector<int64_t>& words) {
     return NameOf(words[0]) + ", wrapped call " + std::to_string(words[1]) + " of its forward";
   });
   TORCH_CHECK(differing.empty(), "ranks run different wrapped modules (this is rank ", rank_, "). ",
               kRule, ":", differing);
+  return all;
 }
 
 int64_t ForwardOrder::IndexOf(const Unit* unit) const {

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "hsdp/peers.h"
 #include "hsdp/unit.h"
@@ -34,6 +35,11 @@ class ForwardOrder {
   void CheckEnd();
   /// What has been called becomes the last pass.
   void Keep();
+  /// Whether any rank has gradients pass through the frozen `unit`, of which this one says so
+  /// `here`. Collective at the first time since ForgetPassed, and when gradients do where none did.
+  bool IsPassedInBackward(const UnitPtr& unit, bool here);
+  /// Which parameters are trained is about to change.
+  void ForgetPassed() { passed_.clear(); }
   /// The pass has raised: it is no guide.
   void LoseTrack() { has_raised_ = true; }
   /// Nothing is known of the ranks' last passes.
@@ -53,6 +59,7 @@ class ForwardOrder {
   const UnitSequence& LastPass() const;
   bool AtEnd() const { return IsComplete() && !has_raised_; }
   void Agree(const Unit* unit) const;
+  std::vector<std::vector<int64_t>> Ask(const Unit* unit, bool is_passed) const;
   int64_t IndexOf(const Unit* unit) const;
   std::string NameOf(int64_t index) const;
 
@@ -61,6 +68,11 @@ class ForwardOrder {
   const int64_t rank_;
   /// The calls of each outermost unit's last pass, repeats included.
   std::map<const Unit*, UnitSequence> last_passes_;
+  /// What is known of the backwards of a frozen unit.
+  struct Passed {
+    bool here, anywhere;
+  };
+  std::map<const Unit*, Passed> passed_;
   const Unit* outermost_ = nullptr;  // of this pass, or the last one
   UnitSequence calls_;               // of this pass
   size_t position_ = 0;              // in the last pass: the call that is expected next

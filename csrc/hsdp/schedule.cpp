@@ -47,6 +47,7 @@ void Schedule::Add(const UnitPtr& unit, std::vector<FullParam> full,
         self->GradArrived(alive, slot);
       });
   unit->frozen = frozen;
+  order_.ForgetPassed();
   // A recomputation binds anew what was frozen or unfrozen since its forward: other gradients come.
   unit->backward.Begin(unit->group->trainable().size());
 }
@@ -98,7 +99,9 @@ void Schedule::CountForBackward(const UnitPtr& unit) {
   }
   may_be_missed_ = true;
   if (!unit->sync && unit->trains()) unit->group->ExpectKeptGrads();
-  if (!Contains(participants_, unit)) participants_.push_back(unit);
+  if (Contains(participants_, unit)) return;
+  unit->idle_in_backward = !unit->trains();
+  participants_.push_back(unit);
 }
 
 void Schedule::BeginForward(const UnitPtr& outermost) {
@@ -156,6 +159,7 @@ void Schedule::LeaveForward(const UnitPtr& unit, const std::vector<at::Tensor>& 
     if (output.requires_grad()) AnnounceBackward(output, unit);
   }
   if (AutogradRuns()) return;
+  NoteFrozen(unit, outputs);
   const Call call = std::move(active_.back());
   active_.pop_back();
   if (FreesAfterForward(*unit, call, order_.EndsWith(unit))) {
@@ -173,6 +177,16 @@ void Schedule::LeaveForward(const UnitPtr& unit, const std::vector<at::Tensor>& 
               "forward");
   EndForward();
   turn_->EndForward();
+}
+
+// A frozen unit through which no rank's gradients pass takes no part in backward: none of its calls
+// of this pass may have needed it.
+void Schedule::NoteFrozen(const UnitPtr& unit, const std::vector<at::Tensor>& outputs) {
+  if (unit->trains() || !active_.back().grad_enabled) return;
+  const bool passed = has_hidden_graph_ ||
+                      std::any_of(outputs.begin(), outputs.end(),
+                                  [](const at::Tensor& output) { return output.requires_grad(); });
+  if (order_.IsPassedInBackward(unit, passed)) unit->idle_in_backward = false;
 }
 
 bool Schedule::FreesAfterForward(const Unit& unit, const Call& call, bool was_last) const {

@@ -124,6 +124,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   static void Outdate(Unit& unit);
   void GatherAnew(Unit& unit);
   void PrefetchForward(const Unit& unit);
+  void NoteFrozen(const UnitPtr& unit, const std::vector<at::Tensor>& outputs);
   bool FreesAfterForward(const Unit& unit, const Call& call, bool was_last) const;
   void EndForward();
   void ReleaseAfterError(const UnitPtr& unit);

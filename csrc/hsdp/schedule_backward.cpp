@@ -47,7 +47,11 @@ void Schedule::BackwardIsOver(int64_t number) {
 
 void Schedule::QueueBackward() {
   const UnitSequence backward_order(participants_.rbegin(), participants_.rend());
-  gathers_.Begin(backward_order);
+  UnitSequence gathered;
+  for (const UnitPtr& unit : backward_order) {
+    if (unit->unshard_in_backward && !unit->idle_in_backward) gathered.push_back(unit);
+  }
+  gathers_.Begin(gathered);
   UnitSequence reduced;
   for (const UnitPtr& unit : backward_order) {
     if (Reduces(*unit)) reduced.push_back(unit);
@@ -80,7 +84,7 @@ void Schedule::BeforeBackward(const UnitPtr& unit, uint64_t first_node) {
   unit->backward.graph_task = torch::autograd::get_current_graph_task_id();
   unit->backward.first_node = std::min(unit->backward.first_node, first_node);
   if (!Contains(begun_, unit)) begun_.push_back(unit);
-  unit->on_backward();
+  if (unit->unshard_in_backward) unit->on_backward();
 }
 
 void Schedule::UnshardInBackward(const UnitPtr& unit) {
@@ -90,9 +94,9 @@ void Schedule::UnshardInBackward(const UnitPtr& unit) {
     const bool is_late = begun != unit && begun->has_halfway() && !begun->backward.is_halfway;
     begun->backward.is_late = begun->backward.is_late || is_late;
   }
-  gathers_.Start(unit);
+  if (unit->unshard_in_backward) gathers_.Start(unit);
   if (unit->group->gathers_on_stream()) ReducePassed();
-  gathers_.Unshard(unit);
+  if (unit->unshard_in_backward) gathers_.Unshard(unit);
 }
 
 // Peers that have the gradients which this rank lacks have started their reductions, and their

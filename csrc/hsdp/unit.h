@@ -70,6 +70,7 @@ struct Unit {
   // What a user sets between steps.
   ReshardAfterForward reshard_after_forward = ReshardAfterForward::kUnlessBackwardIsNext;
   bool reshard_after_backward = true;
+  bool unshard_in_backward = true;  ///< false: its gradients do not take its parameters' values
   /// A user's hooks run in its backward, and may read any full parameter there: all stay until
   /// backward has gone past the unit.
   bool is_watched = false;
@@ -85,6 +86,7 @@ struct Unit {
   std::function<void()> on_reduced;
 
   // What the Schedule notes here.
+  bool idle_in_backward = false;  ///< in the pass under way: frozen, and before all that is trained
   bool frozen = false;  ///< some parameter is: it may be needed when all gradients are there
   bool unsharded_by_user = false;  ///< for a forward to come
   bool missed_halfway = false;     ///< in the last backward: gradients did not come, or too late

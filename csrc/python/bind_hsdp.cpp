@@ -129,6 +129,7 @@ void BindUnitSettings(UnitClass& unit_class) {
       .def_readwrite("sync", &hsdp::Unit::sync)
       .def_readwrite("reshard_after_forward", &hsdp::Unit::reshard_after_forward)
       .def_readwrite("reshard_after_backward", &hsdp::Unit::reshard_after_backward)
+      .def_readwrite("unshard_in_backward", &hsdp::Unit::unshard_in_backward)
       .def_readwrite("is_watched", &hsdp::Unit::is_watched)
       .def_property_readonly("is_unsharded",
                              [](const hsdp::Unit& unit) {

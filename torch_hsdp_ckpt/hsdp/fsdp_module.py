@@ -112,6 +112,13 @@ class FSDPModule(torchs.FSDPModule):
         for unit in self._units(recurse):
             unit.core.reshard_after_backward = reshard_after_backward
 
+    def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
+        """Sets whether this module's parameters are gathered for its backward. False is for one
+        whose gradients do not take their values, an embedding say: another one's backward raises
+        that they have no memory, if its forward has freed them."""
+        for core in _cores([self]):
+            core.unshard_in_backward = unshard_in_backward
+
     def set_is_last_backward(self, is_last_backward: bool) -> None:
         """Says whether the next backward is the last one before the gradients are used. If not, it
         does not wait for its last reductions: their gradients are there after the last one, or when
@@ -291,9 +298,6 @@ NOT_SUPPORTED = {
         "use set_reshard_after_forward(False) and set_reshard_after_backward(False)"
     ),
     "set_reduce_scatter_max_input_buffers": "two reductions are in flight; leave it out",
-    "set_unshard_in_backward": (
-        "every module that backward reaches is gathered; leave it out, the numbers are the same"
-    ),
 }
 
 
