@@ -34,7 +34,6 @@ from torch_hsdp_ckpt import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch_hsdp_ckpt.hsdp.fsdp_module import NOT_SUPPORTED
 
 summon = FullyShardedDataParallel.summon_full_params
 
@@ -306,11 +305,10 @@ def _changing_the_import(rank: int) -> None:
             if name.startswith("_") or not callable(getattr(theirs, name)):
                 continue
             assert hasattr(ours, name), f"{face}.{name}"
-            if name not in NOT_SUPPORTED:
-                asked, taken = (
-                    inspect.signature(getattr(of, name)).parameters for of in (theirs, ours)
-                )
-                assert list(asked) == list(taken), f"{face}.{name}"
+            asked, taken = (
+                inspect.signature(getattr(of, name)).parameters for of in (theirs, ours)
+            )
+            assert list(asked) == list(taken), f"{face}.{name}"
     for ours, theirs in (
         (FullyShardedDataParallel, torchs.FullyShardedDataParallel),
         (fully_shard, torchs.fully_shard),
@@ -323,12 +321,6 @@ def _changing_the_import(rank: int) -> None:
     ours = copy.deepcopy(net)
     for module in (*ours.blocks, ours):
         fully_shard(module, mesh=mesh_of((2, 2)))
-        for name in NOT_SUPPORTED:
-            with pytest.raises(
-                NotImplementedError,
-                match=f"^rank {rank}: module {type(module).__name__}: {name} is not supported: ",
-            ):
-                getattr(module, name)(True)
     with pytest.raises(TypeError, match=f"^rank {rank}: module Linear: dp_mesh_dims is a Data"):
         fully_shard(nn.Linear(2, 2), mesh=mesh_of((2, 2)), dp_mesh_dims=("replicate", "shard"))
 

@@ -98,9 +98,13 @@ WorkPtr Collectives::AverageIfItCan(Issue issue) const {
 }
 
 PendingWorks Collectives::AllGather(const std::vector<at::Tensor>& own,
-                                    const std::vector<Cut>& runs) const {
+                                    const std::vector<Cut>& runs, at::ScalarType dtype) const {
+  if (gather_comm_.run) {
+    gather_comm_.run(runs.at(0).run.view(dtype), own.at(0).view(dtype), /*average=*/false);
+    return {};
+  }
   const GroupPtr group = c10d::resolve_process_group(gather_group_);
-  if (exchanges(runs.at(0).run.device().type())) {
+  if (exchanges_gathers(runs.at(0).run.device().type())) {
     PendingWorks works(departures_, departures_ ? departures_->Begin(Joint::kGather) : JointOp{});
     // Receives come first, as a message that finds its receiver waiting goes at once. Peers come in
     // turns, so that no rank is every other one's first.
@@ -134,6 +138,10 @@ PendingWorks Collectives::ReduceScatter(const std::vector<at::Tensor>& outputs,
   const GroupPtr group = c10d::resolve_process_group(reduce_group_);
   std::vector<at::Tensor> inputs;
   for (const Cut& cut : runs) inputs.push_back(cut.run);
+  if (reduce_comm_.run) {
+    reduce_comm_.run(outputs.at(0), inputs.at(0), average);
+    return {};
+  }
   if (inputs.size() == 1) {
     static const auto op = FindOp<std::tuple<at::Tensor, WorkPtr>(
         at::Tensor&, at::Tensor&, const GroupPtr&, const OpPtr&, bool, int64_t)>(
@@ -210,7 +218,7 @@ PendingWorks Collectives::BroadcastFirst(const at::Tensor& tensor) const {
 
 bool Collectives::averages(c10::DeviceType device, at::ScalarType dtype) const {
   if (shards_ * replicas_ == 1 || (dtype != at::kFloat && dtype != at::kBFloat16)) return false;
-  return !host_orders(device) && !refuses_average_;
+  return (reduce_comm_.run || !host_orders(device)) && !refuses_average_;
 }
 
 double Collectives::pre_scale(at::ScalarType dtype) const {

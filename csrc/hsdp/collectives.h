@@ -42,6 +42,24 @@ struct Cut {
   }
 };
 
+/// A user's all-gather or reduce-scatter among the shards, and memory for what it moves: torch's
+/// `Comm` (torch/distributed/fsdp/_fully_shard/_fsdp_api.py). Either may be absent.
+struct CustomComm {
+  using Allocate =
+      std::function<at::Tensor(int64_t numel, at::ScalarType dtype, at::Device device)>;
+  /// Over for the current stream, and on the CPU for the host, when this returns. `average`: the
+  /// sum is to be divided by the number of shards.
+  using Run = std::function<void(const at::Tensor& output, const at::Tensor& input, bool average)>;
+
+  Allocate allocate;
+  Run run;
+
+  at::Tensor Empty(int64_t numel, const at::TensorOptions& options) const {
+    if (!allocate) return at::empty({numel}, options);
+    return allocate(numel, c10::typeMetaToScalarType(options.dtype()), options.device());
+  }
+};
+
 /// The communication of a sharded step, over process groups that are looked up by name at every
 /// call.
 ///
@@ -82,6 +100,13 @@ class Collectives {
     departures_ = std::move(departures);
   }
 
+  /// What sends gathers and reduce-scatters instead, and their packed buffers' memory. Plans and
+  /// buckets that were made before do not follow.
+  void SetGatherComm(CustomComm comm) { gather_comm_ = std::move(comm); }
+  void SetReduceComm(CustomComm comm) { reduce_comm_ = std::move(comm); }
+  const CustomComm& gather_comm() const { return gather_comm_; }
+  const CustomComm& reduce_comm() const { return reduce_comm_; }
+
   int64_t rank() const { return rank_; }
   int64_t shards() const { return shards_; }
   int64_t shard_rank() const { return shard_rank_; }
@@ -89,15 +114,28 @@ class Collectives {
 
   /// Whether operations on tensors of `device` are over only when the host has waited for them.
   bool host_orders(c10::DeviceType device) const { return TraitsOf(device).host_orders; }
-  /// Whether pieces of tensors on `device` are better sent point to point than by collectives.
-  bool exchanges(c10::DeviceType device) const { return TraitsOf(device).exchanges; }
-  /// Whether the backend launches several collectives as one.
-  bool coalesces(c10::DeviceType device) const { return TraitsOf(device).coalesces; }
+  /// Whether pieces of tensors on `device` are better sent point to point than by collectives, in
+  /// gathers and in reductions.
+  bool exchanges_gathers(c10::DeviceType device) const {
+    return !gather_comm_.run && TraitsOf(device).exchanges;
+  }
+  bool exchanges_reductions(c10::DeviceType device) const {
+    return !reduce_comm_.run && TraitsOf(device).exchanges;
+  }
+  /// Whether several collectives are launched as one.
+  bool coalesces_gathers(c10::DeviceType device) const {
+    return !gather_comm_.run && TraitsOf(device).coalesces;
+  }
+  bool coalesces_reductions(c10::DeviceType device) const {
+    return !reduce_comm_.run && TraitsOf(device).coalesces;
+  }
 
-  /// Brings every rank's piece of every run to all; `own` are this rank's. Where ranks exchange
-  /// pieces these are in their places in the runs; elsewhere they may lie anywhere, the pieces of a
-  /// run are equal, and without `coalesces` there is one run.
-  PendingWorks AllGather(const std::vector<at::Tensor>& own, const std::vector<Cut>& runs) const;
+  /// Brings every rank's piece of every run to all; `own` are this rank's, and both are in `dtype`
+  /// for a user's code, in bytes here. Where ranks exchange pieces these are in their places in the
+  /// runs; elsewhere they may lie anywhere, the pieces of a run are equal, and without `coalesces`
+  /// there is one run.
+  PendingWorks AllGather(const std::vector<at::Tensor>& own, const std::vector<Cut>& runs,
+                         at::ScalarType dtype) const;
   /// Without `exchanges`: outputs[i] becomes the sum of all ranks' pieces of runs[i], for this
   /// rank; or their average.
   PendingWorks ReduceScatter(const std::vector<at::Tensor>& outputs, const std::vector<Cut>& runs,
@@ -141,6 +179,7 @@ class Collectives {
   std::string gather_group_, reduce_group_;
   std::optional<std::string> replica_group_;
   std::shared_ptr<Departures> departures_;
+  CustomComm gather_comm_, reduce_comm_;
   int64_t rank_, shards_ = 1, shard_rank_ = 0, replicas_ = 1;
   mutable bool refuses_average_ = false;                     // the backend, and so on every rank
   mutable std::mutex mutex_;                                 // of what follows

@@ -44,10 +44,19 @@ void Gather::Allocate(const Shards& shards) {
   const bool is_empty = std::all_of(plan.full_bytes.begin(), plan.full_bytes.end(),
                                     [](int64_t bytes) { return bytes == 0; });
   if (shards.is_full || is_empty) return;
-  full_.assign(plan.full_bytes.size(), {});
+  if (kept_of_ == shards_) full_ = std::exchange(kept_, {});
+  full_.resize(plan.full_bytes.size());
+  kept_of_ = nullptr;
   AllocateFull(/*gathered_into=*/true);
   const int64_t packed_bytes = shards.count() * plan.packed_stride;
-  if (packed_bytes > 0) packed_ = at::empty({packed_bytes}, shards.flat.options());
+  if (packed_bytes > 0) packed_ = EmptyPacked(packed_bytes);
+}
+
+at::Tensor Gather::EmptyPacked(int64_t bytes) const {
+  const at::ScalarType dtype = shards_->plan.packed_dtype;
+  const auto options = shards_->flat.options().dtype(dtype);
+  const auto item = static_cast<int64_t>(c10::elementSize(dtype));
+  return shards_->collectives->gather_comm().Empty(bytes / item, options).view(at::kByte);
 }
 
 void Gather::Send() {
@@ -81,7 +90,7 @@ void Gather::AllGather() {
     for (int64_t r = 0; r <= shards_->count(); ++r) packed.bounds.push_back(r * plan.packed_stride);
     add(std::move(packed), plan.packed_flat_offset);
   }
-  works_ = shards_->collectives->AllGather(own, runs);
+  works_ = shards_->collectives->AllGather(own, runs, plan.packed_dtype);
 }
 
 void Gather::Join(const std::string& unit) {
@@ -110,8 +119,15 @@ bool Gather::IsFreedAlone(size_t i) const {
 
 void Gather::FreeOne(size_t i) { full_[shards_->plan.places[i].buffer].reset(); }
 
-void Gather::Free() {
+void Gather::Free(bool keep) {
   packed_.reset();
+  if (keep && has_memory()) {
+    kept_of_ = shards_;
+    kept_ = full_;
+  } else if (!keep) {
+    kept_of_ = nullptr;
+    kept_.clear();
+  }
   full_.clear();  // to the compute stream, which has used them last
   shards_ = nullptr;
 }
@@ -119,7 +135,8 @@ void Gather::Free() {
 void Gather::AllocateFull(bool gathered_into) {
   for (size_t b = 0; b < full_.size(); ++b) {
     if (shards_->plan.is_gathered_into[b] != gathered_into) continue;
-    full_[b] = at::empty({shards_->plan.full_bytes[b]}, shards_->flat.options());
+    const bool is_kept = full_[b].defined() && full_[b].numel() == shards_->plan.full_bytes[b];
+    if (!is_kept) full_[b] = at::empty({shards_->plan.full_bytes[b]}, shards_->flat.options());
   }
 }
 

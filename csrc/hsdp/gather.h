@@ -65,18 +65,22 @@ class Gather {
   /// Whether parameter `i` has a buffer of its own.
   bool IsFreedAlone(size_t i) const;
   void FreeOne(size_t i);
-  void Free();
+  /// With `keep` the next gather of the same shards has the full buffers again.
+  void Free(bool keep);
 
  private:
   void AllGather();
   void AllocateFull(bool gathered_into);
+  at::Tensor EmptyPacked(int64_t bytes) const;
   void Run(const std::vector<Move>& moves, const at::Tensor& from) const;
 
   const at::Device device_;
   const std::shared_ptr<DeviceStreams> streams_;
-  const Shards* shards_ = nullptr;  // those of Allocate
-  std::vector<at::Tensor> full_;    // bytes, by full buffer of the plan
-  at::Tensor packed_;               // bytes: everybody's rows of the packed parameters by rank
+  const Shards* shards_ = nullptr;   // those of Allocate
+  std::vector<at::Tensor> full_;     // bytes, by full buffer of the plan
+  const Shards* kept_of_ = nullptr;  // whose full buffers `kept_` are
+  std::vector<at::Tensor> kept_;
+  at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank
   PendingWorks works_;
   DeviceStreams::Mark gathered_;
 };

@@ -30,8 +30,9 @@ class InPlaceRule {
  public:
   InPlaceRule(const Collectives& collectives, c10::DeviceType device)
       : shards_(collectives.shards()),
-        exchanges_(shards_ > 1 && collectives.exchanges(device)),
-        coalesces_(shards_ > 1 && collectives.coalesces(device)) {}
+        exchanges_(shards_ > 1 && collectives.exchanges_gathers(device)),
+        coalesces_(shards_ > 1 && collectives.coalesces_gathers(device)),
+        is_custom_(collectives.gather_comm().run != nullptr) {}
 
   // Whether the parameter has a full buffer of its own.
   bool IsLarge(const GatheredParam& param) const {
@@ -48,10 +49,11 @@ class InPlaceRule {
            shape.numel() >= kInPlaceOnStreams;
   }
 
-  // A collective takes this rank's piece from anywhere. Where ranks exchange pieces, and where
+  // A collective takes this rank's piece from anywhere, unless it is a user's: the flat buffer's
+  // order is not made for that. Where ranks exchange pieces, and where
   // there is only one, nobody but this rank moves it to its place.
   bool TakesFromFlat(const GatheredParam& param) const {
-    return shards_ > 1 && !exchanges_ && param.stored == param.full;
+    return shards_ > 1 && !exchanges_ && !is_custom_ && param.stored == param.full;
   }
 
   /// In bytes of the full parameter.
@@ -61,7 +63,7 @@ class InPlaceRule {
 
  private:
   int64_t shards_;
-  bool exchanges_, coalesces_;
+  bool exchanges_, coalesces_, is_custom_;
 };
 
 class Planner {
@@ -86,11 +88,21 @@ class Planner {
       }
     }
     Pack(packed);
+    plan_.packed_dtype = CommonDtype(packed);
     SortByDtypes(plan_.own_rows);
     return std::move(plan_);
   }
 
  private:
+  at::ScalarType CommonDtype(const std::vector<size_t>& packed) const {
+    std::optional<at::ScalarType> common;
+    for (const size_t i : packed) {
+      if (common && *common != params_[i].full) return at::kByte;
+      common = params_[i].full;
+    }
+    return common.value_or(at::kByte);
+  }
+
   int64_t RowBytes(size_t i) const { return rule_.ShapeOf(params_[i]).row_size; }
 
   void PlaceFull() {

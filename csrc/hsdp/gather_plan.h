@@ -63,6 +63,7 @@ struct GatherPlan {
   std::vector<int64_t> full_bytes;            ///< by full buffer; the first one is the shared one
   std::vector<bool> is_gathered_into;         ///< by full buffer; others are for unpacking alone
   int64_t packed_stride = 0;                  ///< bytes of one rank in the packed buffer
+  at::ScalarType packed_dtype = at::kByte;    ///< of all packed parameters, if they have one
   std::optional<int64_t> packed_flat_offset;  ///< see InPlaceRun::flat_offset
   std::vector<InPlaceRun> in_place;
   std::vector<Move> own_rows;  ///< flat to full or packed; the same dtypes side by side

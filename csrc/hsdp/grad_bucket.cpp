@@ -48,8 +48,8 @@ bool GoesInPlace(const GradSpec& spec, const Collectives& collectives, at::Devic
            ExchangedDtype({spec.computed, spec.reduced}) == spec.computed;
   }
   return shape.numel() >= kInPlaceOnStreams && spec.computed == spec.reduced &&
-         collectives.pre_scale(spec.reduced) == 1.0 && collectives.coalesces(device.type()) &&
-         base::CutsEvenly(shape.rows, shards);
+         collectives.pre_scale(spec.reduced) == 1.0 &&
+         collectives.coalesces_reductions(device.type()) && base::CutsEvenly(shape.rows, shards);
 }
 
 int64_t AlignmentOf(DtypePair dtypes) {
@@ -115,6 +115,7 @@ GradBucket MakeBucket(DtypePair dtypes, const Members& members, const std::vecto
       .whole_begin = whole_begin,
       .stride = stride,
       .ones = at::ones({flags}, at::TensorOptions(dtypes.computed).device(device)),
+      .comm = &collectives.reduce_comm(),
   };
 }
 
@@ -190,7 +191,8 @@ GradBuckets MakeBuckets(const std::vector<GradSpec>& specs, const Collectives& c
 }
 
 SentBy SenderOf(const Collectives& collectives, at::Device device) {
-  const bool exchanges = collectives.shards() > 1 && collectives.exchanges(device.type());
+  const bool exchanges =
+      collectives.shards() > 1 && collectives.exchanges_reductions(device.type());
   return exchanges ? SentBy::kPieces : SentBy::kCollectives;
 }
 
@@ -212,7 +214,7 @@ void Pack(GradBucket& bucket, const std::vector<at::Tensor>& grads) {
                                           : at::zeros({numel}, bucket.ones.options()));
   }
   const int64_t numel = bucket.layout.shards() * bucket.packed_stride();
-  bucket.input = at::empty({numel}, bucket.ones.options().dtype(bucket.wire));
+  bucket.input = bucket.comm->Empty(numel, bucket.ones.options().dtype(bucket.wire));
   kernels::BatchedCopy(bucket.ones.device(), Packer(bucket, grads).Segments(), bucket.given,
                        bucket.wire, bucket.pack_scale);
 }

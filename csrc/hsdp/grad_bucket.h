@@ -37,7 +37,8 @@ struct GradBucket {
   size_t in_place;             ///< so many of `params`, the first ones, go from where they are
   ShardLayout layout;
   int64_t packed_begin, whole_begin, stride;
-  at::Tensor ones;  ///< one for each parameter, in the dtype `given`
+  at::Tensor ones;         ///< one for each parameter, in the dtype `given`
+  const CustomComm* comm;  ///< its buffers' memory is this one's
 
   // While a reduction is under way.
   std::vector<at::Tensor> grads{};  ///< of the parameters reduced in place, one dimension each

@@ -18,7 +18,7 @@ using Side = DeviceStreams::Side;
 std::unique_ptr<Reduction> MakeReduction(std::shared_ptr<const UnitGrads> grads, CommHook hook) {
   if (hook) return std::make_unique<HookReduction>(std::move(grads), std::move(hook));
   const bool reduces = !grads->buckets.empty();  // if not, its groups may be gone
-  if (reduces && grads->collectives->exchanges(grads->device.type())) {
+  if (reduces && grads->collectives->exchanges_reductions(grads->device.type())) {
     return std::make_unique<HostReduction>(std::move(grads));
   }
   return std::make_unique<StreamReduction>(std::move(grads));

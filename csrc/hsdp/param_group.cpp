@@ -195,6 +195,19 @@ void ParamGroup::BindFull(std::vector<FullParam> full, std::vector<size_t> train
   MakeReducer();
 }
 
+void ParamGroup::SetGatherComm(CustomComm comm) {
+  Reshard();
+  collectives_->SetGatherComm(std::move(comm));
+  shards_.plan = PlanGather(GatheredParams(), *shards_.layout, *collectives_, device_.type());
+}
+
+void ParamGroup::SetReduceComm(CustomComm comm) {
+  CheckNoPartial();
+  reducer_.reset();  // its buckets have the memory of the one before
+  collectives_->SetReduceComm(std::move(comm));
+  MakeReducer();
+}
+
 void ParamGroup::SetCommHook(CommHook hook) {
   CheckNoPartial();
   comm_hook_ = std::move(hook);
@@ -304,6 +317,7 @@ void ParamGroup::Unshard() {
 void ParamGroup::FreeTrained(size_t slot) {
   const size_t i = trainable_.at(slot);
   if (state_ != State::kUnsharded || HasViews(full_[i]) || !gather_->IsFreedAlone(i)) return;
+  if (keeps_memory_) return;
   TakeBack(full_[i].memory, why_freed_);
   gather_->FreeOne(i);
   has_freed_some_ = true;
@@ -331,9 +345,14 @@ void ParamGroup::Reshard() {
     gather_->Join(name_);
   }
   state_ = State::kSharded;
-  gather_->Free();
+  gather_->Free(keeps_memory_);
   has_freed_some_ = false;
   if (fewer_) fewer_->flat.reset();
+}
+
+void ParamGroup::SetKeepsMemory(bool keeps) {
+  keeps_memory_ = keeps;
+  if (!keeps && state_ == State::kSharded) gather_->Free(/*keep=*/false);
 }
 
 void ParamGroup::ReshardAfterForward() {

@@ -124,6 +124,9 @@ class ParamGroup {
   /// unless Reshard comes before.
   void ReshardAfterForward();
   bool is_resharded_to_fewer() const { return fewer_ && fewer_->flat.defined(); }
+  /// Whether the full parameters have the same memory at every gather.
+  bool keeps_memory() const { return keeps_memory_; }
+  void SetKeepsMemory(bool keeps);
   /// Takes the memory of one parameter away, whose gradient is there, if it is large and nobody
   /// else uses it. Whoever needs it once more has to unshard again.
   void FreeTrained(size_t slot);
@@ -149,6 +152,9 @@ class ParamGroup {
   /// one.
   void DropKept();
   GradReducer& reducer() { return *reducer_; }
+  /// From the next gather and the next reduction on these send them, see Collectives.
+  void SetGatherComm(CustomComm comm);
+  void SetReduceComm(CustomComm comm);
   /// From the next reduction on `hook` makes them.
   void SetCommHook(CommHook hook);
   ReduceOptions& reduce_options() { return reduce_options_; }
@@ -193,6 +199,7 @@ class ParamGroup {
   std::shared_ptr<Collectives> fewer_collectives_;
   std::optional<Shards> fewer_;  // what a forward has left, in the dtypes of the computation
   std::optional<Gather> gather_;
+  bool keeps_memory_ = false;
   bool has_freed_some_ = false;  // of the full parameters, though the state is kUnsharded
   State state_ = State::kSharded;
 

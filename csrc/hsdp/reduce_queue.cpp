@@ -26,7 +26,11 @@ bool Advance(int64_t rank, const Unit& unit, bool wait) {
 void ReduceQueue::Begin(const UnitSequence& units) {
   error_ = nullptr;
   queue_.clear();
-  for (const UnitPtr& unit : units) queue_.push_back({unit, State::kWaiting});
+  in_flight_ = kInFlight;
+  for (const UnitPtr& unit : units) {
+    queue_.push_back({unit, State::kWaiting});
+    in_flight_ = std::max(in_flight_, unit->reductions_in_flight);
+  }
 }
 
 void ReduceQueue::GradientsComplete(const UnitPtr& unit) {
@@ -93,7 +97,7 @@ void ReduceQueue::Take(size_t keep) {
 void ReduceQueue::TakeDuringBackward() {
   AdvanceAll();
   while (!reducing_.empty() && !reducing_.front()->group->reducer().blocks_host()) {
-    if (!TakeOldest(kInFlight)) return;
+    if (!TakeOldest(in_flight_)) return;
   }
 }
 

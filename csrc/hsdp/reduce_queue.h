@@ -42,12 +42,15 @@ class ReduceQueue {
   /// How far a reduction is that has not been started.
   enum class State { kWaiting, kReady };
 
-  /// Reductions in flight. More would hold packed gradients without moving bytes any sooner.
+  /// Reductions in flight, unless a unit says more. More would hold packed gradients without moving
+  /// bytes any sooner, where they are not slower than the computation.
   static constexpr size_t kInFlight = 2;
 
   /// `gathers`: of the same backward; it must outlive the queue. `rank`: in the default group.
   ReduceQueue(GatherQueue& gathers, int64_t rank) : gathers_(gathers), rank_(rank) {}
 
+  /// Reductions in flight from the next Begin on.
+  size_t in_flight() const { return in_flight_; }
   /// Queues `units`, in their order. Errors of an earlier backward are forgotten.
   void Begin(const UnitSequence& units);
   /// The gradients of `unit` are there. Starts whatever may start now.
@@ -105,6 +108,7 @@ class ReduceQueue {
 
   GatherQueue& gathers_;
   const int64_t rank_;
+  size_t in_flight_ = kInFlight;
   std::deque<Entry> queue_;       // kWaiting or kReady, in the order of all ranks
   std::deque<UnitPtr> reducing_;  // in flight, oldest first
   UnitPtr last_started_;          // whose inputs a device may still read

@@ -18,6 +18,7 @@ namespace hsdp_ckpt::hsdp {
 struct ReduceOptions {
   bool all_reduce = true;  ///< false: the sums over the shards wait here for the next all-reduce
   std::optional<double> divide_factor;  ///< instead of the number of ranks
+  bool force_sum = false;               ///< collectives add up only; it is divided by itself
   /// Gets every all-reduced buffer of averages (one dimension, the reduce dtype) and may change it,
   /// on the reduce stream.
   std::function<void(const at::Tensor&)> all_reduce_hook;

@@ -203,7 +203,7 @@ void Schedule::EndBackward() {
   FinishGathers();
   reductions_.StartReady();
   StartUnqueued();
-  reductions_.Take(last_backward_ ? 0 : ReduceQueue::kInFlight);
+  reductions_.Take(last_backward_ ? 0 : reductions_.in_flight());
   for (const UnitPtr& unit : units_) {
     if (FreesAfterBackward(*unit)) Release(unit);
     if (last_backward_ && unit->trains()) unit->group->reducer().Join();
@@ -242,7 +242,7 @@ void Schedule::FinishGathers() {
     if (!older || !FreesAfterBackward(*older)) continue;
     // On their way there the peers reduce, and need this rank for that. Only afterwards may this
     // rank wait for a reduction.
-    StartReductionsBefore(*older, ReduceQueue::kInFlight);
+    StartReductionsBefore(*older, reductions_.in_flight());
     Release(older);
     StartReductionsBefore(*older, SIZE_MAX);
   }
@@ -274,7 +274,7 @@ void Schedule::FinalizeBackward(bool wait) {
   reductions_.Begin(kept);
   reductions_.AllReady();
   reductions_.StartReady();
-  reductions_.Take(wait ? 0 : ReduceQueue::kInFlight);
+  reductions_.Take(wait ? 0 : reductions_.in_flight());
   for (const UnitPtr& unit : units_) {
     if (FreesAfterBackward(*unit)) Release(unit);
   }

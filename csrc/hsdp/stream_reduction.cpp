@@ -11,16 +11,28 @@ using Side = DeviceStreams::Side;
 void StreamReduction::Allocate() {
   if (grads().collectives->shards() == 1) return;
   for (const auto& bucket : grads().buckets) {
-    bucket->output = at::empty({bucket->stride}, bucket->input.options());
+    bucket->output = bucket->comm->Empty(bucket->stride, bucket->input.options());
   }
 }
 
 bool StreamReduction::averages(const GradBucket& bucket) const {
-  return !options_.divide_factor &&
+  return !options_.divide_factor && !options_.force_sum &&
          grads().collectives->averages(grads().device.type(), bucket.reduced);
 }
 
+bool StreamReduction::ends_with_backward() const {
+  const Collectives& collectives = *grads().collectives;
+  return collectives.reduce_comm().run && collectives.shards() > 1 &&
+         collectives.host_orders(grads().device.type());
+}
+
 void StreamReduction::Begin() {
+  stage_ = Stage::kScatter;
+  has_sent_ = !ends_with_backward();
+  if (has_sent_) Scatter();
+}
+
+void StreamReduction::Scatter() {
   const auto scope = grads().streams->Enter(Side::kReduce);
   const Collectives& collectives = *grads().collectives;
   for (const auto& bucket : grads().buckets) {
@@ -31,7 +43,6 @@ void StreamReduction::Begin() {
     const auto outputs = Pieces(*bucket, bucket->output, collectives.shard_rank());
     bucket->works = collectives.ReduceScatter(outputs, Runs(*bucket), averages(*bucket));
   }
-  stage_ = Stage::kScatter;
   // On a stream the all-reduce queues up behind at once, so that its place there is the same on all
   // ranks. Where the host orders, the reduce-scatter is over only when peers have come, who may be
   // waiting for a gather that this rank has still to start.
@@ -86,6 +97,11 @@ void StreamReduction::AllReduce(GradBucket& bucket) {
 }
 
 void StreamReduction::MoveOn(bool wait) {
+  if (!has_sent_) {
+    if (!wait) return;
+    has_sent_ = true;
+    Scatter();
+  }
   if (stage_ == Stage::kScatter) {
     if (!wait && !WorksAreOver()) return;
     TakeWorks();

@@ -70,6 +70,7 @@ struct Unit {
   // What a user sets between steps.
   ReshardAfterForward reshard_after_forward = ReshardAfterForward::kUnlessBackwardIsNext;
   bool reshard_after_backward = true;
+  size_t reductions_in_flight = 2;  ///< a model's is the largest of its units'
   bool unshard_in_backward = true;  ///< false: its gradients do not take its parameters' values
   /// A user's hooks run in its backward, and may read any full parameter there: all stay until
   /// backward has gone past the unit.

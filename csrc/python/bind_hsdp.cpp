@@ -114,6 +114,24 @@ void BindUnitSettings(UnitClass& unit_class) {
           },
           py::arg("hook"))
       .def(
+          "set_gather_comm",
+          [](hsdp::Unit& unit, hsdp::CustomComm::Allocate allocate, hsdp::CustomComm::Run run) {
+            unit.group->SetGatherComm({std::move(allocate), std::move(run)});
+          },
+          py::arg("allocate"), py::arg("run"))
+      .def(
+          "set_reduce_comm",
+          [](hsdp::Unit& unit, hsdp::CustomComm::Allocate allocate, hsdp::CustomComm::Run run) {
+            unit.group->SetReduceComm({std::move(allocate), std::move(run)});
+          },
+          py::arg("allocate"), py::arg("run"))
+      .def(
+          "set_force_sum",
+          [](hsdp::Unit& unit, bool force_sum) {
+            unit.group->reduce_options().force_sum = force_sum;
+          },
+          py::arg("force_sum"))
+      .def(
           "set_reshard_to",
           [](hsdp::Unit& unit, std::shared_ptr<hsdp::Collectives> fewer) {
             unit.group->SetReshardTo(std::move(fewer));
@@ -129,6 +147,10 @@ void BindUnitSettings(UnitClass& unit_class) {
       .def_readwrite("sync", &hsdp::Unit::sync)
       .def_readwrite("reshard_after_forward", &hsdp::Unit::reshard_after_forward)
       .def_readwrite("reshard_after_backward", &hsdp::Unit::reshard_after_backward)
+      .def_property(
+          "keep_memory", [](const hsdp::Unit& unit) { return unit.group->keeps_memory(); },
+          [](hsdp::Unit& unit, bool keep) { unit.group->SetKeepsMemory(keep); })
+      .def_readwrite("reductions_in_flight", &hsdp::Unit::reductions_in_flight)
       .def_readwrite("unshard_in_backward", &hsdp::Unit::unshard_in_backward)
       .def_readwrite("is_watched", &hsdp::Unit::is_watched)
       .def_property_readonly("is_unsharded",

@@ -108,7 +108,7 @@ TEST_CASE("what a backend can do is asked of the backend, not of its name", "[sc
   Log log;
   const auto abilities_of = [&](const Abilities& abilities) {
     Groups groups("a", log, abilities);
-    return std::pair(groups.collectives->coalesces(at::kCUDA),
+    return std::pair(groups.collectives->coalesces_gathers(at::kCUDA),
                      groups.collectives->averages(at::kCUDA, at::kFloat));
   };
   CHECK(abilities_of({.name = "nccl2", .coalesces = true}) == std::pair(true, true));

@@ -1,7 +1,7 @@
 """``FSDPModule``: the methods that ``fully_shard`` adds to a module, torch FSDP2's."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed.fsdp as torchs
@@ -15,12 +15,13 @@ from .backward_end import (
     finalize_backward,
     set_manual_finalization,
 )
+from .comms import UnitComm, allocator_of, symmetric_memory
 from .runner import Runner, named_runners, runner_of
 from .state.module_entries import checks_first
 from .state.module_in import load
 from .state.module_plan import LoadRequest
 from .torchs_view import FSDPState, refuse_torchs, state_of
-from .unit import ShardedUnit, mesh_of_state
+from .unit import ShardedUnit, mesh_of_state, on_stream
 
 
 class UnshardHandle(torchs.UnshardHandle):
@@ -217,15 +218,91 @@ class FSDPModule(torchs.FSDPModule):
         self, hook: Callable[[torch.Tensor], None], *, stream: Any = None
     ) -> None:
         """``hook`` gets every all-reduced buffer of this module's averages (one dimension, the
-        reduce dtype) and may change it in place. It runs on the stream of the reductions:
-        ``stream`` has to be None (ValueError)."""
-        if stream is not None:
-            raise ValueError(
-                "set_all_reduce_hook: a stream of one's own is not supported; the hook runs on "
-                "the reductions'"
-            )
+        reduce dtype) and may change it in place. It runs on the stream of the reductions, or on
+        ``stream``, which these wait for: only on meshes without replicas, as with torch, and on
+        devices (ValueError)."""
         for unit in fsdp_runner(self).units:
-            unit.set_all_reduce_hook(hook)
+            if stream is not None and (unit.mesh.ndim == 2 or unit.device.type == "cpu"):
+                raise ValueError(
+                    f"{at(cast(nn.Module, self))}set_all_reduce_hook: a stream of the hook's own "
+                    f"goes with a mesh of shards alone, on a device; {unit.mesh}"
+                )
+        for unit in fsdp_runner(self).units:
+            unit.set_all_reduce_hook(hook if stream is None else on_stream(hook, stream))
+
+    def set_custom_all_gather(self, comm: Any) -> None:
+        """``comm``, torch's ``AllGather``, sends this module's gathers from the next one on, all
+        parameters in one buffer, and gives the memory for it. It is called without ``async_op``: on
+        a device on the gathers' stream, on the CPU where the gather starts. ValueError where
+        parameters have meshes of their own, as in torch."""
+        unit = self._only_unit("set_custom_all_gather")
+        unit.set_gather_comm(UnitComm(unit.shard_group, comm.allocate, comm))
+
+    def set_custom_reduce_scatter(self, comm: Any) -> None:
+        """``comm``, torch's ``ReduceScatter``, sends this module's gradients to their shards, all
+        in one buffer of the reduce dtype, and gives the memory for it. On the CPU it is called at
+        the end of backward. Otherwise as :meth:`set_custom_all_gather`."""
+        unit = self._only_unit("set_custom_reduce_scatter")
+        unit.set_reduce_comm(UnitComm(unit.shard_group, comm.allocate, comm, is_reduction=True))
+
+    def set_allocate_memory_from_process_group_for_comm(self, enable: bool) -> None:
+        """Sets whether packed buffers of this module's collectives are memory of the backend's, if
+        it gives any (NCCL sends that without a copy). ValueError beside collectives of a user's
+        own."""
+        for unit in self._units_without_comms():
+            allocate = allocator_of(unit.shard_group) if enable else torch.empty
+            unit.set_gather_comm(UnitComm(unit.shard_group, allocate))
+            unit.set_reduce_comm(UnitComm(unit.shard_group, allocate))
+
+    def set_symm_mem_for_comm(self, backend: str = "NCCL") -> None:
+        """Packed buffers of this module's gathers are torch's symmetric memory of ``backend``.
+        Collective over the shards. ValueError beside collectives of a user's own."""
+        for unit in self._units_without_comms():
+            allocate = symmetric_memory(unit.shard_group, backend)
+            unit.set_gather_comm(UnitComm(unit.shard_group, allocate))
+
+    def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
+        """Sets whether this module's collectives only add up; it is divided by itself then."""
+        for core in _cores([self]):
+            core.set_force_sum(enable)
+
+    def set_keep_unsharded_storage(self, keep: bool, *, recurse: bool = True) -> None:
+        """Sets whether the full parameters' memory stays this module's own when they are freed, so
+        that it is the same at every gather (for CUDA graphs). They can be used as long as before
+        only."""
+        for unit in self._units(recurse):
+            unit.core.keep_memory = keep
+
+    def set_reduce_scatter_max_input_buffers(
+        self, max_input_buffers: int, *, recurse: bool = True
+    ) -> None:
+        """Sets how many reductions may be in flight, of the whole model the largest number that any
+        module has; two at least. More take memory, and help where they are slower than backward."""
+        if isinstance(max_input_buffers, bool) or not isinstance(max_input_buffers, int):
+            kind = type(max_input_buffers).__name__
+            raise TypeError(f"max_input_buffers is an int, not a {kind}")
+        if max_input_buffers < 1:
+            raise ValueError(f"max_input_buffers is positive, not {max_input_buffers}")
+        for unit in self._units(recurse):
+            unit.core.reductions_in_flight = max_input_buffers
+
+    def _only_unit(self, setting: str) -> ShardedUnit:
+        units = fsdp_runner(self).units
+        if len(units) > 1:
+            raise ValueError(
+                f"{at(cast(nn.Module, self))}{setting}: its parameters are on {len(units)} meshes, "
+                "and the collectives are one group's"
+            )
+        return units[0]
+
+    def _units_without_comms(self) -> tuple[ShardedUnit, ...]:
+        units = fsdp_runner(self).units
+        if any(unit.has_user_comms() for unit in units):
+            raise ValueError(
+                f"{at(cast(nn.Module, self))}set_custom_all_gather and set_custom_reduce_scatter "
+                "give memory too: leave one of the two out"
+            )
+        return units
 
     @checks_first
     def load_state_dict(
@@ -281,37 +358,6 @@ class FSDPModule(torchs.FSDPModule):
 
 
 refuse_torchs(FSDPModule)
-
-
-# Settings of how torch's FSDP2 communicates and keeps memory are refused, with what to do instead.
-NOT_SUPPORTED = {
-    "set_custom_all_gather": "gathers are the core's own; leave it out",
-    "set_custom_reduce_scatter": (
-        "reductions are the core's own; set_all_reduce_hook sees what they give"
-    ),
-    "set_allocate_memory_from_process_group_for_comm": (
-        "the core's buffers are torch's allocator's; leave it out"
-    ),
-    "set_symm_mem_for_comm": "the core's buffers are torch's allocator's; leave it out",
-    "set_force_sum_reduction_for_comms": "NCCL averages on the way where it can; leave it out",
-    "set_keep_unsharded_storage": (
-        "use set_reshard_after_forward(False) and set_reshard_after_backward(False)"
-    ),
-    "set_reduce_scatter_max_input_buffers": "two reductions are in flight; leave it out",
-}
-
-
-def _refusal(name: str, instead: str) -> Callable[..., NoReturn]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"{at(self)}{name} is not supported: {instead}")
-
-    method.__name__ = name
-    method.__doc__ = f"Not supported: NotImplementedError. Instead: {instead}."
-    return method
-
-
-for _name, _instead in NOT_SUPPORTED.items():
-    setattr(FSDPModule, _name, _refusal(_name, _instead))
 
 
 def _cores(modules: Iterable[torchs.FSDPModule]) -> list[_C.Unit]:

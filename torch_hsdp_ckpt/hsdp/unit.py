@@ -18,6 +18,7 @@ from .. import _C
 from ..common import gate
 from ..common.tensors import local_of
 from .callbacks import weak_callback, weak_function
+from .comms import UnitComm
 from .gradients import TrainableParameter, UnitGradients
 from .layout import ParameterLayout, dtensor_around, spec_with_dtype
 from .own_groups import group_of_ranks
@@ -91,6 +92,8 @@ class ShardedUnit:
         self._requires_grad: list[bool] = []
         self._gradients = self._gradients_of([])
 
+        # Held here, where the garbage collector sees what they reach.
+        self._comms: dict[str, UnitComm] = {}
         self._comm_hook: Callable[..., Any] | None = None
         self._all_reduce_hook: Callable[[Tensor], None] | None = None
         self.summoned = False
@@ -132,10 +135,9 @@ class ShardedUnit:
         self.core.set_reshard_to(self.fewer)
 
     def _among_neighbours(self, count: int) -> _C.Collectives:
-        shard_group = self.mesh.get_group(self.mesh.ndim - 1)
-        ranks = dist.get_process_group_ranks(shard_group)
+        ranks = dist.get_process_group_ranks(self.shard_group)
         first = ranks.index(dist.get_rank()) // count * count
-        group = group_of_ranks(ranks[first : first + count], shard_group)
+        group = group_of_ranks(ranks[first : first + count], self.shard_group)
         return _C.Collectives(group.group_name, None, dist.get_rank())
 
     def join(self, peers: _C.Peers) -> None:
@@ -158,6 +160,27 @@ class ShardedUnit:
     def _call_comm_hook(self, gradient: Tensor, shard: Tensor | None) -> None:
         assert self._comm_hook is not None
         self._comm_hook(gradient) if shard is None else self._comm_hook(gradient, shard)
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup:
+        """The mesh's group of the ranks that share the parameters out."""
+        return self.mesh.get_group(self.mesh.ndim - 1)
+
+    def set_gather_comm(self, comm: UnitComm) -> None:
+        """``comm`` sends from the next gather on, or gives it memory."""
+        self._comms["gather"] = comm
+        run = weak_callback(comm.run) if comm.sends else None
+        self.core.set_gather_comm(weak_function(comm.allocate), run)
+
+    def set_reduce_comm(self, comm: UnitComm) -> None:
+        """``comm`` sends from the next reduce-scatter on, or gives it memory."""
+        self._comms["reduce"] = comm
+        run = weak_callback(comm.run) if comm.sends else None
+        self.core.set_reduce_comm(weak_function(comm.allocate), run)
+
+    def has_user_comms(self) -> bool:
+        """Whether a user's code sends."""
+        return any(comm.sends for comm in self._comms.values())
 
     def set_all_reduce_hook(self, hook: Callable[[Tensor], None] | None) -> None:
         """``hook`` gets the all-reduced averages from the next reduction on."""
@@ -462,6 +485,20 @@ class ShardedUnit:
     def full_from(self, index: int, whole: torch.Tensor) -> torch.Tensor:
         """What the module computes with, of the whole of the parameter on all mesh dimensions."""
         return self._layouts[index].full_from(whole)
+
+
+def on_stream(hook: Callable[[Tensor], None], stream: Any) -> Callable[[Tensor], None]:
+    """``hook`` on ``stream``, behind what the current one has been given, which goes on behind
+    it."""
+
+    def call(averages: Tensor) -> None:
+        current = torch.get_device_module(averages.device.type).current_stream(averages.device)
+        stream.wait_stream(current)
+        with torch.get_device_module(averages.device.type).stream(stream):
+            hook(averages)
+        current.wait_stream(stream)
+
+    return call
 
 
 def mesh_of_state(units: Sequence[ShardedUnit]) -> DeviceMesh:
