@@ -398,7 +398,8 @@ class StoredParam:
     """One parameter as its unit stores it: ``sizes`` of this rank's part of it, of which the shards
     cut dimension ``dim``. ``param_dtype``: it computes in; None: as stored.
     ``is_summed_elsewhere``: its gradient may come as a summand over mesh dimensions that the unit
-    does not know of."""
+    does not know of. ``is_dtensor``: the full parameter is one, and its gradient.
+    ``is_extended``: an ``Extension`` gathers it."""
 
     def __init__(
         self,
@@ -408,6 +409,19 @@ class StoredParam:
         dtype: torch.dtype,
         param_dtype: torch.dtype | None = None,
         is_summed_elsewhere: bool = False,
+        is_dtensor: bool = False,
+        is_extended: bool = False,
+    ) -> None: ...
+
+class Extension:
+    """Gathers a unit's extended parameters: begins with it, makes them full, frees them."""
+
+    def __init__(
+        self,
+        *,
+        start: Callable[[], None],
+        finish: Callable[[], None],
+        free: Callable[[], None],
     ) -> None: ...
 
 class Collectives:
@@ -452,6 +466,7 @@ class Unit:
         on_backward: Callable[[], None],
         on_reduced: Callable[[], None],
         local_grad: Callable[[int, torch.Tensor], torch.Tensor],
+        extension: Extension | None = None,
     ) -> None: ...
     def set_all_reduce(self, all_reduce: bool) -> None: ...
     keep_memory: bool
@@ -506,7 +521,7 @@ class Schedule:
         self,
         unit: Unit,
         full: Sequence[torch.Tensor],
-        memory: Sequence[torch.Tensor],
+        memory: Sequence[torch.Tensor | None],
         trainable: Sequence[int],
     ) -> None: ...
     def enter_forward(self, unit: Unit, grad_enabled: bool) -> None: ...

@@ -59,11 +59,14 @@ at::Tensor Gather::EmptyPacked(int64_t bytes) const {
   return shards_->collectives->gather_comm().Empty(bytes / item, options).view(at::kByte);
 }
 
-void Gather::Send() {
-  if (!has_memory()) return;
+void Gather::Send(const std::function<void()>& beside) {
+  if (!has_memory() && !beside) return;
   const auto scope = streams_->Enter(DeviceStreams::Side::kGather);
-  Run(shards_->plan.own_rows, shards_->flat);
-  if (shards_->count() > 1) AllGather();
+  if (has_memory()) {
+    Run(shards_->plan.own_rows, shards_->flat);
+    if (shards_->count() > 1) AllGather();
+  }
+  if (beside) beside();
   std::vector<WorkPtr> works;
   works_.MoveQueuedTo(works);
   streams_->Record(DeviceStreams::Side::kGather, gathered_, std::move(works));

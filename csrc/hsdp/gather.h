@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -51,8 +52,8 @@ class Gather {
   /// Begins a gather of `shards`, whose memory must live until Unpack, and whose plan until Free.
   /// What may run out of memory is over when this returns, and nothing has been sent.
   void Allocate(const Shards& shards);
-  /// Starts the all-gather, if there is anything to gather.
-  void Send();
+  /// Starts the all-gather, if there is anything to gather, and what is `beside` it.
+  void Send(const std::function<void()>& beside = nullptr);
   /// What has been started is over: the current stream may read the buffers, and may free them.
   /// Blocks the host where that orders the collectives. `unit`: its name, for errors.
   void Join(const std::string& unit);

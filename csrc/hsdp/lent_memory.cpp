@@ -13,7 +13,7 @@ namespace {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 15
 // These have a function that makes a storage raise when it is used, but none that ends this. An
 // explicit instantiation may name a private member: that is the one way to reach it.
-template <bool c10::StorageImpl::*kMember>
+template <bool c10::StorageImpl::* kMember>
 struct RaisesOnUse {
   friend bool& RaisesOnUseOf(c10::StorageImpl& storage) { return storage.*kMember; }
 };

@@ -15,18 +15,22 @@ uint8_t* Bytes(const at::Tensor& tensor) {
   return static_cast<uint8_t*>(tensor.mutable_data_ptr());
 }
 
-bool HasViews(const FullParam& full) { return full.memory.storage().use_count() > 1; }
+bool HasViews(const FullParam& full) {
+  return full.memory.defined() && full.memory.storage().use_count() > 1;
+}
 
 }  // namespace
 
 ParamGroup::ParamGroup(std::vector<StoredParam> params, Precision precision, at::Device device,
-                       std::shared_ptr<Collectives> collectives, LocalGrad local_grad)
+                       std::shared_ptr<Collectives> collectives, LocalGrad local_grad,
+                       Extension extension)
     : params_(std::move(params)),
       precision_(precision),
       device_(device),
       collectives_(std::move(collectives)),
       streams_(DeviceStreams::Of(device)),
-      local_grad_(std::move(local_grad)) {
+      local_grad_(std::move(local_grad)),
+      extension_(std::move(extension)) {
   const auto check = [](const std::optional<at::ScalarType>& dtype) {
     TORCH_CHECK_VALUE(!dtype || kernels::Computes(*dtype), "mixed precision in ", *dtype,
                       " is not supported: pass float32, float64, bfloat16 or float16");
@@ -55,14 +59,19 @@ void ParamGroup::set_name(std::string name) {
 }
 
 at::ScalarType ParamGroup::FullDtype(size_t i) const {
-  const auto& [cut, stored, param_dtype, elsewhere] = params_[i];
-  return param_dtype && kernels::Computes(stored) ? *param_dtype : stored;
+  const StoredParam& param = params_[i];
+  return param.param_dtype && kernels::Computes(param.dtype) ? *param.param_dtype : param.dtype;
+}
+
+// Of an extended parameter there is nothing in the unit's buffers.
+CutSizes ParamGroup::GatheredCut(size_t i) const {
+  return params_[i].is_extended ? CutSizes{{0}, 0} : params_[i].cut;
 }
 
 std::vector<GatheredParam> ParamGroup::GatheredParams() const {
   std::vector<GatheredParam> params;
   for (size_t i = 0; i < params_.size(); ++i) {
-    params.push_back({params_[i].cut, params_[i].dtype, FullDtype(i)});
+    params.push_back({GatheredCut(i), params_[i].dtype, FullDtype(i)});
   }
   return params;
 }
@@ -95,6 +104,7 @@ at::Tensor ParamGroup::CutForFewer() const {
   for (size_t i = 0; i < params_.size(); ++i) {
     ShardPlace place = layout.place(i, fewer_->rank());
     if (!params_[i].cut.is_cut()) place.first = 0;
+    if (place.run == 0) continue;
     segments.push_back({Bytes(full_[i].memory) + place.first, Bytes(flat) + layout.offset(i),
                         place.run, place.runs, place.stride, place.run});
   }
@@ -106,7 +116,7 @@ std::vector<at::Tensor> ParamGroup::ShardTensors() const {
   std::vector<at::Tensor> shards;
   for (size_t i = 0; i < params_.size(); ++i) {
     const std::vector<int64_t> sizes =
-        params_[i].cut.WithRows(shards_.layout->shard_rows(i, shards_.rank()));
+        GatheredCut(i).WithRows(shards_.layout->shard_rows(i, shards_.rank()));
     shards.push_back(PieceOf(shards_.flat, ShardAddress(shards_, i), sizes, params_[i].dtype));
   }
   return shards;
@@ -117,10 +127,11 @@ std::vector<at::Tensor> ParamGroup::ShardFull(const std::vector<at::Tensor>& ful
               params_.size(), " parameters");
   std::vector<at::Tensor> own;
   for (size_t i = 0; i < full.size(); ++i) {
-    const auto& [cut, dtype, param_dtype, elsewhere] = params_[i];
-    TORCH_CHECK(full[i].sizes() == at::IntArrayRef(cut.sizes) && full[i].scalar_type() == dtype,
-                "ParamGroup: parameter ", i, " is ", full[i].sizes(), ", expected ",
-                at::IntArrayRef(cut.sizes));
+    const CutSizes cut = GatheredCut(i);
+    TORCH_CHECK(
+        full[i].sizes() == at::IntArrayRef(cut.sizes) && full[i].scalar_type() == params_[i].dtype,
+        "ParamGroup: parameter ", i, " is ", full[i].sizes(), ", expected ",
+        at::IntArrayRef(cut.sizes));
     const int64_t rank = collectives_->shard_rank();
     own.push_back(full[i].detach());
     if (cut.is_cut())
@@ -139,7 +150,7 @@ std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards
   const int64_t rank = collectives_->shard_rank();
   for (size_t i = 0; i < shards.size(); ++i) {
     const std::vector<int64_t> expected =
-        params_[i].cut.WithRows(shards_.layout->shard_rows(i, rank));
+        GatheredCut(i).WithRows(shards_.layout->shard_rows(i, rank));
     TORCH_CHECK(shards[i].sizes() == at::IntArrayRef(expected),
                 "ParamGroup: the shard of parameter ", i, " is ", shards[i].sizes(), ", expected ",
                 at::IntArrayRef(expected));
@@ -161,7 +172,7 @@ std::vector<at::Tensor> ParamGroup::EmptyFull() const {
   std::vector<at::Tensor> full;
   for (size_t i = 0; i < params_.size(); ++i) {
     full.push_back(
-        at::empty(params_[i].cut.sizes, at::TensorOptions(FullDtype(i)).device(device_)));
+        at::empty(GatheredCut(i).sizes, at::TensorOptions(FullDtype(i)).device(device_)));
   }
   return full;
 }
@@ -190,6 +201,9 @@ void ParamGroup::BindFull(std::vector<FullParam> full, std::vector<size_t> train
   // and Parameters are made by one.
   TakeBackAll();
   trainable_ = std::move(trainable);
+  grad_numels_.clear();
+  for (const size_t i : trainable_)
+    grad_numels_.push_back(c10::multiply_integers(params_[i].cut.sizes));
   half_of_grads_ = HalfOfGrads();
   WatchGrads(std::move(on_grad));
   MakeReducer();
@@ -301,7 +315,7 @@ void ParamGroup::StartGather() {
   if (state_ != State::kSharded) return;
   gather_->Allocate(is_resharded_to_fewer() ? *fewer_ : shards_);
   state_ = State::kGathering;
-  gather_->Send();
+  gather_->Send(extension_.start);
 }
 
 void ParamGroup::Unshard() {
@@ -311,13 +325,14 @@ void ParamGroup::Unshard() {
   gather_->Unpack();
   if (fewer_) fewer_->flat.reset();
   for (size_t i = 0; i < full_.size(); ++i) LendFull(i);
+  if (extension_.finish) extension_.finish();
   state_ = State::kUnsharded;
 }
 
 void ParamGroup::FreeTrained(size_t slot) {
   const size_t i = trainable_.at(slot);
-  if (state_ != State::kUnsharded || HasViews(full_[i]) || !gather_->IsFreedAlone(i)) return;
-  if (keeps_memory_) return;
+  if (state_ != State::kUnsharded || keeps_memory_ || params_[i].is_extended) return;
+  if (HasViews(full_[i]) || !gather_->IsFreedAlone(i)) return;
   TakeBack(full_[i].memory, why_freed_);
   gather_->FreeOne(i);
   has_freed_some_ = true;
@@ -325,6 +340,7 @@ void ParamGroup::FreeTrained(size_t slot) {
 
 // Without a gather this rank's shards are the full parameters.
 void ParamGroup::LendFull(size_t i) {
+  if (params_[i].is_extended) return;
   if (gather_->has_memory()) {
     const auto [buffer, offset] = gather_->PlaceOf(i);
     Lend(full_[i].memory, buffer, Bytes(buffer) + offset);
@@ -334,7 +350,9 @@ void ParamGroup::LendFull(size_t i) {
 }
 
 void ParamGroup::TakeBackAll() {
-  for (const FullParam& full : full_) TakeBack(full.memory, why_freed_);
+  for (const FullParam& full : full_) {
+    if (full.memory.defined()) TakeBack(full.memory, why_freed_);
+  }
 }
 
 void ParamGroup::Reshard() {
@@ -344,6 +362,7 @@ void ParamGroup::Reshard() {
     // Peers count on the rows that this rank sends, and write into this buffer.
     gather_->Join(name_);
   }
+  if (extension_.free && state_ != State::kSharded) extension_.free();
   state_ = State::kSharded;
   gather_->Free(keeps_memory_);
   has_freed_some_ = false;
@@ -399,7 +418,7 @@ void ParamGroup::StartReduce() {
     at::Tensor grad = std::exchange(full_[i].leaf.mutable_grad(), {});
     const bool fresh = grad.defined() && grad.scalar_type() == GradDtype(i);
     if (grad_form_ == GradForm::kReduced && fresh) grad = grad.to(ReduceDtype(i));
-    if (grad.defined() && full_[i].is_dtensor()) grad = local_grad_(i, grad);
+    if (grad.defined() && params_[i].is_dtensor) grad = local_grad_(i, grad);
     grads.push_back(std::move(grad));
   }
   reducer_->Start(std::move(grads), grad_form_, reduce_options_);

@@ -46,14 +46,20 @@ struct StoredParam {
   std::optional<at::ScalarType> param_dtype{};  ///< it computes in; absent: as stored
   /// Its gradient may come as a summand over those other dimensions, in the reduction's dtype.
   bool is_summed_elsewhere = false;
+  bool is_dtensor = false;   ///< the full parameter is one, and its gradient
+  bool is_extended = false;  ///< somebody else gathers it, see Extension
 };
 
 /// One full parameter. `leaf` is what autograd knows; `memory` is what the unit fills: the leaf
-/// itself, or the local tensor of a leaf that is a DTensor.
+/// itself, or the local tensor of a leaf that is a DTensor. Undefined: somebody else fills it.
 struct FullParam {
   at::Tensor leaf, memory;
+};
 
-  bool is_dtensor() const { return !leaf.is_same(memory); }
+/// Gathers the extended parameters of a unit beside all others: begins with that, makes them full,
+/// frees them. On a device it begins on the gathers' stream.
+struct Extension {
+  std::function<void()> start, finish, free;
 };
 
 /// Gives the local tensor of the gradient of parameter `i`, a DTensor, placed as that is: whatever
@@ -80,7 +86,8 @@ class ParamGroup {
   enum class State { kSharded, kGathering, kUnsharded };
 
   ParamGroup(std::vector<StoredParam> params, Precision precision, at::Device device,
-             std::shared_ptr<Collectives> collectives, LocalGrad local_grad = nullptr);
+             std::shared_ptr<Collectives> collectives, LocalGrad local_grad = nullptr,
+             Extension extension = {});
   ~ParamGroup();
   ParamGroup(const ParamGroup&) = delete;
   ParamGroup& operator=(const ParamGroup&) = delete;
@@ -160,7 +167,7 @@ class ParamGroup {
   ReduceOptions& reduce_options() { return reduce_options_; }
   const std::vector<size_t>& trainable() const { return trainable_; }
   /// Elements of the gradient of parameter `trainable()[slot]`.
-  int64_t grad_numel(size_t slot) const { return full_[trainable_[slot]].memory.numel(); }
+  int64_t grad_numel(size_t slot) const { return grad_numels_[slot]; }
   /// So many elements are about half of the gradients. 0 where nothing comes halfway: on the CPU,
   /// and with a parameter that is larger than all others together, whose gradient may come first or
   /// last.
@@ -183,6 +190,7 @@ class ParamGroup {
   int64_t HalfOfGrads() const;
   void WatchGrads(std::function<void(size_t)> on_grad);
   void MakeReducer();
+  CutSizes GatheredCut(size_t i) const;
   void LendFull(size_t i);
   void TakeBackAll();
 
@@ -194,6 +202,7 @@ class ParamGroup {
   std::shared_ptr<Collectives> collectives_;
   std::shared_ptr<DeviceStreams> streams_;
   const LocalGrad local_grad_;
+  const Extension extension_;
 
   Shards shards_;
   std::shared_ptr<Collectives> fewer_collectives_;
@@ -205,6 +214,7 @@ class ParamGroup {
 
   std::vector<FullParam> full_;
   std::vector<size_t> trainable_;
+  std::vector<int64_t> grad_numels_;  // by trainable parameter
   int64_t half_of_grads_ = 0;
   // Gradient accumulators live as long as somebody holds them: they are kept, so that their hooks
   // are. Each is a shared_ptr in torch 2.11, an intrusive_ptr in 2.15.

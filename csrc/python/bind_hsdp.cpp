@@ -47,12 +47,20 @@ void BindValues(py::module_& module) {
            py::arg("accumulation") = hsdp::GradAccumulation::kComputed);
   py::class_<hsdp::StoredParam>(module, "StoredParam")
       .def(py::init([](std::vector<int64_t> sizes, int64_t dim, at::ScalarType dtype,
-                       std::optional<at::ScalarType> param_dtype, bool is_summed_elsewhere) {
-             return hsdp::StoredParam{
-                 {std::move(sizes), dim}, dtype, param_dtype, is_summed_elsewhere};
+                       std::optional<at::ScalarType> param_dtype, bool is_summed_elsewhere,
+                       bool is_dtensor, bool is_extended) {
+             return hsdp::StoredParam{{std::move(sizes), dim}, dtype,      param_dtype,
+                                      is_summed_elsewhere,     is_dtensor, is_extended};
            }),
            py::kw_only(), py::arg("sizes"), py::arg("dim"), py::arg("dtype"),
-           py::arg("param_dtype") = py::none(), py::arg("is_summed_elsewhere") = false);
+           py::arg("param_dtype") = py::none(), py::arg("is_summed_elsewhere") = false,
+           py::arg("is_dtensor") = false, py::arg("is_extended") = false);
+  py::class_<hsdp::Extension>(module, "Extension")
+      .def(py::init([](std::function<void()> start, std::function<void()> finish,
+                       std::function<void()> free) {
+             return hsdp::Extension{std::move(start), std::move(finish), std::move(free)};
+           }),
+           py::kw_only(), py::arg("start"), py::arg("finish"), py::arg("free"));
   py::class_<base::ShardRows>(module, "ShardRows")
       .def_readonly("first", &base::ShardRows::first)
       .def_readonly("count", &base::ShardRows::count);
@@ -84,10 +92,12 @@ using UnitClass = py::class_<hsdp::Unit, std::shared_ptr<hsdp::Unit>>;
 std::shared_ptr<hsdp::Unit> MakeUnit(std::vector<hsdp::StoredParam> parameters, at::Device device,
                                      std::shared_ptr<hsdp::Collectives> collectives,
                                      hsdp::Precision precision, std::function<void()> on_backward,
-                                     std::function<void()> on_reduced, hsdp::LocalGrad local_grad) {
+                                     std::function<void()> on_reduced, hsdp::LocalGrad local_grad,
+                                     std::optional<hsdp::Extension> extension) {
   auto unit = std::make_shared<hsdp::Unit>();
   unit->group = std::make_shared<hsdp::ParamGroup>(std::move(parameters), precision, device,
-                                                   std::move(collectives), std::move(local_grad));
+                                                   std::move(collectives), std::move(local_grad),
+                                                   extension.value_or(hsdp::Extension{}));
   unit->on_backward = std::move(on_backward);
   unit->on_reduced = std::move(on_reduced);
   return unit;
@@ -175,7 +185,7 @@ void BindUnit(py::module_& module) {
   UnitClass unit_class(module, "Unit");
   unit_class.def(py::init(&MakeUnit), py::kw_only(), py::arg("parameters"), py::arg("device"),
                  py::arg("collectives"), py::arg("precision"), py::arg("on_backward"),
-                 py::arg("on_reduced"), py::arg("local_grad"));
+                 py::arg("on_reduced"), py::arg("local_grad"), py::arg("extension") = py::none());
   BindUnitSettings(unit_class);
   unit_class
       .def(
@@ -215,12 +225,13 @@ void BindUnit(py::module_& module) {
 }
 
 void AddUnit(hsdp::Schedule& schedule, const hsdp::UnitPtr& unit,
-             const std::vector<at::Tensor>& full, const std::vector<at::Tensor>& memory,
-             std::vector<size_t> trainable) {
+             const std::vector<at::Tensor>& full,
+             const std::vector<std::optional<at::Tensor>>& memory, std::vector<size_t> trainable) {
   TORCH_CHECK(full.size() == memory.size(), "Schedule.add: ", full.size(), " parameters and ",
               memory.size(), " tensors for them");
   std::vector<hsdp::FullParam> params;
-  for (size_t i = 0; i < full.size(); ++i) params.push_back({full[i], memory[i]});
+  for (size_t i = 0; i < full.size(); ++i)
+    params.push_back({full[i], memory[i].value_or(at::Tensor())});
   schedule.Add(unit, std::move(params), std::move(trainable));
 }
 

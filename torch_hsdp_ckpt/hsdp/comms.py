@@ -67,6 +67,20 @@ class UnitComm:
             work.wait()
 
 
+def on_stream(hook: Callable[[torch.Tensor], None], stream: Any) -> Callable[[torch.Tensor], None]:
+    """``hook`` on ``stream``, behind what the current one has been given, which goes on behind
+    it."""
+
+    def call(averages: torch.Tensor) -> None:
+        current = torch.get_device_module(averages.device.type).current_stream(averages.device)
+        stream.wait_stream(current)
+        with torch.get_device_module(averages.device.type).stream(stream):
+            hook(averages)
+        current.wait_stream(stream)
+
+    return call
+
+
 def _described(memory: Any) -> str:
     if not isinstance(memory, torch.Tensor):
         return f"a {type(memory).__name__}"

@@ -220,11 +220,11 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                     f"{unit.core.name} has one of shards and one of replicas: pass "
                     "MixedPrecision(reduce_dtype=...), or use fully_shard's set_all_reduce_hook"
                 )
-            if unit.has_comm_hook:
+            if unit.communication.has_comm_hook:
                 raise ValueError(f"{at(self)}module {unit.core.name} has a communication hook")
         self._runner.reset()
         for unit in units:
-            unit.set_comm_hook(functools.partial(hook, state))
+            unit.communication.set_comm_hook(functools.partial(hook, state))
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True

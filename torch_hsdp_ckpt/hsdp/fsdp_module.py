@@ -15,13 +15,14 @@ from .backward_end import (
     finalize_backward,
     set_manual_finalization,
 )
-from .comms import UnitComm, allocator_of, symmetric_memory
+from .comms import UnitComm, allocator_of, on_stream, symmetric_memory
+from .communication import UnitCommunication
 from .runner import Runner, named_runners, runner_of
 from .state.module_entries import checks_first
 from .state.module_in import load
 from .state.module_plan import LoadRequest
 from .torchs_view import FSDPState, refuse_torchs, state_of
-from .unit import ShardedUnit, mesh_of_state, on_stream
+from .unit import ShardedUnit, mesh_of_state
 
 
 class UnshardHandle(torchs.UnshardHandle):
@@ -103,7 +104,7 @@ class FSDPModule(torchs.FSDPModule):
         the outermost module's too. Where they are kept the module shows them until backward or
         ``reshard()``."""
         for unit in self._units(recurse):
-            unit.set_reshard_after_forward(reshard_after_forward)
+            unit.communication.set_reshard_after_forward(reshard_after_forward)
 
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
@@ -227,39 +228,40 @@ class FSDPModule(torchs.FSDPModule):
                     f"{at(cast(nn.Module, self))}set_all_reduce_hook: a stream of the hook's own "
                     f"goes with a mesh of shards alone, on a device; {unit.mesh}"
                 )
+        on_its_stream = hook if stream is None else on_stream(hook, stream)
         for unit in fsdp_runner(self).units:
-            unit.set_all_reduce_hook(hook if stream is None else on_stream(hook, stream))
+            unit.communication.set_all_reduce_hook(on_its_stream)
 
     def set_custom_all_gather(self, comm: Any) -> None:
         """``comm``, torch's ``AllGather``, sends this module's gathers from the next one on, all
         parameters in one buffer, and gives the memory for it. It is called without ``async_op``: on
         a device on the gathers' stream, on the CPU where the gather starts. ValueError where
         parameters have meshes of their own, as in torch."""
-        unit = self._only_unit("set_custom_all_gather")
-        unit.set_gather_comm(UnitComm(unit.shard_group, comm.allocate, comm))
+        its = self._only_communication("set_custom_all_gather")
+        its.set_gather_comm(UnitComm(its.shard_group, comm.allocate, comm))
 
     def set_custom_reduce_scatter(self, comm: Any) -> None:
         """``comm``, torch's ``ReduceScatter``, sends this module's gradients to their shards, all
         in one buffer of the reduce dtype, and gives the memory for it. On the CPU it is called at
         the end of backward. Otherwise as :meth:`set_custom_all_gather`."""
-        unit = self._only_unit("set_custom_reduce_scatter")
-        unit.set_reduce_comm(UnitComm(unit.shard_group, comm.allocate, comm, is_reduction=True))
+        its = self._only_communication("set_custom_reduce_scatter")
+        its.set_reduce_comm(UnitComm(its.shard_group, comm.allocate, comm, is_reduction=True))
 
     def set_allocate_memory_from_process_group_for_comm(self, enable: bool) -> None:
         """Sets whether packed buffers of this module's collectives are memory of the backend's, if
         it gives any (NCCL sends that without a copy). ValueError beside collectives of a user's
         own."""
-        for unit in self._units_without_comms():
-            allocate = allocator_of(unit.shard_group) if enable else torch.empty
-            unit.set_gather_comm(UnitComm(unit.shard_group, allocate))
-            unit.set_reduce_comm(UnitComm(unit.shard_group, allocate))
+        for each in self._own_communications():
+            allocate = allocator_of(each.shard_group) if enable else torch.empty
+            each.set_gather_comm(UnitComm(each.shard_group, allocate))
+            each.set_reduce_comm(UnitComm(each.shard_group, allocate))
 
     def set_symm_mem_for_comm(self, backend: str = "NCCL") -> None:
         """Packed buffers of this module's gathers are torch's symmetric memory of ``backend``.
         Collective over the shards. ValueError beside collectives of a user's own."""
-        for unit in self._units_without_comms():
-            allocate = symmetric_memory(unit.shard_group, backend)
-            unit.set_gather_comm(UnitComm(unit.shard_group, allocate))
+        for each in self._own_communications():
+            allocate = symmetric_memory(each.shard_group, backend)
+            each.set_gather_comm(UnitComm(each.shard_group, allocate))
 
     def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
         """Sets whether this module's collectives only add up; it is divided by itself then."""
@@ -286,23 +288,24 @@ class FSDPModule(torchs.FSDPModule):
         for unit in self._units(recurse):
             unit.core.reductions_in_flight = max_input_buffers
 
-    def _only_unit(self, setting: str) -> ShardedUnit:
+    def _only_communication(self, setting: str) -> UnitCommunication:
         units = fsdp_runner(self).units
         if len(units) > 1:
             raise ValueError(
                 f"{at(cast(nn.Module, self))}{setting}: its parameters are on {len(units)} meshes, "
                 "and the collectives are one group's"
             )
-        return units[0]
+        return units[0].communication
 
-    def _units_without_comms(self) -> tuple[ShardedUnit, ...]:
-        units = fsdp_runner(self).units
-        if any(unit.has_user_comms() for unit in units):
+    def _own_communications(self) -> list[UnitCommunication]:
+        """Of this module's units, none of which a user's code sends for."""
+        found = [unit.communication for unit in fsdp_runner(self).units]
+        if any(each.has_user_comms for each in found):
             raise ValueError(
                 f"{at(cast(nn.Module, self))}set_custom_all_gather and set_custom_reduce_scatter "
                 "give memory too: leave one of the two out"
             )
-        return units
+        return found
 
     @checks_first
     def load_state_dict(

@@ -46,9 +46,11 @@ class ParameterLayout:
             if dim not in self.data_parallel_dims
         )
 
-    def stored(self, full: torch.Tensor, param_dtype: torch.dtype | None) -> _C.StoredParam:
+    def stored(
+        self, full: torch.Tensor, param_dtype: torch.dtype | None, is_extended: bool
+    ) -> _C.StoredParam:
         """``full``: a parameter that lies as this says, before it is sharded. ``param_dtype``: it
-        computes in; None: its own."""
+        computes in; None: its own. ``is_extended``: its own class gathers it."""
         local = local_of(full)
         return _C.StoredParam(
             sizes=list(local.shape),
@@ -56,6 +58,8 @@ class ParameterLayout:
             dtype=local.dtype,
             param_dtype=param_dtype,
             is_summed_elsewhere=self.may_sum_elsewhere,
+            is_dtensor=self.full is not None,
+            is_extended=is_extended,
         )
 
     def full_around(self, local: torch.Tensor) -> torch.Tensor:

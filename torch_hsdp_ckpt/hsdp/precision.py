@@ -50,6 +50,16 @@ class Precision:
     accumulation: _C.GradAccumulation = _C.GradAccumulation.COMPUTED
     param_dtype_override_fn: Callable[[nn.Parameter], torch.dtype | None] | None = None
 
+    @property
+    def policy(self) -> MixedPrecisionPolicy:
+        """What FSDP2's gather extensions are told."""
+        return MixedPrecisionPolicy(
+            param_dtype=self.param_dtype,
+            reduce_dtype=self.reduce_dtype,
+            output_dtype=self.output_dtype,
+            cast_forward_inputs=self.cast_forward_inputs,
+        )
+
     @staticmethod
     def of(given: MixedPrecision | MixedPrecisionPolicy | None, *modules: nn.Module) -> "Precision":
         """From torch's own classes, for the unit of ``modules``; None is full precision. ValueError

@@ -75,9 +75,9 @@ class Root:
         for unit in units:
             groups = self._groups.reduce(unit.mesh)
             if groups is not None:
-                unit.collectives.set_reduce_groups(groups.shard, groups.replica)
+                unit.communication.set_reduce_groups(groups.shard, groups.replica)
             if schedule_peers is not None:
-                unit.join(schedule_peers)
+                unit.communication.join(schedule_peers)
             unit.bind(self.schedule)
         self.tell_backward_end()
 

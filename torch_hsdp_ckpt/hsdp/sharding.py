@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from .arguments import NotSupportedError
 from .data_parallel import DataParallel
+from .extensions import is_extended
 from .layout import ParameterLayout, layout_of, share_meshes
 from .precision import Precision
 from .shards import why_not_shardable
@@ -84,14 +85,25 @@ def _unit(
 def _layout(
     registered: RegisteredParameter, place: Place, settings: UnitSettings
 ) -> ParameterLayout:
-    problem = why_not_shardable(registered.parameter, settings.device)
-    if problem:
-        raise refusal(registered, problem)
     try:
+        problem = why_not_shardable(registered.parameter, settings.device)
+        if problem:
+            raise ValueError(problem)
+        _check_extension(registered.parameter, settings)
         settings.precision.param_dtype_of(registered.parameter)
         return layout_of(registered.parameter, place.data_parallel, place.dim)
     except ValueError as error:
         raise refusal(registered, str(error)) from error
+
+
+def _check_extension(parameter: torch.Tensor, settings: UnitSettings) -> None:
+    """Raises ValueError where a parameter that gathers itself would have to be kept among fewer
+    ranks: torch keeps none either."""
+    if type(settings.reshard_after_forward) is int and is_extended(parameter):
+        raise ValueError(
+            "gathers itself (fsdp_pre_all_gather), which goes with reshard_after_forward=True or "
+            f"False, not with {settings.reshard_after_forward}"
+        )
 
 
 def refusal(registered: RegisteredParameter, problem: str) -> NotSupportedError:

@@ -10,11 +10,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from ..common.tensors import local_of
+from .extensions import is_extended
 from .precision import REDUCIBLE_DTYPES
 from .slots import Slot
-
-# FSDP2's extension point for what is gathered, as methods of a tensor subclass or as attributes.
-_GATHER_EXTENSIONS = ("fsdp_pre_all_gather", "fsdp_post_all_gather")
 
 _REPLACEMENT = "_hsdp_ckpt_replacement"  # on a parameter that is in no module any more
 
@@ -92,13 +90,9 @@ def _shared_with_wrapped(note: Replacement) -> str:
 def why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
     """Why no unit on ``device`` can hold ``parameter``, and what to do; an empty text if it
     can."""
-    if any(hasattr(parameter, name) for name in _GATHER_EXTENSIONS):
-        return (
-            "has fsdp_pre_all_gather or fsdp_post_all_gather, which FSDP2 calls around its gathers "
-            "(float8 training): that is not supported here. Use torch's own fully_shard"
-        )
     plain = local_of(parameter.data)
-    if type(parameter) is not nn.Parameter and type(plain) is not torch.Tensor:
+    is_plain = type(parameter) is nn.Parameter or type(plain) is torch.Tensor
+    if not is_plain and not is_extended(parameter):
         return (
             f"is a tensor subclass, {type(plain).__name__}, of which this package knows "
             "no memory to shard: use torch's own fully_shard, or name it in ignored_states"

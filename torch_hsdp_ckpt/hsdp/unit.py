@@ -4,8 +4,8 @@ The C++ core owns memory and timing. ``slots.py`` knows where parameters are reg
 ``shards.py`` the DTensors around shards, ``gradients.py`` how gradients get to them."""
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,29 +18,15 @@ from .. import _C
 from ..common import gate
 from ..common.tensors import local_of
 from .callbacks import weak_callback, weak_function
-from .comms import UnitComm
+from .communication import UnitCommunication, collectives_of
+from .extensions import extended_among, shard_of_extended
 from .gradients import TrainableParameter, UnitGradients
 from .layout import ParameterLayout, dtensor_around, spec_with_dtype
-from .own_groups import group_of_ranks
 from .precision import Precision
 from .shards import check_same_placement, mark_as_replaced
 from .slots import RegisteredParameter, SlotTable
 
 _LOCAL = operator.attrgetter("_local_tensor")
-
-
-def reshard_policy(after_forward: bool | int | None) -> _C.ReshardAfterForward:
-    """What torch's ``reshard_after_forward`` asks for. A number of ranks, which is above one, frees
-    as True does."""
-    if after_forward is None:
-        return _C.ReshardAfterForward.UNLESS_BACKWARD_IS_NEXT
-    return _C.ReshardAfterForward.ALWAYS if after_forward else _C.ReshardAfterForward.NEVER
-
-
-def collectives_of(mesh: DeviceMesh) -> _C.Collectives:
-    """The gathers and reductions of units on ``mesh``, on the mesh's own groups."""
-    replica = mesh.get_group(0).group_name if mesh.ndim == 2 else None
-    return _C.Collectives(mesh.get_group(mesh.ndim - 1).group_name, replica, dist.get_rank())
 
 
 class ShardedUnit:
@@ -74,13 +60,16 @@ class ShardedUnit:
         # A model's author may have hung attributes on its parameters.
         self._attributes = [dict(p.__dict__) for p in originals]
         self._layouts = list(layouts)
+        self._extended = extended_among(
+            registered, self._layouts, mesh, precision.policy, weak_function(self._sharded_at)
+        )
         self._grad_dtype = precision.kept_grad_dtype
 
-        self.collectives = collectives_of(mesh)
-        self.core = self._new_core(originals, precision)
+        collectives = collectives_of(mesh)
+        self.core = self._new_core(originals, precision, collectives)
         self.schedule: _C.Schedule | None = None
-        self.fewer: _C.Collectives | None = None
-        self.set_reshard_after_forward(reshard_after_forward)
+        self.communication = UnitCommunication(mesh, collectives, self.core)
+        self.communication.set_reshard_after_forward(reshard_after_forward)
 
         self.sharded = self._shard(originals)
         self._sharded_table = SlotTable(self.slots, self.sharded)
@@ -92,10 +81,6 @@ class ShardedUnit:
         self._requires_grad: list[bool] = []
         self._gradients = self._gradients_of([])
 
-        # Held here, where the garbage collector sees what they reach.
-        self._comms: dict[str, UnitComm] = {}
-        self._comm_hook: Callable[..., Any] | None = None
-        self._all_reduce_hook: Callable[[Tensor], None] | None = None
         self.summoned = False
         self.showing_full = True  # the slots do not hold the shards yet
         self.show_sharded()
@@ -106,90 +91,28 @@ class ShardedUnit:
         self,
         originals: Sequence[nn.Parameter],
         precision: Precision,
+        collectives: _C.Collectives,
     ) -> _C.Unit:
         layouts = zip(self._layouts, originals, strict=True)
         return _C.Unit(
             parameters=[
-                layout.stored(original, precision.param_dtype_of(original))
-                for layout, original in layouts
+                layout.stored(original, precision.param_dtype_of(original), i in self._extended)
+                for i, (layout, original) in enumerate(layouts)
             ],
             device=self.device,
-            collectives=self.collectives,
+            collectives=collectives,
             precision=precision.of_unit(),
             on_backward=weak_callback(self.show_full),
             on_reduced=weak_callback(self._take_gradients),
             local_grad=weak_function(self._local_gradient),
+            extension=self._extended.for_core(),
         )
+
+    def _sharded_at(self, index: int) -> nn.Parameter:
+        return self.sharded[index]
 
     def _local_gradient(self, index: int, gradient: Tensor) -> Tensor:
         return self._layouts[index].local_gradient(gradient)
-
-    def set_reshard_after_forward(self, after_forward: bool | int | None) -> None:
-        """What forwards leave of the full parameters. A number of ranks, a divisor of the shards':
-        each so many neighbours keep them sharded among themselves until backward. Collective over
-        these."""
-        self.core.reshard_after_forward = reshard_policy(after_forward)
-        self.fewer = None
-        if type(after_forward) is int:
-            self.fewer = self._among_neighbours(after_forward)
-        self.core.set_reshard_to(self.fewer)
-
-    def _among_neighbours(self, count: int) -> _C.Collectives:
-        ranks = dist.get_process_group_ranks(self.shard_group)
-        first = ranks.index(dist.get_rank()) // count * count
-        group = group_of_ranks(ranks[first : first + count], self.shard_group)
-        return _C.Collectives(group.group_name, None, dist.get_rank())
-
-    def join(self, peers: _C.Peers) -> None:
-        """``peers``: all ranks of the outermost module, who tell each other of errors."""
-        self.collectives.set_peers(peers)
-        if self.fewer is not None:
-            self.fewer.set_peers(peers)
-
-    @property
-    def has_comm_hook(self) -> bool:
-        """Whether a user's hook reduces."""
-        return self._comm_hook is not None
-
-    def set_comm_hook(self, hook: Callable[..., Any]) -> None:
-        """``hook(gradient)``, or ``hook(gradient, shard)`` where there are shards, reduces from the
-        next reduction on."""
-        self._comm_hook = hook  # held here, where the garbage collector sees what it reaches
-        self.core.set_comm_hook(weak_callback(self._call_comm_hook))
-
-    def _call_comm_hook(self, gradient: Tensor, shard: Tensor | None) -> None:
-        assert self._comm_hook is not None
-        self._comm_hook(gradient) if shard is None else self._comm_hook(gradient, shard)
-
-    @property
-    def shard_group(self) -> dist.ProcessGroup:
-        """The mesh's group of the ranks that share the parameters out."""
-        return self.mesh.get_group(self.mesh.ndim - 1)
-
-    def set_gather_comm(self, comm: UnitComm) -> None:
-        """``comm`` sends from the next gather on, or gives it memory."""
-        self._comms["gather"] = comm
-        run = weak_callback(comm.run) if comm.sends else None
-        self.core.set_gather_comm(weak_function(comm.allocate), run)
-
-    def set_reduce_comm(self, comm: UnitComm) -> None:
-        """``comm`` sends from the next reduce-scatter on, or gives it memory."""
-        self._comms["reduce"] = comm
-        run = weak_callback(comm.run) if comm.sends else None
-        self.core.set_reduce_comm(weak_function(comm.allocate), run)
-
-    def has_user_comms(self) -> bool:
-        """Whether a user's code sends."""
-        return any(comm.sends for comm in self._comms.values())
-
-    def set_all_reduce_hook(self, hook: Callable[[Tensor], None] | None) -> None:
-        """``hook`` gets the all-reduced averages from the next reduction on."""
-        self._all_reduce_hook = hook
-        self.core.set_all_reduce_hook(weak_callback(self._call_all_reduce_hook) if hook else None)
-
-    def _call_all_reduce_hook(self, averages: Tensor) -> None:
-        assert self._all_reduce_hook is not None
-        self._all_reduce_hook(averages)
 
     def _shard(self, originals: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Sharded parameters with the values and attributes of ``originals``, which get a note that
@@ -211,9 +134,20 @@ class ShardedUnit:
     def _cut(self, originals: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         """This rank's shards; in the unit's flat buffer, if all have memory."""
         full = [local_of(original).detach() for original in originals]
+        own = [
+            self._own_extended(i, each) if i in self._extended else each
+            for i, each in enumerate(full)
+        ]
         if any(original.is_meta for original in full):
-            return [self._own_shard(i, whole).clone() for i, whole in enumerate(full)]
-        return self.core.shard(full)
+            shards = [self._own_shard(i, each).clone() for i, each in enumerate(own)]
+        else:
+            shards = self.core.shard(self._extended.without(full))
+        return self._extended.with_own(shards, own)
+
+    def _own_extended(self, index: int, full: torch.Tensor) -> torch.Tensor:
+        shards = self.mesh.ndim - 1
+        size, rank = self.mesh.size(shards), self.mesh.get_local_rank(shards)
+        return shard_of_extended(full, self._layouts[index].dim, size, rank)
 
     def _own_shard(self, index: int, full: torch.Tensor) -> torch.Tensor:
         """This rank's shard of a tensor of a full parameter's shape on this rank, a view."""
@@ -268,7 +202,8 @@ class ShardedUnit:
                 self.sharded[i].grad_dtype = self._grad_dtype
         full = self._empty_full()
         # This comes first: where it refuses, all is as it was.
-        schedule.add(self.core, full, [local_of(each) for each in full], trainable)
+        memory = [None if i in self._extended else local_of(p) for i, p in enumerate(full)]
+        schedule.add(self.core, full, memory, trainable)
         self.schedule = schedule
         self.full = full
         self._requires_grad = requires_grad
@@ -284,8 +219,10 @@ class ShardedUnit:
         with torch.inference_mode(False), torch.no_grad():
             parts = zip(self._layouts, self.core.empty_full(), self.sharded, strict=True)
             full = [
-                nn.Parameter(layout.full_around(empty), requires_grad=sharded.requires_grad)
-                for layout, empty, sharded in parts
+                self._extended.full_at(i)
+                if i in self._extended
+                else nn.Parameter(layout.full_around(empty), requires_grad=sharded.requires_grad)
+                for i, (layout, empty, sharded) in enumerate(parts)
             ]
         for parameter, attributes in zip(full, self._attributes, strict=True):
             parameter.__dict__.update(attributes)
@@ -426,7 +363,8 @@ class ShardedUnit:
         if locals_ and not on_meta:
             (device,) = devices
             with torch.no_grad():
-                locals_ = self.core.rebind(locals_, device)
+                bound = self.core.rebind(self._extended.without(locals_), device)
+                locals_ = self._extended.with_own(bound, locals_)
             self.device = device
         self.on_meta = on_meta
         self._replace_shards(current, locals_)
@@ -443,8 +381,12 @@ class ShardedUnit:
         """Whether these are the unit's own parameters, in the memory that it has given them."""
         if not all(map(operator.is_, parameters, self.sharded)):
             return False
-        addresses = [local.data_ptr() for local in locals_]
-        return addresses == [local.data_ptr() for local in self._bound_locals]
+        return [self._place_of(i, local) for i, local in enumerate(locals_)] == [
+            self._place_of(i, local) for i, local in enumerate(self._bound_locals)
+        ]
+
+    def _place_of(self, index: int, local: torch.Tensor) -> int:
+        return id(local) if index in self._extended else local.data_ptr()
 
     def _replace_shards(self, parameters: list[nn.Parameter], locals_: list[torch.Tensor]) -> None:
         for i, (parameter, local) in enumerate(zip(parameters, locals_, strict=True)):
@@ -485,20 +427,6 @@ class ShardedUnit:
     def full_from(self, index: int, whole: torch.Tensor) -> torch.Tensor:
         """What the module computes with, of the whole of the parameter on all mesh dimensions."""
         return self._layouts[index].full_from(whole)
-
-
-def on_stream(hook: Callable[[Tensor], None], stream: Any) -> Callable[[Tensor], None]:
-    """``hook`` on ``stream``, behind what the current one has been given, which goes on behind
-    it."""
-
-    def call(averages: Tensor) -> None:
-        current = torch.get_device_module(averages.device.type).current_stream(averages.device)
-        stream.wait_stream(current)
-        with torch.get_device_module(averages.device.type).stream(stream):
-            hook(averages)
-        current.wait_stream(stream)
-
-    return call
 
 
 def mesh_of_state(units: Sequence[ShardedUnit]) -> DeviceMesh:
