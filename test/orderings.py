@@ -11,7 +11,7 @@ from torch.distributed.algorithms._comm_hooks.default_hooks import (
     DefaultState,
     reduce_scatter_hook,
 )
-from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from training import loss_of, mesh_of, wrap
 
@@ -172,6 +172,26 @@ def comm_hook(rank: int) -> None:
     assert simulator.counts()["collectives on default streams"] == before
 
 
+def offloaded(rank: int) -> None:
+    """Shards and gradients on the host, which changes the ones and reads the others as soon as it
+    may."""
+    model = _net()
+    for module in (*model.blocks, model):
+        mesh = mesh_of((dist.get_world_size() // 2, 2), "cuda")
+        fully_shard(module, mesh=mesh, offload_policy=CPUOffloadPolicy())
+    for x in _inputs(rank, 2):
+        with torch.no_grad():
+            model(x)
+            for parameter in model.parameters():
+                parameter.to_local().add_(0.1)
+        for _ in range(2):
+            loss_of(model, x).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.to_local().sub_(parameter.grad.to_local())
+        model.zero_grad()
+
+
 PROGRAMS = (
     steps,
     overlap,
@@ -184,6 +204,7 @@ PROGRAMS = (
     another_device,
     on_gloo,
     comm_hook,
+    offloaded,
 )
 
 

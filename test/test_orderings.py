@@ -18,10 +18,10 @@ RACE = "simgpu: race"
 # The ordering that is left out, the program which shows that, and what is found.
 NEEDED = {
     "enter Gather::Send": (orderings.steps, RACE),
-    "enter StreamReduction::Begin": (orderings.steps, RACE),
+    "enter StreamReduction::Scatter": (orderings.steps, RACE),
     "enter GradReducer::RunPasses": (orderings.on_gloo, RACE),
     "within Gather::Send": (orderings.overlap, "assert"),
-    "within StreamReduction::Begin": (orderings.overlap, "assert"),
+    "within StreamReduction::Scatter": (orderings.overlap, "assert"),
     "within StreamReduction::StartAllReduces": (orderings.on_gloo, RACE),
     "within StreamReduction::TakeWorks": (orderings.on_gloo, RACE),
     "within GradReducer::RunPasses": (orderings.casts, RACE),
@@ -39,6 +39,9 @@ NEEDED = {
     "enter HookReduction::Reduce": (orderings.comm_hook, RACE),
     "within HookReduction::Reduce": (orderings.comm_hook, "assert"),
     "hold HookReduction::Reduce": (orderings.comm_hook, RACE),
+    "enter GradReducer::WriteToHost": (orderings.offloaded, RACE),
+    "within GradReducer::WriteToHost": (orderings.offloaded, RACE),
+    "join ParamGroup::AwaitReads": (orderings.offloaded, "simgpu: host too early"),
 }
 
 

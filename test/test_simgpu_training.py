@@ -17,7 +17,7 @@ import torch
 from device import OnDevice
 from models import Net, batch
 from ranks import SIMULATED, Messages, run_ranks
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as torchs_fully_shard
 from torch.utils.checkpoint import checkpoint
 from training import full, loss_of, mesh_of
@@ -77,7 +77,9 @@ class Program:
         param: torch.dtype | None = None,
         before: Callable[[Any], None] = _nothing,
         each: Callable[[Any, int], None] = _nothing,
+        offload: OffloadPolicy | None = None,
     ) -> None:
+        self.offload = offload or OffloadPolicy()
         self.net, self.shape, self.before, self.each = net, shape, before, each
         self.policy = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=param and FP32)
 
@@ -87,7 +89,12 @@ class Program:
             net = self.net(40, 72, 3, 3)
         net.to(device)
         for module in (*net.blocks, net):
-            face(module, mesh=mesh_of(self.shape, device), mp_policy=self.policy)
+            face(
+                module,
+                mesh=mesh_of(self.shape, device),
+                mp_policy=self.policy,
+                offload_policy=self.offload,
+            )
         self.before(net)
         return net
 
@@ -121,6 +128,11 @@ PROGRAMS = {
     "no synchronisation in bfloat16": Program(param=BF16, each=_waits_for_the_last),
     "partial all-reduce": Program(each=_all_reduces_the_last),
     "prefetching": Program(before=_one_unit_ahead),
+    "offloaded": Program(offload=CPUOffloadPolicy()),
+    "offloaded, pageable": Program(shape=(4,), offload=CPUOffloadPolicy(pin_memory=False)),
+    "offloaded in bfloat16": Program(
+        param=BF16, each=_waits_for_the_last, offload=CPUOffloadPolicy()
+    ),
 }
 
 

@@ -382,6 +382,13 @@ class GradAccumulation:
     name: str
     value: int
 
+class ShardMemory:
+    DEVICE: ShardMemory
+    HOST: ShardMemory
+    PINNED: ShardMemory
+    name: str
+    value: int
+
 class UnitPrecision:
     """The dtypes that a unit reduces in; None: as computed (as stored with
     ``REDUCED_BY_AUTOGRAD``)."""
@@ -467,6 +474,7 @@ class Unit:
         on_reduced: Callable[[], None],
         local_grad: Callable[[int, torch.Tensor], torch.Tensor],
         extension: Extension | None = None,
+        memory: ShardMemory = ...,
     ) -> None: ...
     def set_all_reduce(self, all_reduce: bool) -> None: ...
     keep_memory: bool

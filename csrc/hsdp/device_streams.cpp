@@ -108,6 +108,11 @@ void DeviceStreams::Join(Side which, const Place& place) {
   joined = side.given;
 }
 
+void DeviceStreams::AwaitOnHost(Side which, const Place& place) {
+  if (sides_.empty() || IsLeftOut(Ordering::kJoin, place)) return;
+  StreamOf(which).stream.synchronize();
+}
+
 void DeviceStreams::Uses(const at::Tensor& tensor, const Place& place) {
   if (sides_.empty() || !tensor.defined() || IsLeftOut(Ordering::kUses, place)) return;
   const at::DataPtr& memory = OwnedMemory(tensor);

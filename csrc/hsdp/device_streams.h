@@ -21,7 +21,7 @@ namespace hsdp_ckpt::hsdp {
 /// them; on the CPU everything here does nothing.
 ///
 /// The *compute stream* is the one that is current where a unit is used. Three rules make the order
-/// right; all waiting is done on the device, none on the host:
+/// right; all waiting is done on the device, and on the host only for what that is to read:
 ///  - All memory is the compute stream's: it is allocated and freed there.
 ///  - A side stream's work begins after what the compute stream had been given when `Enter` was
 ///    called.
@@ -77,6 +77,8 @@ class DeviceStreams {
   void Join(Mark& mark, const Place& place = Place::current());
   /// The current stream waits for all that has been given to the side stream.
   void Join(Side side, const Place& place = Place::current());
+  /// The host waits for all that has been given to the side stream.
+  void AwaitOnHost(Side side, const Place& place = Place::current());
   /// `tensor`'s memory is not given to others before the current stream has passed this point.
   void Uses(const at::Tensor& tensor, const Place& place = Place::current());
   /// Adds `tensors` to `held`, all of which the side stream uses up to now at the latest. `works`:

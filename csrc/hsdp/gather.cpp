@@ -50,11 +50,13 @@ void Gather::Allocate(const Shards& shards) {
   AllocateFull(/*gathered_into=*/true);
   const int64_t packed_bytes = shards.count() * plan.packed_stride;
   if (packed_bytes > 0) packed_ = EmptyPacked(packed_bytes);
+  const bool is_here = shards.flat.device() == device_;
+  flat_ = is_here ? shards.flat : at::empty({shards.flat.numel()}, ThisDevice());
 }
 
 at::Tensor Gather::EmptyPacked(int64_t bytes) const {
   const at::ScalarType dtype = shards_->plan.packed_dtype;
-  const auto options = shards_->flat.options().dtype(dtype);
+  const at::TensorOptions options = ThisDevice().dtype(dtype);
   const auto item = static_cast<int64_t>(c10::elementSize(dtype));
   return shards_->collectives->gather_comm().Empty(bytes / item, options).view(at::kByte);
 }
@@ -63,7 +65,8 @@ void Gather::Send(const std::function<void()>& beside) {
   if (!has_memory() && !beside) return;
   const auto scope = streams_->Enter(DeviceStreams::Side::kGather);
   if (has_memory()) {
-    Run(shards_->plan.own_rows, shards_->flat);
+    if (!flat_.is_same(shards_->flat)) flat_.copy_(shards_->flat, /*non_blocking=*/true);
+    Run(shards_->plan.own_rows, flat_);
     if (shards_->count() > 1) AllGather();
   }
   if (beside) beside();
@@ -76,12 +79,11 @@ void Gather::Send(const std::function<void()>& beside) {
 // reduction of ours first.
 void Gather::AllGather() {
   const GatherPlan& plan = shards_->plan;
-  const at::Tensor& flat = shards_->flat;
   std::vector<at::Tensor> own;
   std::vector<Cut> runs;
   const auto add = [&](Cut cut, std::optional<int64_t> flat_offset) {
     const at::Tensor in_place = cut.piece(shards_->rank());
-    own.push_back(flat_offset ? flat.narrow(0, *flat_offset, in_place.numel()) : in_place);
+    own.push_back(flat_offset ? flat_.narrow(0, *flat_offset, in_place.numel()) : in_place);
     runs.push_back(std::move(cut));
   };
   for (const InPlaceRun& run : plan.in_place) {
@@ -103,12 +105,14 @@ void Gather::Join(const std::string& unit) {
   streams_->Join(gathered_);
   for (const at::Tensor& buffer : full_) streams_->Uses(buffer);
   streams_->Uses(packed_);
+  if (!flat_.is_same(shards_->flat)) streams_->Uses(flat_);
 }
 
 void Gather::Unpack() {
   if (has_memory()) AllocateFull(/*gathered_into=*/false);
   if (packed_.defined()) Run(shards_->plan.unpack, packed_);
   packed_.reset();
+  flat_.reset();
 }
 
 std::pair<at::Tensor, int64_t> Gather::PlaceOf(size_t i) const {
@@ -124,6 +128,7 @@ void Gather::FreeOne(size_t i) { full_[shards_->plan.places[i].buffer].reset(); 
 
 void Gather::Free(bool keep) {
   packed_.reset();
+  flat_.reset();
   if (keep && has_memory()) {
     kept_of_ = shards_;
     kept_ = full_;
@@ -139,7 +144,7 @@ void Gather::AllocateFull(bool gathered_into) {
   for (size_t b = 0; b < full_.size(); ++b) {
     if (shards_->plan.is_gathered_into[b] != gathered_into) continue;
     const bool is_kept = full_[b].defined() && full_[b].numel() == shards_->plan.full_bytes[b];
-    if (!is_kept) full_[b] = at::empty({shards_->plan.full_bytes[b]}, shards_->flat.options());
+    if (!is_kept) full_[b] = at::empty({shards_->plan.full_bytes[b]}, ThisDevice());
   }
 }
 

@@ -24,7 +24,7 @@ struct Shards {
   std::shared_ptr<Collectives> collectives;  ///< among the ranks that have a shard each
   std::optional<ShardLayout> layout;         ///< of `flat`, in bytes of the shards' dtypes
   GatherPlan plan;
-  at::Tensor flat;       ///< bytes: this rank's shards; undefined: there are none
+  at::Tensor flat;  ///< bytes: this rank's shards, perhaps on the host; undefined: there are none
   bool is_full = false;  ///< one shard, stored as it is used: these are the full parameters
 
   int64_t count() const { return collectives->shards(); }
@@ -75,12 +75,15 @@ class Gather {
   at::Tensor EmptyPacked(int64_t bytes) const;
   void Run(const std::vector<Move>& moves, const at::Tensor& from) const;
 
+  at::TensorOptions ThisDevice() const { return at::TensorOptions(at::kByte).device(device_); }
+
   const at::Device device_;
   const std::shared_ptr<DeviceStreams> streams_;
   const Shards* shards_ = nullptr;   // those of Allocate
   std::vector<at::Tensor> full_;     // bytes, by full buffer of the plan
   const Shards* kept_of_ = nullptr;  // whose full buffers `kept_` are
   std::vector<at::Tensor> kept_;
+  at::Tensor flat_;    // bytes: this rank's shards, where the computation is
   at::Tensor packed_;  // bytes: everybody's rows of the packed parameters by rank
   PendingWorks works_;
   DeviceStreams::Mark gathered_;

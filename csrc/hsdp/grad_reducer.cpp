@@ -40,13 +40,15 @@ struct GradReducer::WritePass {
 
 GradReducer::GradReducer(std::string unit, std::vector<GradSpec> specs, at::Device device,
                          std::shared_ptr<Collectives> collectives,
-                         std::shared_ptr<DeviceStreams> streams, CommHook comm_hook)
+                         std::shared_ptr<DeviceStreams> streams, CommHook comm_hook,
+                         std::optional<at::TensorOptions> host)
     : specs_(std::move(specs)),
       grads_(std::make_shared<UnitGrads>(
           UnitGrads{std::move(unit), device, collectives, std::move(streams),
                     MakeBuckets(specs_, *collectives, device,
                                 comm_hook ? SentBy::kHook : SenderOf(*collectives, device))})),
       reduction_(MakeReduction(grads_, std::move(comm_hook))),
+      host_(host),
       used_here_(specs_.size(), false) {}
 
 GradReducer::~GradReducer() {
@@ -146,7 +148,8 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
       at::Tensor& buffer = buffers[spec.sharded];
       // As large as what is reduced, and laid out like it, see SwapIfPossible.
       if (!buffer.defined()) {
-        buffer = at::empty({bucket->stride}, bucket->ones.options().dtype(spec.sharded));
+        const at::TensorOptions options = host_.value_or(bucket->ones.options());
+        buffer = at::empty({bucket->stride}, options.dtype(spec.sharded));
       }
       const ShardLayout& layout = bucket->layout;
       const at::Tensor slice = buffer.narrow(0, layout.offset(p), layout.shard_numel(p, rank));
@@ -157,7 +160,8 @@ std::vector<at::Tensor> GradReducer::EmptyShards() const {
 }
 
 void GradReducer::FreeShards(const std::vector<at::Tensor>& shards) {
-  Join();  // a device may still write there
+  if (host_) return;  // no forward has a use for it
+  Join();             // a device may still write there
   for (const at::Tensor& shard : shards) {
     grads_->streams->Uses(shard);
     shard.storage().set_data_ptr_noswap(at::DataPtr(nullptr, grads_->device));
@@ -214,6 +218,10 @@ void GradReducer::Write(const std::vector<std::optional<at::Tensor>>& targets,
   for (const auto& bucket : grads_->buckets) {
     AddReplicas(*bucket);
     MakeAverages(*bucket);
+    if (host_) {
+      WriteToHost(*bucket, targets, accumulate);
+      continue;
+    }
     if (SwapIfPossible(*bucket, targets, accumulate)) continue;
     AllocateFreed(*bucket, targets);
     RunPasses(*bucket, targets, accumulate);
@@ -245,6 +253,30 @@ bool GradReducer::SwapIfPossible(GradBucket& bucket,
   at::DataPtr old = storage.set_data_ptr(std::move(averages));
   bucket.output.storage().set_data_ptr_noswap(std::move(old));
   return true;
+}
+
+// By way of the device, whose passes they go through as ever.
+void GradReducer::WriteToHost(const GradBucket& bucket,
+                              const std::vector<std::optional<at::Tensor>>& targets,
+                              const std::vector<bool>& accumulate) const {
+  std::vector<std::optional<at::Tensor>> staged(targets.size());
+  for (const size_t i : bucket.params) {
+    if (!targets[i]) continue;
+    const at::TensorOptions options = bucket.ones.options().dtype(targets[i]->dtype());
+    staged[i] = at::empty(targets[i]->sizes(), options);
+  }
+  DeviceStreams& streams = *grads_->streams;
+  {
+    const auto scope = streams.Enter(Side::kReduce);
+    for (const size_t i : bucket.params) {
+      if (targets[i] && accumulate[i]) staged[i]->copy_(*targets[i], /*non_blocking=*/true);
+    }
+  }
+  RunPasses(bucket, staged, accumulate);
+  const auto scope = streams.Within(Side::kReduce);
+  for (const size_t i : bucket.params) {
+    if (targets[i]) targets[i]->copy_(*staged[i], /*non_blocking=*/true);
+  }
 }
 
 void GradReducer::RunPasses(const GradBucket& bucket,
@@ -312,6 +344,7 @@ void GradReducer::End() {
 
 void GradReducer::Join() {
   grads_->streams->Join(Side::kReduce);
+  if (host_) grads_->streams->AwaitOnHost(Side::kReduce);
   ReleaseInputs();
   has_written_ = false;
 }

@@ -26,10 +26,10 @@ namespace hsdp_ckpt::hsdp {
 class GradReducer {
  public:
   /// `unit`: its name, for messages. `specs`: of its trainable parameters, in order. `comm_hook`:
-  /// reduces instead of this package.
+  /// reduces instead of this package. `host`: the sharded gradients are there, in such memory.
   GradReducer(std::string unit, std::vector<GradSpec> specs, at::Device device,
               std::shared_ptr<Collectives> collectives, std::shared_ptr<DeviceStreams> streams,
-              CommHook comm_hook = nullptr);
+              CommHook comm_hook = nullptr, std::optional<at::TensorOptions> host = {});
   ~GradReducer();
   GradReducer(const GradReducer&) = delete;
   GradReducer& operator=(const GradReducer&) = delete;
@@ -72,7 +72,8 @@ class GradReducer {
   /// The current stream waits until a device has read the gradients that it was given, whose memory
   /// goes back to it.
   void ReleaseInputs() { reduction_->ReleaseInputs(); }
-  /// The current stream waits for all reductions of the device, too.
+  /// The current stream waits for all reductions of the device, too; the host does, where the
+  /// sharded gradients are there.
   void Join();
 
  private:
@@ -91,6 +92,8 @@ class GradReducer {
   void AddReplicas(GradBucket& bucket) const;
   bool SwapIfPossible(GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
                       const std::vector<bool>& accumulate) const;
+  void WriteToHost(const GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
+                   const std::vector<bool>& accumulate) const;
   void RunPasses(const GradBucket& bucket, const std::vector<std::optional<at::Tensor>>& targets,
                  const std::vector<bool>& accumulate) const;
   std::vector<WritePass> PassesOf(const GradBucket& bucket,
@@ -100,6 +103,7 @@ class GradReducer {
   const std::vector<GradSpec> specs_;
   const std::shared_ptr<const UnitGrads> grads_;
   const std::unique_ptr<Reduction> reduction_;
+  const std::optional<at::TensorOptions> host_;
   std::vector<bool> used_here_;  // by parameter: this rank has a gradient
   bool has_written_ = false;     // what the current stream has not waited for yet
 };

@@ -23,14 +23,15 @@ bool HasViews(const FullParam& full) {
 
 ParamGroup::ParamGroup(std::vector<StoredParam> params, Precision precision, at::Device device,
                        std::shared_ptr<Collectives> collectives, LocalGrad local_grad,
-                       Extension extension)
+                       Extension extension, ShardMemory memory)
     : params_(std::move(params)),
       precision_(precision),
       device_(device),
       collectives_(std::move(collectives)),
       streams_(DeviceStreams::Of(device)),
       local_grad_(std::move(local_grad)),
-      extension_(std::move(extension)) {
+      extension_(std::move(extension)),
+      memory_(memory) {
   const auto check = [](const std::optional<at::ScalarType>& dtype) {
     TORCH_CHECK_VALUE(!dtype || kernels::Computes(*dtype), "mixed precision in ", *dtype,
                       " is not supported: pass float32, float64, bfloat16 or float16");
@@ -78,6 +79,7 @@ std::vector<GatheredParam> ParamGroup::GatheredParams() const {
 
 void ParamGroup::MakeLayout() {
   shards_ = PlanShards(collectives_, GatheredParams(), device_.type());
+  shards_.is_full = shards_.is_full && !is_offloaded();
   gather_.emplace(device_, streams_);
   PlanFewer();
 }
@@ -99,7 +101,7 @@ void ParamGroup::PlanFewer() {
 // This rank's shards among fewer ranks, of the full parameters.
 at::Tensor ParamGroup::CutForFewer() const {
   const ShardLayout& layout = *fewer_->layout;
-  at::Tensor flat = at::zeros({layout.flat_numel()}, shards_.flat.options());
+  at::Tensor flat = at::zeros({layout.flat_numel()}, at::TensorOptions(at::kByte).device(device_));
   std::vector<kernels::CopySegment> segments;
   for (size_t i = 0; i < params_.size(); ++i) {
     ShardPlace place = layout.place(i, fewer_->rank());
@@ -138,7 +140,7 @@ std::vector<at::Tensor> ParamGroup::ShardFull(const std::vector<at::Tensor>& ful
       own[i] = own[i].narrow(cut.dim, shards_.layout->first_row(i, rank),
                              shards_.layout->shard_rows(i, rank));
   }
-  return Rebind(own, device_);
+  return Rebind(own, is_offloaded() ? at::Device(at::kCPU) : device_);
 }
 
 std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards,
@@ -155,17 +157,33 @@ std::vector<at::Tensor> ParamGroup::Rebind(const std::vector<at::Tensor>& shards
                 "ParamGroup: the shard of parameter ", i, " is ", shards[i].sizes(), ", expected ",
                 at::IntArrayRef(expected));
   }
-  device_ = device;
-  streams_ = DeviceStreams::Of(device);
+  if (is_offloaded()) {
+    TORCH_CHECK_VALUE(device.is_cpu(), "the parameters of module ", name_,
+                      " are offloaded to the CPU, and were moved to ", device,
+                      ": leave them there (the module computes on ", device_, ")");
+    AwaitReads();
+  } else {
+    device_ = device;
+  }
+  streams_ = DeviceStreams::Of(device_);
   for (size_t i = 0; i < shards.size(); ++i) params_[i].dtype = shards[i].scalar_type();
   MakeLayout();
   // Padding is sent along by every gather: zeros, so that nothing uninitialised ever leaves the
   // process.
-  shards_.flat =
-      at::zeros({shards_.layout->flat_numel()}, at::TensorOptions(at::kByte).device(device_));
+  shards_.flat = at::empty({shards_.layout->flat_numel()}, ShardOptions()).zero_();
   std::vector<at::Tensor> bound = ShardTensors();
   for (size_t i = 0; i < shards.size(); ++i) bound[i].copy_(shards[i].detach());
   return bound;
+}
+
+at::TensorOptions ParamGroup::ShardOptions() const {
+  const at::TensorOptions bytes(at::kByte);
+  if (!is_offloaded()) return bytes.device(device_);
+  return bytes.device(at::kCPU).pinned_memory(memory_ == ShardMemory::kPinned);
+}
+
+void ParamGroup::AwaitReads() {
+  if (is_offloaded()) streams_->AwaitOnHost(DeviceStreams::Side::kGather);
 }
 
 std::vector<at::Tensor> ParamGroup::EmptyFull() const {
@@ -229,8 +247,10 @@ void ParamGroup::SetCommHook(CommHook hook) {
 }
 
 void ParamGroup::MakeReducer() {
+  const std::optional<at::TensorOptions> host =
+      is_offloaded() ? std::optional(ShardOptions()) : std::nullopt;
   reducer_ = std::make_unique<GradReducer>(name_, GradSpecs(), device_, collectives_, streams_,
-                                           comm_hook_);
+                                           comm_hook_, host);
 }
 
 // What backwards without a reduction have left here is for a later one, with the parameters that

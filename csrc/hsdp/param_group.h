@@ -30,6 +30,10 @@ enum class GradAccumulation {
                        ///< reduce_dtype is in the dtype of the shards (FSDP2 from 2.15 on)
 };
 
+/// Where a unit's shards and their gradients are: beside its computation, or on the host, where
+/// that is on a device; pinned, or not.
+enum class ShardMemory : uint8_t { kDevice, kHost, kPinned };
+
 /// The dtypes that one unit reduces in; absent: as computed.
 struct Precision {
   std::optional<at::ScalarType> reduce_dtype;  ///< of the sums over the ranks
@@ -87,7 +91,7 @@ class ParamGroup {
 
   ParamGroup(std::vector<StoredParam> params, Precision precision, at::Device device,
              std::shared_ptr<Collectives> collectives, LocalGrad local_grad = nullptr,
-             Extension extension = {});
+             Extension extension = {}, ShardMemory memory = ShardMemory::kDevice);
   ~ParamGroup();
   ParamGroup(const ParamGroup&) = delete;
   ParamGroup& operator=(const ParamGroup&) = delete;
@@ -131,6 +135,10 @@ class ParamGroup {
   /// unless Reshard comes before.
   void ReshardAfterForward();
   bool is_resharded_to_fewer() const { return fewer_ && fewer_->flat.defined(); }
+  /// Whether the shards are on the host, and the computation is not.
+  bool is_offloaded() const { return memory_ != ShardMemory::kDevice && !device_.is_cpu(); }
+  /// The host may change the shards when this returns: what a device was to read of them is read.
+  void AwaitReads();
   /// Whether the full parameters have the same memory at every gather.
   bool keeps_memory() const { return keeps_memory_; }
   void SetKeepsMemory(bool keeps);
@@ -181,6 +189,7 @@ class ParamGroup {
   std::vector<at::Tensor> ShardTensors() const;
   std::vector<GatheredParam> GatheredParams() const;
   void PlanFewer();
+  at::TensorOptions ShardOptions() const;
   at::Tensor CutForFewer() const;
   at::ScalarType FullDtype(size_t i) const;
   at::ScalarType ReduceDtype(size_t i) const;
@@ -203,6 +212,7 @@ class ParamGroup {
   std::shared_ptr<DeviceStreams> streams_;
   const LocalGrad local_grad_;
   const Extension extension_;
+  const ShardMemory memory_;
 
   Shards shards_;
   std::shared_ptr<Collectives> fewer_collectives_;

@@ -176,6 +176,7 @@ void Schedule::LeaveForward(const UnitPtr& unit, const std::vector<at::Tensor>& 
               "it has left can't be told from a backward that goes on: let the error out of the "
               "forward");
   EndForward();
+  if (!call.grad_enabled) AwaitReads();  // else backward does
   turn_->EndForward();
 }
 
@@ -274,6 +275,11 @@ void Schedule::JoinReductions() {
   }
 }
 
+// The host is about to change shards that are its own, an optimizer say.
+void Schedule::AwaitReads() {
+  for (const UnitPtr& unit : units_) unit->group->AwaitReads();
+}
+
 ReadTurn Schedule::BeginRead() { return FinishFor(turn_->BeginRead()); }
 
 ReadTurn Schedule::BeginReadIfQuiet() { return FinishFor(turn_->BeginReadIfQuiet()); }
@@ -315,6 +321,7 @@ void Schedule::Reset() {
       Release(unit);
     }
   }
+  AwaitReads();
   gathers_.Clear();
   reductions_.Clear();
   active_.clear();

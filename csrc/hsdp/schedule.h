@@ -167,6 +167,7 @@ class Schedule : public std::enable_shared_from_this<Schedule> {
   void StartReductionsBefore(const Unit& unit, size_t limit);
   void NoteOwing();
 
+  void AwaitReads();
   ReadTurn FinishFor(ReadTurn turn);
   void JoinReductions();
   void AnnounceBackward(const at::Tensor& output, const UnitPtr& unit);

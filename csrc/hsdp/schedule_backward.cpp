@@ -211,6 +211,7 @@ void Schedule::EndBackward() {
     const bool may_have_some = Contains(participants_, unit) || unit->backward.arrivals > 0;
     if (Keeps(*unit) && may_have_some) unit->group->KeepGrads();
   }
+  AwaitReads();
   NoteOwing();
   gathers_.Clear();
   begun_.clear();

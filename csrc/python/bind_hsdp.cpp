@@ -33,6 +33,10 @@ void BindValues(py::module_& module) {
       .value("TAKEN", hsdp::ReadTurn::kTaken)
       .value("HELD", hsdp::ReadTurn::kHeld)
       .value("BUSY", hsdp::ReadTurn::kBusy);
+  py::enum_<hsdp::ShardMemory>(module, "ShardMemory")
+      .value("DEVICE", hsdp::ShardMemory::kDevice)
+      .value("HOST", hsdp::ShardMemory::kHost)
+      .value("PINNED", hsdp::ShardMemory::kPinned);
   py::enum_<hsdp::GradAccumulation>(module, "GradAccumulation")
       .value("COMPUTED", hsdp::GradAccumulation::kComputed)
       .value("REDUCED", hsdp::GradAccumulation::kReduced)
@@ -93,11 +97,12 @@ std::shared_ptr<hsdp::Unit> MakeUnit(std::vector<hsdp::StoredParam> parameters, 
                                      std::shared_ptr<hsdp::Collectives> collectives,
                                      hsdp::Precision precision, std::function<void()> on_backward,
                                      std::function<void()> on_reduced, hsdp::LocalGrad local_grad,
-                                     std::optional<hsdp::Extension> extension) {
+                                     std::optional<hsdp::Extension> extension,
+                                     hsdp::ShardMemory memory) {
   auto unit = std::make_shared<hsdp::Unit>();
   unit->group = std::make_shared<hsdp::ParamGroup>(std::move(parameters), precision, device,
                                                    std::move(collectives), std::move(local_grad),
-                                                   extension.value_or(hsdp::Extension{}));
+                                                   extension.value_or(hsdp::Extension{}), memory);
   unit->on_backward = std::move(on_backward);
   unit->on_reduced = std::move(on_reduced);
   return unit;
@@ -185,7 +190,8 @@ void BindUnit(py::module_& module) {
   UnitClass unit_class(module, "Unit");
   unit_class.def(py::init(&MakeUnit), py::kw_only(), py::arg("parameters"), py::arg("device"),
                  py::arg("collectives"), py::arg("precision"), py::arg("on_backward"),
-                 py::arg("on_reduced"), py::arg("local_grad"), py::arg("extension") = py::none());
+                 py::arg("on_reduced"), py::arg("local_grad"), py::arg("extension") = py::none(),
+                 py::arg("memory") = hsdp::ShardMemory::kDevice);
   BindUnitSettings(unit_class);
   unit_class
       .def(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffload, FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchsFSDP
 
@@ -47,17 +46,8 @@ def check_module(module: nn.Module, face: str) -> None:
             )
 
 
-def check_offload(offload: bool, mesh: DeviceMesh, *modules: nn.Module) -> None:
-    """On a CPU mesh parameters and gradients are where offloading would put them; elsewhere it is
-    refused."""
-    if offload and mesh.device_type != "cpu":
-        raise NotSupportedError(
-            f"{at(*modules)}offloading parameters to the CPU is not supported on a "
-            f"{mesh.device_type} mesh: leave it out, or build the mesh on 'cpu'"
-        )
-
-
 def offloads(cpu_offload: CPUOffload | bool | None) -> bool:
+    """Whether FSDP1's argument asks for parameters on the CPU."""
     return cpu_offload is True or (
         isinstance(cpu_offload, CPUOffload) and cpu_offload.offload_params
     )

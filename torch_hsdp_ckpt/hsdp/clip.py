@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from ..common.tensors import local_of
 
 
 def clip_grad_norm(
@@ -47,18 +49,19 @@ def _norm_of_grads(parameters: list[nn.Parameter], norm_type: float) -> torch.Te
 
 
 def _norms_of_sharded(grads: list[DTensor], norm_type: float) -> list[torch.Tensor]:
-    """The norm of each, over all shards, in one all-reduce over the shard group. (DTensor's own
-    collectives have names that two threads of torch's Gloo may write at a time.)"""
+    """The norm of each, over all shards: an all-reduce for each dimension of the mesh that cuts
+    any. (DTensor's own collectives have names that two threads of torch's Gloo may write at a
+    time.)"""
     mesh = grads[0].device_mesh
-    shard_dim = mesh.ndim - 1
-    counts = [
-        grad.placements[shard_dim].is_shard() or mesh.get_local_rank(shard_dim) == 0
-        for grad in grads
-    ]
-    norms = torch.stack([_norm(grad.to_local(), norm_type) for grad in grads])
-    if mesh.size(shard_dim) > 1:
-        counted = torch.tensor(counts, device=norms.device)
-        norms = _over_shards(norms, norm_type, counted, mesh.get_group(shard_dim))
+    norms = torch.stack([_norm(local_of(grad), norm_type) for grad in grads])
+    norms = norms.to(mesh.device_type)  # they may be offloaded, and the groups are not
+    for dim in range(mesh.ndim):
+        is_cut = [not isinstance(grad.placements[dim], Replicate) for grad in grads]
+        if mesh.size(dim) == 1 or not any(is_cut):
+            continue
+        is_first = mesh.get_local_rank(dim) == 0
+        counts = torch.tensor([cut or is_first for cut in is_cut], device=norms.device)
+        norms = _over_shards(norms, norm_type, counts, mesh.get_group(dim))
     return list(norms.unbind())
 
 

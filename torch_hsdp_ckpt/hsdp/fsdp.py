@@ -18,7 +18,7 @@ from torch.distributed.fsdp._common_utils import TrainingState
 
 from .. import _C
 from .adoption import adopt_everywhere, postponed
-from .arguments import IgnoredStates, NotSupportedError, at, check_module, check_offload, offloads
+from .arguments import IgnoredStates, NotSupportedError, at, check_module, offloads
 from .clip import clip_grad_norm
 from .data_parallel import DataParallel
 from .materialize import materialize, move, synchronize
@@ -50,7 +50,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     2-D one (None: the ranks of a host are the shards, by LOCAL_WORLD_SIZE). ``sharding_strategy``:
     None means what the mesh suggests. ``_ZERO2`` and ``SHARD_GRAD_OP`` keep the full parameters
     from forward to backward. ``NO_SHARD``: every rank holds all; the mesh becomes (ranks, 1).
-    ``cpu_offload``: taken on a CPU mesh, where parameters and gradients are there anyway.
+    ``cpu_offload``: parameters and gradients are on the CPU, in pinned memory, and steps are made
+    there; on a CPU mesh they are anyway.
     ``auto_wrap_policy``: as torch's; each module it picks becomes a unit of its own, the rest
     belongs to this one. ``CustomPolicy`` may give a unit other arguments than the rest.
     ``backward_prefetch``: the next unit's gather starts before this one's gradients (PRE; on a
@@ -95,10 +96,8 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
     ) -> None:
         check_module(module, "FullyShardedDataParallel")
         device_id = torch.device(device_id) if isinstance(device_id, str) else device_id
-        items: list[Any] = [*(ignored_modules or ()), *(ignored_states or ())]
-        ignored = IgnoredStates.of(module, items)
+        ignored = IgnoredStates.of(module, [*(ignored_modules or ()), *(ignored_states or ())])
         mesh, strategy = mesh_for(module, process_group, sharding_strategy, device_mesh, device_id)
-        check_offload(offloads(cpu_offload), mesh, module)
         precision = Precision.of(mixed_precision, module)
         super().__init__()
         device = device_of(mesh, device_id)
@@ -112,6 +111,7 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
                 "param_init_fn": param_init_fn,
                 "sync_module_states": sync_module_states,
                 "device_mesh": mesh,
+                "cpu_offload": cpu_offload,
             }
             _wrap_inside(module, auto_wrap_policy, ignored, arguments_inside)
         skipped = ignored.modules_inside()
@@ -124,12 +124,13 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         self.mixed_precision = MixedPrecision() if mixed_precision is None else mixed_precision
         self.backward_prefetch = backward_prefetch
         registered = parameters_of_unit([module], ignored.parameters)
-        settings = UnitSettings(device, _reshard_after_forward(strategy), precision)
+        reshard, memory = _reshard_after_forward(strategy), _memory_of(cpu_offload)
+        settings = UnitSettings(device, reshard, precision, memory)
         self._unit = only_unit(registered, DataParallel(mesh), settings)
         self._checkpoint_wrapped_module = module
-        prefetch = _PREFETCH[backward_prefetch]
         label = type(module).__name__
-        self._runner = Runner(self, [self._unit], prefetch, precision, label, skipped)
+        before = _PREFETCH[backward_prefetch]
+        self._runner = Runner(self, [self._unit], before, precision, label, skipped)
         self._init_state_dict()
         adopt_everywhere()
 
@@ -340,6 +341,10 @@ class FullyShardedDataParallel(StateDictMixin, nn.Module):
         those has to do so first."""
         self._runner.reset()
         return clip_grad_norm(self.parameters(), max_norm, norm_type, self._unit.device)
+
+
+def _memory_of(cpu_offload: CPUOffload | bool | None) -> _C.ShardMemory:
+    return _C.ShardMemory.PINNED if offloads(cpu_offload) else _C.ShardMemory.DEVICE
 
 
 def _reshard_after_forward(strategy: ShardingStrategy) -> bool | None:

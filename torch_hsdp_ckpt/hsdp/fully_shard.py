@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard
 
 from .. import _C
 from ..common.gate import wait_at_gate
-from .arguments import NotSupportedError, at, check_module, check_offload
+from .arguments import NotSupportedError, at, check_module
 from .backward_end import GradientReductionHandle
 from .data_parallel import DataParallel, data_parallel_of
 from .fsdp_module import FSDPModule, UnshardHandle, fsdp_runner
@@ -102,7 +102,6 @@ def fully_shard(
     if mesh is None:
         mesh = mesh_of_all_ranks()
     data_parallel = data_parallel_of(mesh, dp_mesh_dims, *modules)
-    check_offload(isinstance(offload_policy, CPUOffloadPolicy), mesh, *modules)
     device = device_of(mesh, None)
     registered = parameters_of_unit(modules, set(ignored_params or ()))
     places = [_place(each, shard_placement_fn, data_parallel) for each in registered]
@@ -110,7 +109,7 @@ def fully_shard(
         for each in modules:
             move(each, device)
     reshard = _reshard_after_forward(reshard_after_forward, data_parallel.mesh, modules)
-    settings = UnitSettings(device, reshard, precision)
+    settings = UnitSettings(device, reshard, precision, _memory_of(offload_policy))
     units = shard(registered, places, settings) or [empty_unit(data_parallel, settings)]
     label = ", ".join(type(each).__name__ for each in modules)
     runner = Runner(modules[0], units, _C.BackwardPrefetch.PRE, precision, label)
@@ -152,6 +151,12 @@ def _reshard_after_forward(
     if given in (1, shards):
         return given != 1
     return given
+
+
+def _memory_of(policy: OffloadPolicy | None) -> _C.ShardMemory:
+    if not isinstance(policy, CPUOffloadPolicy):
+        return _C.ShardMemory.DEVICE
+    return _C.ShardMemory.PINNED if policy.pin_memory else _C.ShardMemory.HOST
 
 
 def _place(

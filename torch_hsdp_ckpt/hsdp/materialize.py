@@ -17,8 +17,11 @@ _BUCKET_BYTES = 250 * 1024 * 1024  # one broadcast sends so many, as in torch's 
 
 
 def move(module: nn.Module, device: torch.device) -> None:
-    """Moves what is not on the meta device to ``device``."""
-    module._apply(lambda t: t if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+    """Moves what no wrapped module inside holds, and is not on the meta device, to ``device``."""
+    for owner in modules_of_unit(module):
+        owner._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: tensor if tensor.is_meta else tensor.to(device), recurse=False
+        )
 
 
 def materialize(

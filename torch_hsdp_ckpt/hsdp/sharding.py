@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from .. import _C
 from .arguments import NotSupportedError
 from .data_parallel import DataParallel
 from .extensions import is_extended
@@ -31,6 +32,7 @@ class UnitSettings:
     device: torch.device
     reshard_after_forward: bool | int | None
     precision: Precision
+    memory: _C.ShardMemory = _C.ShardMemory.DEVICE
 
 
 def shard(
@@ -79,6 +81,7 @@ def _unit(
         settings.device,
         settings.reshard_after_forward,
         settings.precision,
+        settings.memory,
     )
 
 

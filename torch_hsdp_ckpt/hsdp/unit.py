@@ -41,7 +41,10 @@ class ShardedUnit:
     computed). Gradients have the shards' dtype, with ``keep_low_precision_grads`` ``param_dtype``.
 
     Parameters on the meta device stay there, as DTensors without values, until ``rebind`` finds
-    that all have memory: torch's deferred initialisation. ``on_meta`` names them."""
+    that all have memory: torch's deferred initialisation. ``on_meta`` names them.
+
+    ``memory``: where shards and their gradients are; on the host they go to ``device`` at every
+    gather, and come back at every reduction."""
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class ShardedUnit:
         device: torch.device,
         reshard_after_forward: bool | int | None,
         precision: Precision,
+        memory: _C.ShardMemory,
     ) -> None:
         self.mesh = mesh
         self.device = device
@@ -66,7 +70,8 @@ class ShardedUnit:
         self._grad_dtype = precision.kept_grad_dtype
 
         collectives = collectives_of(mesh)
-        self.core = self._new_core(originals, precision, collectives)
+        self._is_offloaded = memory != _C.ShardMemory.DEVICE and device.type != "cpu"
+        self.core = self._new_core(originals, precision, collectives, memory)
         self.schedule: _C.Schedule | None = None
         self.communication = UnitCommunication(mesh, collectives, self.core)
         self.communication.set_reshard_after_forward(reshard_after_forward)
@@ -92,6 +97,7 @@ class ShardedUnit:
         originals: Sequence[nn.Parameter],
         precision: Precision,
         collectives: _C.Collectives,
+        memory: _C.ShardMemory,
     ) -> _C.Unit:
         layouts = zip(self._layouts, originals, strict=True)
         return _C.Unit(
@@ -106,6 +112,7 @@ class ShardedUnit:
             on_reduced=weak_callback(self._take_gradients),
             local_grad=weak_function(self._local_gradient),
             extension=self._extended.for_core(),
+            memory=memory,
         )
 
     def _sharded_at(self, index: int) -> nn.Parameter:
@@ -365,7 +372,7 @@ class ShardedUnit:
             with torch.no_grad():
                 bound = self.core.rebind(self._extended.without(locals_), device)
                 locals_ = self._extended.with_own(bound, locals_)
-            self.device = device
+            self.device = self.device if self._is_offloaded else device
         self.on_meta = on_meta
         self._replace_shards(current, locals_)
         if self.schedule is not None and not on_meta:
