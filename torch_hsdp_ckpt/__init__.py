@@ -42,6 +42,8 @@ from .hsdp.fully_shard import (
     register_fsdp_forward_method,
     share_comm_ctx,
 )
+from .optim.muon import Muon
+from .optim.whole_tensors import map_whole_tensors
 from .training.manager import CheckpointManager
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "LocalStateDictConfig",
     "MixedPrecision",
     "MixedPrecisionPolicy",
+    "Muon",
     "OffloadPolicy",
     "OptimStateDictConfig",
     "OptimStateKeyType",
@@ -82,6 +85,7 @@ __all__ = [
     "build_info",
     "fully_shard",
     "load",
+    "map_whole_tensors",
     "register_fsdp_forward_method",
     "save",
     "share_comm_ctx",

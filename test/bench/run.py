@@ -25,6 +25,7 @@ import checkpoint  # noqa: E402
 import launches  # noqa: E402
 import load_planning  # noqa: E402
 import memory  # noqa: E402
+import muon  # noqa: E402
 import pipelining  # noqa: E402
 import reshard  # noqa: E402
 import save_scale  # noqa: E402
@@ -165,6 +166,10 @@ def run_pipelining(args: argparse.Namespace) -> str:
     return pipelining.measure(chosen(args, pipelining.SYSTEMS), args.quick)
 
 
+def run_muon(args: argparse.Namespace) -> str:
+    return muon.measure(chosen(args, muon.SYSTEMS), args.quick)
+
+
 def run_async(args: argparse.Namespace) -> str:
     args.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
@@ -177,6 +182,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "checkpoint": checkpoint.SYSTEMS,
     "launches": simulated.SYSTEMS,
     "memory": memory.SYSTEMS,
+    "muon": muon.SYSTEMS,
     "pipelining": pipelining.SYSTEMS,
     "reshard": reshard.SYSTEMS,
     "shared_store": shared_store.SYSTEMS,
@@ -192,6 +198,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "shared_store": run_shared_store,
     "step": run_step,
     "pipelining": run_pipelining,
+    "muon": run_muon,
     "state_dict": run_state_dict,
     "kernels": run_kernels,
     "launches": run_launches,

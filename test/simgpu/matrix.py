@@ -25,10 +25,10 @@ PACES = ("lazy", "mixed", "eager")
 FILES = """
 accumulation as_torch as_torchs_fsdp2_tests as_torchs_state_tests async_faults async_gate
 async_image async_losses async_plan async_save comm_hooks fresh_optimizer fsdp fsdp_errors
-full_state fully_shard hsdp_checkpoint load meta model_groups older_graphs optim_state
-optimizer_before_wrap optimizer_groups precision resume save save_bytes schedule state_dict
-state_dict_options state_dict_threads storage_kinds tensor_kinds torchs_classes tutorials
-wrapper_autograd wrapper_edges wrapper_outputs wrapper_scalars wrapper_uses
+full_state fully_shard hsdp_checkpoint load meta model_groups muon muon_state older_graphs
+optim_state optimizer_before_wrap optimizer_groups precision resume save save_bytes schedule
+state_dict state_dict_options state_dict_threads storage_kinds tensor_kinds torchs_classes tutorials
+whole_tensors wrapper_autograd wrapper_edges wrapper_outputs wrapper_scalars wrapper_uses
 """.split()
 # Of that a sample runs, once, what finds most in its time.
 SAMPLE = """

@@ -167,8 +167,10 @@ def _check_groups(
 
 
 def is_torchs(optim: torch.optim.Optimizer | None) -> bool:
-    """Whether it is one of torch's own, whose state is known."""
-    return optim is not None and type(optim).__module__.startswith("torch.optim")
+    """Whether it is one of torch's own, whose state is known, or Muon of this package, whose state
+    is torch's."""
+    own = ("torch.optim", "torch_hsdp_ckpt.optim")
+    return optim is not None and type(optim).__module__.startswith(own)
 
 
 def _lacking_options(optim: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> list[str]:
