@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.fsdp as torchs
+from device import DEVICE
 from parallel_models import (
     Language,
     distributed,
@@ -22,10 +23,11 @@ from parallel_models import (
 )
 from ranks import run_checks, run_ranks
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
+from training import full
 
 import torch_hsdp_ckpt as ours
 
@@ -260,6 +262,87 @@ def _numbers_of_ranks(rank: int) -> None:
     freed = ours.fully_shard(nn.Linear(4, 4), mesh=mesh, reshard_after_forward=4)
     freed(torch.ones(1, 4))
     assert isinstance(freed.weight, DTensor)
+
+
+def _sequential(mesh: DeviceMesh, norm_type: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One process's norm, and gradients clipped by it."""
+    model = language()
+    replicas = mesh["replicate"].size() * mesh["shard"].size()
+    for replica in range(replicas):
+        (loss_of(model, 0, replica) / replicas).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type)
+    return norm, {name: p.grad for name, p in model.named_parameters()}
+
+
+def _clips_as_one_process(rank: int) -> None:
+    """Parameters beside TP and others are on two meshes; torch's own function raises."""
+    mesh = mesh_of(**HSDP_TP)
+    for norm_type in (2.0, 1.0, float("inf")):
+        model = tensor_parallel(language(), mesh["tp"], sequence=False)
+        shard_all(ours.fully_shard, model, mesh=mesh["replicate", "shard"])
+        loss_of(model, 0, _replica(mesh)).backward()
+        norm = ours.clip_grad_norm_(model.parameters(), 0.1, norm_type)
+        wanted, grads = _sequential(mesh, norm_type)
+        torch.testing.assert_close(norm, wanted, rtol=1e-5, atol=1e-6)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(full(parameter.grad), grads[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError):
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def _refusals(rank: int) -> None:
+    """At construction, on every rank, with the parameter, its mesh and what is asked for."""
+    mesh = mesh_of(**HSDP_TP)
+    data, start = (
+        mesh["replicate", "shard"],
+        f"^rank {rank}: module Linear: parameter weight of shape ",
+    )
+
+    def refuses(linear: nn.Linear, message: str, **arguments: Any) -> None:
+        with pytest.raises(ValueError, match=start + message):
+            ours.fully_shard(linear, **{"mesh": data, **arguments})
+        assert type(linear) is nn.Linear
+
+    def placed(where: DeviceMesh, *placements: Any) -> nn.Linear:
+        linear = nn.Linear(4, 6, bias=False, device=DEVICE)
+        weight = distribute_tensor(linear.weight.detach(), where, placements)
+        linear.weight = nn.Parameter(weight)
+        return linear
+
+    other = init_device_mesh(DEVICE, (8,), mesh_dim_names=("elsewhere",))
+    refuses(placed(other, Replicate()), r"\(6, 4\) is a DTensor on .*elsewhere=8.* wrap it once")
+    refuses(
+        placed(mesh["shard", "tp"], Shard(0), Replicate()), ".*other dimensions of the same root"
+    )
+    partial = placed(mesh["tp"], Replicate())
+    local = partial.weight.to_local()
+    partial.weight = nn.Parameter(DTensor.from_local(local, mesh["tp"], [Partial()]))
+    refuses(partial, r".*\(Partial.* has to be Replicate or Shard")
+    columns = {"shard_placement_fn": lambda p: Shard(1)}
+    refuses(nn.Linear(5, 6, bias=False), r".*dimension 1 of 5 .* evenly among 2 shards", **columns)
+    refuses(
+        nn.Linear(4, 6, bias=False), ".* gives a Shard", shard_placement_fn=lambda p: Replicate()
+    )
+    sparse = nn.Embedding(6, 4, sparse=True)
+    with pytest.raises(ValueError, match=f"^rank {rank}: module Embedding: .* sparse gradients"):
+        ours.fully_shard(sparse, mesh=data)
+    if hasattr(torchs, "DataParallelMeshDims"):
+        dims = ours.DataParallelMeshDims(shard="shard", replicate="replicate")
+        whole = {"mesh": mesh, "dp_mesh_dims": dims}
+        refuses(nn.Linear(4, 6, bias=False), ".*is a plain tensor", **whole)
+        refuses(placed(mesh["tp"], Shard(0)), ".*the mesh that fully_shard is given", **whole)
+        cut = placed(mesh, Replicate(), Shard(0), Replicate())
+        refuses(cut, ".*dimension 1 of that mesh it has to be Replicate", **whole)
+        for wrong in ({"shard": "nowhere"}, {"shard": ("shard", "shard")}):
+            with pytest.raises(
+                ValueError, match=f"^rank {rank}: module Linear: dp_mesh_dims names"
+            ):
+                asked = ours.DataParallelMeshDims(**wrong)
+                ours.fully_shard(nn.Linear(4, 6), mesh=mesh, dp_mesh_dims=asked)
+
+
+def test_clipping_and_refusals() -> None:
+    run_checks(8, _clips_as_one_process, _refusals)
 
 
 def test_resharding_to_fewer_ranks() -> None:

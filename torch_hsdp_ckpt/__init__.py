@@ -32,6 +32,7 @@ from .checkpoint.save.save import save
 from .checkpoint.storage.verify import VerifyProblem, VerifyReport, verify
 from .errors import CheckpointError, CorruptCheckpointError
 from .filesystem import FileSystemReader, FileSystemWriter
+from .hsdp.clip import clip_grad_norm_
 from .hsdp.data_parallel import DataParallelMeshDims
 from .hsdp.fsdp import FullyShardedDataParallel
 from .hsdp.fully_shard import (
@@ -83,6 +84,7 @@ __all__ = [
     "VerifyReport",
     "async_save",
     "build_info",
+    "clip_grad_norm_",
     "fully_shard",
     "load",
     "map_whole_tensors",

@@ -13,8 +13,24 @@ from torch.distributed.tensor import DTensor, Replicate
 from ..common.tensors import local_of
 
 
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+) -> torch.Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` for parameters of any meshes together, plain ones too:
+    scales all gradients so that their norm is at most ``max_norm``. torch's raises where
+    parameters beside tensor parallelism are on another mesh than the others.
+
+    Of a DTensor the whole gradient counts, over all mesh dimensions that cut it; of a plain tensor
+    what this rank has. Collective over the meshes. Returns the norm before, a plain 0-d tensor, the
+    same on all ranks that hold the same model; zero if there are no gradients."""
+    given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    device = given[0].device if given else torch.device("cpu")
+    return clip_grad_norm(given, max_norm, norm_type, device)
+
+
 def clip_grad_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float, device: torch.device
+    parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, device: torch.device
 ) -> torch.Tensor:
     """Scales gradients as ``FullyShardedDataParallel.clip_grad_norm_`` says and returns their norm
     before. The zero that stands for no gradients is on ``device``."""
@@ -30,10 +46,10 @@ def clip_grad_norm(
 
 
 def _with_grads_by_mesh(
-    parameters: Iterable[nn.Parameter],
-) -> dict[DeviceMesh | None, list[nn.Parameter]]:
+    parameters: Iterable[torch.Tensor],
+) -> dict[DeviceMesh | None, list[torch.Tensor]]:
     """DTensors of one mesh and plain tensors do not mix in one operator. None: plain ones."""
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    by_mesh: dict[DeviceMesh | None, list[torch.Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
@@ -41,7 +57,7 @@ def _with_grads_by_mesh(
     return by_mesh
 
 
-def _norm_of_grads(parameters: list[nn.Parameter], norm_type: float) -> torch.Tensor:
+def _norm_of_grads(parameters: list[torch.Tensor], norm_type: float) -> torch.Tensor:
     grads = [cast(torch.Tensor, parameter.grad) for parameter in parameters]
     if isinstance(grads[0], DTensor):
         grads = _norms_of_sharded(cast(list[DTensor], grads), norm_type)

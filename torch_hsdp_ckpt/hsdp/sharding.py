@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .. import _C
 from .arguments import NotSupportedError
@@ -93,6 +94,7 @@ def _layout(
         if problem:
             raise ValueError(problem)
         _check_extension(registered.parameter, settings)
+        _check_dense(registered)
         settings.precision.param_dtype_of(registered.parameter)
         return layout_of(registered.parameter, place.data_parallel, place.dim)
     except ValueError as error:
@@ -106,6 +108,18 @@ def _check_extension(parameter: torch.Tensor, settings: UnitSettings) -> None:
         raise ValueError(
             "gathers itself (fsdp_pre_all_gather), which goes with reshard_after_forward=True or "
             f"False, not with {settings.reshard_after_forward}"
+        )
+
+
+def _check_dense(registered: RegisteredParameter) -> None:
+    """Raises ValueError for a parameter whose gradients would be sparse."""
+    embeddings = (nn.Embedding, nn.EmbeddingBag)
+    modules = [slot.module for slot in registered.slots]
+    is_sparse = any(isinstance(module, embeddings) and module.sparse for module in modules)
+    if is_sparse and registered.parameter.requires_grad:
+        raise ValueError(
+            "has sparse gradients (sparse=True), and what is sharded has dense ones: pass "
+            "sparse=False, or leave it out (ignored_params, ignored_states)"
         )
 
 
