@@ -102,7 +102,7 @@ def assert_close(
 def unsharded(model: nn.Module) -> list[str]:
     """The units whose full parameters have memory now."""
     runners = dict(named_runners(model))
-    return [name for name, runner in runners.items() if runner.unit.core.is_unsharded]
+    return [name for name, runner in runners.items() if runner.units[0].core.is_unsharded]
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

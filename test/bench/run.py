@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "test")]
 
 import async_  # noqa: E402
+import beside_tp  # noqa: E402
 import checkpoint  # noqa: E402
 import launches  # noqa: E402
 import load_planning  # noqa: E402
@@ -166,6 +167,10 @@ def run_pipelining(args: argparse.Namespace) -> str:
     return pipelining.measure(chosen(args, pipelining.SYSTEMS), args.quick)
 
 
+def run_beside_tp(args: argparse.Namespace) -> str:
+    return beside_tp.measure(chosen(args, beside_tp.SYSTEMS), args.quick)
+
+
 def run_muon(args: argparse.Namespace) -> str:
     return muon.measure(chosen(args, muon.SYSTEMS), args.quick)
 
@@ -179,6 +184,7 @@ def run_async(args: argparse.Namespace) -> str:
 # What --systems chooses from; the other benchmarks compare nothing.
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "async": async_.SYSTEMS,
+    "beside_tp": beside_tp.SYSTEMS,
     "checkpoint": checkpoint.SYSTEMS,
     "launches": simulated.SYSTEMS,
     "memory": memory.SYSTEMS,
@@ -198,6 +204,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], str]] = {
     "shared_store": run_shared_store,
     "step": run_step,
     "pipelining": run_pipelining,
+    "beside_tp": run_beside_tp,
     "muon": run_muon,
     "state_dict": run_state_dict,
     "kernels": run_kernels,

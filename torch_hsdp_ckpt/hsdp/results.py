@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.utils._pytree import tree_map_only
 
 from .flat_tensors import new_tensors, tensors_of_graph
 from .module_tree import RUNNER, modules_of_unit
 
 # The attributes that every module has hold no results, nor do a wrapper's own; buffers may.
-_WITHOUT_RESULTS = (frozenset(vars(nn.Module())) - {"_buffers"}) | {RUNNER, "_runner", "_unit"}
+_WRAPPERS = {RUNNER, "_runner", "_unit", STATE_KEY, REGISTRY_KEY}
+_WITHOUT_RESULTS = (frozenset(vars(nn.Module())) - {"_buffers"}) | _WRAPPERS
 
 # The number of the next node of autograd's graph, in this thread.
 sequence_number = torch._C._autograd._get_sequence_nr
@@ -51,7 +53,8 @@ class Results:
         """``arguments``: what forward was given; ``modules``: gives the unit's; ``since``:
         autograd's sequence number when it began."""
         found = tensors_of_graph(outputs, since)
-        if sequence_number() == since:  # no graph was made
+        # Without gradients DTensor's functions are counted too, though they make no graph.
+        if sequence_number() == since or not torch.is_grad_enabled():
             return found
         if self._attributes is None or not found:
             self._attributes = _attributes_with_results(modules(), since)
