@@ -196,16 +196,18 @@ def _differing(rank: int, path: str, log: str) -> dict[str, Any]:
     h.save(state, checkpoint_id=f"{path}/submesh")
     _check_loads(f"{path}/submesh", FULL)
 
-    # Three dimensions; a dimension that is cut twice; a placement that only DTensor knows.
+    # Three dimensions; a dimension that is cut twice, in both orders; a split factor that no other
+    # cut explains.
     cube = init_device_mesh(DEVICE, (2, 1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
     for name, placements in {
         "3d": (Replicate(), Shard(0), Shard(1)),
         "twice": (Shard(0), Replicate(), Shard(0)),
         "strided": (Replicate(), _StridedShard(0, split_factor=2), Shard(0)),
+        "unexplained": (Replicate(), _StridedShard(0, split_factor=4), Shard(0)),
     }.items():
         state = {"model": {}, **_rest()}
         for key, value in FULL.items():
-            if name == "strided":
+            if name in ("strided", "unexplained"):
                 local = distribute_tensor(value, cube, (Replicate(), Shard(0), Shard(0))).to_local()
                 state["model"][key] = DTensor.from_local(
                     local,

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 from torch.distributed.tensor import DTensor
 
 from ... import _C
+from ...common.cuts import box_at, cuts_of
 from ...common.tensors import is_plain_subclass, without_subclass
 from ...errors import CheckpointError
 from ..storage.nested_keys import NestedKeys, set_object
@@ -117,8 +118,7 @@ class _LocalBox(NamedTuple):
 
 
 class _ShardBoxes:
-    """Offsets and sizes of this rank's shards: asked of DTensor once for each shape and
-    sharding."""
+    """Offsets and sizes of this rank's shards, found once for each shape and sharding."""
 
     def __init__(self) -> None:
         self._boxes: dict[Any, tuple[list[int], list[int]]] = {}
@@ -126,11 +126,22 @@ class _ShardBoxes:
     def of(self, tensor: DTensor) -> tuple[list[int], list[int]]:
         key = (tensor.shape, tensor.placements, id(tensor.device_mesh))
         if key not in self._boxes:
-            chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-            if len(chunks) != 1:
-                raise PlannerNeededError
-            self._boxes[key] = list(chunks[0].offsets), list(chunks[0].sizes)
+            self._boxes[key] = _box_of(tensor)
         return self._boxes[key]
+
+
+def _box_of(tensor: DTensor) -> tuple[list[int], list[int]]:
+    mesh_shape = tuple(tensor.device_mesh.shape)
+    cuts = cuts_of(tensor.placements, mesh_shape)
+    if cuts is not None:
+        place = tensor.device_mesh.get_coordinate() or ()
+        offsets, sizes = box_at(tensor.shape, cuts, mesh_shape, place)
+        if sizes == list(tensor._local_tensor.shape):
+            return offsets, sizes
+    chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    if len(chunks) != 1:
+        raise PlannerNeededError
+    return list(chunks[0].offsets), list(chunks[0].sizes)
 
 
 def _check_none_is_missing(missing: list[str]) -> None:

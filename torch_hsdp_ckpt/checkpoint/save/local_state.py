@@ -13,9 +13,10 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
+from ...common.cuts import Cuts, cuts_of
 from ...common.tensors import (
     check_storage,
     is_plain,
@@ -37,8 +38,8 @@ class SortedNames:
 
     ``dtensors`` and ``tensors``: what the static plan takes; each plain tensor is written by one
     rank, whole. ``objects``: everything that is pickled. ``gathered``: what only DCP's planning
-    knows how to divide: ShardedTensors, tensor subclasses, placements other than Shard and
-    Replicate, a dimension cut twice."""
+    knows how to divide: ShardedTensors, tensor subclasses, placements of which a rank may hold more
+    than one box."""
 
     dtensors: list[str] = dataclasses.field(default_factory=list)
     tensors: list[str] = dataclasses.field(default_factory=list)
@@ -48,10 +49,10 @@ class SortedNames:
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """A mesh and, for each of its dimensions, the tensor dimension that it cuts, or -1."""
+    """A mesh, and how it cuts a tensor."""
 
     mesh: DeviceMesh
-    dims: tuple[int, ...]
+    cuts: Cuts
 
 
 class LocalState:
@@ -117,7 +118,9 @@ class LocalState:
         try:
             return self._shardings[key]  # hashing placements is slow: once, not twice
         except KeyError:
-            sharding = self._shardings[key] = _sharding_by(spec.mesh, spec.placements)
+            cuts = cuts_of(spec.placements, tuple(spec.mesh.shape))
+            sharding = None if cuts is None else Sharding(spec.mesh, cuts)
+            self._shardings[key] = sharding
             return sharding
 
     def digests(self) -> bytes:
@@ -130,7 +133,7 @@ class LocalState:
             tensor = self.values[name]
             sharding = self.sharding_of(tensor)
             assert sharding is not None
-            cut = (*self._mesh_key(sharding.mesh), sharding.dims)
+            cut = (*self._mesh_key(sharding.mesh), *sharding.cuts)
             yield name, str(tensor.dtype), tuple(tensor.shape), *cut, self._path(name)
 
     def _other_keys(self) -> Iterator[tuple[Any, ...]]:
@@ -208,18 +211,6 @@ def _check_name(name: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise CheckpointError(f"{name!r}: a name that has no UTF-8 can't be saved") from None
-
-
-def _sharding_by(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Sharding | None:
-    dims: list[int] = []
-    for placement in placements:
-        if type(placement) is Replicate:
-            dims.append(-1)
-        elif type(placement) is Shard and placement.dim not in dims:
-            dims.append(placement.dim)
-        else:
-            return None
-    return Sharding(mesh, tuple(dims))
 
 
 def _digest(values: Iterable[Any]) -> bytes:

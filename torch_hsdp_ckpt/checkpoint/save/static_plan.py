@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
 
 from ... import _C
+from ...common.cuts import Cuts
 from ...common.tensors import RECORD_DTYPES, check_storage
 from ...errors import CheckpointError
 from .local_state import LocalState, Sharding, SortedNames
@@ -111,7 +112,7 @@ class _PlannedTensor:
     sharding: int
 
 
-_ShardingKey = tuple[int, tuple[int, ...]]  # the id of a mesh, and the dimensions that it cuts
+_ShardingKey = tuple[int, Cuts]  # the id of a mesh, and how it cuts
 
 
 class _Shardings:
@@ -124,11 +125,14 @@ class _Shardings:
         self.arguments: list[_C.Sharding] = []
 
     def of_dtensor(self, sharding: Sharding) -> int:
-        key = (id(sharding.mesh), sharding.dims)
+        key = (id(sharding.mesh), sharding.cuts)
         if key not in self._numbers:
-            mesh = sharding.mesh.mesh
+            # A plan cuts over one mesh dimension after the other.
+            dims, order = sharding.cuts
+            mesh = sharding.mesh.mesh.permute(order)
             ranks = [self._rank_in_group.get(rank, -1) for rank in mesh.flatten().tolist()]
-            self._add(key, _C.Sharding(list(mesh.shape), ranks, sharding.dims, whole=False))
+            ordered = [dims[mesh_dim] for mesh_dim in order]
+            self._add(key, _C.Sharding(list(mesh.shape), ranks, ordered, whole=False))
         return self._numbers[key]
 
     def of_plain_tensor(self, is_coordinators: bool) -> int:
