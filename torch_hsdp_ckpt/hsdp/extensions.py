@@ -70,6 +70,7 @@ class ExtendedParameter:
         self._mesh = shard_mesh
         self._module = module
         self._policy = policy
+        self._inputs: Sequence[Tensor] = ()  # of the gather that is under way
         self._outputs: list[Tensor] = []  # of the gathers, the same ones each time
         self._inner: Sequence[Tensor] = ()  # what the full tensor holds besides
         self._input_sizes: list[torch.Size] = []
@@ -97,12 +98,13 @@ class ExtendedParameter:
         local = local_of(self._sharded())
         inputs, self._metadata = self._asked(local)
         self._input_sizes = [each.size() for each in inputs]
+        self._inputs = [each.reshape(-1) for each in inputs]
         if not self._outputs:
             self._outputs = [each.new_empty(each.numel() * self._mesh.size()) for each in inputs]
-        for output, given in zip(self._outputs, inputs, strict=True):
+        for output, given in zip(self._outputs, self._inputs, strict=True):
             _allocate(output)
             work = dist.all_gather_into_tensor(
-                output, given.reshape(-1), group=self._mesh.get_group(), async_op=True
+                output, given, group=self._mesh.get_group(), async_op=True
             )
             if work is not None:
                 self._works.append(work)
@@ -131,12 +133,7 @@ class ExtendedParameter:
 
     def finish(self) -> None:
         """The full parameter can be used on the current stream."""
-        for work in self._works:
-            work.wait()
-        self._works = []
-        for output in self._outputs:
-            if output.device.type != "cpu":  # the gathers' stream has its memory
-                output.record_stream(torch.get_device_module(output.device).current_stream())
+        self._join()
         outputs = tuple(
             output.view(-1, *size[1:])
             for output, size in zip(self._outputs, self._input_sizes, strict=True)
@@ -153,6 +150,17 @@ class ExtendedParameter:
         if getattr(local, _RELEASES, bool)():
             self._free_outputs()
 
+    def _join(self) -> None:
+        """What has been started is over, for the current stream. The gathers' stream, to which the
+        memory goes back, does not wait for that."""
+        for work in self._works:
+            work.wait()
+        self._works = []
+        for tensor in (*self._inputs, *self._outputs):
+            if tensor.device.type != "cpu":
+                tensor.record_stream(torch.get_device_module(tensor.device).current_stream())
+        self._inputs = ()
+
     def _make_full(self, full: Tensor, inner: Sequence[Tensor]) -> None:
         self._inner = inner
         full = torch.as_strided(full, self._full_size, self._full_stride, storage_offset=0)
@@ -161,9 +169,7 @@ class ExtendedParameter:
 
     def free(self) -> None:
         """Gives back what the full parameter has for memory."""
-        for work in self._works:
-            work.wait()
-        self._works = []
+        self._join()
         self._free_outputs()
         for inner in self._inner:
             inner.untyped_storage().resize_(0)
