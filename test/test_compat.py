@@ -154,6 +154,10 @@ def _subclasses_of_torchs(rank: int) -> None:
     assert issubclass(Later, STOCK.FSDP) and isinstance(model, STOCK.FSDP)
 
 
+# What torch's own takes.
+REFUSED = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.complex64)
+
+
 def _said(rank: int) -> Messages:
     handler = Messages()
     logging.getLogger("torch_hsdp_ckpt").addHandler(handler)
@@ -164,15 +168,15 @@ def _refused_arguments(rank: int) -> None:
     mesh = init_device_mesh("cpu", (4,))
     said = _said(rank)
     with patch():
-        net = fsdp.fully_shard(nn.Linear(8, 8), mesh=mesh, reshard_after_forward=2)
+        net = fsdp.fully_shard(nn.Linear(8, 8), mesh=mesh, mp_policy=REFUSED)
         assert isinstance(net, fsdp.FSDPModule) and not isinstance(net, ours.FSDPModule)
         assert len(said.texts) == 1 and "torch's own fully_shard is used here" in said.texts[0]
         net(torch.ones(2, 8)).sum().backward()
         with (
             patch(strict=True),
-            pytest.raises(ValueError, match="to fewer ranks, is not supported"),
+            pytest.raises(ValueError, match="mixed precision in torch.complex64 is not supp"),
         ):
-            fsdp.fully_shard(nn.Linear(8, 8), mesh=mesh, reshard_after_forward=2)
+            fsdp.fully_shard(nn.Linear(8, 8), mesh=mesh, mp_policy=REFUSED)
         with pytest.raises(TypeError):
             fsdp.fully_shard(nn.Linear(8, 8), mesh=mesh, no_such_argument=1)
 
@@ -184,7 +188,7 @@ def _refused_inside(rank: int) -> None:
     with patch():
         net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
         for layer in net[:2]:
-            fsdp.fully_shard(layer, mesh=mesh, reshard_after_forward=2)
+            fsdp.fully_shard(layer, mesh=mesh, mp_policy=REFUSED)
         fsdp.fully_shard([net, net[2]], mesh=mesh)
         assert not any(isinstance(m, ours.FSDPModule) for m in net.modules())
         assert [text.rpartition(": ")[2] for text in said.texts[2:]] == ["it was for 0 inside"]
@@ -192,9 +196,9 @@ def _refused_inside(rank: int) -> None:
         net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
         fsdp.fully_shard(net[0], mesh=mesh)
         for given in (net, [net, net[1]]):
-            with pytest.raises(ValueError, match="to fewer ranks, is not supported"):
-                fsdp.fully_shard(given, mesh=mesh, reshard_after_forward=2)
-        fsdp.fully_shard(net[1], mesh=mesh, reshard_after_forward=2)
+            with pytest.raises(ValueError, match="mixed precision in torch.complex64 is not supp"):
+                fsdp.fully_shard(given, mesh=mesh, mp_policy=REFUSED)
+        fsdp.fully_shard(net[1], mesh=mesh, mp_policy=REFUSED)
         with pytest.raises(ValueError, match="was used for 1, and this package's for others insi"):
             fsdp.fully_shard(net, mesh=mesh)
     net = nn.Sequential(nn.Linear(8, 8))
