@@ -129,8 +129,10 @@ def _adds_up_only(rank: int) -> None:
 
 
 def _other_settings(model: nn.Module) -> None:
-    model.set_keep_unsharded_storage(True)
-    model.set_reduce_scatter_max_input_buffers(3)
+    later = {"set_keep_unsharded_storage": True, "set_reduce_scatter_max_input_buffers": 3}
+    for name, value in later.items():
+        if isinstance(model, ours.FSDPModule) or hasattr(torchs.FSDPModule, name):
+            getattr(model, name)(value)
     for module in model.children():
         module.set_allocate_memory_from_process_group_for_comm(True)
 
