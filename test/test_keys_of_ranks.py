@@ -3,18 +3,21 @@ rank's, the same for all that belongs together."""
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from device import DEVICE
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import torch_hsdp_ckpt as h
+from torch_hsdp_ckpt.checkpoint.save import capture, plan
 from torch_hsdp_ckpt.checkpoint.save.async_save import await_save
 
 
@@ -49,6 +52,62 @@ def _contradicting(rank: int, root: str) -> None:
             assert f"n.{key}: " in message and "on ranks [" in message, message
             assert "keys of its own" in message
     assert "a tensor [2] of float32 on ranks [0, 1]" in _saves({"s": cases["shape"]}, root)[0]
+    # A key of two pipeline stages, each of which has tensors of its own besides.
+    stages = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("pp", "shard"))
+    stage = stages["pp"].get_local_rank()
+    shared = distribute_tensor(torch.full((8,), float(stage)), stages["shard"], [Shard(0)])
+    own = distribute_tensor(torch.zeros(4 + stage), stages["shard"], [Shard(0)])
+    for message in _saves({"tied": shared, f"own{stage}": own}, f"{root}/stages"):
+        assert "tied: a sharded tensor [8] of float32, cut by mesh [1, 2] of [0, 1]" in message
+        assert "[0, 1] on ranks [0, 1], a sharded tensor" in message
+        assert "cut by mesh [1, 2] of [2, 3] on ranks [2, 3]" in message
+    # Shards that no rank of the mesh holds.
+    part = DTensor.from_local(torch.ones(2), mesh, [Shard(0)])
+    alone = {"n": {"part": part}} if rank else {}
+    for message in _saves(alone, f"{root}/part"):
+        assert "n.part: no rank of the saving process group holds its shard at [0]" in message
+    left = [name for name in os.listdir(root) if os.listdir(f"{root}/{name}")]
+    assert not left, "nothing is left of what was refused"
+
+
+def _held_by_some(rank: int, path: str) -> tuple[list[str], int]:
+    """The data files, and how often a plan was made for four saves of one structure."""
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard"))
+    placements = [Replicate(), Shard(0)]
+    state: dict[str, Any] = {}
+    if rank < 3:  # the last rank has nothing at all, and nothing is lost with it
+        state["all"] = distribute_tensor(torch.arange(9.0), mesh, placements, src_data_rank=None)
+    if rank == 2:
+        state["last"] = {"large": torch.arange(1 << 16), "small": torch.tensor(2), "x": [1, "a"]}
+    if rank in (0, 1):
+        state["first"] = distribute_tensor(torch.arange(5.0), mesh, placements, src_data_rank=None)
+    made: list[int] = []
+    make = capture.make_static_plan
+    capture.make_static_plan = lambda *a: made.append(1) or make(*a)  # type: ignore[func-returns-value]
+    h.save(state, checkpoint_id=path)
+    again = plan.make_static_plan
+    plan.make_static_plan = lambda *a: made.append(1) or again(*a)  # type: ignore[func-returns-value]
+    for _ in range(4):
+        h.async_save(state, checkpoint_id=f"{path}-async").result()
+    capture.make_static_plan, plan.make_static_plan = make, again
+    for saved in (path, f"{path}-async"):
+        whole: dict[str, Any] = {
+            "all": torch.zeros(9),
+            "first": torch.zeros(5),
+            "last": {
+                "large": torch.zeros(1 << 16, dtype=torch.int64),
+                "small": torch.tensor(0),
+                "x": [0, ""],
+            },
+        }
+        dcp.load(whole, storage_reader=dcp.FileSystemReader(saved), no_dist=True)
+        assert torch.equal(whole["all"], torch.arange(9.0))
+        assert torch.equal(whole["first"], torch.arange(5.0))
+        last = whole["last"]
+        assert torch.equal(last["large"], torch.arange(1 << 16)) and last["small"] == 2
+        assert last["x"] == [1, "a"]
+    dist.barrier()
+    return sorted(name[:4] for name in os.listdir(path) if name.endswith("distcp")), len(made)
 
 
 def _within_objects(rank: int, root: str) -> None:
@@ -102,6 +161,13 @@ def _one_ranks_state(rank: int, root: str) -> set[int]:
 
 def test_one_key_with_other_shapes_is_refused(tmp_path: Path) -> None:
     run_ranks(_contradicting, 4, str(tmp_path))
+
+
+def test_each_is_written_by_ranks_that_hold_it(tmp_path: Path) -> None:
+    outcomes = run_ranks(_held_by_some, 4, f"{tmp_path}/saved")
+    assert outcomes[0][0] == ["__0_", "__1_", "__2_"]
+    # Once as if all held the same, once when the first save has found that they do not.
+    assert [made for _, made in outcomes] == [2] * 4
 
 
 def test_shards_within_objects_are_refused(tmp_path: Path) -> None:

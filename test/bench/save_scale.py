@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torch_hsdp_ckpt import _C
+from torch_hsdp_ckpt.checkpoint.save.division import Division
 from torch_hsdp_ckpt.checkpoint.save.local_state import LocalState
 from torch_hsdp_ckpt.checkpoint.save.static_plan import make_static_plan
 from torch_hsdp_ckpt.common.agreement import _SLOT
@@ -49,8 +50,8 @@ def _row(shards: int, rounds: int) -> list[str]:
         planner = DefaultSavePlanner()
         planner.set_up_planner({"model": state}, is_coordinator=True)
         local = LocalState(planner)
-        local.digests()
-        static = make_static_plan(local, local.names, 0, range(world))
+        local.holdings(range(world))
+        static = make_static_plan(local, Division.alike(0, world), range(world))
         static.plan.layout(static.chunks, [], True)
         before.append(time.perf_counter() - start)
         start = time.perf_counter()

@@ -65,7 +65,7 @@ def _prepare_values(request: AsyncRequest, values: dict[str, Any]) -> Call:
         return _copy(request, None, lambda: _freeze(request, guarded))
     # Much to copy: agreed with the ranks first, so that it is 1/R of it.
     opened = open_save(request.save, guarded.captured.prepare)
-    if not opened.comparison.agreed:
+    if not opened.as_assumed:
         return _copy(request, opened, lambda: _stage(request, opened, guarded.gate))
     return _copy(request, opened, lambda: _copy_part(request, opened, guarded))
 

@@ -168,7 +168,7 @@ class Job:
             raise ready.error
         if isinstance(ready, CallStaged):
             return write(ready.staged, lambda: self._settle(ready.staged, ready.gate, None))
-        if not opened.comparison.agreed:
+        if not opened.as_assumed:
             return self._write_otherwise(opened, ready)
         begin_copy(ready, self._request.mode)
         staged = stage_late(opened, ready, self._request.mode)

@@ -22,6 +22,7 @@ from ...common.devices import has_streams
 from ...common.gate import CHANGED
 from ...common.tensors import RECORD_DTYPES, local_of
 from ...errors import CheckpointError
+from .division import Division, Holdings
 from .local_state import LocalState
 from .open import PreparedState, SaveRequest
 from .plan import Pickled
@@ -62,7 +63,8 @@ class Structure:
     addresses, which are in the fingerprint, mean the same objects. ``places``: of the tensors among
     the values. ``objects``: values that may change and are no tensors. ``devices``: but the CPU.
     ``chunk_parts``: the chunks again, as C++ takes them. ``shapes``: of what this rank holds of the
-    planned tensors, by name, whichever rank writes them."""
+    planned tensors, by name, whichever rank writes them. ``division``: the one by which it is
+    planned, which is to be found true."""
 
     fingerprint: bytes
     key: Any
@@ -73,7 +75,8 @@ class Structure:
     shapes: dict[str, torch.Size]
     objects: Sequence[int]
     devices: frozenset[torch.device]
-    digests: bytes
+    holdings: Holdings
+    division: Division
     static: StaticPlan
     chunks: Sequence[LocalChunk]
     chunk_parts: _C.StagingParts
@@ -110,12 +113,16 @@ class Captured:
         self.hand_to_planner()
         return PreparedState(
             LocalState(self.planner),
-            self.structure.digests,
+            self.structure.holdings,
             needs_gathering=False,
-            keep_for_planning=self.keep_for_planning,
+            kept=self,
         )
 
-    def keep_for_planning(self) -> None:
+    @property
+    def division(self) -> Division:
+        return self.structure.division
+
+    def prepare_anew(self) -> None:
         """The planner's tensors, and so those of the state that was prepared, are what they were at
         the call, whatever has been made of the live ones since (``tensor.data = ...``)."""
         shapes = self.structure.shapes
@@ -124,6 +131,18 @@ class Captured:
             if self.live.address(i) and name in shapes:
                 local = self.memory(i).view(shapes[name])
                 self.planner.state_dict[name] = _like(self.live.tensor(i), local)
+
+    def replace(self, division: Division, static: StaticPlan) -> None:
+        before = self.structure
+        chunks = list(_local_chunks(static, _numbers_of(before.names, before.places)))
+        found = dataclasses.replace(
+            before,
+            division=division,
+            static=static.without_tensors(),
+            chunks=chunks,
+            chunk_parts=_parts_of(chunks),
+        )
+        _structures[:] = [found if known is before else known for known in _structures]
 
     def memory(self, tensor: int) -> Tensor:
         """A tensor's elements, in one dimension, where they were at the call. Raises
@@ -200,10 +219,11 @@ def _same_values(walked: Iterable[Any], values: Sequence[Any]) -> bool:
 def _structure_of(
     request: SaveRequest, local: LocalState, live: _C.LiveState, key: Any
 ) -> Structure:
-    static = make_static_plan(local, local.names, request.agreement.rank, request.global_ranks)
+    # What other ranks hold is not known yet; mostly it is the same.
+    division = Division.alike(request.agreement.rank, request.agreement.size)
+    static = make_static_plan(local, division, request.global_ranks)
     names, places = list(local.values), live.places
-    tensor_numbers = {names[place]: number for number, place in enumerate(places)}
-    chunks = list(_local_chunks(static, tensor_numbers))
+    chunks = list(_local_chunks(static, _numbers_of(names, places)))
     assert local.paths is not None
     return Structure(
         fingerprint=live.fingerprint,
@@ -217,11 +237,21 @@ def _structure_of(
         },
         objects=_changeable_objects(local),
         devices=_devices_of(live, len(places)),
-        digests=local.digests(),
+        holdings=local.holdings(request.global_ranks),
+        division=division,
         static=static.without_tensors(),
         chunks=chunks,
-        chunk_parts=_C.StagingParts([(chunk.tensor, chunk.first, chunk.size) for chunk in chunks]),
+        chunk_parts=_parts_of(chunks),
     )
+
+
+def _numbers_of(names: Sequence[str], places: Sequence[int]) -> dict[str, int]:
+    """Of the tensors among the values, by name."""
+    return {names[place]: number for number, place in enumerate(places)}
+
+
+def _parts_of(chunks: Sequence[LocalChunk]) -> _C.StagingParts:
+    return _C.StagingParts([(chunk.tensor, chunk.first, chunk.size) for chunk in chunks])
 
 
 def _devices_of(live: _C.LiveState, tensors: int) -> frozenset[torch.device]:

@@ -15,9 +15,10 @@ from ... import _C
 from ...errors import CheckpointError
 from ..storage.metadata import decode_metadata, read_metadata_bytes
 from ..storage.writer import FileWriteResult
-from .metadata_build import complete_metadata
+from .metadata_build import BuiltMetadata, build_metadata, complete_metadata
 from .open import Opened, SaveRequest
 from .result import SavedMetadata, SaveResult
+from .whole_plan import WholePlan, put_together
 from .write import Written
 
 _logger = logging.getLogger(__name__)
@@ -60,13 +61,14 @@ def write_and_commit(opened: Opened, write_part: Callable[[], Written]) -> Saved
 def _write_and_commit(opened: Opened, write_part: Callable[[], Written]) -> SavedMetadata:
     request, agreement = opened.request, opened.request.agreement
     written, packed_votes = agreement.run_and_tell("write", write_part, _packed_vote)
+    whole = _put_together(opened, written)
     # First of all: whatever this rank runs into from here on, the coordinator may commit its files.
     opened.unfinished.keep_files()
     votes = [_unpacked_vote(packed) for packed in packed_votes]
     encoded: list[bytes | memoryview] = []
 
     def commit_here() -> bytes:
-        metadata = _commit_as_coordinator(opened, written, votes)
+        metadata = _commit_as_coordinator(opened, _built(opened, written, whole), votes)
         encoded.append(metadata)
         return bytes(metadata[-_TRAILER_BYTES:])
 
@@ -79,6 +81,24 @@ def _write_and_commit(opened: Opened, write_part: Callable[[], Written]) -> Save
     return SavedMetadata.of(lambda: _read_back(path, trailer, encoded), result)
 
 
+def _put_together(opened: Opened, written: Written) -> WholePlan | None:
+    """On the coordinator, what all ranks have written, if they do not hold the same. Raises
+    CheckpointError on all ranks, none of which has anything to keep then, for a key under which
+    they hold different things."""
+    division, agreement = opened.division, opened.request.agreement
+    if division.is_alike:
+        return None
+    packed = agreement.gather("plan", written.role_plan)
+    whole: list[WholePlan] = []
+
+    def run() -> bytes:
+        whole.append(put_together(division.roles, packed, opened.gathered.held))
+        return b""
+
+    agreement.verdict("plan", run)
+    return whole[0] if whole else None
+
+
 def _packed_vote(written: Written) -> bytes:
     head = _VOTE.pack(written.bytes_written, written.plan_seconds, written.write_seconds)
     return head + (pickle.dumps(list(written.results)) if written.results else b"")
@@ -89,12 +109,17 @@ def _unpacked_vote(packed: bytes) -> _Vote:
     return _Vote(bytes_written, plan_seconds, write_seconds, packed[_VOTE.size :])
 
 
+def _built(opened: Opened, written: Written, whole: WholePlan | None) -> BuiltMetadata:
+    if whole is not None:
+        return build_metadata(opened, whole)
+    assert written.metadata is not None
+    return written.metadata.result()
+
+
 def _commit_as_coordinator(
-    opened: Opened, written: Written, votes: Sequence[_Vote]
+    opened: Opened, built: BuiltMetadata, votes: Sequence[_Vote]
 ) -> bytes | memoryview:
     """Makes the checkpoint; the bytes of its `.metadata`."""
-    assert written.metadata is not None
-    built = written.metadata.result()
     files = {name: _C.ExpectedFile(name, size, exact=True) for name, size in built.files}
     results = list(itertools.chain.from_iterable(vote.results() for vote in votes))
     for result in results:

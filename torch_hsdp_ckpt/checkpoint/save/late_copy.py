@@ -45,9 +45,7 @@ def place_records(request: SaveRequest, captured: Captured, limits: StagingLimit
     """Places for what this rank will write, in the pool's memory. The planner must have the
     values."""
     structure = captured.structure
-    objects: Objects = []
-    if request.agreement.is_coordinator:
-        objects = pickled(request, structure.static.objects, captured.planner.state_dict)
+    objects = pickled(request, structure.static.objects, captured.planner.state_dict)
     files = lay_out(request, structure.static, objects)
     layout = Layout(files, len(objects), limits.limit)
     image = limits.pool.image(layout, bool(structure.devices), limits.limit)

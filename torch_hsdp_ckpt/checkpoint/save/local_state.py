@@ -1,9 +1,9 @@
-"""A rank's flattened state dict: who can plan each value, and two digests to compare ranks by."""
+"""A rank's flattened state dict: who can plan each value, and digests to compare ranks by."""
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from ...common.cuts import Cuts, cuts_of
 from ...common.tensors import (
+    RECORD_DTYPES,
     check_storage,
     is_plain,
     is_plain_subclass,
@@ -25,8 +26,8 @@ from ...common.tensors import (
     without_subclass,
 )
 from ...errors import CheckpointError
+from .division import DIGEST_BYTES, Holdings, MeshHolding
 
-DIGEST_BYTES = 16
 _COMMON = frozenset((Tensor, torch.nn.Parameter, DTensor))
 # torch 2.15's tensors that say themselves which chunks of a larger one they hold.
 _is_checkpointable = getattr(_helpers, "_is_checkpointable_tensor", lambda value: False)
@@ -34,7 +35,7 @@ _is_checkpointable = getattr(_helpers, "_is_checkpointable_tensor", lambda value
 
 @dataclasses.dataclass(frozen=True)
 class SortedNames:
-    """A state's names, by who can plan their values.
+    """A state's names, by who can plan their values, each list sorted.
 
     ``dtensors`` and ``tensors``: what the static plan takes; each plain tensor is written by one
     rank, whole. ``objects``: everything that is pickled. ``gathered``: what only DCP's planning
@@ -49,9 +50,10 @@ class SortedNames:
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """A mesh, and how it cuts a tensor."""
+    """A mesh, the digest of its shape and ranks, and how it cuts a tensor."""
 
     mesh: DeviceMesh
+    digest: bytes
     cuts: Cuts
 
 
@@ -66,7 +68,7 @@ class LocalState:
             planner.mappings if planner.flatten_state_dict else None
         )
         # Some thousand tensors share a few meshes and placements: what follows from one is kept.
-        self._mesh_keys: dict[int, tuple[Any, ...]] = {}
+        self._mesh_digests: dict[int, bytes] = {}
         self._shardings: dict[tuple[int, tuple[Placement, ...]], Sharding | None] = {}
 
     @functools.cached_property
@@ -82,6 +84,9 @@ class LocalState:
                 if value is not self.values[name]:
                     subclasses[name] = value
             self._list_for(value, name, names).append(name)
+        # Ranks lay out what they hold in one order, whatever order their dicts have.
+        for listed in (names.dtensors, names.tensors, names.objects, names.gathered):
+            listed.sort()
         if subclasses:
             # Not in place: without flattening it is the caller's own dict.
             self.planner.state_dict = {**self.values, **subclasses}
@@ -119,22 +124,49 @@ class LocalState:
             return self._shardings[key]  # hashing placements is slow: once, not twice
         except KeyError:
             cuts = cuts_of(spec.placements, tuple(spec.mesh.shape))
-            sharding = None if cuts is None else Sharding(spec.mesh, cuts)
+            sharding = None
+            if cuts is not None:
+                sharding = Sharding(spec.mesh, self._mesh_digest(spec.mesh), cuts)
             self._shardings[key] = sharding
             return sharding
 
-    def digests(self) -> bytes:
-        """Two digests: equal on two ranks if they hold the same DTensors, and if they hold the same
-        other values."""
-        return _digest(self._dtensor_keys()) + _digest(self._other_keys())
+    def holdings(self, global_ranks: Sequence[int]) -> Holdings:
+        """What is held of all that ``global_ranks``, the saving group's, can plan themselves."""
+        meshes = self._mesh_holdings(global_ranks)
+        cut = sorted((holding.mesh, holding.tensors) for holding in meshes)
+        names = sorted(self.names.tensors + self.names.objects)
+        return Holdings(_digest(cut), _digest(self._other_keys()), meshes, names)
 
-    def _dtensor_keys(self) -> Iterator[tuple[Any, ...]]:
+    def _mesh_holdings(self, global_ranks: Sequence[int]) -> list[MeshHolding]:
+        meshes: dict[bytes, DeviceMesh] = {}
+        tensors: dict[bytes, Any] = {}
         for name in self.names.dtensors:
-            tensor = self.values[name]
-            sharding = self.sharding_of(tensor)
-            assert sharding is not None
-            cut = (*self._mesh_key(sharding.mesh), *sharding.cuts)
-            yield name, str(tensor.dtype), tuple(tensor.shape), *cut, self._path(name)
+            tensor, sharding = self.values[name], self._known_sharding(name)
+            mesh, digest = sharding.mesh, sharding.digest
+            if digest not in meshes:
+                meshes[digest] = mesh
+                tensors[digest] = _new_digest(tuple(mesh.shape))
+            key = name, str(tensor.dtype), tuple(tensor.shape), *sharding.cuts, self._path(name)
+            _add(tensors[digest], key)
+        return [
+            _mesh_holding(digest, tensors[digest].digest(), mesh, global_ranks)
+            for digest, mesh in meshes.items()
+        ]
+
+    def _known_sharding(self, name: str) -> Sharding:
+        """Of one of the ``dtensors``."""
+        sharding = self.sharding_of(self.values[name])
+        assert sharding is not None
+        return sharding
+
+    def dtensors_on(self, meshes: Collection[bytes]) -> dict[str, str]:
+        """The DTensors on some meshes, and what they are."""
+        named = ((name, self.values[name]) for name in self.names.dtensors)
+        return {
+            name: f"a sharded tensor {list(value.shape)} of {RECORD_DTYPES[value.dtype]}"
+            for name, value in named
+            if self._known_sharding(name).digest in meshes
+        }
 
     def _other_keys(self) -> Iterator[tuple[Any, ...]]:
         for name in self.names.tensors:
@@ -144,15 +176,14 @@ class LocalState:
             kind = type(self.values[name]).__qualname__
             yield name, kind, (), self._path(name)
 
-    def _mesh_key(self, mesh: DeviceMesh) -> tuple[Any, ...]:
-        """A mesh's shape, and a digest of its ranks."""
-        key = self._mesh_keys.get(id(mesh))
-        if key is None:
+    def _mesh_digest(self, mesh: DeviceMesh) -> bytes:
+        """Of a mesh's shape and ranks."""
+        digest = self._mesh_digests.get(id(mesh))
+        if digest is None:
             ranks = mesh.mesh
-            digest = hashlib.blake2b(ranks.numpy().tobytes(), digest_size=DIGEST_BYTES)
-            key = (tuple(ranks.shape), digest.digest())
-            self._mesh_keys[id(mesh)] = key
-        return key
+            digest = _digest((tuple(ranks.shape), ranks.numpy().tobytes()))
+            self._mesh_digests[id(mesh)] = digest
+        return digest
 
     def _path(self, name: str) -> Any:
         return None if self.paths is None else self.paths[name]
@@ -213,8 +244,26 @@ def _check_name(name: str) -> None:
         raise CheckpointError(f"{name!r}: a name that has no UTF-8 can't be saved") from None
 
 
+def _mesh_holding(
+    mesh_digest: bytes, tensors: bytes, mesh: DeviceMesh, global_ranks: Sequence[int]
+) -> MeshHolding:
+    ranks, place = mesh.mesh.flatten().tolist(), -1
+    if mesh.get_coordinate() is not None:
+        place = ranks.index(mesh.get_rank())
+    present = len(set(ranks).intersection(global_ranks))
+    return MeshHolding(mesh_digest, tensors, place, present, len(ranks))
+
+
 def _digest(values: Iterable[Any]) -> bytes:
+    return bytes(_new_digest(*values).digest())
+
+
+def _new_digest(*values: Any) -> "hashlib.blake2b":
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for value in values:
-        digest.update(repr(value).encode("utf-8", "surrogatepass"))
-    return digest.digest()
+        _add(digest, value)
+    return digest
+
+
+def _add(digest: "hashlib.blake2b", value: Any) -> None:
+    digest.update(repr(value).encode("utf-8", "surrogatepass"))

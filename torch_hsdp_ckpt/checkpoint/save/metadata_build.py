@@ -1,4 +1,5 @@
-"""The coordinator's metadata, built on a thread, off the path of the bytes."""
+"""The coordinator's metadata: where all ranks hold the same, built on a thread, off the path of the
+bytes."""
 
 import dataclasses
 import os
@@ -11,11 +12,10 @@ import torch.distributed.checkpoint.filesystem as _stock
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ... import _C
-from ..snapshot.staged import Objects
 from ..storage.metadata import decode_metadata, encode_metadata
 from ..storage.writer import FileWriteResult
 from .open import Opened
-from .static_plan import StaticPlan
+from .whole_plan import WholePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,9 @@ class BuiltMetadata:
     files: Sequence[tuple[str, int]]  # names and sizes in bytes
 
 
-def start_metadata(opened: Opened, static: StaticPlan, objects: Objects) -> Future[BuiltMetadata]:
-    """Begins to build the metadata of everything that is planned without DCP. ``objects``: the
-    coordinator's."""
-    build = _build_of(opened, static, objects)
+def start_metadata(opened: Opened, whole: WholePlan) -> Future[BuiltMetadata]:
+    """Begins to build the metadata of everything that is planned without DCP."""
+    build = _build_of(opened, whole)
     built: Future[BuiltMetadata] = Future()
 
     def run() -> None:
@@ -48,6 +47,11 @@ def start_metadata(opened: Opened, static: StaticPlan, objects: Objects) -> Futu
     thread.start()
     opened.unfinished.add_thread(thread)
     return built
+
+
+def build_metadata(opened: Opened, whole: WholePlan) -> BuiltMetadata:
+    """The same, at once."""
+    return _build_of(opened, whole).run()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,44 +83,36 @@ class _Build:
         return BuiltMetadata(None, metadata, built.files)
 
 
-def _build_of(opened: Opened, static: StaticPlan, objects: Objects) -> _Build:
-    writer = opened.request.writer
-    agreed = opened.comparison.agreed
-    names = [*static.names, *static.objects]
-    own_paths = opened.local.paths
+def _build_of(opened: Opened, whole: WholePlan) -> _Build:
+    writer, gathered = opened.request.writer, opened.gathered.metadata
+    names = whole.all_names()
     paths = None
-    if agreed and own_paths is not None:
-        paths = static.plan.paths(static.objects, (own_paths[name] for name in names))
+    if whole.paths is not None:
+        objects = names[len(whole.names) :]
+        paths = whole.plan.paths(objects, (whole.paths[name] for name in names))
     # What DCP has planned a part of has to be put together, and other paths than DCP makes are
     # pickle's to write.
-    is_complete = agreed and (paths is not None or own_paths is None)
+    is_complete = not gathered.state_dict_metadata and (paths is not None or whole.paths is None)
     planner_data = None
-    if not is_complete and own_paths is not None:
-        planner_data = dict(opened.gathered.metadata.planner_data or {})
-        planner_data.update((name, own_paths[name]) for name in names)
+    if not is_complete and whole.paths is not None:
+        planner_data = dict(gathered.planner_data or {})
+        planner_data.update((name, whole.paths[name]) for name in names)
     return _Build(
-        plan=static.plan,
+        plan=whole.plan,
         skeleton=Metadata(
             {}, version=_stock.CURRENT_DCP_VERSION, storage_meta=writer.storage_meta()
         ),
         paths=paths,
-        writers=_writers(opened, objects),
+        writers=[
+            _C.SaveWriter(process, whole.objects.get(rank, ()))
+            for rank, process in enumerate(opened.writers)
+        ],
         save_id=opened.save_id,
         single_file=writer.single_file_per_rank,
         directory=writer.path,
         is_complete=is_complete,
         planner_data=planner_data,
     )
-
-
-def _writers(opened: Opened, objects: Objects) -> list[_C.SaveWriter]:
-    """Each rank's process, and the objects that it writes: the coordinator writes them all."""
-    sizes = [(name, len(data)) for name, data in objects]
-    coordinator, *others = opened.writers
-    return [
-        _C.SaveWriter(coordinator, sizes),
-        *(_C.SaveWriter(process, []) for process in others),
-    ]
 
 
 def complete_metadata(

@@ -1,13 +1,15 @@
 """First phase of a save: ranks compare what they hold, the coordinator claims the directory.
 
-Everything that ranks tell each other before the first byte is told here: one small all-gather, and
-where their states differ the plans of those parts, which DCP makes."""
+Everything that ranks tell each other before the first byte is told here: one small all-gather;
+where their states differ a second one of what they hold; and DCP's plans of what only it knows how
+to divide."""
 
 import dataclasses
+import pickle
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -17,14 +19,20 @@ from ...common.agreement import Agreement, agreement_of
 from ..storage.directory import encoded
 from ..storage.saved_objects import check_saved_object, check_trusted_object
 from ..storage.writer import FileSystemWriter
+from .division import DIGEST_BYTES, Division, Holdings, Role, divide, packed_holdings, roles_of
 from .gathered_plan import GatheredPlan, gather_plan
-from .local_state import DIGEST_BYTES, LocalState, SortedNames
+from .local_state import LocalState
+from .static_plan import StaticPlan
 from .through_dcp import say_once
 from .unfinished import Unfinished
 
 # What a rank tells the others: two digests, whether DCP has to plan something, the save's id (the
 # coordinator's counts), and which process writes, for the names of its files.
-_OPENING = struct.Struct(f"<{2 * DIGEST_BYTES}s?QIIqQ")
+_OPENING = struct.Struct(f"<{DIGEST_BYTES}s{DIGEST_BYTES}s?QIIqQ")
+
+_THROUGH_DCP = (
+    "planned through DCP, by the coordinator: tensors of types or placements that only DCP knows"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,76 +52,56 @@ class SaveRequest:
         check(name, data)
 
 
-def _nothing() -> None: ...
+class KeptPlan(Protocol):
+    """A plan that was there before the save was opened, and the state that it is of."""
+
+    @property
+    def division(self) -> Division:
+        """The one that it assumes."""
+
+    def prepare_anew(self) -> None:
+        """To be called before the state is planned by another division. Raises CheckpointError for
+        what is gone of it."""
+
+    def replace(self, division: Division, static: StaticPlan) -> None:
+        """The next save of the same structure assumes this division."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedState:
     """A rank's state, ready to be compared with the other ranks' ones.
 
-    ``needs_gathering``: it holds tensors that only DCP knows how to divide. ``keep_for_planning``:
-    to be called before the state is planned anew, since ranks have not planned the same."""
+    ``needs_gathering``: it holds tensors that only DCP knows how to divide. ``kept``: the plan that
+    there is of it."""
 
     local: LocalState
-    digests: bytes
+    holdings: Holdings
     needs_gathering: bool
-    keep_for_planning: Callable[[], None] = _nothing
+    kept: KeptPlan | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """A save that all ranks have begun.
 
-    ``gathered``: what DCP has planned; each rank plans the rest of the state alone. ``writers``:
-    the process of each rank. ``unfinished`` has to be abandoned by whoever holds this value when
-    the save fails."""
+    ``gathered``: what DCP has planned, if it ``is_gathered``; each rank plans the rest of the state
+    alone. ``writers``: the process of each rank. ``unfinished`` has to be abandoned by whoever
+    holds this value when the save fails."""
 
     request: SaveRequest
-    local: LocalState
-    comparison: "Comparison"
+    state: PreparedState
+    division: Division
+    is_gathered: bool
     gathered: GatheredPlan
     save_id: int
     writers: Sequence[_C.ProcessIdentity]
     unfinished: Unfinished
 
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What the ranks' digests say."""
-
-    dtensors_agree: bool
-    others_agree: bool  # plain tensors and objects
-    any_needs_gathering: bool
-
     @property
-    def agreed(self) -> bool:
-        """Whether every rank has planned the same, and nothing has to be gathered."""
-        return self.dtensors_agree and self.others_agree and not self.any_needs_gathering
-
-    def divide(self, names: SortedNames) -> SortedNames:
-        """The names by who plans them: those that ranks disagree on are ``gathered`` too."""
-        gathered = list(names.gathered)
-        if not self.dtensors_agree:
-            gathered += names.dtensors
-        if not self.others_agree:
-            gathered += names.tensors + names.objects
-        return SortedNames(
-            dtensors=names.dtensors if self.dtensors_agree else [],
-            tensors=names.tensors if self.others_agree else [],
-            objects=names.objects if self.others_agree else [],
-            gathered=gathered,
-        )
-
-    def describe(self) -> str:
-        """Why something has to be gathered, for the log."""
-        reasons = []
-        if not self.dtensors_agree:
-            reasons.append("all DTensors, since meshes or shapes differ from rank to rank")
-        if not self.others_agree:
-            reasons.append("all other values, since some differ from rank to rank")
-        if self.any_needs_gathering:
-            reasons.append("tensors of types or placements that only DCP knows")
-        return "planned through DCP, by the coordinator: " + ", ".join(reasons)
+    def as_assumed(self) -> bool:
+        """Whether the state's plan is the one that there was before."""
+        kept = self.state.kept
+        return kept is not None and kept.division == self.division and not self.is_gathered
 
 
 def request_of(
@@ -148,7 +136,8 @@ def prepare_state(
         is_coordinator=request.agreement.is_coordinator,
     )
     local = LocalState(planner)
-    return PreparedState(local, local.digests(), bool(local.names.gathered))
+    holdings = local.holdings(request.global_ranks)
+    return PreparedState(local, holdings, bool(local.names.gathered))
 
 
 def open_save(request: SaveRequest, prepare: Callable[[], PreparedState]) -> Opened:
@@ -172,15 +161,18 @@ def _open(
         "plan", lambda: _begin(request, prepare, unfinished), _packed_opening
     )
     slots = [_unpacked_opening(slot) for slot in told]
-    local, comparison = begun.state.local, _compare(slots)
+    state, roles = begun.state, [slot.role for slot in slots]
+    division = _divide(agreement, state, roles)
+    is_gathered = any(slot.needs_gathering for slot in slots)
     gathered = GatheredPlan()
-    if not comparison.agreed:
-        say_once(comparison.describe())
-        gathered = gather_plan(agreement, local, lambda: _names_to_gather(begun.state, comparison))
+    if is_gathered:
+        say_once(_THROUGH_DCP)
+        gathered = gather_plan(agreement, state.local, lambda: _names_to_gather(state))
     return Opened(
         request=request,
-        local=local,
-        comparison=comparison,
+        state=state,
+        division=division,
+        is_gathered=is_gathered,
         gathered=gathered,
         save_id=slots[0].save_id,
         writers=[slot.writer for slot in slots],
@@ -188,9 +180,23 @@ def _open(
     )
 
 
-def _names_to_gather(state: PreparedState, comparison: Comparison) -> Sequence[str]:
-    state.keep_for_planning()
-    return comparison.divide(state.local.names).gathered
+def _divide(agreement: Agreement, state: PreparedState, roles: Sequence[Role]) -> Division:
+    rank, size = agreement.rank, agreement.size
+    if len(set(roles)) == 1:
+        return Division.alike(rank, size)
+    speaks = roles_of(roles)[rank] == rank
+    told = agreement.run("plan", lambda: packed_holdings(state.holdings, speaks))
+    division = divide(rank, roles, told)
+    if not division.torn:
+        return division
+    told = agreement.run("plan", lambda: pickle.dumps(state.local.dtensors_on(division.torn)))
+    return division.with_torn(told)
+
+
+def _names_to_gather(state: PreparedState) -> Sequence[str]:
+    if state.kept is not None:
+        state.kept.prepare_anew()
+    return state.local.names.gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +224,7 @@ def _begin(
 class _Slot:
     """What one rank has told."""
 
-    dtensor_digest: bytes
-    other_digest: bytes
+    role: Role
     needs_gathering: bool
     save_id: int
     writer: _C.ProcessIdentity
@@ -228,7 +233,8 @@ class _Slot:
 def _packed_opening(begun: _Begun) -> bytes:
     state, process = begun.state, _C.process_identity()
     return _OPENING.pack(
-        state.digests,
+        state.holdings.dtensors,
+        state.holdings.others,
         state.needs_gathering,
         begun.save_id,
         process.host,
@@ -239,19 +245,5 @@ def _packed_opening(begun: _Begun) -> bytes:
 
 
 def _unpacked_opening(slot: bytes) -> _Slot:
-    digests, needs_gathering, save_id, *process = _OPENING.unpack(slot)
-    return _Slot(
-        dtensor_digest=digests[:DIGEST_BYTES],
-        other_digest=digests[DIGEST_BYTES:],
-        needs_gathering=needs_gathering,
-        save_id=save_id,
-        writer=_C.ProcessIdentity(*process),
-    )
-
-
-def _compare(slots: Sequence[_Slot]) -> Comparison:
-    return Comparison(
-        dtensors_agree=len({slot.dtensor_digest for slot in slots}) == 1,
-        others_agree=len({slot.other_digest for slot in slots}) == 1,
-        any_needs_gathering=any(slot.needs_gathering for slot in slots),
-    )
+    dtensors, others, needs_gathering, save_id, *process = _OPENING.unpack(slot)
+    return _Slot(Role(dtensors, others), needs_gathering, save_id, _C.ProcessIdentity(*process))

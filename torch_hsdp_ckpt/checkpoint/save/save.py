@@ -47,8 +47,10 @@ def save(
     are in the group write 1/R of it each.
 
     Every rank plans its own part from meshes, placements and shapes. The ranks compare two digests
-    and vote once; nothing is gathered or scattered, except the plans of values that differ from
-    rank to rank, and of tensor types that only DCP knows. DCP plans everything where the planner is
+    and vote once. Where they hold different keys, or DTensors on meshes of their own (pipeline
+    stages, experts), they also tell each other the names of their plain values, and the coordinator
+    what they have planned. Tensor types that only DCP knows are gathered, planned by it and
+    scattered. DCP plans everything where the planner is
     not exactly ``DefaultSavePlanner`` or has ``dedup_save_to_lowest_rank``, where the writer is not
     exactly :class:`FileSystemWriter` or writes through torch (extensions, other serialization
     formats), and without ``use_collectives``. A directory is written by :class:`FileSystemWriter`
@@ -76,7 +78,9 @@ def save(
     Raises (on all ranks, naming the rank):
         OSError: a system call failed; ``errno`` and ``filename`` are set.
         CheckpointError: anything else: ``overwrite=False`` and there is a checkpoint, another save
-            has taken the directory over, a shard that no rank of the group holds, a rank that died
+            has taken the directory over, a shard that no rank of the group holds, different things
+            under one key (a plain value and a sharded tensor, or two shapes, dtypes or meshes; of
+            plain values that differ in nothing else one rank's is saved), a rank that died
             or did not answer within the group's timeout, an object that could not be loaded, an
             exception of any other class on one of the ranks, an address (``s3://``) for a
             directory.

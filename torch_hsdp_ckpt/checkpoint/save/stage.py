@@ -53,7 +53,7 @@ def stage_nothing(planned: Planned) -> Staged:
         records=records,
         live=len(records),
         gathered_is_live=True,
-        planner=planned.opened.local.planner,
+        planner=planned.opened.state.local.planner,
     )
 
 
@@ -77,7 +77,7 @@ class CopiedState:
 def stage_copies(planned: Planned, limits: StagingLimits, watch: bool = False) -> CopiedState:
     """Copies what this rank will write, so that the state may change; what takes more than the
     limit is left to be read in its place. ``watch``: it can be compared again."""
-    planner = planned.opened.local.planner
+    planner = planned.opened.state.local.planner
     room = _share_out(limits.limit, planner.state_dict)
     tensors = list(ChunkTensors(planned.static))
     copies = stage_tensors(
@@ -133,7 +133,7 @@ def _stage_records(
         records=records.records,
         live=records.in_place,
         gathered_is_live=gathered_is_live,
-        planner=planned.opened.local.planner,
+        planner=planned.opened.state.local.planner,
         images=records.images,
         copies=records.copies,
         sources=sources,

@@ -25,8 +25,8 @@ Record = tuple[str, Any]  # a name; an object's bytes, a tensor, or a HostRecord
 class Written:
     """What this rank votes with: its files are durable. It keeps nothing of the state alive.
 
-    ``done``: when, by ``perf_counter``. ``results``: of what DCP has planned. ``metadata``: the
-    coordinator's, on its way."""
+    ``done``: when, by ``perf_counter``. ``results``: of what DCP has planned. ``metadata`` and
+    ``role_plan``: see ``Planned``."""
 
     bytes_written: int
     plan_seconds: float
@@ -34,6 +34,7 @@ class Written:
     done: float
     results: Sequence[FileWriteResult]
     metadata: Future[BuiltMetadata] | None
+    role_plan: bytes
 
 
 class LiveEnd(enum.Enum):
@@ -91,6 +92,7 @@ def write(staged: Staged, on_read: Callable[[], None] = _nothing) -> Written:
         done=done,
         results=results,
         metadata=planned.metadata,
+        role_plan=planned.role_plan,
     )
 
 
