@@ -1,12 +1,14 @@
 """Both sides of a comparison, torch's and this package's, and small models to wrap with either."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed.fsdp as torchs
 from device import DEVICE
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from training import full
 
 import torch_hsdp_ckpt as ours
@@ -22,6 +24,11 @@ def layers(count: int = 2, width: int = 4) -> nn.Sequential:
 
 def whole(tensor: Tensor) -> Tensor:
     return full(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def whole_in(value: Any) -> Any:
+    """Nested dicts and sequences with whole tensors for DTensors."""
+    return tree_map_only(DTensor, lambda tensor: full(tensor).clone(), value)
 
 
 def fsdp1(side: ModuleType, module: nn.Module, **arguments) -> nn.Module:

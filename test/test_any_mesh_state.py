@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp as torchs
 from parallel_models import Language, mesh_of
 from ranks import run_ranks
-from sides import whole
+from sides import whole_in
 from test_any_mesh import CASES, Case, train
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,23 +32,26 @@ def _trained(case: Case, face: Any) -> tuple[Language, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def _same(found: Any, wanted: Any, at: str = "") -> None:
-    """Of states from training that may sum in another order."""
+# Of states from training that may sum in another order.
+SUMMED = {"rtol": 1e-5, "atol": 1e-6}
+EXACT = {"rtol": 0.0, "atol": 0.0}
+
+
+def _same(found: Any, wanted: Any, tolerance: dict[str, float], at: str = "") -> None:
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys(), at
         for key in wanted:
-            _same(found[key], wanted[key], f"{at}.{key}")
+            _same(found[key], wanted[key], tolerance, f"{at}.{key}")
     elif isinstance(wanted, (list, tuple)):
-        assert len(found) == len(wanted), at
-        for i, value in enumerate(wanted):
-            _same(found[i], value, f"{at}[{i}]")
+        for i, (each, other) in enumerate(zip(found, wanted, strict=True)):
+            _same(each, other, tolerance, f"{at}[{i}]")
     elif isinstance(wanted, torch.Tensor):
         assert isinstance(found, DTensor) == isinstance(wanted, DTensor), at
         if isinstance(wanted, DTensor):
             assert found.placements == wanted.placements and found._spec.mesh == wanted._spec.mesh
             found, wanted = found.to_local(), wanted.to_local()
         assert found.device == wanted.device, at
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, msg=at)
+        torch.testing.assert_close(found, wanted, **tolerance, msg=at)
     else:
         assert found == wanted, at
 
@@ -62,9 +65,9 @@ def _gets(case: Case) -> None:
         StateDictOptions(cpu_offload=True, flatten_optimizer_state_dict=True),
     ):
         found, wanted = (get_state_dict(*side, options=options) for side in sides)
-        _same(found[0], wanted[0], "model")
-        _same(found[1], wanted[1], "optimizer")
-    _same(sides[0][0].state_dict(), sides[1][0].state_dict())
+        _same(found[0], wanted[0], SUMMED, "model")
+        _same(found[1], wanted[1], SUMMED, "optimizer")
+    _same(sides[0][0].state_dict(), sides[1][0].state_dict(), SUMMED)
 
 
 def _sets(case: Case, face: Any = ours.fully_shard) -> None:
@@ -76,7 +79,7 @@ def _sets(case: Case, face: Any = ours.fully_shard) -> None:
     states = get_state_dict(model, optimizer, options=full)
     for options, (values, moments) in (
         (StateDictOptions(), wanted),
-        (StateDictOptions(full_state_dict=True), _whole_everywhere(wanted)),
+        (StateDictOptions(full_state_dict=True), whole_in(wanted)),
         (from_first, states if dist.get_rank() == 0 else ({}, {})),
     ):
         if options is from_first and not _spans_all(model):
@@ -89,36 +92,11 @@ def _sets(case: Case, face: Any = ours.fully_shard) -> None:
         set_model_state_dict(fresh, values, options=options)
         set_optimizer_state_dict(fresh, other, moments, options=options)
         found = get_state_dict(fresh, other)
-        _equal(found, wanted, str(options))
+        _same(found, wanted, EXACT, str(options))
 
 
 def _spans_all(model: Language) -> bool:
     return all(p.device_mesh.size() == dist.get_world_size() for p in model.parameters())
-
-
-def _whole_everywhere(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _whole_everywhere(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_whole_everywhere(each) for each in value)
-    return whole(value) if isinstance(value, DTensor) else value
-
-
-def _equal(found: Any, wanted: Any, at: str = "") -> None:
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys(), at
-        for key in wanted:
-            _equal(found[key], wanted[key], f"{at}.{key}")
-    elif isinstance(wanted, (list, tuple)):
-        for i, (each, other) in enumerate(zip(found, wanted, strict=True)):
-            _equal(each, other, f"{at}[{i}]")
-    elif isinstance(wanted, DTensor):
-        assert found.placements == wanted.placements, at
-        assert torch.equal(found.to_local(), wanted.to_local()), at
-    elif isinstance(wanted, torch.Tensor):
-        assert torch.equal(found, wanted), at
-    else:
-        assert found == wanted, at
 
 
 def _misfits(case: Case) -> None:

@@ -14,18 +14,22 @@ using fake_units::FakeUnit;
 using fake_units::kThisRank;
 using fake_units::Log;
 
-std::shared_ptr<hsdp::Collectives> Among(const FakeGroup& group) {
-  return std::make_shared<hsdp::Collectives>(group.name(), std::nullopt, kThisRank);
-}
+// A unit whose forward leaves its parameters among a part of its shard group.
+struct UnitAmongFewer {
+  Log log;
+  FakeUnit unit{"a", log};
+  FakeGroup neighbours{"a/neighbours", "among the neighbours", log};
+
+  UnitAmongFewer() {
+    unit.group().SetReshardTo(
+        std::make_shared<hsdp::Collectives>(neighbours.name(), std::nullopt, kThisRank));
+  }
+};
 
 }  // namespace
 
-TEST_CASE("what a forward leaves among fewer ranks is what backward gathers", "[schedule]") {
-  Log log;
-  FakeUnit unit("a", log);
-  const FakeGroup neighbours("a/neighbours", "among the neighbours", log);
-  unit.group().SetReshardTo(Among(neighbours));
-
+TEST_CASE_METHOD(UnitAmongFewer, "what a forward leaves among fewer ranks is what backward gathers",
+                 "[schedule]") {
   unit.group().Unshard();
   unit.group().ReshardAfterForward();
   CHECK(unit.group().is_resharded_to_fewer());
@@ -37,11 +41,8 @@ TEST_CASE("what a forward leaves among fewer ranks is what backward gathers", "[
                    "wait for gather among the neighbours", "gather a", "wait for gather a"});
 }
 
-TEST_CASE("a forward forgets what the last one has left among fewer ranks", "[schedule]") {
-  Log log;
-  FakeUnit unit("a", log);
-  const FakeGroup neighbours("a/neighbours", "among the neighbours", log);
-  unit.group().SetReshardTo(Among(neighbours));
+TEST_CASE_METHOD(UnitAmongFewer, "a forward forgets what the last one has left among fewer ranks",
+                 "[schedule]") {
   unit.group().Unshard();
   unit.group().ReshardAfterForward();
 

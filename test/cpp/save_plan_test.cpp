@@ -3,12 +3,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <numeric>
 #include <random>
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "checkpoint/save/replica_split.h"
 #include "checkpoint/save/shard_file_writer.h"
 #include "fault_file_system.h"
 #include "format/tensor_pickle.h"
@@ -89,6 +91,51 @@ TEST(SavePlanTest, EveryElementIsWrittenOnce) {
     tensors.push_back({"scalar", kFloat, Shared({}), 1});
     tensors.push_back({"empty", kFloat, Shared({0, 5}), 0});
     ExpectCovered(checkpoint::SavePlan(shardings, tensors), replicas * shards);
+  }
+}
+
+// How often the ranks' local shards hold each element of a plan's only tensor, of one byte each.
+std::vector<int64_t> Held(const checkpoint::SavePlan& plan, int64_t ranks) {
+  const format::Shape& size = *plan.tensors().at(0).size;
+  std::vector<int64_t> held(static_cast<size_t>(checkpoint::Product(size)));
+  for (int64_t rank = 0; rank < ranks; ++rank) {
+    for (const checkpoint::PlannedChunk& shard : plan.LocalShards(rank)) {
+      for (int64_t n = 0; n < checkpoint::Product(shard.sizes); ++n) {
+        int64_t flat = 0, rest = n, stride = 1;
+        for (size_t d = size.size(); d > 0; --d) {
+          flat += (shard.offsets[d - 1] + rest % shard.sizes[d - 1]) * stride;
+          rest /= shard.sizes[d - 1];
+          stride *= size[d - 1];
+        }
+        ++held.at(static_cast<size_t>(flat));
+      }
+    }
+  }
+  return held;
+}
+
+TEST(SavePlanTest, AnyMeshHoldsEachElementOnceAReplicaAndWritesItOnce) {
+  std::mt19937 random(5);
+  const auto pick = [&](int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(random() % static_cast<uint64_t>(high - low + 1));
+  };
+  for (int round = 0; round < 500; ++round) {
+    checkpoint::Sharding sharding;
+    format::Shape size(static_cast<size_t>(pick(1, 3)));
+    for (int64_t& each : size) each = pick(1, 9);
+    int64_t replicas = 1;
+    for (int64_t dims = pick(1, 5); dims > 0; --dims) {
+      sharding.mesh_shape.push_back(pick(1, 3));
+      sharding.shard_dims.push_back(pick(-1, static_cast<int64_t>(size.size()) - 1));
+      if (sharding.shard_dims.back() < 0) replicas *= sharding.mesh_shape.back();
+    }
+    const int64_t ranks = checkpoint::Product(sharding.mesh_shape);
+    sharding.ranks = Ranks(ranks);
+    std::shuffle(sharding.ranks.begin(), sharding.ranks.end(), random);
+    const checkpoint::SavePlan plan({sharding},
+                                    {{"w", format::FindRecordDtype("uint8"), Shared(size), 0}});
+    EXPECT_THAT(Held(plan, ranks), testing::Each(replicas)) << "round " << round;
+    ExpectCovered(plan, ranks);
   }
 }
 

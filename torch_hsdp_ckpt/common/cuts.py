@@ -4,7 +4,6 @@ DTensor cuts a tensor over one mesh dimension after the other, by ``torch.chunk`
 sharded what tensor parallelism had cut before, along a mesh dimension further to the right, it
 says so by ``_StridedShard``, whose split factor is the number of pieces that were there."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,11 +25,6 @@ class Cuts(NamedTuple):
 def cuts_of(placements: Sequence[Placement], mesh_shape: Sequence[int]) -> Cuts | None:
     """None where a place may hold something else than one box: for partial sums, and for split
     factors that no cut further to the right explains."""
-    return _cuts_of(tuple(placements), tuple(mesh_shape))
-
-
-@functools.lru_cache(maxsize=1024)
-def _cuts_of(placements: tuple[Any, ...], mesh_shape: tuple[int, ...]) -> Cuts | None:
     dims, late = [], []
     for mesh_dim, placement in enumerate(placements):
         if type(placement) is Replicate:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn.parameter import is_lazy
 
 from .. import _C
@@ -23,6 +24,14 @@ def local_of(tensor: Tensor) -> Tensor:
     """A DTensor's local tensor itself, of which ``to_local`` would return a view; a plain tensor is
     its own."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def dtensor_around(local: Tensor, spec: DTensorSpec) -> DTensor:
+    """A DTensor with ``local`` itself inside, this rank's part.
+
+    ``DTensor.from_local`` would put a view of it there, which can't be deep-copied or saved
+    alone."""
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -63,14 +63,7 @@ def data_parallel_of(mesh: DeviceMesh, dims: Any, *modules: nn.Module) -> DataPa
         )
     check_holds_this_rank(mesh, *modules)
     shards, replicas = tuple(dims.shard_names), tuple(dims.replicate_names)
-    names = mesh.mesh_dim_names or ()
-    asked = (*shards, *replicas)
-    missing = [name for name in asked if name not in names]
-    if missing or not asked or len(set(asked)) < len(asked):
-        raise ValueError(
-            f"{at(*modules)}dp_mesh_dims names {asked or 'nothing'}, and has to name dimensions of "
-            f"the mesh, each once; {mesh}"
-        )
+    names = _checked_names(mesh, (*shards, *replicas), *modules)
     parts = [_flat(mesh, part) for part in (replicas, shards) if part]
     joined = parts[0] if len(parts) == 1 else DeviceMesh._concatenate(parts)
     return DataParallel(
@@ -79,6 +72,20 @@ def data_parallel_of(mesh: DeviceMesh, dims: Any, *modules: nn.Module) -> DataPa
         tuple(names.index(name) for name in shards),
         tuple(names.index(name) for name in replicas),
     )
+
+
+def _checked_names(
+    mesh: DeviceMesh, asked: tuple[str, ...], *modules: nn.Module
+) -> tuple[str, ...]:
+    """The mesh's names of its dimensions, among which those that are asked for are."""
+    names = mesh.mesh_dim_names or ()
+    is_right = asked and names and set(asked) <= set(names) and len(set(asked)) == len(asked)
+    if not is_right:
+        raise ValueError(
+            f"{at(*modules)}dp_mesh_dims names {asked or 'nothing'}, and has to name dimensions of "
+            f"the mesh, each once; {mesh}"
+        )
+    return names
 
 
 def _flat(mesh: DeviceMesh, names: tuple[str, ...]) -> DeviceMesh:

@@ -128,7 +128,7 @@ class ExtendedParameter:
 
     def _padded_size(self) -> torch.Size:
         size, dim = list(self._full_size), self._layout.dim
-        size[dim] = -(-size[dim] // self._mesh.size())
+        size[dim] = _C.shard_rows(size[dim], self._mesh.size(), 0).count
         return torch.Size(size)
 
     def finish(self) -> None:

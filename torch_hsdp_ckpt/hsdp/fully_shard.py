@@ -84,11 +84,19 @@ def fully_shard(
     """Shards ``module``'s parameters in place, those of ``fully_shard`` modules inside excepted.
     torch FSDP2's function.
 
-    ``module``: or a list of modules, which become one unit. ``mesh``: 1-D (shards) or 2-D
-    (replicas, shards); None: all ranks. ``reshard_after_forward``: None frees after forward except
-    for what backward needs first: the outermost module and the last one to run. ``mp_policy``,
-    ``offload_policy`` (supported on a CPU mesh, where it changes nothing), ``ignored_params``: as
-    torch's. ``shard_placement_fn``: may only name dimension 0. ``dp_mesh_dims`` has to be None.
+    ``module``: or a list of modules, which become one unit; parameters on other meshes or with
+    other placements are units of their own within it. ``mesh``: 1-D (shards) or 2-D (replicas,
+    shards), a part of a larger one where parameters are DTensors on its other dimensions (tensor or
+    expert parallelism); None: all ranks. ``dp_mesh_dims``: torch's ``DataParallelMeshDims``: which
+    dimensions of ``mesh``, on all of which parameters are DTensors, these are.
+
+    ``reshard_after_forward``: True frees full parameters after forward; False keeps them; a number
+    that divides the shards keeps them cut among as many neighbouring ranks, of which backward
+    gathers them; None frees except for what backward needs first: the outermost module and the last
+    one to run.
+    ``shard_placement_fn``: of a parameter, the ``Shard(dim)`` that cuts it (None: ``Shard(0)``),
+    evenly but for dimension 0, or a ``ShardPlacementResult`` with a mesh of its own. ``mp_policy``,
+    ``offload_policy``, ``ignored_params``: as torch's.
 
     On the meta device the sharded parameters are DTensors without values: ``to_empty`` and the
     modules' own initialisation, or ``load_state_dict(assign=True)``, come before the first forward.

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from .. import _C
-from .layout import dtensor_around
+from ..common.tensors import dtensor_around
 
 
 class TrainableParameter(NamedTuple):

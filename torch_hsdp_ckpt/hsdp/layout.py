@@ -3,6 +3,7 @@
 Placements are those of the installed torch's ``fully_shard`` (``_fsdp_param.py``)."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from .. import _C
-from ..common.tensors import local_of
+from ..common.tensors import dtensor_around, local_of
 from .data_parallel import DataParallel
 
 # What cuts a tensor's dimension. (A _StridedShard is no Shard in torch 2.15.)
@@ -90,14 +91,6 @@ class ParameterLayout:
         return local if wait is None else wait()
 
 
-def dtensor_around(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
-    """A DTensor with ``local`` itself inside, this rank's part.
-
-    ``DTensor.from_local`` would put a view of it there, which can't be deep-copied or saved
-    alone."""
-    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
-
-
 def own_box(whole: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
     """This rank's part of ``whole``, a view."""
     shape, offset = compute_local_shape_and_global_offset(whole.shape, spec.mesh, spec.placements)
@@ -133,7 +126,7 @@ def layout_of(parameter: torch.Tensor, data_parallel: DataParallel, dim: int) ->
         )
     shape, dtype = parameter.shape, parameter.dtype
     stride = torch.empty(shape, device="meta").stride()
-    placements = _over_data_parallel(data_parallel.mesh, _shard(dim, ()) if shape else Replicate())
+    placements = _over_data_parallel(data_parallel.mesh, _shard(dim, 1) if shape else Replicate())
     meta = TensorMeta(shape, stride, dtype)
     spec = DTensorSpec(data_parallel.mesh, placements, tensor_meta=meta)
     return ParameterLayout(spec, None, dim)
@@ -172,34 +165,30 @@ def _over_data_parallel(mesh: DeviceMesh, shards: Placement) -> tuple[Placement,
     return (*(Replicate(),) * (mesh.ndim - 1), shards)
 
 
-def _shard(dim: int, other_cuts: Sequence[int]) -> Placement:
-    """The placement of shards that are cut from what ``other_cuts`` pieces, along mesh dimensions
-    further to the right, have left of a dimension."""
-    pieces = 1
-    for count in other_cuts:
-        pieces *= count
+def _shard(dim: int, pieces: int) -> Placement:
+    """The placement of shards that are cut from each of ``pieces`` into which mesh dimensions
+    further to the right have cut a dimension."""
     return _StridedShard(dim, split_factor=pieces) if pieces > 1 else Shard(dim)
 
 
-def _cuts_of(spec: DTensorSpec, dim: int, mesh_dims: Sequence[int]) -> list[int]:
-    """Into how many pieces each of ``mesh_dims`` that does cuts dimension ``dim``."""
-    return [
+def _pieces(spec: DTensorSpec, dim: int, mesh_dims: Sequence[int]) -> int:
+    """Into how many pieces ``mesh_dims`` cut dimension ``dim``."""
+    return math.prod(
         spec.mesh.size(mesh_dim)
         for mesh_dim in mesh_dims
         if isinstance(placement := spec.placements[mesh_dim], _CUTS) and placement.dim == dim
-    ]
+    )
 
 
-def _check_placements(spec: DTensorSpec, mesh_dims: Sequence[int], wanted: str) -> None:
+def _check_placements(
+    spec: DTensorSpec, mesh_dims: Sequence[int], allowed: tuple[type[Placement], ...]
+) -> None:
     for mesh_dim in mesh_dims:
-        placement = spec.placements[mesh_dim]
-        is_right = isinstance(placement, Replicate)
-        if wanted == "Replicate or Shard":
-            is_right = is_right or isinstance(placement, _CUTS)
-        if not is_right:
+        if not isinstance(spec.placements[mesh_dim], allowed):
+            public = [each.__name__ for each in allowed if each is not _StridedShard]
             raise ValueError(
                 f"is placed {spec.placements} on {spec.mesh}, and on dimension {mesh_dim} of that "
-                f"mesh it has to be {wanted}"
+                f"mesh it has to be {' or '.join(public)}"
             )
 
 
@@ -207,7 +196,7 @@ def _beside_the_mesh(full: DTensorSpec, mesh: DeviceMesh, dim: int) -> Parameter
     """``full`` knows other dimensions of the root mesh than ``mesh``: those of tensor or expert
     parallelism."""
     others = range(full.mesh.ndim)
-    _check_placements(full, others, "Replicate or Shard")
+    _check_placements(full, others, (Replicate, *_CUTS))
     try:
         whole = DeviceMesh._concatenate([mesh, full.mesh])
     except (RuntimeError, AssertionError) as error:
@@ -216,7 +205,7 @@ def _beside_the_mesh(full: DTensorSpec, mesh: DeviceMesh, dim: int) -> Parameter
             f"other dimensions of the same root mesh, which {mesh} is not ({error}). If it has "
             "been sharded before, wrap it once"
         ) from error
-    shards = _shard(dim, _cuts_of(full, dim, others)) if full.shape else Replicate()
+    shards = _shard(dim, _pieces(full, dim, others)) if full.shape else Replicate()
     placements = (*_over_data_parallel(mesh, shards), *full.placements)
     spec = DTensorSpec(whole, placements, tensor_meta=full.tensor_meta)
     return ParameterLayout(spec, full, dim)
@@ -230,11 +219,11 @@ def _within_the_mesh(full: DTensorSpec, data_parallel: DataParallel, dim: int) -
             f"fully_shard is given, {data_parallel.whole}"
         )
     shard_dims, replica_dims = data_parallel.shard_dims, data_parallel.replica_dims
-    _check_placements(full, (*shard_dims, *replica_dims), "Replicate")
+    _check_placements(full, (*shard_dims, *replica_dims), (Replicate,))
     placements = list(full.placements)
     for mesh_dim in shard_dims if full.shape else ():
         right = range(mesh_dim + 1, full.mesh.ndim)
-        placements[mesh_dim] = _shard(dim, _cuts_of(full, dim, right))
+        placements[mesh_dim] = _shard(dim, _pieces(full, dim, right))
     spec = DTensorSpec(full.mesh, tuple(placements), tensor_meta=full.tensor_meta)
     if len(shard_dims) > 1:
         spec = _with_one_shard_dimension(spec, data_parallel)

@@ -16,12 +16,12 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from .. import _C
 from ..common import gate
-from ..common.tensors import local_of
+from ..common.tensors import dtensor_around, local_of
 from .callbacks import weak_callback, weak_function
 from .communication import UnitCommunication, collectives_of
 from .extensions import extended_among, shard_of_extended
 from .gradients import TrainableParameter, UnitGradients
-from .layout import ParameterLayout, dtensor_around, spec_with_dtype
+from .layout import ParameterLayout, spec_with_dtype
 from .precision import Precision
 from .shards import check_same_placement, mark_as_replaced
 from .slots import RegisteredParameter, SlotTable

@@ -12,6 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from .. import _C
+
 Coordinate = tuple[int, ...]
 _Range = tuple[int, int]  # the first index and how many
 
@@ -114,6 +116,5 @@ def _ranges(size: int, count: int, factor: int) -> tuple[tuple[_Range, ...], ...
 
 def _chunks(whole: _Range, count: int) -> list[_Range]:
     first, size = whole
-    rows = -(-size // count)
-    begins = [min(at * rows, size) for at in range(count)]
-    return [(first + begin, min(rows, size - begin)) for begin in begins]
+    rows = [_C.shard_rows(size, count, at) for at in range(count)]
+    return [(first + each.first, each.count) for each in rows]

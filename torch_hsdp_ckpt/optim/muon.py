@@ -1,6 +1,6 @@
 """``torch.optim.Muon`` over sharded matrices, each of which is orthogonalised on one rank only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,10 @@ def _why_no_step(parameter: DTensor, state: dict[str, Any]) -> str:
     gradient, momentum = parameter.grad, state.get("momentum_buffer", parameter)
     if not isinstance(gradient, DTensor) or gradient.device_mesh != parameter.device_mesh:
         return "has a gradient that is no DTensor on its mesh"
-    if not isinstance(momentum, DTensor) or momentum.placements != parameter.placements:
+    if not isinstance(momentum, DTensor) or (momentum.device_mesh, momentum.placements) != (
+        parameter.device_mesh,
+        parameter.placements,
+    ):
         return (
             "has a momentum_buffer that is not placed as the parameter is: load it by torch's "
             "set_optimizer_state_dict, or distribute it"
@@ -154,12 +157,17 @@ def _operations(parameter: torch.Tensor, group: dict[str, Any]) -> float:
     return float(group["ns_steps"] * (4 * m * m * n + 2 * m**3))
 
 
-def _step_plain(optimizer: Muon, group: dict[str, Any]) -> list[_Matrix]:
-    """Makes torch's step with the group's plain parameters; returns the sharded ones."""
-    for parameter in group["params"]:
+def _place_gradients(parameters: Iterable[Any]) -> None:
+    """As the parameters are placed."""
+    for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
+def _step_plain(optimizer: Muon, group: dict[str, Any]) -> list[_Matrix]:
+    """Makes torch's step with the group's plain parameters; returns the sharded ones."""
+    _place_gradients(group["params"])
     parameters: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     momenta: list[torch.Tensor] = []

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..common.tensors import local_of
+from ..common.tensors import dtensor_around, local_of
 from .agree import check_same_on_all_ranks
 from .layout import layout_of
 from .plan import Plan, plan_for
@@ -101,8 +101,7 @@ class _Mapping:
     def store(self, tensor: int, local: torch.Tensor) -> None:
         spec = self.tensors[tensor]._spec
         own = local.clone(memory_format=torch.contiguous_format)
-        result = DTensor(own, spec, requires_grad=False)  # type: ignore[no-untyped-call]
-        self.results[self.numbers[tensor]] = result
+        self.results[self.numbers[tensor]] = dtensor_around(own, spec)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from ... import _C
 from ...common.devices import has_streams
 from ...common.gate import CHANGED
-from ...common.tensors import RECORD_DTYPES, local_of
+from ...common.tensors import RECORD_DTYPES, dtensor_around, local_of
 from ...errors import CheckpointError
 from .division import Division, Holdings
 from .local_state import LocalState
@@ -298,7 +298,7 @@ def _copy_of(tensor: Tensor) -> Tensor:
 def _like(tensor: Tensor, local: Tensor) -> Tensor:
     """A local tensor, with the placement of another one."""
     if isinstance(tensor, DTensor):
-        return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return dtensor_around(local, tensor._spec)
     return local
 
 

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from ... import _C
-from ...common.tensors import local_of
-from ..layout import dtensor_around, own_box
+from ...common.tensors import dtensor_around, local_of
+from ..layout import own_box, spec_with_dtype
 from .placement import (
     chunk_rows,
     coordinate_of,
@@ -19,7 +19,6 @@ from .placement import (
     is_in_first_replica,
     shards_of,
     shards_rows_only,
-    spec_with_dtype,
 )
 
 
@@ -37,9 +36,9 @@ def shard_of(whole: torch.Tensor, spec: DTensorSpec) -> DTensor:
 
 def own_part(whole: torch.Tensor, like: DTensor) -> DTensor:
     """This rank's part of ``whole``, a copy with its dtype, placed as ``like`` is."""
-    part = shard_of(whole.detach(), spec_with_dtype(like, whole.dtype))
+    part = shard_of(whole.detach(), spec_with_dtype(like._spec, whole.dtype))
     local = local_of(part).to(local_of(like).device).clone()
-    return DTensor(local, part._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return dtensor_around(local, part._spec)
 
 
 def _own_rows(rows: int, mesh: DeviceMesh) -> _C.ShardRows:
@@ -62,7 +61,7 @@ def scatter(whole: torch.Tensor | None, spec: DTensorSpec) -> DTensor:
     # A whole chunk is kept as it is. Of another one only the rows that count are, so that files do
     # not get the padding.
     local = chunk if rows.count == len(chunk) else chunk[: rows.count].clone()
-    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return dtensor_around(local, spec)
 
 
 def _scatter_chunks(whole: torch.Tensor | None, chunk: torch.Tensor, mesh: DeviceMesh) -> None:

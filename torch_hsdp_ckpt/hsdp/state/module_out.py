@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from ...common.tensors import local_of
+from ...common.tensors import dtensor_around, local_of
 from ..module_tree import child_prefix
 from .whole import gather, offload
 
@@ -70,7 +70,7 @@ def _is_activation_wrapper(module: nn.Module) -> bool:
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, DTensor):
-        return DTensor(local_of(tensor).detach(), tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return dtensor_around(local_of(tensor).detach(), tensor._spec)
     return tensor.detach()
 
 

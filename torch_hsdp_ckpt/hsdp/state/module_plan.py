@@ -14,12 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..layout import spec_with_dtype
 from ..module_tree import WRAPPED
 from .cut import shard_of
 from .mismatch import raise_on_all_ranks
 from .module_entries import CustomLeaf, Entry, ModuleEntries
 from .module_mismatch import advice_on, tensor_mismatch
-from .placement import spec_with_dtype
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _cut_if_whole(value: Any, target: torch.Tensor) -> Any:
         return value
     if value.shape != target.shape or value.is_meta:
         return value
-    return shard_of(value, spec_with_dtype(target, value.dtype))
+    return shard_of(value, spec_with_dtype(target._spec, value.dtype))
 
 
 def _named_values(state_dict: Any) -> tuple[OrderedDict[str, Any], list[str]]:

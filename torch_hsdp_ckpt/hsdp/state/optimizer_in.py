@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from ...common.tensors import local_of
+from ...common.tensors import dtensor_around, local_of
+from ..layout import spec_with_dtype
 from .cut import shard_of
 from .from_first_rank import DTensorOnFirstRank, FirstRank, TensorOnFirstRank
 from .nested import map_leaves
@@ -20,7 +21,6 @@ from .optimizer_plan import (
     StateEntry,
     plan_optimizer_load,
 )
-from .placement import spec_with_dtype
 
 _Whole = torch.Tensor | TensorOnFirstRank
 _WHOLE = (torch.Tensor, TensorOnFirstRank)
@@ -84,7 +84,7 @@ def _placed_tensor(
     # A copy is kept: the whole tensor may go, and the caller's stays as it is.
     if local.untyped_storage()._cdata == value.untyped_storage()._cdata:
         local = local.clone()
-    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return dtensor_around(local, spec)
 
 
 def _spec_of(key: Any, value: _Whole, target: ParameterState, current: Any) -> DTensorSpec | None:
@@ -94,7 +94,7 @@ def _spec_of(key: Any, value: _Whole, target: ParameterState, current: Any) -> D
         return None
     shape = tuple(value.shape)
     if shape == tuple(like.shape) and not _is_single_value(key, value, target, current):
-        return spec_with_dtype(like, value.dtype)
+        return spec_with_dtype(like._spec, value.dtype)
     if shape == (target.elements,):
         return _replicated(like.device_mesh, value)
     return None

@@ -5,10 +5,9 @@ The shard dimension is the mesh's last one; all others hold replicas."""
 
 from collections.abc import Sequence
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from ... import _C
 
@@ -41,11 +40,3 @@ def shards_of(mesh: DeviceMesh) -> int:
 def chunk_rows(shape: Sequence[int], mesh: DeviceMesh) -> int:
     """Rows of the largest shard, which is the first one."""
     return _C.shard_rows(shape[0], shards_of(mesh), 0).count
-
-
-def spec_with_dtype(tensor: DTensor, dtype: torch.dtype) -> DTensorSpec:
-    spec = tensor._spec
-    if tensor.dtype == dtype:
-        return spec
-    meta = TensorMeta(tensor.shape, tensor.stride(), dtype)
-    return DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
