@@ -79,16 +79,23 @@ class ParameterLayout:
         unit's own mesh dimensions is left to the unit. Collective over the others, if they have
         summands."""
         assert self.full is not None and isinstance(gradient, DTensor)
-        wanted = tuple(
-            gradient.placements[dim] if dim in self.data_parallel_dims else placement
-            for dim, placement in enumerate(self.full.placements)
-        )
-        if gradient.placements != wanted:
-            with torch.no_grad():
-                gradient = gradient.redistribute(placements=wanted)
-        local = local_of(gradient)
+        spec = gradient._spec
+        if spec.placements != self.full.placements:  # mostly they are
+            gradient = self._placed_as_full(gradient)
+        local = gradient._local_tensor
         wait = getattr(local, "wait", None)  # torch's AsyncCollectiveTensor
         return local if wait is None else wait()
+
+    def _placed_as_full(self, gradient: DTensor) -> DTensor:
+        assert self.full is not None
+        wanted = [
+            gradient.placements[dim] if dim in self.data_parallel_dims else placement
+            for dim, placement in enumerate(self.full.placements)
+        ]
+        if gradient.placements == tuple(wanted):
+            return gradient
+        with torch.no_grad():
+            return gradient.redistribute(placements=wanted)
 
 
 def own_box(whole: torch.Tensor, spec: DTensorSpec) -> torch.Tensor:
