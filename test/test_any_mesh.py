@@ -234,6 +234,35 @@ def _check_all(rank: int, names: list[str]) -> None:
             raise AssertionError(name) from error
 
 
+def _compiled_beside_tp(rank: int) -> None:
+    """Blocks that are compiled before they become units, as torchtitan does it, and after: the
+    numbers are those without. (torch's own fully_shard loses the embedding's gradient there.)"""
+    mesh = mesh_of(**HSDP_TP)
+    expected, _, losses = train(CASES["beside TP"], torchs.fully_shard, mesh, 4)
+
+    def compiled_before(face: Face, mesh: DeviceMesh) -> Language:
+        model = tensor_parallel(language(), mesh["tp"])
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        return shard_all(face, model, mesh=mesh["replicate", "shard"])
+
+    def compiled_after(face: Face, mesh: DeviceMesh) -> Language:
+        model = _beside_tp(face, mesh)
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        return model
+
+    for make in (compiled_before, compiled_after):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, _, found = train(Case(HSDP_TP, make), ours.fully_shard, mesh, 4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
+        named = zip(model.named_parameters(), expected.named_parameters(), strict=True)
+        for (name, parameter), (_, wanted) in named:
+            _check_same(name, parameter, wanted, {"rtol": 1e-5, "atol": 1e-6})
+
+
 def _kept_beside_tp(rank: int) -> None:
     """torch refuses it: the numbers are those without."""
     mesh = mesh_of(shard=4, tp=2)
@@ -347,6 +376,10 @@ def test_clipping_and_refusals() -> None:
 
 def test_resharding_to_fewer_ranks() -> None:
     run_checks(8, _kept_beside_tp, _numbers_of_ranks)
+
+
+def test_compiled_blocks() -> None:
+    run_checks(8, _compiled_beside_tp)
 
 
 @pytest.mark.parametrize("part", range(4))

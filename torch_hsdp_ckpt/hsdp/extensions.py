@@ -104,7 +104,7 @@ class ExtendedParameter:
         for output, given in zip(self._outputs, self._inputs, strict=True):
             _allocate(output)
             work = dist.all_gather_into_tensor(
-                output, given, group=self._mesh.get_group(), async_op=True
+                _bytes_of(output), _bytes_of(given), group=self._mesh.get_group(), async_op=True
             )
             if work is not None:
                 self._works.append(work)
@@ -260,6 +260,11 @@ def extended_among(
             sharded = functools.partial(sharded_at, i)
             members[i] = ExtendedParameter(sharded, layouts[i], size, shards, module, policy)
     return ExtendedParameters(members)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Backends need not know the dtype to gather: Gloo knows none of eight bits but integers."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _allocate(tensor: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_backward_hooks
 from .. import _C
 from ..common.gate import wait_at_gate
 from .adoption import adopt_everywhere
+from .async_inputs import finished
 from .eager import keep_dynamo_out
 from .module_tree import RUNNER, modules_of_unit, without_wrappers
 from .precision import Precision
@@ -149,6 +150,7 @@ class Runner:
         if self._input_dtype is not None:
             args, kwargs = self.precision.cast_inputs(self._input_dtype, args, kwargs)
         self._enter(root)
+        args, kwargs = finished(args, kwargs)
         since = sequence_number()
         outputs = with_gathered_steps(call(*args, **kwargs), self.run)
         outputs = self.precision.cast_outputs(outputs)
