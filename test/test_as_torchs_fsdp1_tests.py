@@ -122,6 +122,23 @@ class _Low(Tensor):
         return (self,), None
 
 
+class _Named(Tensor):
+    pass
+
+
+class _Opaque(Tensor):
+    """Its values are nobody's but its own."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> "_Opaque":
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> "_Opaque":
+        assert func is torch.ops.aten.detach.default
+        return cls(torch.empty(args[0].shape))
+
+
 def _tensor_subclasses(rank: int) -> None:
     for wrapped in (ours.fully_shard, ours.FullyShardedDataParallel):
         module = nn.Linear(4, 4)
@@ -129,12 +146,13 @@ def _tensor_subclasses(rank: int) -> None:
         with pytest.raises(ValueError, match=r"Linear: parameter weight .* fsdp_pre_all_gather"):
             wrapped(module)
 
-        class Plain(Tensor):
-            pass
-
-        module.weight = nn.Parameter(torch.ones(4, 4).as_subclass(Plain))
-        with pytest.raises(ValueError, match=r"weight .* is a tensor subclass, Plain"):
+        module.weight = nn.Parameter(_Opaque(torch.ones(4, 4)))
+        with pytest.raises(ValueError, match=r"weight .* is a tensor subclass, "):
             wrapped(module)
+
+        module.weight = nn.Parameter(torch.ones(4, 4).as_subclass(_Named))
+        wrapped(module)(torch.ones(4)).sum().backward()
+        assert type(module.weight) is DTensor and type(module.weight.to_local()) is Tensor
 
 
 def _clipping(rank: int) -> None:

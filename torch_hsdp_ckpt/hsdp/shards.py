@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from ..common.tensors import local_of
+from ..common.tensors import is_plain_subclass, local_of
 from .extensions import is_extended
 from .precision import REDUCIBLE_DTYPES
 from .slots import Slot
@@ -92,7 +92,7 @@ def why_not_shardable(parameter: nn.Parameter, device: torch.device) -> str:
     can."""
     plain = local_of(parameter.data)
     is_plain = type(parameter) is nn.Parameter or type(plain) is torch.Tensor
-    if not is_plain and not is_extended(parameter):
+    if not is_plain and not is_extended(parameter) and not is_plain_subclass(plain):
         return (
             f"is a tensor subclass, {type(plain).__name__}, of which this package knows "
             "no memory to shard: use torch's own fully_shard, or name it in ignored_states"

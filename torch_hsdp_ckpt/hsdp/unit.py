@@ -16,7 +16,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from .. import _C
 from ..common import gate
-from ..common.tensors import dtensor_around, local_of
+from ..common.tensors import dtensor_around, is_plain_subclass, local_of, without_subclass
 from .callbacks import weak_callback, weak_function
 from .communication import UnitCommunication, collectives_of
 from .extensions import extended_among, shard_of_extended
@@ -141,14 +141,15 @@ class ShardedUnit:
     def _cut(self, originals: Sequence[nn.Parameter]) -> list[torch.Tensor]:
         """This rank's shards; in the unit's flat buffer, if all have memory."""
         full = [local_of(original).detach() for original in originals]
+        # As torch's: a subclass that is no more than a name has values to shard.
         own = [
-            self._own_extended(i, each) if i in self._extended else each
+            self._own_extended(i, each) if i in self._extended else _without_name(each)
             for i, each in enumerate(full)
         ]
         if any(original.is_meta for original in full):
             shards = [self._own_shard(i, each).clone() for i, each in enumerate(own)]
         else:
-            shards = self.core.shard(self._extended.without(full))
+            shards = self.core.shard(self._extended.without(own))
         return self._extended.with_own(shards, own)
 
     def _own_extended(self, index: int, full: torch.Tensor) -> torch.Tensor:
@@ -446,6 +447,10 @@ def mesh_of_state(units: Sequence[ShardedUnit]) -> DeviceMesh:
 
 def _numbers_of_true(flags: Sequence[bool]) -> list[int]:
     return [number for number, flag in enumerate(flags) if flag]
+
+
+def _without_name(tensor: torch.Tensor) -> torch.Tensor:
+    return without_subclass(tensor) if is_plain_subclass(tensor) else tensor
 
 
 def _describe_parameter(parameter: nn.Parameter) -> str:
