@@ -65,22 +65,26 @@ def _placed_item(
             raise ValueError(f"{key} holds a sharded tensor on the first rank: it has to be whole")
         if isinstance(leaf, DTensor) or not isinstance(leaf, _WHOLE):
             return leaf
-        spec = None if target is None else _spec_of(key, leaf, target, current)
-        return _placed_tensor(leaf, spec, sender)
+        if target is None or (spec := _spec_of(key, leaf, target, current)) is None:
+            return _received(leaf, None, sender)
+        return _placed_tensor(_received(leaf, spec, sender), spec, local_of(target.parameter))
 
     return map_leaves(item, place)
 
 
-def _placed_tensor(
-    value: _Whole, spec: DTensorSpec | None, sender: FirstRank | None
-) -> torch.Tensor:
-    """``value`` as the optimizer keeps it; without ``spec`` that is as a plain tensor."""
-    if isinstance(value, TensorOnFirstRank):
-        assert sender is not None
-        value = sender.receive(value, spec)
-    if spec is None or isinstance(value, DTensor):
+def _received(value: _Whole, spec: DTensorSpec | None, sender: FirstRank | None) -> torch.Tensor:
+    if not isinstance(value, TensorOnFirstRank):
         return value
-    local = local_of(shard_of(value, spec)).to(spec.mesh.device_type).contiguous()
+    assert sender is not None
+    return sender.receive(value, spec)
+
+
+def _placed_tensor(value: torch.Tensor, spec: DTensorSpec, parameter: torch.Tensor) -> torch.Tensor:
+    """``value`` as the optimizer keeps it: cut, where this rank's part of the ``parameter`` is."""
+    if isinstance(value, DTensor):
+        return value
+    device = spec.mesh.device_type if parameter.is_meta else parameter.device
+    local = local_of(shard_of(value, spec)).to(device).contiguous()
     # A copy is kept: the whole tensor may go, and the caller's stays as it is.
     if local.untyped_storage()._cdata == value.untyped_storage()._cdata:
         local = local.clone()
