@@ -85,14 +85,17 @@ $(STAMP): requirements-dev.txt | system
 
 # They bring hundreds of packages along: an environment of their own, with torch from the other one.
 FRAMEWORKS = examples/frameworks/requirements.txt
+TORCHAO = examples/frameworks/torchao.txt
 FRAMEWORKS_STAMP = $(FRAMEWORKS_VENV)/.ready-$(or $(TORCH),any)
 PACKAGES = python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-$(FRAMEWORKS_STAMP): $(FRAMEWORKS) | $(STAMP)
+$(FRAMEWORKS_STAMP): $(FRAMEWORKS) $(TORCHAO) | $(STAMP)
 	$(IN) python -m venv $(FRAMEWORKS_VENV)
 	printf '%s\n' "$$($(VENV)/bin/$(PACKAGES))" "$(CURDIR)" \
 	  >"$$($(FRAMEWORKS_VENV)/bin/$(PACKAGES))/torch.pth"
 	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -r $(FRAMEWORKS)
+	$(FRAMEWORKS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --upgrade --target $(FRAMEWORKS_VENV)/torchao -r $(TORCHAO)
 	touch $@
 
 frameworks: $(FRAMEWORKS_STAMP)

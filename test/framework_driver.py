@@ -24,6 +24,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Where `make frameworks` installs them.
+PYTHON = Path(
+    os.environ.get(
+        "HSDP_TEST_FRAMEWORKS_PYTHON",
+        Path(__file__).resolve().parents[1] / ".venv-frameworks" / "bin" / "python",
+    )
+)
 RANKS = 4
 LOSS = re.compile(r"^step (\d+) loss ", re.MULTILINE)
 WRAPPERS = ("FSDPModule", "FullyShardedDataParallel")

@@ -1,6 +1,8 @@
 """torchao's float8 training, which gathers weights in eight bits by FSDP2's extensions: the numbers
 of torch's ``fully_shard``, bit for bit where groups have two ranks."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.fsdp as torchs
 from device import DEVICE
+from framework_driver import PYTHON as FRAMEWORKS_PYTHON
 from parallel_models import mesh_of
 from ranks import run_checks, run_ranks
 from sides import SIDES, whole
@@ -18,7 +21,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import torch_hsdp_ckpt as ours
 
-pytest.importorskip("torchao", reason="it is in requirements-dev.txt")
+# Ranks import this too.
+TORCHAO = FRAMEWORKS_PYTHON.parents[1] / "torchao"
+sys.path.append(str(TORCHAO))
+pytestmark = pytest.mark.skipif(
+    not TORCHAO.exists() and os.environ.get("HSDP_CKPT_REQUIRE_FRAMEWORKS") != "1",
+    reason=f"torchao is not installed in {TORCHAO}: `make frameworks` installs it",
+)
 WIDTH = 32
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp
-from framework_driver import LOSS, RANKS
+from framework_driver import LOSS, PYTHON, RANKS
 from simgpu import simgpu
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -29,9 +29,6 @@ import torch_hsdp_ckpt
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "frameworks"
-PYTHON = Path(
-    os.environ.get("HSDP_TEST_FRAMEWORKS_PYTHON", ROOT / ".venv-frameworks" / "bin" / "python")
-)
 OURS_FILE = re.compile(r"__\d+_[0-9a-f]{16}_.*_\d+\.distcp")
 STOCK_FILE = re.compile(r"__\d+_\d+\.distcp")
 
@@ -120,6 +117,14 @@ CASES = {
         "lightning_fsdp2.py", ("lightning", "lightning.pytorch.strategies"), every=3
     ),
     "torchtitan": Case("titan.py", TITAN, simulated=True, first=1, needs="DataParallelMeshDims"),
+    "torchtitan_dtensors": Case(
+        "titan.py",
+        TITAN,
+        extra=("--spmd-backend", "full_dtensor"),
+        simulated=True,
+        first=1,
+        needs="DataParallelMeshDims",
+    ),
     "torchtitan_async": Case(
         "titan.py",
         TITAN,

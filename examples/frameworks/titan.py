@@ -50,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory")
     parser.add_argument("--async-mode", default="disabled")
+    parser.add_argument("--spmd-backend", default="partial_dtensor")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--save-every", type=int, default=2)
     arguments = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
     training.local_batch_size, training.seq_len, training.steps = 2, 16, arguments.steps
     training.mixed_precision_param, training.disable_cuda_graphs = "float32", True
     parallelism.data_parallel_replicate_degree = parallelism.data_parallel_shard_degree = 2
-    parallelism.spmd_backend = "partial_dtensor"
+    parallelism.spmd_backend = arguments.spmd_backend
     checkpoint.enable, checkpoint.interval = True, arguments.save_every
     checkpoint.async_mode = arguments.async_mode
     trainer = config.build()
