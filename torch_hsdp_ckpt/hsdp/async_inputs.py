@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_any, tree_map_only
 
 
 class _Finished(torch.autograd.Function):
@@ -24,8 +24,9 @@ class _Finished(torch.autograd.Function):
 
 
 def finished(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Arguments whose tensors are there, in the same graph."""
-    if not any(map(_may_hold_one, (*args, *kwargs.values()))):
+    """Arguments whose tensors are there, in the same graph. Where there is nothing to wait for,
+    they are themselves: a module may put something into a list that it is given."""
+    if not any(map(_holds_one, (*args, *kwargs.values()))):
         return args, kwargs
     done: tuple[tuple[Any, ...], Any] = tree_map_only(
         AsyncCollectiveTensor, _Finished.apply, (args, kwargs)
@@ -33,5 +34,11 @@ def finished(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     return done
 
 
-def _may_hold_one(value: Any) -> bool:
-    return isinstance(value, (AsyncCollectiveTensor, tuple, list, dict))
+def _holds_one(value: Any) -> bool:
+    if isinstance(value, (tuple, list, dict)):
+        return tree_any(_is_one, value)
+    return _is_one(value)
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, AsyncCollectiveTensor)
