@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from device import DEVICE
 from parallel_models import language, mesh_of, tensor_parallel
 from ranks import Messages, run_ranks
 from sides import whole_in
@@ -30,6 +31,9 @@ import torch_hsdp_ckpt as h
 from torch_hsdp_ckpt.common.cuts import box_at, cuts_of
 
 OF_ALL_RANKS = ("beside TP", "on columns beside TP", "1-D beside TP", "experts on another mesh")
+
+
+EXACT = {"rtol": 0.0, "atol": 0.0, "check_device": False}
 
 
 def _random_cut(draw: random.Random) -> tuple[list[int], list[int], list[Any]]:
@@ -194,7 +198,7 @@ def _save(rank: int, name: str, root: str) -> None:
 
 def _empty_like(whole: Any, shape: tuple[int, ...]) -> Any:
     """A state of the same keys on a mesh of another shape, without the values."""
-    mesh = init_device_mesh("cpu", shape) if shape else None
+    mesh = init_device_mesh(DEVICE, shape) if shape else None
 
     def empty(value: Any) -> Any:
         if isinstance(value, dict):
@@ -204,18 +208,18 @@ def _empty_like(whole: Any, shape: tuple[int, ...]) -> Any:
         if not value.ndim or mesh is None:
             return torch.zeros_like(value)
         placements = [Replicate()] * (len(shape) - 1) + [Shard(0)]
-        return distribute_tensor(torch.zeros_like(value), mesh, placements)
+        return distribute_tensor(torch.zeros_like(value), mesh, placements, src_data_rank=None)
 
     return empty(whole)
 
 
 def _load_on(rank: int, root: str, shape: tuple[int, ...]) -> None:
-    whole = torch.load(f"{root}/whole.pt")
+    whole = torch.load(f"{root}/whole.pt", map_location=DEVICE)
     for kind in ("ours", "async", "stock"):
         for load in (h.load, dcp.load):
             state = _empty_like(whole, shape)
             load(state, checkpoint_id=f"{root}/{kind}")
-            torch.testing.assert_close(whole_in(state), whole, rtol=0, atol=0)
+            torch.testing.assert_close(whole_in(state), whole, **EXACT)
 
 
 def _part(whole: Any, held: Any) -> Any:
@@ -231,13 +235,13 @@ def _cleared(value: torch.Tensor) -> None:
 
 def _load_back(rank: int, name: str, root: str) -> None:
     """Onto the mesh that it came from, whose tensors hold something else."""
-    whole = torch.load(f"{root}/whole.pt")
+    whole = torch.load(f"{root}/whole.pt", map_location=DEVICE)
     state = _state(name)
     for kind in ("ours", "async", "stock"):
         with torch.no_grad():
             tree_map_only(torch.Tensor, _cleared, state)
         h.load(state, checkpoint_id=f"{root}/{kind}")
-        torch.testing.assert_close(whole_in(state), _part(whole, state), rtol=0, atol=0)
+        torch.testing.assert_close(whole_in(state), _part(whole, state), **EXACT)
 
 
 @pytest.mark.parametrize("name", [*OF_ALL_RANKS, *OF_SOME_RANKS])

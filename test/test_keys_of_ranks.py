@@ -66,6 +66,7 @@ def _contradicting(rank: int, root: str) -> None:
     alone = {"n": {"part": part}} if rank else {}
     for message in _saves(alone, f"{root}/part"):
         assert "n.part: no rank of the saving process group holds its shard at [0]" in message
+    dist.barrier()
     left = [name for name in os.listdir(root) if os.listdir(f"{root}/{name}")]
     assert not left, "nothing is left of what was refused"
 
