@@ -86,12 +86,15 @@ def _held_by_some(rank: int, path: str) -> tuple[list[str], int]:
     make = capture.make_static_plan
     capture.make_static_plan = lambda *a: made.append(1) or make(*a)  # type: ignore[func-returns-value]
     h.save(state, checkpoint_id=path)
+    many = h.FileSystemWriter(f"{path}-many", single_file_per_rank=False)
+    h.save(state, storage_writer=many)
+    made.clear()
     again = plan.make_static_plan
     plan.make_static_plan = lambda *a: made.append(1) or again(*a)  # type: ignore[func-returns-value]
     for _ in range(4):
         h.async_save(state, checkpoint_id=f"{path}-async").result()
     capture.make_static_plan, plan.make_static_plan = make, again
-    for saved in (path, f"{path}-async"):
+    for saved in (path, f"{path}-many", f"{path}-async"):
         whole: dict[str, Any] = {
             "all": torch.zeros(9),
             "first": torch.zeros(5),

@@ -26,10 +26,10 @@ FILES = """
 accumulation any_mesh any_mesh_checkpoint any_mesh_state as_torch as_torchs_fsdp2_tests
 as_torchs_state_tests async_faults async_gate async_image async_losses async_plan async_save
 comm_hooks extensions fresh_optimizer fsdp fsdp_errors full_state fully_shard hsdp_checkpoint
-keys_of_ranks load meta model_groups muon muon_state older_graphs optim_state optimizer_before_wrap optimizer_groups precision resume save
-save_bytes schedule state_dict state_dict_options state_dict_threads storage_kinds tensor_kinds
-torchs_classes tutorials user_comms whole_tensors wrapper_autograd wrapper_edges wrapper_outputs
-wrapper_scalars wrapper_uses
+keys_of_ranks load meta model_groups muon muon_state older_graphs optim_state optimizer_before_wrap
+optimizer_groups precision resume save save_bytes schedule state_dict state_dict_options
+state_dict_threads storage_kinds tensor_kinds torchs_classes tutorials user_comms whole_tensors
+wrapper_autograd wrapper_edges wrapper_outputs wrapper_scalars wrapper_uses
 """.split()
 # Of that a sample runs, once, what finds most in its time.
 SAMPLE = """
